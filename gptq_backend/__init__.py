@@ -1,0 +1,28 @@
+"""GPTQ quantization and quantized linear layers for PyTorch. Imports torch and safetensors, no framework."""
+
+from .config import QuantizeConfig
+from .errors import CalibrationError, CheckpointError, ConfigError, GPTQError
+from .kernels import KERNELS, Kernel, kernel_report, select_kernel
+from .linear import QuantLinear
+from .quantize import LayerReport, QuantizeReport, quantize_model
+from .weight import LinearSpec, QuantizedWeight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KERNELS",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "GPTQError",
+    "Kernel",
+    "LayerReport",
+    "LinearSpec",
+    "QuantLinear",
+    "QuantizeConfig",
+    "QuantizeReport",
+    "QuantizedWeight",
+    "kernel_report",
+    "quantize_model",
+    "select_kernel",
+]

@@ -1,0 +1,100 @@
+"""Calibration data: texts or token ids -> batches of equal length."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError
+
+Batch = dict[str, Tensor]
+# Enough rows to keep a matrix multiplication busy, few enough that no activation gets large.
+_TOKENS_PER_BATCH = 2048
+
+
+def tokenize(
+    texts: str | Sequence[str],
+    tokenizer: Callable[..., Any],
+    seqlen: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Token ids of calibration texts.
+
+    Args:
+        texts: one text or several.
+        tokenizer: a transformers tokenizer, or any callable that returns ``{"input_ids": [ids]}``.
+        seqlen: join the texts and cut windows of this length; None keeps each text as one sample.
+        samples: keep this many, drawn without replacement with ``seed``, in text order.
+
+    Returns:
+        int64 tensors [T].
+
+    Raises:
+        CalibrationError: no text, or fewer tokens than one window.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    ids = [list(tokenizer(text)["input_ids"]) for text in texts if text.strip()]
+    if not any(ids):
+        raise CalibrationError(f"the calibration set is empty: {len(texts)} texts, no tokens; pass some text")
+    if seqlen is not None:
+        joined = list(itertools.chain.from_iterable(ids))
+        ids = [joined[i : i + seqlen] for i in range(0, len(joined) - seqlen + 1, seqlen)]
+        if not ids:
+            raise CalibrationError(
+                f"the calibration text has {len(joined)} tokens, fewer than one window of seqlen={seqlen}; "
+                "pass more text or a smaller seqlen"
+            )
+    if samples is not None and samples < len(ids):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(ids), generator=generator)[:samples].sort().values.tolist()
+        ids = [ids[i] for i in chosen]
+    return [torch.tensor(sample, dtype=torch.long) for sample in ids if sample]
+
+
+def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[Batch]:
+    """Group samples of equal length.
+
+    Args:
+        samples: token ids each: a tensor [T] or [B, T], a list of ints, or a mapping with ``input_ids`` and optionally
+            ``attention_mask`` (0 marks padding, which calibration ignores).
+        batch_size: sequences per batch; None aims at about 2048 tokens.
+
+    Raises:
+        CalibrationError: nothing in it, or an entry that is not token ids.
+    """
+    rows: dict[tuple[int, bool], list[Batch]] = {}
+    for index, sample in enumerate(samples):
+        fields = sample if isinstance(sample, Mapping) else {"input_ids": sample}
+        try:
+            batch = {key: torch.atleast_2d(torch.as_tensor(fields[key])) for key in _fields(fields)}
+            ids = batch["input_ids"]
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise CalibrationError(
+                f"calibration sample {index} is a {type(sample).__name__}; expected token ids: a tensor [T] or [B, T], "
+                "a list of ints, or a mapping with input_ids"
+            ) from None
+        if ids.is_floating_point() or ids.dim() != 2:
+            raise CalibrationError(
+                f"calibration sample {index} has dtype {ids.dtype} and shape {tuple(ids.shape)}; expected integer "
+                "token ids [T] or [B, T]"
+            )
+        if ids.numel():
+            rows.setdefault((ids.shape[1], "attention_mask" in batch), []).append(batch)
+    if not rows:
+        raise CalibrationError("the calibration set is empty; pass at least one sample of token ids")
+    batches = []
+    for (length, _), group in sorted(rows.items(), key=lambda item: item[0], reverse=True):
+        joined = {key: torch.cat([batch[key] for batch in group]).long() for key in group[0]}
+        size = batch_size or max(1, _TOKENS_PER_BATCH // length)
+        for first in range(0, joined["input_ids"].shape[0], size):
+            batches.append({key: value[first : first + size] for key, value in joined.items()})
+    return batches
+
+
+def _fields(fields: Mapping[str, Any]) -> list[str]:
+    return ["input_ids"] + (["attention_mask"] if fields.get("attention_mask") is not None else [])

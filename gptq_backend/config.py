@@ -1,0 +1,189 @@
+"""What to quantize and how: one immutable value, read from every dialect of ``quantization_config``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gptq_p")
+PACK_DTYPES = ("int8", "int16", "int32", "int64")
+
+# Spellings found in published checkpoints -> ours.
+_ALIASES = {
+    "w_bit": "bits",
+    "wbits": "bits",
+    "q_group_size": "group_size",
+    "groupsize": "group_size",
+    "format": "checkpoint_format",
+    "method": "quant_method",
+    "act_order": "desc_act",
+    "percdamp": "damp_percent",
+}
+# Formats that carry the GPTQ name but not the GPTQ tensors, with what to do about each.
+_REFUSED_METHODS = {
+    "auto-round": "export it again with AutoRound's `format='auto_gptq'`",
+    "intel/auto-round": "export it again with AutoRound's `format='auto_gptq'`",
+    "awq": "load it with an AWQ library",
+}
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Settings of one quantization; the same value describes a checkpoint that is being loaded.
+
+    Args:
+        bits: width of a code: 2, 3, 4 or 8.
+        group_size: input channels that share one scale and zero; -1 for one group per output channel.
+            Need not divide in_features.
+        sym: symmetric grid (zero fixed at ``2**(bits-1)``) instead of one with a free integer zero.
+        desc_act: quantize columns in order of decreasing Hessian diagonal (act-order) and let groups follow that
+            order, so that the checkpoint carries a real ``g_idx``.
+        static_groups: fit every group's grid on the original weight before the column loop. With ``desc_act`` the
+            groups stay contiguous and ``g_idx`` stays trivial.
+        act_group_aware: order whole groups, and columns inside each, by the Hessian diagonal; ``g_idx`` stays trivial
+            (arXiv 2505.14638). ``None`` means "unless ``desc_act`` or ``static_groups``".
+        damp_percent: share of the mean Hessian diagonal added to it before factoring.
+        true_sequential: each layer sees inputs produced by the already quantized layers of its own block.
+        scale_search: search each scale for the least Hessian-weighted rounding error instead of min-max.
+        lm_head: also quantize the output embedding.
+        keep_edge_blocks: leave this many first and as many last blocks in 16 bits.
+        dynamic: ``{regex: overrides}``; ``-:`` in front of the regex skips matching modules, ``+:`` or nothing applies
+            the overrides. The first key for which ``re.match`` succeeds wins.
+        modules_in_block_to_quantize: names relative to a block (lists of lists are flattened); others stay in 16 bits.
+        checkpoint_format: ``gptq`` (zeros stored minus one), ``gptq_v2`` (zeros as they are), ``gptq_p`` (v2 zeros,
+            3-bit codes in word-aligned planes).
+        pack_dtype: integer type of ``qweight`` in the file.
+        extra: keys of the source dictionary that mean nothing here; kept for writing back.
+
+    Raises:
+        ConfigError: a value is not supported; the message names the key, the value and the choices.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    static_groups: bool = False
+    act_group_aware: bool | None = None
+    damp_percent: float = 0.01
+    true_sequential: bool = True
+    scale_search: bool = True
+    lm_head: bool = False
+    keep_edge_blocks: int = 0
+    dynamic: Mapping[str, Mapping[str, Any]] | None = None
+    modules_in_block_to_quantize: tuple[str, ...] | None = None
+    checkpoint_format: str = "gptq"
+    pack_dtype: str = "int32"
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in SUPPORTED_BITS:
+            raise ConfigError(f"bits={self.bits!r} is not supported; choose one of {SUPPORTED_BITS}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise ConfigError(f"group_size={self.group_size!r} is not an integer; use -1 or a positive integer")
+        if self.group_size != -1 and self.group_size <= 0:
+            raise ConfigError(f"group_size={self.group_size} is not supported; use -1 or a positive integer")
+        if not 0 < self.damp_percent < 1:
+            raise ConfigError(f"damp_percent={self.damp_percent!r} must lie between 0 and 1")
+        if self.keep_edge_blocks < 0:
+            raise ConfigError(f"keep_edge_blocks={self.keep_edge_blocks} must not be negative")
+        if self.checkpoint_format not in CHECKPOINT_FORMATS:
+            hint = " (serialized Marlin cannot be converted back; find the original)" * (
+                "marlin" in str(self.checkpoint_format)
+            )
+            raise ConfigError(
+                f"checkpoint_format={self.checkpoint_format!r} is not supported; choose one of {CHECKPOINT_FORMATS}{hint}"
+            )
+        if self.pack_dtype not in PACK_DTYPES:
+            raise ConfigError(f"pack_dtype={self.pack_dtype!r} is not supported; choose one of {PACK_DTYPES}")
+        if self.act_group_aware and self.desc_act:
+            raise ConfigError("act_group_aware and desc_act exclude each other; set one of them to False")
+        for pattern in self.dynamic or {}:
+            try:
+                re.compile(_strip_sign(pattern))
+            except re.error as error:
+                raise ConfigError(f"dynamic: {pattern!r} is not a regular expression ({error})") from None
+
+    @property
+    def group_aware(self) -> bool:
+        """``act_group_aware`` with its default resolved."""
+        if self.act_group_aware is None:
+            return not (self.desc_act or self.static_groups)
+        return self.act_group_aware
+
+    def for_module(self, name: str) -> QuantizeConfig | None:
+        """The settings of module ``name`` after the ``dynamic`` rules, or None when a rule skips it."""
+        for pattern, overrides in (self.dynamic or {}).items():
+            if not re.match(_strip_sign(pattern), name):
+                continue
+            if pattern.startswith("-:"):
+                return None
+            return dataclasses.replace(self, dynamic=None, **_known(_canonical(overrides))[0])
+        return self
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> QuantizeConfig:
+        """Read a ``quantization_config`` or ``quantize_config.json`` dictionary of any known dialect."""
+        values = _canonical(source)
+        method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "gptq")).lower()
+        if method == "marlin" or source.get("is_marlin_format"):
+            raise ConfigError(
+                "this checkpoint is serialized for Marlin (tensors B and s); that layout cannot be read here: "
+                "use the GPTQ checkpoint that it was made from"
+            )
+        if method in _REFUSED_METHODS:
+            raise ConfigError(f"quant_method={method!r} is not a GPTQ checkpoint; {_REFUSED_METHODS[method]}")
+        if method != "gptq":
+            raise ConfigError(f"quant_method={method!r} is not supported; expected 'gptq'")
+        known, extra = _known(values)
+        return cls(**known, extra=extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary written as ``quantization_config``: our keys, both spellings of the format, and ``extra``."""
+        out: dict[str, Any] = dict(self.extra)
+        for item in dataclasses.fields(self):
+            if item.name != "extra":
+                value = getattr(self, item.name)
+                out[item.name] = list(value) if isinstance(value, tuple) else value
+        out["act_group_aware"] = self.group_aware
+        out["dynamic"] = {k: dict(v) for k, v in self.dynamic.items()} if self.dynamic else None
+        modules = self.modules_in_block_to_quantize
+        out["modules_in_block_to_quantize"] = [list(modules)] if modules else None
+        out.update(quant_method="gptq", format=self.checkpoint_format)
+        return {key: value for key, value in out.items() if value is not None}
+
+
+def _strip_sign(pattern: str) -> str:
+    return pattern[2:] if pattern[:2] in ("-:", "+:") else pattern
+
+
+def _canonical(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys in our spelling; an alias never overrides the canonical key."""
+    out = {key: value for key, value in source.items() if key not in _ALIASES and value is not None}
+    for alias, key in _ALIASES.items():
+        if source.get(alias) is not None:
+            out.setdefault(key, source[alias])
+    if "checkpoint_format" in out:
+        out["checkpoint_format"] = str(getattr(out["checkpoint_format"], "value", out["checkpoint_format"])).lower()
+    if "pack_dtype" in out:
+        out["pack_dtype"] = str(out["pack_dtype"]).removeprefix("torch.")
+    return out
+
+
+def _known(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split canonical ``values`` into keyword arguments of QuantizeConfig and the rest."""
+    names = {item.name for item in dataclasses.fields(QuantizeConfig)} - {"extra"}
+    known = {key: value for key, value in values.items() if key in names}
+    if modules := known.get("modules_in_block_to_quantize"):
+        known["modules_in_block_to_quantize"] = tuple(
+            name for entry in modules for name in ([entry] if isinstance(entry, str) else entry)
+        )
+    if known.get("desc_act") and known.get("act_group_aware"):
+        known["act_group_aware"] = False  # stock GPTQConfig resolves the pair this way too
+    return known, {key: value for key, value in values.items() if key not in names and key != "quant_method"}

@@ -1,0 +1,89 @@
+"""Second moments of a layer's input, and the factor that the column loop uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError
+
+_TILE = 256  # columns per block row when only the upper triangle is accumulated
+_RETRIES = 3
+
+
+class Hessian:
+    """Accumulates ``sum x x^T`` over calibration tokens for one distinct input of K channels.
+
+    The factor 2/n of the paper's H = 2 X X^T cancels in every use, so it is left out. Rows with a non-finite entry are
+    dropped and counted in ``dropped``; ``tokens`` counts the rows used.
+    """
+
+    def __init__(self, channels: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros((channels, channels), dtype=dtype, device=device)
+        self.tokens = 0
+        self.dropped = 0
+
+    def add(self, x: Tensor) -> None:
+        """x: float [..., K]."""
+        rows = x.detach().reshape(-1, self._sum.shape[0]).to(self._sum)
+        if not rows.sum().isfinite():  # cheaper than a look at each entry
+            finite = rows.isfinite().all(dim=1)
+            self.dropped += int((~finite).sum())
+            rows = rows[finite]
+        self.tokens += rows.shape[0]
+        for first in range(0, rows.shape[1], _TILE):  # the lower triangle follows by symmetry
+            stop = first + _TILE
+            self._sum[first:stop, first:].addmm_(rows[:, first:stop].t(), rows[:, first:])
+
+    def matrix(self, name: str) -> Tensor:
+        """[K, K], symmetric.
+
+        Raises:
+            CalibrationError: tokens were seen and all were non-finite; ``name`` is the module in the message.
+        """
+        if self.dropped and not self.tokens:
+            raise CalibrationError(
+                f"{name}: all {self.dropped} calibration tokens gave NaN or infinite inputs; the model overflows "
+                "before this layer: load it in float32, or check that its weights are intact"
+            )
+        return self._sum.triu() + self._sum.triu(1).t()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Args:
+    upper: [K, K] upper triangular U with ``U^T U = H^-1`` (the damped H).
+    damp_percent: the damping that was used.
+    method: how the factorization succeeded: "cholesky", "cholesky float64" or "diagonal".
+    """
+
+    upper: Tensor
+    damp_percent: float
+    method: str
+
+
+def factor(hessian: Tensor, damp_percent: float) -> Factor:
+    """U with ``U^T U = (H + damp I)^-1`` for H [K, K] without zeros on the diagonal.
+
+    Flipping both axes of H turns its lower Cholesky factor into R upper with ``H = R R^T``, hence U = R^-1: one
+    factorization and one triangular inverse instead of inverse plus two factorizations. Damping triples up to three
+    times, then float64 is tried, then off-diagonal terms are ignored (plain rounding, weighted); ``method`` tells.
+    """
+    mean = hessian.diagonal().mean()
+    attempts = [(hessian.dtype, damp_percent * 3**i) for i in range(_RETRIES)]
+    if hessian.dtype != torch.float64:
+        attempts += [(torch.float64, damp) for _, damp in attempts]
+    for dtype, damp in attempts:
+        damped = hessian.to(dtype).clone()
+        damped.diagonal().add_(damp * mean)
+        flipped, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            root = flipped.flip(0, 1)
+            eye = torch.eye(root.shape[0], dtype=dtype, device=root.device)
+            upper = torch.linalg.solve_triangular(root, eye, upper=True).to(hessian.dtype)
+            if upper.isfinite().all():
+                return Factor(upper, damp, "cholesky" if dtype == hessian.dtype else "cholesky float64")
+    diagonal = hessian.diagonal() + damp_percent * mean
+    return Factor(diagonal.rsqrt().diag(), damp_percent, "diagonal")

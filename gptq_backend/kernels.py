@@ -1,0 +1,102 @@
+"""The kernel table: every way to multiply by a quantized weight is one row, and ``select_kernel`` the only chooser."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import ConfigError
+from .weight import LinearSpec
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    Args:
+        name: what ``backend=NAME`` refers to.
+        supports: ``(spec, device) -> None`` when the kernel can serve it, else the reason why not.
+        prepare: ``(spec, checkpoint tensors) -> tensors in the kernel's layout``; bias excluded.
+        unprepare: the exact inverse, bit for bit.
+        apply: ``(spec, prepared, x [..., K], bias [N] | None) -> y [..., N]`` in the dtype of x.
+        op: the same call through ``torch.ops``, used while tracing or when a gradient is needed.
+    """
+
+    name: str
+    supports: Callable[[LinearSpec, torch.device], str | None]
+    prepare: Callable[[LinearSpec, Tensors], Tensors]
+    unprepare: Callable[[LinearSpec, Tensors], Tensors]
+    apply: Callable[[LinearSpec, Tensors, Tensor, Tensor | None], Tensor]
+    op: Callable[[LinearSpec, Tensors, Tensor, Tensor | None], Tensor]
+
+
+def _reference(
+    gemm: Callable[..., Tensor], spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    return gemm(
+        x,
+        prepared["qweight"],
+        prepared["qzeros"],
+        prepared["scales"],
+        prepared["g_idx"] if spec.act_order else None,
+        spec.in_features,
+        spec.bits,
+        spec.group_size,
+        spec.zero_offset,
+        spec.planar,
+        bias,
+    )
+
+
+REFERENCE = Kernel(
+    name="reference",
+    supports=lambda spec, device: None,
+    prepare=lambda spec, tensors: tensors,
+    unprepare=lambda spec, prepared: prepared,
+    apply=functools.partial(_reference, ops.gemm),
+    op=lambda spec, prepared, x, bias: _reference(torch.ops.gptq_backend.gemm, spec, prepared, x, bias),
+)
+
+# Fastest first. The reference serves everything and therefore comes last.
+KERNELS: list[Kernel] = [REFERENCE]
+
+
+def kernel_report(spec: LinearSpec, device: torch.device) -> dict[str, str | None]:
+    """``{row: None if it can serve spec on device, else why not}``, fastest first."""
+    return {kernel.name: kernel.supports(spec, device) for kernel in KERNELS}
+
+
+def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = None) -> Kernel:
+    """The fastest row that serves ``spec`` on ``device``, or the row called ``name`` ("auto" and None choose).
+
+    Raises:
+        ConfigError: no row of that name, or it cannot serve the layer (with its reason).
+    """
+    if name in (None, "auto", "auto_trainable"):  # the last one is what transformers' documentation tells users to pass
+        reasons = kernel_report(spec, device)
+        chosen = next(kernel for kernel in KERNELS if reasons[kernel.name] is None)
+        if chosen is REFERENCE:
+            why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
+            _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())
+        return chosen
+    for kernel in KERNELS:
+        if kernel.name == name:
+            if reason := kernel.supports(spec, device):
+                raise ConfigError(f"backend={name!r} cannot serve this layer on {device}: {reason}; use backend='auto'")
+            return kernel
+    raise ConfigError(f"backend={name!r} is not a kernel; choose 'auto' or one of {[k.name for k in KERNELS]}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

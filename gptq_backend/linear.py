@@ -1,0 +1,195 @@
+"""The one quantized layer. Its parameters are the checkpoint's tensors until ``prepare`` hands them to a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+from .kernels import Kernel, Tensors, select_kernel
+from .weight import LinearSpec, QuantizedWeight, decode, encode, resolve
+
+
+class QuantLinear(nn.Module):
+    """``y = x @ W.T + bias`` with W quantized.
+
+    Life: empty checkpoint parameters -> a loader fills them -> :meth:`prepare` checks the values, chooses a kernel and
+    lets it repack -> forward. Repacking is undone bit for bit wherever someone looks: ``state_dict()``, ``deepcopy`` and
+    pickling always see the checkpoint's tensors, and ``.to(device)`` prepares again for the new device. Casting the
+    model (``.half()``, ``.to(dtype)``) leaves the layer's stored dtypes alone: outputs follow the dtype of x.
+
+    Args:
+        spec: shapes, dtypes and format of the stored tensors.
+        name: the layer's name in the model, for messages.
+        backend: row of the kernel table, or None for the fastest that fits.
+        device: where to create the empty parameters.
+    """
+
+    def __init__(
+        self,
+        spec: LinearSpec,
+        name: str = "linear",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.stored_spec = self.spec = spec
+        self.name, self.backend = name, backend
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        self._kernel: Kernel | None = None
+        if not spec.has_bias:
+            self.register_parameter("bias", None)
+        dtypes = spec.dtypes
+        self._set({key: torch.empty(shape, dtype=dtypes[key], device=device) for key, shape in spec.shapes.items()})
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        checkpoint_format: str = "gptq",
+        name: str = "linear",
+        backend: str | None = None,
+    ) -> QuantLinear:
+        """A layer that holds ``weight``; bias: [N] or None, kept in its dtype."""
+        import dataclasses
+
+        spec, tensors = encode(weight, checkpoint_format)
+        if bias is not None:
+            spec = dataclasses.replace(spec, has_bias=True, bias_dtype=bias.dtype)
+            tensors["bias"] = bias.detach()
+        layer = cls(spec, name, backend, device="meta")
+        layer._set(tensors)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float [..., K] -> [..., N] in the dtype of x."""
+        if self._kernel is None:
+            return self._forward_unprepared(x)
+        parameters: Any = self._parameters
+        bias = parameters["bias"]
+        if (
+            torch.compiler.is_compiling()
+            or type(x) is not Tensor
+            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        ):
+            return self._kernel.op(self.spec, parameters, x, bias)
+        return self._kernel.apply(self.spec, parameters, x, bias)
+
+    @torch.compiler.disable
+    def _forward_unprepared(self, x: Tensor) -> Tensor:
+        """First call, or a layer whose weights an accelerate hook brings for this call only."""
+        if not _is_offloaded(self):
+            return self.prepare()(x)
+        spec = resolve(self.spec, self._stored(), self.name)
+        kernel = select_kernel(spec, x.device, self.backend)
+        return kernel.op(spec, kernel.prepare(spec, self._stored()), x, self.bias)
+
+    def prepare(self, device: torch.device | str | None = None) -> QuantLinear:
+        """Check the loaded values, move to ``device``, choose a kernel and repack. Idempotent.
+
+        Raises:
+            CheckpointError: damaged values (see :func:`weight.resolve`), or parameters that were never loaded.
+            ConfigError: the requested backend does not exist or cannot serve the layer.
+        """
+        stored = self._stored() if self._kernel is None else None
+        if stored is None:
+            return self
+        if any(tensor.is_meta for tensor in stored.values()):
+            raise CheckpointError(f"{self.name}: its weights were never loaded; load a state dict first")
+        if device is not None:
+            stored = {key: tensor.to(device) for key, tensor in stored.items()}
+            if self.bias is not None:
+                self._set({"bias": self.bias.to(device)}, only_add=True)
+        self.spec = resolve(self.stored_spec, stored, self.name)
+        kernel = select_kernel(self.spec, stored["qweight"].device, self.backend)
+        self._set(kernel.prepare(self.spec, stored))
+        self._kernel = kernel
+        return self
+
+    def unprepare(self) -> QuantLinear:
+        """Return to the checkpoint's tensors, bit for bit."""
+        if self._kernel is not None:
+            stored = self._stored()
+            self._kernel = None
+            self._set(stored)
+        return self
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The layer's weight as the hub value."""
+        stored = self._stored()
+        return decode(resolve(self.stored_spec, stored, self.name), stored)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """An ordinary ``nn.Linear`` with the same weight, rounded once to ``dtype``."""
+        weight = self.quantized_weight().dequantize(torch.float32).to(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype))
+        return linear
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What adapters trained on top (PEFT) should use."""
+        return self.stored_spec.scales_dtype
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        kernel = self._kernel.name if self._kernel else "not prepared"
+        return (
+            f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}, "
+            f"sym={spec.sym}, act_order={spec.act_order}, bias={spec.has_bias}, kernel={kernel}"
+        )
+
+    # -- storage ---------------------------------------------------------------------------------------------------
+
+    def _stored(self) -> Tensors:
+        """The checkpoint's tensors, bias excluded."""
+        held = {key: value.data for key, value in self._parameters.items() if value is not None and key != "bias"}
+        return held if self._kernel is None else self._kernel.unprepare(self.spec, held)
+
+    def _set(self, tensors: Mapping[str, Tensor], only_add: bool = False) -> None:
+        """Make ``tensors`` the parameters, in place of all but the bias unless ``only_add``."""
+        if not only_add:
+            for key in [key for key in self._parameters if key != "bias"]:
+                del self._parameters[key]
+        for key, tensor in tensors.items():
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        prepared = self._kernel is not None
+        self.unprepare()
+
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move_only, recurse)
+        return self.prepare() if prepared and not self._parameters["qweight"].is_meta else self  # type: ignore[union-attr]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for key, tensor in self._stored().items():
+            destination[prefix + key] = tensor
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unprepare()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        stored = self._stored()
+        state["_kernel"], state["spec"] = None, self.stored_spec
+        state["_parameters"] = {key: nn.Parameter(value, requires_grad=False) for key, value in stored.items()}
+        state["_parameters"]["bias"] = self.bias
+        return state
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(item, "offload", False) for item in getattr(hook, "hooks", [hook]))

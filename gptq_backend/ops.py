@@ -1,0 +1,136 @@
+"""The operators ``torch.ops.gptq_backend.*`` over checkpoint tensors, in plain torch.
+
+Registered with ``torch.library`` (schema, fake, autograd with respect to ``x``), they run on every device and are what
+the ``reference`` row of the kernel table calls. Arguments common to both, with K, N, G as in docs/format.md:
+
+    qweight [ceil(K*bits/w), N] and qzeros [G, ceil(N*bits/w)], integer words of w bits; scales float [G, N];
+    g_idx int32 [K] or None for ``k // group_size``; zero_offset is added to each stored zero (1: gptq, 0: gptq_v2);
+    planar tells the two 3-bit layouts apart (see packing.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .weight import LinearSpec, unpack_codes, unpack_zeros
+
+_ARGS = (
+    "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, "
+    "int in_features, int bits, int group_size, int zero_offset, bool planar"
+)
+# Largest dense slice that exists at a time: 64 MiB in float32.
+_MAX_DENSE_ELEMENTS = 1 << 24
+
+_library = torch.library.Library("gptq_backend", "DEF")
+_library.define(f"dequantize({_ARGS}, ScalarType dtype) -> Tensor")
+_library.define(f"gemm(Tensor x, {_ARGS}, Tensor? bias) -> Tensor")
+
+
+def _spec(
+    qweight: Tensor, scales: Tensor, in_features: int, bits: int, group_size: int, offset: int, planar: bool
+) -> LinearSpec:
+    return LinearSpec(
+        in_features=in_features,
+        out_features=scales.shape[1],
+        bits=bits,
+        group_size=group_size,
+        groups=scales.shape[0],
+        zero_offset=offset,
+        planar=planar,
+        word_dtype=qweight.dtype,
+    )
+
+
+def _dense(spec: LinearSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, n] of the n output channels that all arguments were sliced to."""
+    return (unpack_codes(spec, qweight).to(dtype) - zeros.to(dtype)[index]) * scales.to(dtype)[index]
+
+
+def _index(spec: LinearSpec, g_idx: Tensor | None, device: torch.device) -> Tensor:
+    return (spec.trivial_g_idx.to(device) if g_idx is None else g_idx).long()
+
+
+def dequantize(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+    planar: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``. Arguments: see the module."""
+    spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
+    index = _index(spec, g_idx, qweight.device)
+    return _dense(spec, qweight, scales, unpack_zeros(spec, qzeros), index, dtype)
+
+
+def gemm(
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+    planar: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    """``x @ W.T + bias``. x: float [..., K] -> [..., N] in the dtype of x. Other arguments: see the module.
+
+    16-bit inputs are multiplied in float32 on a CPU (which also is faster where it lacks 16-bit units) and in their
+    own dtype elsewhere. Output channels are done in slices, so that the dense weight never exists as a whole.
+    """
+    spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
+    compute = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
+    rows = x.reshape(-1, in_features).to(compute)
+    index, zeros = _index(spec, g_idx, x.device), unpack_zeros(spec, qzeros)
+    step = max(1, _MAX_DENSE_ELEMENTS // in_features)
+    parts = [
+        rows @ _dense(spec, qweight[:, n : n + step], scales[:, n : n + step], zeros[:, n : n + step], index, compute)
+        for n in range(0, spec.out_features, step)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if bias is not None:
+        y = y + bias.to(compute)
+    return y.to(x.dtype).view(*x.shape[:-1], spec.out_features)
+
+
+def _dequantize_fake(qweight, qzeros, scales, g_idx, in_features, bits, group_size, zero_offset, planar, dtype):  # type: ignore[no-untyped-def]
+    return scales.new_empty((in_features, scales.shape[1]), dtype=dtype)
+
+
+def _gemm_fake(x, qweight, qzeros, scales, g_idx, in_features, bits, group_size, zero_offset, planar, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
+def _save_for_gemm_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, qweight, qzeros, scales, g_idx, *numbers, bias = inputs
+    ctx.save_for_backward(qweight, qzeros, scales, g_idx)
+    ctx.numbers, ctx.bias_dtype = numbers, None if bias is None else bias.dtype
+
+
+def _gemm_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    """Gradients for x and bias; the quantized weight is not trainable."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = torch.ops.gptq_backend.dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
+        grad_x = grad @ dense.t()
+    if ctx.needs_input_grad[-1]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return (grad_x, *[None] * 9, grad_bias)
+
+
+_library.impl("dequantize", dequantize, "CompositeExplicitAutograd")
+_library.impl("gemm", gemm, "CompositeExplicitAutograd")
+torch.library.register_fake("gptq_backend::dequantize", _dequantize_fake, lib=_library)
+torch.library.register_fake("gptq_backend::gemm", _gemm_fake, lib=_library)
+torch.library.register_autograd(
+    "gptq_backend::gemm", _gemm_backward, setup_context=_save_for_gemm_backward, lib=_library
+)

@@ -1,0 +1,381 @@
+"""Quantize a whole model in one forward pass over the calibration data.
+
+Every batch's forward runs as a task in lockstep. When all tasks stand in front of a linear layer, their inputs make its
+Hessian, the layer is quantized, and the tasks go on with the quantized weight. Arguments that the model hands to each
+block (masks, rotary embeddings) need no capturing or replaying, because the model's own forward passes them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import lockstep
+from .calibration import Batch, make_batches
+from .config import QuantizeConfig
+from .errors import CalibrationError
+from .gptq import LayerFactor, prepare_factor, quantize_weight
+from .hessian import Hessian
+from .linear import QuantLinear
+from .structure import Block, Target, dense_weight, find_structure, is_conv1d, replace_module, untie
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one layer went. Losses as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn" or as in :class:`Factor`."""
+
+    name: str
+    bits: int
+    group_size: int
+    loss: float
+    relative_loss: float
+    method: str
+    damp_percent: float
+    tokens: int
+    dropped_tokens: int
+    seconds: float
+
+
+@dataclass
+class QuantizeReport:
+    """Args:
+    layers: one entry per quantized layer, in the order they were done.
+    seconds: wall time of the whole run.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+_Input = tuple[Tensor, "Tensor | None"]  # a layer's input and the attention mask of its batch
+_MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("attention_mask")  # of the running task
+Progress = Callable[[LayerReport, int, int], None]
+
+
+def quantize_model(
+    model: nn.Module,
+    config: QuantizeConfig,
+    calibration: Sequence[Any] | None = None,
+    *,
+    batch_size: int | None = None,
+    block_name: str | None = None,
+    backend: str | None = None,
+    on_layer: Progress | None = None,
+    on_block: Callable[[nn.Module], None] | None = None,
+) -> QuantizeReport:
+    """Replace the linear layers of ``model``'s blocks by :class:`QuantLinear`, in place.
+
+    Args:
+        model: called as ``model(input_ids=..., attention_mask=...)``.
+        config: what to quantize and how.
+        calibration: token id samples (see :func:`calibration.make_batches`); None rounds to nearest.
+        batch_size: sequences per forward pass; None aims at about 2048 tokens.
+        block_name: name of the list of blocks, where :func:`structure.find_structure` would choose another.
+        backend: kernel of the resulting layers.
+        on_layer: called with each layer's report, how many are done, and how many there are.
+        on_block: called with each block before it is first used, to bring its weights.
+
+    Raises:
+        ConfigError, CalibrationError: see their messages. The model is then partly quantized: load it again.
+    """
+    batches = None if calibration is None else make_batches(calibration, batch_size)
+    return _Run(model, config, batches, block_name, backend, on_layer, on_block).run()
+
+
+class _Stop(BaseException):
+    """Ends a forward pass after the last layer to quantize; not an Exception, so that no model code catches it."""
+
+
+@dataclass
+class _Shared:
+    """A factor and the input tensors (one per task) that it was made from."""
+
+    inputs: list[weakref.ref[Tensor]]
+    settings: tuple[Any, ...]
+    factor: LayerFactor
+    hessian: Hessian
+
+    def made_from(self, inputs: list[_Input]) -> bool:
+        return len(inputs) == len(self.inputs) and all(ref() is x for ref, (x, _) in zip(self.inputs, inputs))
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: QuantizeConfig,
+        batches: list[Batch] | None,
+        block_name: str | None,
+        backend: str | None,
+        on_layer: Progress | None,
+        on_block: Callable[[nn.Module], None] | None,
+    ) -> None:
+        self.model, self.config, self.batches, self.backend = model, config, batches, backend
+        self.on_layer, self.on_block = on_layer, on_block
+        self.structure = find_structure(model, config, block_name)
+        self.report = QuantizeReport()
+        self.arrived: dict[Target, list[_Input]] = {}  # what the waiting tasks are about to feed each layer
+        self.shared: list[_Shared] = []
+        self.done: dict[nn.Module, QuantLinear] = {}
+        self.pending: list[tuple[Target, _Shared | None]] = []
+        self.current: Block | None = None
+        self.dtypes: dict[nn.Parameter, torch.dtype] = {}
+
+    def run(self) -> QuantizeReport:
+        start = time.perf_counter()
+        if self.structure.head is not None:
+            untie(self.structure.head.module)
+        with torch.no_grad(), _evaluating(self.model):
+            if self.batches is None:
+                self.round_to_nearest()
+            else:
+                self.calibrate(self.batches)
+        self.report.seconds = time.perf_counter() - start
+        return self.report
+
+    def round_to_nearest(self) -> None:
+        for block in self.structure.blocks:
+            self.enter(block)
+            self.leave()
+        if self.structure.head is not None:
+            self.quantize(self.structure.head, None)
+            self.install(self.structure.head)
+
+    def calibrate(self, batches: list[Batch]) -> None:
+        ranks: dict[Any, int] = {}
+        for block in self.structure.blocks:
+            for key in (block, *(target for target in block.targets), (block, "end")):
+                ranks[key] = len(ranks)
+        if self.structure.head is not None:
+            ranks[self.structure.head] = len(ranks)
+        inside = {id(parameter) for block in self.structure.blocks for parameter in block.module.parameters()}
+        outside = [parameter for parameter in self.model.parameters() if id(parameter) not in inside]
+        self.to_compute_dtype(outside)
+        with self.hooks():
+            lockstep.run([self.task(batch) for batch in batches], self.stage, ranks.__getitem__)
+        self.leave()
+        if self.structure.head is not None:
+            self.install(self.structure.head)
+        self.restore_dtype(outside)
+
+    def task(self, batch: Batch) -> Callable[[], None]:
+        parameter = next(self.model.parameters())
+        device = parameter.device if not parameter.is_meta else torch.device("cpu")
+        inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
+        accepted = inspect.signature(self.model.forward).parameters
+        if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            inputs["use_cache"] = False
+
+        def forward() -> None:
+            _MASK.set(inputs.get("attention_mask"))
+            with torch.no_grad():
+                try:
+                    self.model(**inputs)
+                except _Stop:
+                    pass
+
+        return forward
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Make the forward passes wait at blocks and layers."""
+        handles = []
+        for block in self.structure.blocks:
+            handles.append(self.hook_block(block))
+            for target in block.targets:
+                handles.append(self.hook_layer(target))
+        last = self.structure.blocks[-1].module
+        if self.structure.head is None:
+            handles.append(last.register_forward_hook(_stop))
+        else:
+            handles.append(self.hook_layer(self.structure.head))
+            handles.append(self.structure.head.module.register_forward_pre_hook(_stop))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def hook_block(self, block: Block) -> Any:
+        original = block.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            lockstep.wait(block)
+            if block.targets and not self.config.true_sequential:
+                original(*args, **kwargs)  # all Hessians from the block as it was, then the block again, quantized
+                lockstep.wait((block, "end"))
+            return original(*args, **kwargs)
+
+        block.module.forward = forward  # type: ignore[method-assign]
+        return _Restore(block.module)
+
+    def hook_layer(self, target: Target) -> Any:
+        def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module not in self.done and not any(target is waiting for waiting, _ in self.pending):
+                x = next(iter((*args, *kwargs.values())))
+                self.arrived.setdefault(target, []).append((x, _MASK.get()))
+                lockstep.wait(target)
+
+        return target.module.register_forward_pre_hook(wait, with_kwargs=True)
+
+    def stage(self, key: Block | Target | tuple[Block, str]) -> None:
+        if isinstance(key, Block):
+            self.leave()
+            self.enter(key)
+        elif isinstance(key, Target):
+            shared = self.factor(key, self.arrived.pop(key))
+            if self.config.true_sequential or key is self.structure.head:
+                self.quantize(key, shared)
+            else:
+                self.pending.append((key, shared))
+        else:
+            for target, shared in self.pending:
+                self.quantize(target, shared)
+            self.pending.clear()
+
+    def enter(self, block: Block) -> None:
+        if self.on_block is not None:
+            self.on_block(block.module)
+        self.to_compute_dtype(block.module.parameters())
+        self.current = block
+
+    def leave(self) -> None:
+        """Swap the finished block's layers; those that no calibration token reached are rounded to nearest."""
+        if self.current is None:
+            return
+        for target in self.current.targets:
+            if target.module not in self.done:
+                if self.batches is not None:
+                    logger.warning("%s: no calibration token reached it; rounded to nearest", target.name)
+                self.quantize(target, None)
+            self.install(target)
+        self.restore_dtype(self.current.module.parameters())
+        self.shared.clear()
+        self.current = None
+
+    def factor(self, target: Target, inputs: list[_Input]) -> _Shared | None:
+        """The factor of a layer's input, shared with earlier layers of the block that read the same tensors."""
+        self.shared = [entry for entry in self.shared if any(ref() is not None for ref in entry.inputs)]
+        config = target.config
+        settings = (config.group_size, config.desc_act, config.static_groups, config.group_aware, config.damp_percent)
+        same_input = [entry for entry in self.shared if entry.made_from(inputs)]
+        for entry in same_input:
+            if entry.settings == settings:
+                return entry
+        hessian = same_input[0].hessian if same_input else self.hessian([_unpadded(*item) for item in inputs])
+        if hessian.dropped:
+            logger.warning("%s: dropped %d calibration tokens with NaN or infinite inputs", target.name, hessian.dropped)
+        matrix = hessian.matrix(target.name)
+        if not hessian.tokens:
+            return None
+        shared = _Shared([weakref.ref(x) for x, _ in inputs], settings, prepare_factor(matrix, config), hessian)
+        self.shared.append(shared)
+        return shared
+
+    def hessian(self, inputs: list[Tensor]) -> Hessian:
+        first = inputs[0]
+        hessian = Hessian(first.shape[-1], torch.promote_types(first.dtype, torch.float32), first.device)
+        for x in inputs:
+            hessian.add(x)
+        return hessian
+
+    def quantize(self, target: Target, shared: _Shared | None) -> None:
+        """Quantize one layer and leave the dequantized weight in the module for the passes under way."""
+        start = time.perf_counter()
+        module, config = target.module, target.config
+        weight = dense_weight(module).detach()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        tokens = shared.hessian.tokens if shared else 0
+        layer = quantize_weight(weight, shared and shared.factor, config, tokens, name=target.name)
+        dense = layer.weight.dequantize(weight.dtype).to(module.weight.dtype)  # type: ignore[arg-type]
+        module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense  # type: ignore[union-attr]
+        bias = module.bias
+        if bias is not None:
+            bias = bias.detach().to(self.dtypes.get(bias, bias.dtype))  # type: ignore[arg-type,operator,call-overload]
+        quantized = QuantLinear.from_weight(layer.weight, bias, config.checkpoint_format, target.name, self.backend)
+        self.done[module] = quantized
+        entry = LayerReport(
+            name=target.name,
+            bits=config.bits,
+            group_size=config.group_size,
+            loss=layer.loss,
+            relative_loss=layer.relative_loss,
+            method=shared.factor.factor.method if shared else "rtn",
+            damp_percent=shared.factor.factor.damp_percent if shared else 0.0,
+            tokens=tokens,
+            dropped_tokens=shared.hessian.dropped if shared else 0,
+            seconds=time.perf_counter() - start,
+        )
+        if shared and (entry.method != "cholesky" or entry.damp_percent != config.damp_percent):
+            logger.warning(
+                "%s: the Hessian could not be factored with damp_percent=%g; used %s with %g",
+                target.name,
+                config.damp_percent,
+                entry.method,
+                entry.damp_percent,
+            )
+        self.report.layers.append(entry)
+        if self.on_layer is not None:
+            self.on_layer(entry, len(self.report.layers), len(self.structure.targets))
+
+    def install(self, target: Target) -> None:
+        replace_module(self.model, target.name, self.done[target.module].prepare())
+        target.module.weight.data = torch.empty(0)  # type: ignore[union-attr]  # freed although hooks hold the module
+
+    def to_compute_dtype(self, parameters: Any) -> None:
+        """16-bit weights to float32 on a CPU: more accurate, and faster where it lacks 16-bit units."""
+        for parameter in parameters:
+            if parameter.is_floating_point() and parameter.device.type == "cpu":
+                self.dtypes[parameter] = parameter.dtype
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    def restore_dtype(self, parameters: Any) -> None:
+        for parameter in parameters:
+            if parameter in self.dtypes:
+                parameter.data = parameter.data.to(self.dtypes.pop(parameter))
+
+
+@dataclass
+class _Restore:
+    """Undo an instance's own ``forward``."""
+
+    module: nn.Module
+
+    def remove(self) -> None:
+        del self.module.forward
+
+
+def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of x [B, T, K] or [B*T, K] that are not padding; other shapes cannot be told apart and pass."""
+    if mask is None:
+        return x
+    if x.shape[:-1] == mask.shape:
+        return x[mask.bool()]
+    return x[mask.bool().flatten()] if x.shape[:-1] == (mask.numel(),) else x
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,171 @@
+"""Find what to quantize by the shape of a model, not by a table of architectures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import QuantizeConfig
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Args:
+    name: full module name.
+    module: an ``nn.Linear`` (or subclass), or a ``Conv1D`` as GPT-2 has it, whose weight is [K, N].
+    config: settings after the ``dynamic`` rules.
+    """
+
+    name: str
+    module: nn.Module
+    config: QuantizeConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Args:
+    name: full module name.
+    module: one of the model's repeated blocks.
+    targets: layers to quantize inside it, in module order.
+    """
+
+    name: str
+    module: nn.Module
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Args:
+    blocks: all repeated blocks in order, also those without targets.
+    head: the output embedding, when the config asks for it.
+    """
+
+    blocks: tuple[Block, ...]
+    head: Target | None
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        inside = tuple(target for block in self.blocks for target in block.targets)
+        return inside + ((self.head,) if self.head else ())
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear layer that stores its weight as [K, N]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes ``x @ W + b`` from an unquantized 2-D weight."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight directly
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as [N, K], a view of the module's parameter."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if is_conv1d(module) else weight
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of every linear layer of ``model``, by name; weights may be on meta."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_linear(module):
+            rows, columns = dense_weight(module).shape
+            found[name] = (columns, rows)
+    return found
+
+
+def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | None = None) -> Structure:
+    """Blocks and layers of ``model`` that ``config`` selects.
+
+    The blocks are the children of the outermost ``nn.ModuleList`` that holds most linear weights (or of the module
+    called ``block_name``). Routers stay in 16 bits: linear layers that are direct children of a module that also has a
+    child ``experts``.
+
+    Raises:
+        ConfigError: no repeated blocks, or no layer left to quantize.
+    """
+    list_name, blocks = _block_list(model, block_name)
+    last = len(blocks) - config.keep_edge_blocks
+    found = []
+    for i, block in enumerate(blocks):
+        inside = config.keep_edge_blocks <= i < last
+        targets = _targets(f"{list_name}.{i}", block, config) if inside else ()
+        found.append(Block(f"{list_name}.{i}", block, targets))
+    structure = Structure(tuple(found), _head(model, config) if config.lm_head else None)
+    if not structure.targets:
+        raise ConfigError(
+            f"no layer is left to quantize in the {len(blocks)} blocks of {list_name!r}; check dynamic, "
+            "modules_in_block_to_quantize and keep_edge_blocks"
+        )
+    return structure
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule called ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _block_list(model: nn.Module, block_name: str | None) -> tuple[str, list[nn.Module]]:
+    if block_name is not None:
+        try:
+            return block_name, list(model.get_submodule(block_name).children())
+        except AttributeError:
+            raise ConfigError(f"block_name_to_quantize={block_name!r} is not a module of the model") from None
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
+    sizes = {name: _linear_elements(module) for name, module in lists.items()}
+    best = max(sizes, key=lambda name: sizes[name], default=None)
+    if best is None or not sizes[best]:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of repeated blocks with linear layers; name the list with "
+            "block_name_to_quantize"
+        )
+    return best, list(lists[best])
+
+
+def _linear_elements(module: nn.Module) -> int:
+    return sum(dense_weight(child).numel() for child in module.modules() if is_linear(child))
+
+
+def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple[Target, ...]:
+    wanted = config.modules_in_block_to_quantize
+    routers = {
+        child
+        for module in block.modules()
+        if isinstance(getattr(module, "experts", None), nn.Module)
+        for child in module.children()
+        if is_linear(child)
+    }
+    found = []
+    for name, module in block.named_modules():
+        if not is_linear(module) or module in routers or (wanted is not None and name not in wanted):
+            continue
+        layer_config = config.for_module(f"{block_name}.{name}")
+        if layer_config is not None:
+            found.append(Target(f"{block_name}.{name}", module, layer_config))
+    return tuple(found)
+
+
+def _head(model: nn.Module, config: QuantizeConfig) -> Target | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter else getattr(model, "lm_head", None)
+    if head is None or not is_linear(head):
+        raise ConfigError(f"lm_head=True, but {type(model).__name__} has no linear output embedding; set it to False")
+    name = next(name for name, module in model.named_modules() if module is head)
+    layer_config = config.for_module(name)
+    return None if layer_config is None else Target(name, head, layer_config)
+
+
+def untie(module: nn.Module) -> None:
+    """Give the module a weight of its own, so that replacing it leaves the input embedding alone."""
+    module.weight = nn.Parameter(torch.empty_like(module.weight).copy_(module.weight), requires_grad=False)

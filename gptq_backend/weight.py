@@ -1,0 +1,197 @@
+"""The hub value between algorithm, file format and kernels: a quantized weight and the spec of its stored tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import packing
+from .errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Everything about one stored linear layer except its values.
+
+    Args:
+        in_features, out_features: K and N.
+        bits: width of a code.
+        group_size: channels per group when ``g_idx`` is absent or trivial (K for a single group).
+        groups: G, rows of ``scales``.
+        zero_offset: what to add to a stored zero: 1 for ``gptq``, 0 for ``gptq_v2`` and ``gptq_p``.
+        planar: 3-bit codes and zeros lie in planes (``gptq_p``).
+        sym: the checkpoint claims a symmetric grid; checked against the zeros by :func:`resolve`.
+        has_g_idx, has_bias: whether the tensor exists in the checkpoint.
+        act_order: ``g_idx`` is not ``arange(K) // group_size``; known after :func:`resolve`.
+        word_dtype, scales_dtype, bias_dtype: dtypes in the checkpoint.
+    """
+
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    groups: int
+    zero_offset: int = 1
+    planar: bool = False
+    sym: bool = True
+    has_g_idx: bool = True
+    has_bias: bool = False
+    act_order: bool = False
+    word_dtype: torch.dtype = torch.int32
+    scales_dtype: torch.dtype = torch.float16
+    bias_dtype: torch.dtype = torch.float16
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each stored tensor."""
+        word_bits = self.word_dtype.itemsize * 8
+        shapes: dict[str, tuple[int, ...]] = {
+            "qweight": (-(-self.in_features * self.bits // word_bits), self.out_features),
+            "qzeros": (self.groups, -(-self.out_features * self.bits // word_bits)),
+            "scales": (self.groups, self.out_features),
+        }
+        if self.has_g_idx:
+            shapes["g_idx"] = (self.in_features,)
+        if self.has_bias:
+            shapes["bias"] = (self.out_features,)
+        return shapes
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each stored tensor."""
+        all_dtypes = {
+            "qweight": self.word_dtype,
+            "qzeros": self.word_dtype,
+            "scales": self.scales_dtype,
+            "g_idx": torch.int32,
+            "bias": self.bias_dtype,
+        }
+        return {name: all_dtypes[name] for name in self.shapes}
+
+    @property
+    def trivial_g_idx(self) -> Tensor:
+        """int32 [K]: the group of each input channel without act-order."""
+        return torch.arange(self.in_features, dtype=torch.int32) // self.group_size
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stored tensors in bytes."""
+        dtypes = self.dtypes
+        return sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in self.shapes.items())
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """``W[n, k] = (codes[k, n] - zeros[g_idx[k], n]) * scales[g_idx[k], n]``.
+
+    Args:
+        codes: uint8 [K, N], below ``2**bits``.
+        scales: float [G, N], already rounded to the dtype that is stored.
+        zeros: uint8 [G, N], below ``2**bits``.
+        g_idx: int32 [K], group of each input channel.
+        bits: width of a code.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    bits: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K] weight, computed in ``dtype``."""
+        index = self.g_idx.long()
+        difference = self.codes.to(dtype) - self.zeros.to(dtype)[index]
+        return (difference * self.scales.to(dtype)[index]).t().contiguous()
+
+
+def encode(weight: QuantizedWeight, checkpoint_format: str = "gptq") -> tuple[LinearSpec, dict[str, Tensor]]:
+    """The tensors of a checkpoint. Returns their spec and qweight, qzeros, scales, g_idx (shapes in docs/format.md)."""
+    features, out_features = weight.codes.shape
+    bits, groups = weight.bits, weight.scales.shape[0]
+    offset = 1 if checkpoint_format == "gptq" else 0
+    planar = checkpoint_format == "gptq_p" and bits == 3
+    stored_zeros = (weight.zeros.int() - offset) & ((1 << bits) - 1)
+    spec = LinearSpec(
+        in_features=features,
+        out_features=out_features,
+        bits=bits,
+        group_size=_group_size(weight.g_idx, groups),
+        groups=groups,
+        zero_offset=offset,
+        planar=planar,
+        sym=bool((weight.zeros == 1 << (bits - 1)).all()),
+        scales_dtype=weight.scales.dtype,
+    )
+    spec = dataclasses.replace(spec, act_order=not torch.equal(weight.g_idx.cpu(), spec.trivial_g_idx))
+    return spec, {
+        "qweight": packing.pack(weight.codes, bits, planar),
+        "qzeros": packing.pack(stored_zeros.t(), bits, planar).t().contiguous(),
+        "scales": weight.scales.contiguous(),
+        "g_idx": weight.g_idx.int().contiguous(),
+    }
+
+
+def decode(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Undo :func:`encode` for tensors of any layout that ``spec`` can describe."""
+    codes, zeros = unpack_codes(spec, tensors["qweight"]), unpack_zeros(spec, tensors["qzeros"])
+    g_idx = tensors["g_idx"] if spec.act_order else spec.trivial_g_idx.to(codes.device)
+    return QuantizedWeight(codes, tensors["scales"], zeros, g_idx, spec.bits)
+
+
+def unpack_codes(spec: LinearSpec, qweight: Tensor) -> Tensor:
+    """uint8 [K, N] from ``qweight``."""
+    return packing.unpack(packing.to_int32_words(qweight, 0), spec.bits, spec.in_features, spec.planar)
+
+
+def unpack_zeros(spec: LinearSpec, qzeros: Tensor) -> Tensor:
+    """uint8 [G, N] from ``qzeros``. The offset is added to each field, never to a packed word, and wraps."""
+    words = packing.to_int32_words(qzeros, 1).t()
+    stored = packing.unpack(words, spec.bits, spec.out_features, spec.planar).t()
+    return (stored + spec.zero_offset) & ((1 << spec.bits) - 1)
+
+
+def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> LinearSpec:
+    """Complete ``spec`` with what only the values tell: whether ``g_idx`` is real, and what the zeros mean.
+
+    A checkpoint that claims ``sym`` and stores zeros that are all ``2**(b-1)`` or all ``2**(b-1) - 1`` means
+    ``2**(b-1)``, whatever its format key says (v2 zeros under a v1 label are in circulation).
+
+    Raises:
+        CheckpointError: ``g_idx`` out of range or non-finite scales, with the module's ``name``.
+    """
+    if not tensors["scales"].isfinite().all():
+        bad = int((~tensors["scales"].isfinite()).sum())
+        raise CheckpointError(f"{name}.scales: {bad} values are NaN or infinite; the file is damaged, fetch it again")
+    if spec.has_g_idx:
+        g_idx = tensors["g_idx"]
+        low, high = int(g_idx.min()), int(g_idx.max())
+        if low < 0 or high >= spec.groups:
+            raise CheckpointError(
+                f"{name}.g_idx: values span {low}..{high}, expected 0..{spec.groups - 1} ({spec.groups} rows of "
+                "scales); the file is damaged, fetch it again"
+            )
+        trivial = torch.equal(g_idx.cpu().int(), spec.trivial_g_idx)
+        spec = dataclasses.replace(spec, act_order=not trivial)
+    if spec.sym:
+        stored = unpack_zeros(dataclasses.replace(spec, zero_offset=0), tensors["qzeros"])
+        middle = 1 << (spec.bits - 1)
+        first = int(stored[0, 0])
+        if first in (middle, middle - 1) and bool((stored == first).all()):
+            spec = dataclasses.replace(spec, zero_offset=middle - first)
+        else:
+            logger.warning("%s: config says sym, but the zeros vary; they are used as stored (asymmetric)", name)
+            spec = dataclasses.replace(spec, sym=False)
+    return spec
+
+
+def _group_size(g_idx: Tensor, groups: int) -> int:
+    """Channels in the largest group: the group size that produced ``g_idx``."""
+    return int(torch.bincount(g_idx.long(), minlength=groups).max())
