@@ -6,6 +6,7 @@ rounded column. docs/algorithm.md maps the paper's equations to these lines.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,12 @@ class LayerFactor:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """Args:
-    weight: the result.
-    loss: ``tr(D H D^T)`` for D = quantized - original weight, per calibration token and output channel.
-    relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error.
+    """A quantized weight and what it costs.
+
+    Args:
+        weight: the result.
+        loss: ``tr(D H D^T)`` for D = quantized - original weight, per calibration token and output channel.
+        relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error.
     """
 
     weight: QuantizedWeight
@@ -90,8 +93,7 @@ def quantize_weight(
         upper = torch.eye(columns, dtype=weight.dtype, device=weight.device)
     else:
         order, upper = shared.order, shared.factor.upper.to(weight.dtype)
-    loop = _ColumnLoop(weight, order, upper, config, scales_dtype)
-    quantized = loop.run()
+    quantized = _ColumnLoop(weight, order, upper, config, scales_dtype).run()
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; the model's weights are out of range")
     difference = quantized.dequantize(weight.dtype) - weight
@@ -109,125 +111,132 @@ def quantize_weight(
 
 
 class _ColumnLoop:
-    """The loop's working set, transposed so that one column of the weight is one contiguous row."""
+    """The loop's working set, transposed so that one column of the weight is one contiguous row.
+
+    Codes are kept minus their zero until the end, as floats: rounding a column is then divide, round, clamp.
+    """
 
     def __init__(
         self, weight: Tensor, order: ColumnOrder, upper: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype
     ) -> None:
-        self.order, self.upper = order, upper
-        self.bits, self.sym, self.search = config.bits, config.sym, config.scale_search
-        self.max_code = (1 << config.bits) - 1
+        self.order, self.config, self.scales_dtype = order, config, scales_dtype
         self.rest = weight.t()[order.perm].contiguous()  # [K, N], columns in processing order
-        # A column's rounding error e costs (e / U_kk)^2 (eq. 2 of the paper).
-        self.cost = upper.diagonal().square().reciprocal()
-        self.groups_in_order = order.g_idx[order.perm].tolist()
-        groups, outputs = int(order.g_idx.max()) + 1, weight.shape[0]
-        self.scales = torch.empty((groups, outputs), dtype=weight.dtype, device=weight.device)
-        self.zeros = torch.empty_like(self.scales)
-        self.codes = torch.empty_like(self.rest, dtype=torch.uint8)
-        self.scales_dtype = scales_dtype
+        self.centred = torch.empty_like(self.rest)  # [K, N], code - zero
+        pivots = upper.diagonal()
+        self.cost = pivots.square().reciprocal()  # a rounding error e of column k costs (e / U_kk)^2: eq. 2
+        self.spread = upper / pivots.unsqueeze(1)  # what an error of column k adds to the columns after it: eq. 3
+        self.groups_in_order: list[int] = order.g_idx[order.perm].tolist()
+        self.grids: dict[int, Grid] = {}
 
     def run(self) -> QuantizedWeight:
         if self.order.static:
-            for group in range(self.scales.shape[0]):
-                members = (self.order.g_idx[self.order.perm] == group).nonzero().flatten()
-                self.fit(group, members)
-        for first, stop, starts_group in self.panels():
-            if starts_group and not self.order.static:
-                group = self.groups_in_order[first]
+            in_order = self.order.g_idx[self.order.perm]
+            for group in range(int(in_order.max()) + 1):
+                self.fit(group, (in_order == group).nonzero().flatten())
+        for first, stop in self.panels():
+            group = self.groups_in_order[first]
+            if group not in self.grids:  # its columns are consecutive and have every earlier error in them
                 length = self.groups_in_order.count(group)
                 self.fit(group, torch.arange(first, first + length, device=self.rest.device))
-            errors = self.panel(first, stop)
-            # Lazy batch update (eq. 5): everything to the right of the panel at once.
-            self.rest[stop:].addmm_(self.upper[first:stop, stop:].t(), errors, alpha=-1)
-        codes = torch.empty_like(self.codes)
-        codes[self.order.perm] = self.codes
+            errors = self.round_panel(first, stop)
+            # Lazy batch update, eq. 4: everything after the panel at once.
+            self.rest[stop:].addmm_(self.spread[first:stop, stop:].t(), errors, alpha=-1)
+        grids = [self.grids[group] for group in range(len(self.grids))]
+        scales = torch.stack([grid.scale for grid in grids])
+        zeros = torch.stack([grid.zero for grid in grids])
+        centred = torch.empty_like(self.centred)
+        centred[self.order.perm] = self.centred
+        codes = centred.add_(zeros[self.order.g_idx.long()]).to(torch.uint8)
         return QuantizedWeight(
-            codes, self.scales.to(self.scales_dtype), self.zeros.to(torch.uint8), self.order.g_idx, self.bits
+            codes, scales.to(self.scales_dtype), zeros.to(torch.uint8), self.order.g_idx, self.config.bits
         )
 
-    def panels(self) -> list[tuple[int, int, bool]]:
-        """(first, stop, starts a group): runs of one group, cut at _PANEL; with static grids any _PANEL columns."""
+    def panels(self) -> list[tuple[int, int]]:
+        """(first, stop) of runs of columns: at most _PANEL, and of one group unless the grids are static."""
         edges, groups = [0], self.groups_in_order
-        starts = {0}
         for i in range(1, len(groups)):
             new_group = groups[i] != groups[i - 1] and not self.order.static
             if new_group or i - edges[-1] == _PANEL:
                 edges.append(i)
-                starts |= {i} if new_group else set()
-        return [(a, b, a in starts) for a, b in zip(edges, [*edges[1:], len(groups)], strict=True)]
+        return list(zip(edges, [*edges[1:], len(groups)], strict=True))
 
-    def panel(self, first: int, stop: int) -> Tensor:
-        """Round columns [first, stop) one by one -> their errors divided by U_kk, [stop - first, N]."""
-        block, upper = self.rest[first:stop], self.upper[first:stop, first:stop]
-        errors = torch.empty_like(block)
-        pivots = upper.diagonal().tolist()
+    def round_panel(self, first: int, stop: int) -> Tensor:
+        """Round columns [first, stop) one by one -> their errors, [stop - first, N]."""
+        block, spread = self.rest[first:stop], self.spread[first:stop, first:stop]
+        centred, errors = self.centred[first:stop], torch.empty_like(block)
         for i in range(stop - first):
-            group = self.groups_in_order[first + i]
-            column, scale, zero = block[i], self.scales[group], self.zeros[group]
-            code = torch.div(column, scale).round_().add_(zero).clamp_(0, self.max_code)
-            self.codes[first + i] = code
-            error = torch.sub(column, code.sub_(zero).mul_(scale), out=errors[i]).div_(pivots[i])
+            grid = self.grids[self.groups_in_order[first + i]]
+            grid.round(block[i], centred[i], errors[i])
             if i + 1 < stop - first:
-                block[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
+                block[i + 1 :].addr_(spread[i, i + 1 :], errors[i], alpha=-1)
         return errors
 
     def fit(self, group: int, positions: Tensor) -> None:
         """Set the grid of ``group`` from the current values of the columns at ``positions``."""
-        columns = self.rest[positions]
-        scale, zero = fit_grid(
-            columns, self.cost[positions], self.bits, self.sym, self.search, self.scales_dtype
-        )
-        self.scales[group], self.zeros[group] = scale, zero
+        self.grids[group] = fit_grid(self.rest[positions], self.cost[positions], self.config, self.scales_dtype)
 
 
-def fit_grid(
-    columns: Tensor, cost: Tensor, bits: int, sym: bool, search: bool, scales_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Grid:
     """A uniform grid per output channel.
 
     Args:
-        columns: [g, N], the group's weights.
-        cost: [g], price of a squared error in each column, for the search.
-        bits, sym: size and kind of the grid.
-        search: try scales around min-max and keep the cheapest per output channel.
-        scales_dtype: the scales returned are representable in it.
-
-    Returns:
-        scale [N] > 0 and zero [N], an integer in [0, 2**bits), both in the dtype of ``columns``.
+        scale: [N] > 0, representable in the stored dtype.
+        zero: [N], an integer in [0, 2**bits).
+        low, high: [N], the range of code - zero.
     """
-    max_code = (1 << bits) - 1
-    if sym:
+
+    scale: Tensor
+    zero: Tensor
+    low: Tensor
+    high: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Grid:
+        return Grid(function(self.scale), function(self.zero), function(self.low), function(self.high))
+
+    def round(self, values: Tensor, centred: Tensor, error: Tensor) -> None:
+        """values [..., N]: write code - zero to ``centred`` and value - dequantized value to ``error``."""
+        torch.div(values, self.scale, out=centred).round_()
+        torch.clamp(centred, self.low, self.high, out=centred)
+        torch.addcmul(values, centred, self.scale, value=-1, out=error)
+
+
+def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:
+    """Fit a grid to a group.
+
+    Args:
+        columns: [g, N], the group's weights.
+        cost: [g], price of a squared error in each column.
+        config: bits, sym, and scale_search: try scales around min-max and keep the cheapest per output channel.
+        scales_dtype: what the scales are stored in.
+    """
+    if config.sym:
         high = columns.abs().amax(dim=0)
         low = -high
     else:
         low, high = columns.amin(dim=0).clamp_(max=0), columns.amax(dim=0).clamp_(min=0)
-    best_scale, best_zero = _grid(low, high, bits, sym, scales_dtype)
-    if not search:
-        return best_scale, best_zero
-    weights = cost.unsqueeze(1)
-    best_cost: Tensor | None = None
-    for shrink in _SHRINK:
-        scale, zero = _grid(low * shrink, high * shrink, bits, sym, scales_dtype)
-        rounded = torch.div(columns, scale).round_().add_(zero).clamp_(0, max_code).sub_(zero).mul_(scale)
-        total = rounded.sub_(columns).square_().mul_(weights).sum(dim=0)
-        if best_cost is None:
-            best_scale, best_zero, best_cost = scale, zero, total
-        else:
-            better = total < best_cost
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-            best_cost = torch.where(better, total, best_cost)
-    return best_scale, best_zero
+    if not config.scale_search:
+        return _grid(low, high, config, scales_dtype)
+    shrink = torch.tensor(_SHRINK, dtype=low.dtype, device=low.device).unsqueeze(1)
+    candidates = _grid(low * shrink, high * shrink, config, scales_dtype)  # fields [candidates, N]
+    code, error = torch.empty_like(columns), torch.empty_like(columns)
+    totals = torch.empty_like(candidates.scale)
+    for i in range(len(_SHRINK)):
+        candidates.map(lambda field, i=i: field[i]).round(columns, code, error)
+        torch.mv(error.square_().t(), cost, out=totals[i])
+    best = totals.argmin(dim=0, keepdim=True)
+    return candidates.map(lambda field: field.gather(0, best)[0])
 
 
-def _grid(low: Tensor, high: Tensor, bits: int, sym: bool, scales_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _grid(low: Tensor, high: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:
     """Min-max grid over [low, high], rounded to what is stored. A group of zeros gets scale 1."""
-    max_code = (1 << bits) - 1
+    max_code = (1 << config.bits) - 1
     scale = (high - low) / max_code
     smallest = torch.finfo(scales_dtype).tiny
     scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=smallest))
     scale = scale.to(scales_dtype).to(low.dtype)
-    if sym:
-        return scale, torch.full_like(scale, 1 << (bits - 1))
-    return scale, torch.div(-low, scale).round_().clamp_(0, max_code)
+    if config.sym:
+        zero = torch.full_like(scale, 1 << (config.bits - 1))
+    else:
+        zero = torch.div(-low, scale).round_().clamp_(0, max_code)
+    return Grid(scale, zero, -zero, max_code - zero)

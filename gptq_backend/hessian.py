@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import CalibrationError
 
 _TILE = 256  # columns per block row when only the upper triangle is accumulated
-_RETRIES = 3
+_DAMP_LEVELS = 3  # each three times the one before
 
 
 class Hessian:
@@ -53,10 +53,12 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """Args:
-    upper: [K, K] upper triangular U with ``U^T U = H^-1`` (the damped H).
-    damp_percent: the damping that was used.
-    method: how the factorization succeeded: "cholesky", "cholesky float64" or "diagonal".
+    """The inverse Hessian, factored.
+
+    Args:
+        upper: [K, K] upper triangular U with ``U^T U = H^-1`` (the damped H).
+        damp_percent: the damping that was used.
+        method: how the factorization succeeded: "cholesky", "cholesky float64" or "diagonal".
     """
 
     upper: Tensor
@@ -68,11 +70,11 @@ def factor(hessian: Tensor, damp_percent: float) -> Factor:
     """U with ``U^T U = (H + damp I)^-1`` for H [K, K] without zeros on the diagonal.
 
     Flipping both axes of H turns its lower Cholesky factor into R upper with ``H = R R^T``, hence U = R^-1: one
-    factorization and one triangular inverse instead of inverse plus two factorizations. Damping triples up to three
-    times, then float64 is tried, then off-diagonal terms are ignored (plain rounding, weighted); ``method`` tells.
+    factorization and one triangular inverse instead of inverse plus two factorizations. Damping triples up to twice,
+    then float64 is tried, then off-diagonal terms are ignored (plain rounding, weighted); ``method`` tells.
     """
     mean = hessian.diagonal().mean()
-    attempts = [(hessian.dtype, damp_percent * 3**i) for i in range(_RETRIES)]
+    attempts = [(hessian.dtype, damp_percent * 3**i) for i in range(_DAMP_LEVELS)]
     if hessian.dtype != torch.float64:
         attempts += [(torch.float64, damp) for _, damp in attempts]
     for dtype, damp in attempts:

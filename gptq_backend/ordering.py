@@ -12,11 +12,13 @@ from .config import QuantizeConfig
 
 @dataclass(frozen=True)
 class ColumnOrder:
-    """Args:
-    perm: int64 [K], the i-th channel to quantize.
-    g_idx: int32 [K], the group of each channel (by channel, not by position).
-    static: fit all grids before the loop; otherwise each when the loop reaches its group, whose channels are then
-        consecutive in ``perm``.
+    """Which channel when, and in which group.
+
+    Args:
+        perm: int64 [K], the i-th channel to quantize.
+        g_idx: int32 [K], the group of each channel (by channel, not by position).
+        static: fit all grids before the loop; otherwise each when the loop reaches its group, whose channels are then
+            consecutive in ``perm``.
     """
 
     perm: Tensor

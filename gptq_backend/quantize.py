@@ -50,11 +50,16 @@ class LayerReport:
 
 @dataclass
 class QuantizeReport:
-    """Args:
-    layers: one entry per quantized layer, in the order they were done.
-    seconds: wall time of the whole run.
+    """How a run went.
+
+    Args:
+        config: describes the result: blocks kept in 16 bits by ``keep_edge_blocks`` are named in ``dynamic``, which
+            every reader of GPTQ checkpoints understands.
+        layers: one entry per quantized layer, in the order they were done.
+        seconds: wall time of the whole run.
     """
 
+    config: QuantizeConfig
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -125,11 +130,12 @@ class _Run:
         self.model, self.config, self.batches, self.backend = model, config, batches, backend
         self.on_layer, self.on_block = on_layer, on_block
         self.structure = find_structure(model, config, block_name)
-        self.report = QuantizeReport()
+        self.report = QuantizeReport(self.structure.describe(config))
         self.arrived: dict[Target, list[_Input]] = {}  # what the waiting tasks are about to feed each layer
         self.shared: list[_Shared] = []
         self.done: dict[nn.Module, QuantLinear] = {}
         self.pending: list[tuple[Target, _Shared | None]] = []
+        self.second_pass = False  # the current block runs again, quantized (true_sequential=False)
         self.current: Block | None = None
         self.dtypes: dict[nn.Parameter, torch.dtype] = {}
 
@@ -154,6 +160,7 @@ class _Run:
             self.install(self.structure.head)
 
     def calibrate(self, batches: list[Batch]) -> None:
+        _check_fits(self.model, batches)
         ranks: dict[Any, int] = {}
         for block in self.structure.blocks:
             for key in (block, *(target for target in block.targets), (block, "end")):
@@ -236,7 +243,8 @@ class _Run:
             self.enter(key)
         elif isinstance(key, Target):
             shared = self.factor(key, self.arrived.pop(key))
-            if self.config.true_sequential or key is self.structure.head:
+            # An expert may get its first tokens in the second pass: the quantized block routes otherwise.
+            if self.config.true_sequential or self.second_pass or key is self.structure.head:
                 self.quantize(key, shared)
             else:
                 self.pending.append((key, shared))
@@ -244,12 +252,13 @@ class _Run:
             for target, shared in self.pending:
                 self.quantize(target, shared)
             self.pending.clear()
+            self.second_pass = True
 
     def enter(self, block: Block) -> None:
         if self.on_block is not None:
             self.on_block(block.module)
         self.to_compute_dtype(block.module.parameters())
-        self.current = block
+        self.current, self.second_pass = block, False
 
     def leave(self) -> None:
         """Swap the finished block's layers; those that no calibration token reached are rounded to nearest."""
@@ -364,6 +373,25 @@ def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
     if x.shape[:-1] == mask.shape:
         return x[mask.bool()]
     return x[mask.bool().flatten()] if x.shape[:-1] == (mask.numel(),) else x
+
+
+def _check_fits(model: nn.Module, batches: list[Batch]) -> None:
+    """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
+    getter = getattr(model, "get_input_embeddings", None)
+    vocabulary = getattr(getter() if getter else None, "num_embeddings", None)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for batch in batches:
+        ids = batch["input_ids"]
+        if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise CalibrationError(
+                f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
+                f"{vocabulary} entries; tokenize with the model's own tokenizer"
+            )
+        if longest is not None and ids.shape[1] > longest:
+            raise CalibrationError(
+                f"a calibration sample has {ids.shape[1]} tokens, but the model takes at most {longest} "
+                "(max_position_embeddings); pass a smaller seqlen"
+            )
 
 
 def _stop(*_: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +15,12 @@ from .errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """Args:
-    name: full module name.
-    module: an ``nn.Linear`` (or subclass), or a ``Conv1D`` as GPT-2 has it, whose weight is [K, N].
-    config: settings after the ``dynamic`` rules.
+    """One layer to quantize.
+
+    Args:
+        name: full module name.
+        module: an ``nn.Linear`` (or subclass), or a ``Conv1D`` as GPT-2 has it, whose weight is [K, N].
+        config: settings after the ``dynamic`` rules.
     """
 
     name: str
@@ -26,10 +30,12 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Args:
-    name: full module name.
-    module: one of the model's repeated blocks.
-    targets: layers to quantize inside it, in module order.
+    """One of the model's repeated blocks.
+
+    Args:
+        name: full module name.
+        module: one of the model's repeated blocks.
+        targets: layers to quantize inside it, in module order.
     """
 
     name: str
@@ -39,9 +45,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """Args:
-    blocks: all repeated blocks in order, also those without targets.
-    head: the output embedding, when the config asks for it.
+    """What of a model is to be quantized.
+
+    Args:
+        blocks: all repeated blocks in order, also those without targets.
+        head: the output embedding, when the config asks for it.
     """
 
     blocks: tuple[Block, ...]
@@ -51,6 +59,15 @@ class Structure:
     def targets(self) -> tuple[Target, ...]:
         inside = tuple(target for block in self.blocks for target in block.targets)
         return inside + ((self.head,) if self.head else ())
+
+    def describe(self, config: QuantizeConfig) -> QuantizeConfig:
+        """``config`` with the edge blocks that it keeps in 16 bits named by ``dynamic`` rules instead."""
+        keep = config.keep_edge_blocks
+        if not keep:
+            return config
+        edges = self.blocks[:keep] + self.blocks[-keep:]
+        rules = {f"-:{re.escape(block.name)}\\.": {} for block in edges}
+        return dataclasses.replace(config, keep_edge_blocks=0, dynamic={**rules, **(config.dynamic or {})})
 
 
 def is_conv1d(module: nn.Module) -> bool:

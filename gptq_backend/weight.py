@@ -29,8 +29,9 @@ class LinearSpec:
         planar: 3-bit codes and zeros lie in planes (``gptq_p``).
         sym: the checkpoint claims a symmetric grid; checked against the zeros by :func:`resolve`.
         has_g_idx, has_bias: whether the tensor exists in the checkpoint.
+        empty_g_idx: it exists without elements, which means the same as absent.
         act_order: ``g_idx`` is not ``arange(K) // group_size``; known after :func:`resolve`.
-        word_dtype, scales_dtype, bias_dtype: dtypes in the checkpoint.
+        word_dtype, scales_dtype, bias_dtype, g_idx_dtype: dtypes in the checkpoint.
     """
 
     in_features: int
@@ -42,11 +43,13 @@ class LinearSpec:
     planar: bool = False
     sym: bool = True
     has_g_idx: bool = True
+    empty_g_idx: bool = False
     has_bias: bool = False
     act_order: bool = False
     word_dtype: torch.dtype = torch.int32
     scales_dtype: torch.dtype = torch.float16
     bias_dtype: torch.dtype = torch.float16
+    g_idx_dtype: torch.dtype = torch.int32
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,8 +60,8 @@ class LinearSpec:
             "qzeros": (self.groups, -(-self.out_features * self.bits // word_bits)),
             "scales": (self.groups, self.out_features),
         }
-        if self.has_g_idx:
-            shapes["g_idx"] = (self.in_features,)
+        if self.has_g_idx or self.empty_g_idx:
+            shapes["g_idx"] = (self.in_features,) if self.has_g_idx else (0,)
         if self.has_bias:
             shapes["bias"] = (self.out_features,)
         return shapes
@@ -70,7 +73,7 @@ class LinearSpec:
             "qweight": self.word_dtype,
             "qzeros": self.word_dtype,
             "scales": self.scales_dtype,
-            "g_idx": torch.int32,
+            "g_idx": self.g_idx_dtype,
             "bias": self.bias_dtype,
         }
         return {name: all_dtypes[name] for name in self.shapes}
@@ -135,7 +138,7 @@ def encode(weight: QuantizedWeight, checkpoint_format: str = "gptq") -> tuple[Li
         "qweight": packing.pack(weight.codes, bits, planar),
         "qzeros": packing.pack(stored_zeros.t(), bits, planar).t().contiguous(),
         "scales": weight.scales.contiguous(),
-        "g_idx": weight.g_idx.int().contiguous(),
+        "g_idx": weight.g_idx.to(torch.int32, copy=True),  # layers that share an input share the order: no aliases
     }
 
 

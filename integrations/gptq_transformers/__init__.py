@@ -1,0 +1,36 @@
+"""GPTQ in transformers: importing this package makes ``from_pretrained`` serve GPTQ checkpoints with gptq_backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["GPTQConfig", "from_quantized", "quantize", "register"]
+
+_LAZY = {"GPTQConfig": "config", "attach": "quantizer", "from_quantized": "api", "quantize": "api"}
+
+
+def register() -> None:
+    """Put our config and quantizer in the place of transformers' own for ``quant_method: gptq``. Idempotent.
+
+    transformers has two dictionaries and no entry points; its ``register_*`` functions refuse names that exist.
+    """
+    from transformers.quantizers import auto
+
+    from .config import GPTQConfig, allow_modules_without_optimum
+    from .quantizer import GPTQBackendQuantizer
+
+    allow_modules_without_optimum()
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
+    auto.AUTO_QUANTIZER_MAPPING["gptq"] = GPTQBackendQuantizer
+
+
+def __getattr__(name: str) -> Any:
+    # The API imports the whole of transformers' modelling code, which loading a model does not need so early.
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

@@ -1,0 +1,213 @@
+"""The Python API: quantize a model, load a quantized one."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
+from gptq_backend.calibration import tokenize
+from gptq_backend.errors import CalibrationError, ConfigError
+from gptq_backend.quantize import Progress
+from gptq_backend.reader import checkpoint_files, read_manifest, read_settings
+from gptq_backend.structure import find_structure
+from gptq_backend.writer import atomic_folder, check_output
+
+from .experts import unfuse_experts
+from .quantizer import attach
+
+
+def quantize(
+    model_or_path: PreTrainedModel | str | Path,
+    config: QuantizeConfig,
+    calibration: str | Sequence[Any] | None,
+    *,
+    tokenizer: Any = None,
+    output: str | Path | None = None,
+    seqlen: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    backend: str | None = None,
+    overwrite: bool = False,
+    on_layer: Progress | None = None,
+) -> tuple[PreTrainedModel, QuantizeReport]:
+    """Quantize a causal language model.
+
+    Args:
+        model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the blocks'
+            16-bit weights are read one block at a time.
+        config: what to quantize and how.
+        calibration: one text, texts, or token id samples (lists, tensors [T] or [B, T], mappings with ``input_ids`` and
+            ``attention_mask``); None rounds to nearest.
+        tokenizer: for texts; default: the one in the model's folder.
+        output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all.
+        seqlen: cut texts, joined, into windows of this many tokens; None keeps each text as one sample.
+        samples: use this many windows or texts, drawn with ``seed``.
+        batch_size: sequences per forward pass; None aims at about 2048 tokens.
+        backend: kernel of the resulting layers.
+        overwrite: let ``output`` replace a folder that exists.
+        on_layer: called with each layer's report, how many are done, and how many there are.
+
+    Returns:
+        The quantized model and the report.
+
+    Raises:
+        ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written.
+    """
+    if output is not None:
+        check_output(output, overwrite)
+    path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
+    if tokenizer is None and (output is not None or _is_text(calibration)):
+        tokenizer = _load_tokenizer(path, required=_is_text(calibration))
+    if _is_text(calibration):
+        calibration = tokenize(calibration, tokenizer, seqlen, samples, seed)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory(prefix="gptq-offload-") as scratch:
+        if isinstance(model_or_path, str | Path):
+            model = _load_streamed(model_or_path, config, scratch)
+        else:
+            model = model_or_path
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
+        unfuse_experts(model)
+        report = quantize_model(
+            model,
+            config,
+            calibration,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            backend=backend,
+            on_layer=on_layer,
+            on_block=_take_offloading(model),
+        )
+    attach(model, report.config)
+    if output is not None:
+        with atomic_folder(output, overwrite) as folder:
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+    return model, report
+
+
+def _is_text(calibration: Any) -> bool:
+    return isinstance(calibration, str) or (bool(calibration) and isinstance(calibration[0], str))
+
+
+def _load_tokenizer(path: str | Path, required: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if required:
+            raise CalibrationError(
+                f"no tokenizer could be loaded from {path} ({str(error).splitlines()[0]}); pass tokenizer= or token ids"
+            ) from None
+        return None
+
+
+def _load_streamed(path: str | Path, config: QuantizeConfig, scratch: str) -> PreTrainedModel:
+    """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
+
+    Fused experts have to be split in memory, so such a model is loaded as a whole.
+    """
+    model_config = AutoConfig.from_pretrained(path)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model_config)
+    device_map = None
+    if not unfuse_experts(skeleton):
+        blocks = {block.name for block in find_structure(skeleton, QuantizeConfig()).blocks}
+        device_map = _device_map(skeleton, "", blocks)
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
+
+
+def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str]:
+    """Blocks on disk, all that is beside them in memory, with as few entries as that takes."""
+    if name in blocks:
+        return {name: "disk"}
+    if not any(block.startswith(f"{name}.") for block in blocks) and name:
+        return {name: "cpu"}
+    prefix = f"{name}." if name else ""
+    own = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
+    device_map = {prefix + key: "cpu" for key in own}
+    for child_name, child in module.named_children():
+        device_map.update(_device_map(child, prefix + child_name, blocks))
+    return device_map
+
+
+def _take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
+    """Free ``model`` of accelerate's hooks -> a function that brings a block's offloaded weights for good."""
+    hooks = {}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for item in getattr(hook, "hooks", [hook]):
+            if getattr(item, "offload", False):
+                hooks[module] = item
+    remove_hook_from_submodules(model)
+    if hasattr(model, "hf_device_map"):
+        del model.hf_device_map
+
+    def materialize(block: nn.Module) -> None:
+        for module in block.modules():
+            if module in hooks:
+                hooks.pop(module).pre_forward(module)
+
+    return materialize
+
+
+def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
+
+    That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or a weights file with AutoGPTQ's name
+    (``gptq_model-4bit-128g.safetensors``). Everything else equals ``AutoModelForCausalLM.from_pretrained``.
+
+    Args:
+        path: a folder, or a name on the hub (which must then be in transformers' own layout).
+        **kwargs: for ``from_pretrained``.
+
+    Raises:
+        ConfigError: no quantization settings anywhere. CheckpointError: no usable weights.
+    """
+    source = Path(path)
+    if not source.is_dir() or _is_standard(source):
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    with tempfile.TemporaryDirectory(prefix="gptq-view-") as view:
+        _link_as_standard(source, Path(view))
+        model = AutoModelForCausalLM.from_pretrained(view, **kwargs)
+    model.name_or_path = model.config._name_or_path = str(path)
+    return model
+
+
+def _is_standard(folder: Path) -> bool:
+    """Whether plain ``from_pretrained`` finds both the settings and the weights."""
+    names = {path.name for path in folder.iterdir()}
+    weights = {name for stem in ("model.safetensors", "pytorch_model.bin") for name in (stem, f"{stem}.index.json")}
+    return bool(names & weights) and "quantization_config" in (folder / "config.json").read_text()
+
+
+def _link_as_standard(folder: Path, view: Path) -> None:
+    """Fill ``view`` with links to a checkpoint's files under the names, and with the config, that transformers expects."""
+    settings = read_settings(folder)
+    weights = checkpoint_files(folder, settings)
+    for path in folder.iterdir():
+        if path.is_file() and path not in weights:
+            (view / path.name).symlink_to(path.resolve())
+    for path in weights:
+        name = path.name
+        if len(weights) == 1:
+            name = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
+        (view / name).symlink_to(path.resolve())
+    if len(weights) > 1 and not list(view.glob("*.index.json")):
+        index = {"metadata": {}, "weight_map": {key: info.file.name for key, info in read_manifest(weights).items()}}
+        (view / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = settings | {"quant_method": "gptq"}
+    (view / "config.json").unlink(missing_ok=True)
+    (view / "config.json").write_text(json.dumps(config))

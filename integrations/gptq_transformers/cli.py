@@ -1,0 +1,276 @@
+"""The command line: ``gptq-backend quantize``, ``eval`` and ``inspect``. See docs/cli.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gptq_backend import GPTQError, QuantizeConfig
+
+from . import terminal
+from .report import duration, make_report, megabytes, percent, write_reports
+
+app = typer.Typer(
+    name="gptq-backend",
+    cls=terminal.CommandGroup,
+    help="Make, measure and examine GPTQ checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(str, Enum):
+    """``checkpoint_format``."""
+
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    gptq_p = "gptq_p"
+
+
+class Dtype(str, Enum):
+    """What a model computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout, and nothing else goes there."),
+]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the original model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.", show_default=False)],
+    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with a free zero.")] = True,
+    desc_act: Annotated[bool, typer.Option("--desc-act", help="Act-order: a real g_idx in the checkpoint.")] = False,
+    static_groups: Annotated[bool, typer.Option("--static-groups", help="Fit grids before the column loop.")] = False,
+    act_group_aware: Annotated[
+        bool | None,
+        typer.Option(help="Act-order that keeps g_idx trivial. Default: unless --desc-act or --static-groups."),
+    ] = None,
+    damp_percent: Annotated[float, typer.Option(help="Damping, as a share of the mean Hessian diagonal.")] = 0.01,
+    true_sequential: Annotated[bool, typer.Option(help="Layers see inputs from quantized layers.")] = True,
+    scale_search: Annotated[bool, typer.Option(help="Search scales for the least error instead of min-max.")] = True,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
+    keep_edge_blocks: Annotated[int, typer.Option(help="Leave so many first and last blocks in 16 bits.")] = 0,
+    dynamic: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Per-module rules: {regex: overrides}; '-:regex' skips."),
+    ] = None,
+    checkpoint_format: Annotated[
+        Format, typer.Option("--format", help="How zeros and codes are stored.")
+    ] = Format.gptq,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text to calibrate on: UTF-8, or .jsonl with a text per line."),
+    ] = None,
+    rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest, without calibration.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(help="For the choice of windows.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")] = False,
+    json_target: Json = None,
+) -> None:
+    """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
+    if (calibration is None) != rtn:
+        raise typer.BadParameter(
+            "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read) or --rtn "
+            "(round to nearest, no text needed, less accurate)"
+        )
+    config = QuantizeConfig(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        desc_act=desc_act,
+        static_groups=static_groups,
+        act_group_aware=act_group_aware,
+        damp_percent=damp_percent,
+        true_sequential=true_sequential,
+        scale_search=scale_search,
+        lm_head=lm_head,
+        keep_edge_blocks=keep_edge_blocks,
+        dynamic=_parse_rules(dynamic),
+        checkpoint_format=checkpoint_format.value,
+    )
+    window = {"samples": samples, "seqlen": seqlen, "seed": seed}
+    _run_quantize(model, out, config, calibration, window, batch_size, overwrite, json_target)
+
+
+def _run_quantize(
+    model: str,
+    out: Path,
+    config: QuantizeConfig,
+    calibration: Path | None,
+    window: dict[str, int],
+    batch_size: int | None,
+    overwrite: bool,
+    json_target: str | None,
+) -> None:
+    from .api import quantize as run
+    from .evaluate import require_model
+
+    console = terminal.stderr_console()
+    terminal.set_up_logging(console)
+    terminal.check_json_target(json_target)
+    require_model(model)
+    texts = None if calibration is None else terminal.read_calibration(calibration)
+    with terminal.LayerProgress(console) as progress, terminal.loading(model):
+        _, result = run(
+            model,
+            config,
+            texts,
+            output=out,
+            **window,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            on_layer=progress.on_layer,
+        )
+    used = None
+    if calibration is not None:
+        tokens = max((layer.tokens for layer in result.layers), default=0)
+        used = {"file": str(calibration), **window, "tokens": tokens}
+    report = make_report(result, result.config, model, out, used)
+    _, page = write_reports(report, out)
+    terminal.write_json(json_target, report)
+    if json_target != "-":
+        _print_quantized(report, page)
+
+
+def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
+    if text is None:
+        return None
+    try:
+        rules = json.loads(text)
+    except ValueError as error:
+        raise GPTQError(f"--dynamic is not valid JSON ({error}); expected {{regex: {{key: value}}}}") from None
+    if not isinstance(rules, dict) or not all(isinstance(value, dict) for value in rules.values()):
+        raise GPTQError(f"--dynamic is {text}; expected an object of objects: {{regex: {{key: value}}}}")
+    return rules
+
+
+def _print_quantized(report: dict[str, Any], page: Path) -> None:
+    size = megabytes(report["bytes_after"])
+    if report["bytes_before"]:
+        size = f"{megabytes(report['bytes_before'])} -> {size}"
+    typer.echo(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    typer.echo(f"mean error {percent(report['mean_relative_loss'])}, worst in {report['worst_module']}")
+    typer.echo(f"report: {page}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or name of a model, quantized or not.", show_default=False)],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="REF", help="Model to compare with, usually the original.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="UTF-8 text that MODEL was not calibrated on.", show_default=False),
+    ] = None,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, from the start of the text.")] = 12,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="What to compute in. Default: float32 on a CPU, else as stored.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda:0.")] = "cpu",
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Row of the kernel table. Default: the fastest that fits.", show_default=False),
+    ] = None,
+    json_target: Json = None,
+) -> None:
+    """Perplexity of MODEL; with --reference also how far its predictions are from the reference's."""
+    if text is None:
+        raise typer.BadParameter("pass --text FILE: some 50 kB of UTF-8 text that the model was not calibrated on")
+    from .evaluate import cut_windows, load_model, require_model
+    from .evaluate import evaluate as run
+
+    console = terminal.stderr_console()
+    terminal.set_up_logging(console)
+    terminal.check_json_target(json_target)
+    content = terminal.read_text(text)
+    for path in filter(None, (model, reference)):
+        require_model(path)
+    chosen = dtype.value if dtype else None
+    with console.status("loading", spinner="line") as status:
+        with terminal.loading(model):
+            ids = cut_windows(content, _tokenizer(model), seqlen, windows)
+            loaded = load_model(model, chosen, device, backend)
+        other = None
+        if reference is not None:
+            with terminal.loading(reference):
+                other = load_model(reference, chosen, device)
+        result = run(loaded, ids, other, lambda done, total: status.update(f"window {done} of {total}"))
+    settings = {"model": model, "reference": reference, "text": str(text), "device": device}
+    computed_in = str(next(p for p in loaded.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
+    terminal.write_json(json_target, {**settings, "dtype": computed_in, **dataclasses.asdict(result)})
+    if json_target != "-":
+        _print_evaluation(result, settings, computed_in)
+
+
+def _tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _print_evaluation(result: Any, settings: dict[str, Any], dtype: str) -> None:
+    table = Table(
+        title=f"{result.windows} windows of {result.seqlen} tokens, {dtype} on {settings['device']}", show_header=False
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("perplexity", f"{result.perplexity:.4f}")
+    if result.kld is not None:
+        error = "" if result.kld_stderr is None else f" ± {result.kld_stderr:.5f}"
+        table.add_row("perplexity of the reference", f"{result.reference_perplexity:.4f}")
+        table.add_row("mean KL divergence (nats)", f"{result.kld:.5f}{error}")
+        table.add_row("99th percentile of it", f"{result.kld_p99:.4f}")
+        table.add_row("same most likely token", percent(result.top1_agreement))
+    table.add_row("tokens per second", f"{result.tokens_per_second:.1f}")
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint.", show_default=False)],
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Devices to choose kernels for (repeatable). Default: all of this machine."),
+    ] = None,
+    json_target: Json = None,
+) -> None:
+    """What is quantized in PATH and how, what is odd about it, and which kernel would serve it. Loads no model."""
+    from .inspection import inspect_checkpoint, print_inspection
+
+    terminal.set_up_logging(terminal.stderr_console())
+    terminal.check_json_target(json_target)
+    found = inspect_checkpoint(path, device)
+    terminal.write_json(json_target, found)
+    if json_target != "-":
+        print_inspection(found, Console(highlight=False))
+    if found["damaged"]:
+        count = len(found["damaged"])
+        raise GPTQError(f"{count} modules cannot be used; the first: {next(iter(found['damaged'].values()))}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,128 @@
+"""``GPTQConfig``: transformers' own class, made to need neither optimum nor gptqmodel and to forget no key."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import Any
+
+from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
+from transformers.utils.quantization_config import QuantizationMethod
+
+from gptq_backend import KERNELS, ConfigError, QuantizeConfig
+
+logger = logging.getLogger(__name__)
+
+# Kernels of GPTQModel, AutoGPTQ and optimum. Code that names them must run unchanged, so they mean 'auto'.
+_FOREIGN_BACKENDS = frozenset(
+    ["bitblas", "cuda", "cuda_old", "exllama", "exllama_eora", "exllama_v1", "exllama_v2", "exllama_v3", "exllamav1", "exllamav2", "gguf", "hf_kernel", "ipex", "machete", "marlin", "marlin_fp16", "mlx", "qigen", "sglang", "torch", "torch_aten", "torch_fused", "torch_int8", "triton", "trainable", "vllm"]
+)
+# How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
+_NOT_STORED = ("backend", "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
+_ALIASES = {"wbits": "bits", "w_bit": "bits", "q_group_size": "group_size", "groupsize": "group_size"}
+
+
+class GPTQConfig(StockGPTQConfig):
+    """Settings of :class:`gptq_backend.QuantizeConfig` in the clothes that ``from_pretrained`` expects.
+
+    Args:
+        bits, tokenizer, dataset, ...: as in transformers' ``GPTQConfig``.
+        backend: row of the kernel table ("reference", "cpu", ...), or "auto". Names of other projects' kernels
+            ("marlin", "exllama_v2") are taken as "auto", with a warning.
+        **kwargs: every other key of a ``quantization_config`` (``dynamic``, ``lm_head``, ``static_groups``,
+            ``pack_dtype``, ``meta``, ...); kept as attributes and written back.
+
+    Raises:
+        ConfigError: a value is not supported, or the checkpoint is of another kind.
+    """
+
+    def __init__(self, bits: int | None = None, tokenizer: Any = None, dataset: Any = None, **kwargs: Any) -> None:
+        for alias, key in _ALIASES.items():
+            if key == "bits" and bits is None:
+                bits = kwargs.get(alias)
+            elif kwargs.get(alias) is not None:
+                kwargs.setdefault(key, kwargs[alias])
+        kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in _ALIASES}
+        if kwargs.get("desc_act"):
+            kwargs["act_group_aware"] = False  # as the stock class decides, which warns about its own default
+        QuantizeConfig.from_dict(kwargs | ({} if bits is None else {"bits": bits}))  # refuses with clearer messages
+        super().__init__(bits=4 if bits is None else bits, tokenizer=tokenizer, dataset=dataset, **kwargs)
+        checkpoint_format = kwargs.get("checkpoint_format") or kwargs.get("format") or "gptq"
+        self.format = self.checkpoint_format = str(checkpoint_format).lower()
+        for key, value in kwargs.items():
+            if not hasattr(self, key):
+                setattr(self, key, value)
+
+    @classmethod
+    def adopt(cls, config: Any) -> GPTQConfig:
+        """``config`` itself if it is ours, else a copy of transformers' own ``GPTQConfig`` object."""
+        if isinstance(config, cls):
+            return config
+        values = {key: value for key, value in vars(config).items() if key not in ("quant_method", "tokenizer")}
+        adopted = cls(**copy.deepcopy(values))
+        adopted.tokenizer = config.tokenizer
+        return adopted
+
+    @classmethod
+    def from_quantize_config(cls, config: QuantizeConfig) -> GPTQConfig:
+        return cls(**config.to_dict())
+
+    def to_quantize_config(self) -> QuantizeConfig:
+        """The core's settings; keys that mean nothing there are in its ``extra``."""
+        return QuantizeConfig.from_dict(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json, as plain values."""
+        values = {
+            key: copy.deepcopy(value)
+            for key, value in vars(self).items()
+            if key not in _NOT_STORED and value is not None
+        }
+        values["quant_method"] = QuantizationMethod.GPTQ.value
+        values["checkpoint_format"] = self.checkpoint_format
+        return values
+
+    @property
+    def kernel(self) -> str | None:
+        """Row of the kernel table that ``backend`` asks for; None chooses.
+
+        Raises:
+            ConfigError: nobody has a kernel of that name.
+        """
+        name = None if self.backend is None else str(getattr(self.backend, "value", self.backend)).lower()
+        rows = [kernel.name for kernel in KERNELS]
+        if name in (None, "auto", "auto_trainable"):
+            return None
+        if name in rows:
+            return name
+        if name in _FOREIGN_BACKENDS:
+            _warn_foreign(name)
+            return None
+        raise ConfigError(f"backend={name!r} is not a kernel; choose 'auto' or one of {rows}")
+
+
+@functools.cache
+def _warn_foreign(name: str) -> None:
+    logger.warning("backend=%r is a kernel of another library; gptq_backend chooses one of its own ('auto')", name)
+
+
+def allow_modules_without_optimum() -> None:
+    """Let users build the stock class with ``modules_in_block_to_quantize`` where optimum is not installed.
+
+    Its ``post_init`` asks for optimum's version in that case, for a check that means nothing here. Idempotent.
+    """
+    original = StockGPTQConfig.post_init
+    if getattr(original, "_gptq_backend", False):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: StockGPTQConfig) -> None:
+        modules, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
+        try:
+            original(self)
+        finally:
+            self.modules_in_block_to_quantize = modules
+
+    post_init._gptq_backend = True  # type: ignore[attr-defined]
+    StockGPTQConfig.post_init = post_init

@@ -1,0 +1,273 @@
+"""The steps around transformers' own weight loader: put QuantLinears where it will look for them, and check after it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
+from gptq_backend.reader import (
+    TGI_TENSORS,
+    Manifest,
+    quantized_modules,
+    read_manifest,
+    read_tensor,
+    resolve_specs,
+)
+from gptq_backend.structure import linear_shapes, replace_module
+from gptq_backend.weight import LinearSpec, decode, resolve
+
+from . import experts
+from .names import model_names
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """What has to be remembered from before the weights are loaded until after.
+
+    Args:
+        manifest: the checkpoint's tensors by the model's names.
+        renamed: those whose name in the file differs.
+        dtypes: of the model's own parameters, as they should be after loading.
+        dense: layers that are quantized in the file but are no linear layers in the model (routers), by name.
+    """
+
+    manifest: Manifest
+    renamed: set[str] = field(default_factory=set)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    dense: dict[str, LinearSpec] = field(default_factory=dict)
+
+
+def prepare_model(
+    model: nn.Module,
+    files: Iterable[str | Path],
+    config: QuantizeConfig,
+    backend: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+) -> Plan:
+    """Swap the modules that ``files`` hold quantized for empty :class:`QuantLinear` on meta.
+
+    Raises:
+        CheckpointError: the checkpoint's tensors do not fit together or to the model.
+    """
+    stored = read_manifest(list(files))
+    names = model_names(model, stored, key_mapping)
+    manifest = {names[key]: info for key, info in stored.items()}
+    quantized = quantized_modules(manifest)
+    if not quantized:
+        raise CheckpointError(
+            "config.json says that the model is quantized with GPTQ, but no tensor is called *.qweight; remove "
+            "quantization_config from it, or fetch the quantized weights"
+        )
+    experts.replace_fused_experts(model, set(quantized))
+    shapes = linear_shapes(model)
+    biased = {name for name in shapes if model.get_submodule(name).bias is not None}
+    specs = resolve_specs(manifest, config, shapes, biased)
+    plan = Plan(manifest, renamed={name for key, name in names.items() if key != name})
+    plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
+    ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
+    for name, spec in specs.items():
+        layer = QuantLinear(spec, name, backend, device="meta")
+        vars(layer)["weight"] = _placeholder(spec)
+        replace_module(model, name, layer)
+        if f"{name}.bias" in manifest and not spec.has_bias:
+            ignored.append(re.escape(manifest[f"{name}.bias"].key) + "$")
+    ignored += [rf"{re.escape(manifest[f'{name}.qweight'].key[:-8])}\.(qweight|qzeros|scales|g_idx)$" for name in plan.dense]
+    known = model._keys_to_ignore_on_load_unexpected
+    known = [] if known is None else known
+    model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])  # a list in version 4, a set in 5
+    untie_quantized(model)
+    inside = tuple(f"{name}." for name in specs)
+    plan.dtypes = {key: p.dtype for key, p in model.named_parameters() if not (inside and key.startswith(inside))}
+    return plan
+
+
+def finish_model(model: nn.Module, plan: Plan) -> None:
+    """Restore what the loader cast, check that it found everything, and prepare the layers for their device.
+
+    Raises:
+        CheckpointError: values are damaged, or a weight was not in the checkpoint.
+    """
+    _load_dense(model, plan)
+    check_loaded(model, not_loaded(model))
+    for name, layer in quant_linears(model):
+        vars(layer).pop("weight", None)
+        _restore_dtypes(name, layer, plan.manifest)
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)  # transformers makes new ones, with gradients for floats
+        if not any(parameter.is_meta for parameter in layer.parameters()):
+            layer.prepare()
+    for key, parameter in model.named_parameters():
+        wanted = plan.dtypes.get(key)
+        if key in plan.renamed and wanted is not None and not parameter.is_meta and parameter.dtype != wanted:
+            # transformers 5.19 loads what it renamed in the file's dtype when the model is quantized
+            parameter.data = parameter.data.to(torch.float32 if _kept_in_float32(model, key, wanted) else wanted)
+
+
+def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """The model's quantized layers by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            yield name, module
+
+
+def untie_quantized(model: nn.Module) -> None:
+    """Stop transformers from tying the embedding to an output layer that is quantized."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter else None
+    for name, layer in quant_linears(model):
+        if layer is head:
+            for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
+                config.tie_word_embeddings = False
+            tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
+            if tied is not None:
+                model.all_tied_weights_keys = {k: v for k, v in tied.items() if not k.startswith(f"{name}.")}
+
+
+def not_loaded(model: nn.Module) -> list[str]:
+    """Parameters that transformers 5 did not find and initialised at random; version 4 tells the quantizer itself."""
+    if transformers.__version__.startswith("4."):
+        return []
+    return [
+        key
+        for key, parameter in model.named_parameters()
+        if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
+    ]
+
+
+def check_loaded(model: nn.Module, missing: Iterable[str]) -> None:
+    """Refuse random values inside the repeated blocks; a new head on top of them is the user's business.
+
+    Raises:
+        CheckpointError: with the first missing tensor.
+    """
+    optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
+    quantized = tuple(f"{name}." for name, _ in quant_linears(model))
+    missing = [key for key in missing if not any(pattern.search(key) for pattern in optional)]
+    for key in missing:
+        if re.search(r"\.\d+\.", f".{key}") or (quantized and key.startswith(quantized)):
+            raise CheckpointError(
+                f"{key} is not in the checkpoint ({len(missing)} of the model's tensors are not), neither quantized nor "
+                "dense, and would be random; fetch all of its files, or check that config.json belongs to them"
+            )
+
+
+def allow_casting(model: nn.Module) -> None:
+    """Let ``.half()``, ``.float()`` and ``.to(dtype)`` work; transformers refuses them for every quantized model.
+
+    A QuantLinear keeps its stored dtypes and computes in that of its input, so casting the rest is well defined.
+    """
+    for name in ("half", "float", "to"):
+        setattr(model, name, functools.partial(_cast, model, name))
+
+
+def forbid_casting(model: nn.Module) -> None:
+    """Undo :func:`allow_casting`."""
+    for name in ("half", "float", "to"):
+        if isinstance(getattr(model, name), functools.partial):
+            delattr(model, name)
+
+
+def _cast(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> nn.Module:
+    return getattr(nn.Module, method)(model, *args, **kwargs)
+
+
+def _placeholder(spec: LinearSpec) -> Tensor:
+    """What a model may look at while transformers initialises the rest: GPT-2 sets ``c_proj.weight`` by name."""
+    weight = torch.empty(spec.out_features, spec.in_features, device="meta")
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
+
+
+def _other_modules(
+    model: nn.Module, manifest: Manifest, config: QuantizeConfig, names: list[str]
+) -> dict[str, LinearSpec]:
+    """What to do with layers that are quantized in the file and not linear in the model.
+
+    A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight. A layer that the
+    model lacks altogether (a head that the user did not ask for, multi-token prediction) is skipped like any other
+    tensor that is too much, unless the model waits for something in its place.
+    """
+    modules = dict(model.named_modules())
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in names:
+        weight = getattr(modules.get(name), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(modules[name], nn.Embedding):
+            shapes[name] = (weight.shape[1], weight.shape[0])
+            logger.warning("%s: %s cannot be quantized; its weight is dequantized", name, type(modules[name]).__name__)
+            continue
+        parent = name
+        while parent and parent not in modules:
+            parent = parent.rpartition(".")[0]
+        waiting = [key for key, _ in modules[parent].named_parameters(recurse=False)] if parent else []
+        if parent == name or any(f"{parent}.{key}" not in manifest for key in waiting):
+            raise CheckpointError(
+                f"{name} is quantized in the checkpoint, but {type(modules[parent]).__name__} at {parent!r} has no "
+                "linear layer of that name; this model's layout is not supported"
+            )
+        logger.info("%s: the model has no such layer; skipped", name)
+    return resolve_specs(manifest, config, shapes) if shapes else {}
+
+
+def _load_dense(model: nn.Module, plan: Plan) -> None:
+    for name, spec in plan.dense.items():
+        tensors = {part: read_tensor(plan.manifest[f"{name}.{part}"]) for part in spec.shapes if part != "bias"}
+        weight = decode(resolve(spec, tensors, name), tensors).dequantize()
+        module = model.get_submodule(name)
+        old = module.weight
+        device = "cpu" if old.is_meta else old.device
+        module.weight = nn.Parameter(weight.to(device, plan.dtypes[f"{name}.weight"]), requires_grad=False)
+        module.weight._is_hf_initialized = True
+
+
+def _restore_dtypes(name: str, layer: QuantLinear, manifest: Manifest) -> None:
+    """Read again what the loader cast to the model's dtype: fp16 -> bf16 cannot be undone. transformers 4 casts all."""
+    dtypes = layer.stored_spec.dtypes
+    for part, parameter in list(layer.named_parameters(recurse=False)):
+        if parameter.is_meta:
+            _restore_offloaded(name, layer, part, dtypes[part], manifest)
+        elif parameter.dtype != dtypes[part]:
+            value = read_tensor(manifest[f"{name}.{part}"]).to(parameter.device)
+            setattr(layer, part, nn.Parameter(value, requires_grad=False))
+
+
+def _restore_offloaded(name: str, layer: QuantLinear, part: str, dtype: torch.dtype, manifest: Manifest) -> None:
+    hook = getattr(layer, "_hf_hook", None)
+    for item in getattr(hook, "hooks", [hook]):
+        weights = getattr(item, "weights_map", None)
+        loader, key = getattr(weights, "dataset", None), f"{getattr(weights, 'prefix', '')}{part}"
+        if loader is None:
+            continue
+        if key in loader.state_dict and loader.state_dict[key].dtype != dtype:
+            loader.state_dict[key] = read_tensor(manifest[f"{name}.{part}"])
+        elif "safetensors_file" in loader.index.get(key, {}):
+            # transformers 4 has the model's dtype here even for packed integers; without it they come as stored
+            loader.index[key] = {k: v for k, v in loader.index[key].items() if k != "dtype"}
+    setattr(layer, part, nn.Parameter(getattr(layer, part).to(dtype), requires_grad=False))
+
+
+def _kept_in_float32(model: nn.Module, key: str, dtype: torch.dtype) -> bool:
+    kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+    if dtype == torch.float16:
+        kept += getattr(model, "_keep_in_fp32_modules", None) or []
+    return any(re.search(rf"(^|\.){module}($|\.)", key) for module in kept)
+
+
+def restored_classes(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """Which class of linear layer each module would have if the model were built anew: GPT-2 has its Conv1D."""
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    return {name: type(module) for name, module in skeleton.named_modules()}
+
+

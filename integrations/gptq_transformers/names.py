@@ -1,0 +1,67 @@
+"""From a checkpoint's tensor names to a model's, the way the running transformers will rename them while loading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import nn
+
+
+def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> dict[str, str]:
+    """``{name in the checkpoint: name in the model}``.
+
+    Args:
+        model: a ``PreTrainedModel``, weights may be on meta.
+        keys: full tensor names.
+        key_mapping: what the user passed to ``from_pretrained``.
+    """
+    rename = _renaming(model, key_mapping)
+    prefix = getattr(model, "base_model_prefix", "")
+    modules = {name for name, _ in model.named_modules()}
+    return {key: _placed(rename(key), prefix, modules) for key in keys}
+
+
+def _renaming(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # transformers 4
+        return _renaming_of_4(model, key_mapping)
+    conversions = get_model_conversion_mapping(model, key_mapping)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    return lambda key: rename_source_key(key, renamings, [])[0]
+
+
+def _renaming_of_4(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
+    def rename(key: str) -> str:
+        key, _ = model._fix_state_dict_key_on_load(key)  # type: ignore[operator]
+        for pattern, replacement in (key_mapping or {}).items():
+            key, count = re.subn(pattern, replacement, key)
+            if count:
+                break
+        return key
+
+    return rename
+
+
+def _placed(key: str, prefix: str, modules: set[str]) -> str:
+    """``key`` with the base model's prefix added or removed, whichever leads deepest into the model.
+
+    Depth instead of presence, because an expert's layer does not exist yet in a model that fuses its experts.
+    """
+    candidates = [key]
+    if prefix and key.startswith(f"{prefix}."):
+        candidates.append(key.removeprefix(f"{prefix}."))
+    elif prefix:
+        candidates.append(f"{prefix}.{key}")
+    return max(candidates, key=lambda name: _depth(name, modules) - (name.count(".") - key.count(".")) / 100)
+
+
+def _depth(key: str, modules: set[str]) -> float:
+    """Share of the leading components of ``key`` that name a module."""
+    parts = key.split(".")
+    known = 0
+    while known < len(parts) and ".".join(parts[: known + 1]) in modules:
+        known += 1
+    return known / len(parts)

@@ -1,0 +1,113 @@
+"""Quantize a model that ``from_pretrained(..., quantization_config=GPTQConfig(dataset=...))`` has just loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from gptq_backend import CalibrationError, ConfigError, quantize_model
+from gptq_backend.calibration import tokenize
+from transformers.utils import logging as transformers_logging
+
+from . import experts, loading
+from .config import GPTQConfig
+
+logger = logging.getLogger(__name__)
+
+# As optimum does it for the same arguments: 128 windows of 2048 tokens, shorter where the model is.
+_SAMPLES = 128
+_SEQLEN = 2048
+# name -> arguments of datasets.load_dataset, column
+_NAMED = {
+    "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}, "text"),
+    "c4": (("allenai/c4",), {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}, "text"),
+}
+_NAMED["c4-new"] = _NAMED["c4"]
+# Documents of c4 that are enough for 128 windows; the file holds 356 thousand.
+_DOCUMENTS = 4096
+
+
+def quantize_loaded(model: Any, config: GPTQConfig) -> None:
+    """Calibrate and quantize ``model`` in place.
+
+    Raises:
+        CalibrationError: the data set or the tokenizer cannot be had, or the data are unusable.
+        ConfigError: the weights are offloaded.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            "device_map puts part of the model on disk or offloads it; to quantize while loading it has to be in memory: "
+            "leave device_map out, or use gptq_transformers.quantize(), which reads one block at a time"
+        )
+    samples = calibration_samples(model, config)
+    experts.unfuse_experts(model)
+    settings = config.to_quantize_config()
+    bar = transformers_logging.tqdm(desc="Quantizing", unit="layer")
+
+    def show(report: Any, done: int, total: int) -> None:
+        bar.total = total
+        bar.set_postfix_str(f"{report.name} error {report.relative_loss:.2e}", refresh=False)
+        bar.update(1)
+
+    try:
+        quantize_model(
+            model,
+            settings,
+            samples,
+            batch_size=config.batch_size if (config.batch_size or 1) > 1 else None,
+            block_name=config.block_name_to_quantize,
+            backend=config.kernel,
+            on_layer=show,
+        )
+    finally:
+        bar.close()
+    loading.untie_quantized(model)
+
+
+def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:
+    """Token ids from ``config.dataset``: texts (each one sample, cut to the model's length), ids, or a known name."""
+    dataset = config.dataset
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _SEQLEN
+    seqlen = config.model_seqlen or min(limit, _SEQLEN)
+    if isinstance(dataset, str):
+        return tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
+    if dataset and all(isinstance(text, str) for text in dataset):
+        return [ids[:seqlen] for ids in tokenize(dataset, _tokenizer(model, config))]
+    return list(dataset)
+
+
+def _tokenizer(model: Any, config: GPTQConfig) -> Any:
+    tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CalibrationError(
+            f"no tokenizer could be loaded from {tokenizer!r} ({reason}); pass GPTQConfig(tokenizer=...) an object or a "
+            "folder"
+        ) from None
+
+
+def _named_texts(name: str) -> list[str]:
+    alternative = "pass dataset=[texts] of your own instead, for example the lines of a text file"
+    try:
+        import datasets
+    except ImportError:
+        raise CalibrationError(
+            f"dataset={name!r} needs the package datasets, which is not installed: `pip install datasets`, or {alternative}"
+        ) from None
+    positional, keywords, column = _NAMED[name]
+    try:
+        rows = datasets.load_dataset(*positional, **keywords)
+        return [row[column] for row in rows.select(range(min(len(rows), _DOCUMENTS * 10)))][: _limit(name)]
+    except Exception as error:  # whatever the hub client, its HTTP library and the file readers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"dataset={name!r} cannot be fetched ({reason}); {alternative}") from error
+
+
+def _limit(name: str) -> int | None:
+    return None if name == "wikitext2" else _DOCUMENTS

@@ -1,0 +1,199 @@
+"""What transformers calls while it loads a model with ``quant_method: gptq``, whether the weights are quantized or not."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
+from gptq_backend.structure import replace_module
+
+from . import experts, loading
+from .config import GPTQConfig
+
+logger = logging.getLogger(__name__)
+
+
+class GPTQBackendQuantizer(HfQuantizer):
+    """Serves ``GPTQConfig`` with QuantLinear; needs neither optimum nor gptqmodel.
+
+    Args:
+        quantization_config: ours, or transformers' own ``GPTQConfig`` as users build it.
+        pre_quantized: whether the checkpoint is quantized; if not, it is quantized after loading.
+    """
+
+    requires_calibration = False
+    requires_parameters_quantization = False
+    required_packages = None
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(GPTQConfig.adopt(quantization_config), **kwargs)
+        self._plan: loading.Plan | None = None
+        self._loading: Any = None
+
+    # -- before loading --------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot work before anything large is read.
+
+        Raises:
+            ConfigError: unknown backend, bad settings, tensor parallelism, or nothing to calibrate with.
+        """
+        _ = self.quantization_config.kernel
+        self.quantization_config.to_quantize_config()
+        caller = _from_pretrained_locals()
+        parallel = caller.get("distributed_config")
+        if (
+            caller.get("tp_plan") is not None
+            or caller.get("device_mesh") is not None
+            or getattr(parallel, "tp_size", None) not in (None, 1)
+            or getattr(parallel, "tp_plan", None) is not None
+        ):
+            raise ConfigError(
+                "tp_plan is not supported for GPTQ checkpoints, because transformers would cut the packed weights in the "
+                "wrong dimension; leave it out, use device_map, or serve the model with vLLM"
+            )
+        if not self.pre_quantized and self.quantization_config.dataset is None:
+            raise ConfigError(
+                "this model is not quantized yet, and GPTQConfig has no calibration data to quantize it with; pass "
+                "GPTQConfig(..., dataset=[texts], tokenizer=...), or dataset='wikitext2' or 'c4'"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            caller = _from_pretrained_locals()
+            files = kwargs.get("checkpoint_files") or caller.get("checkpoint_files")
+            if not files:
+                raise CheckpointError(
+                    "a GPTQ checkpoint can only be loaded from files, since their headers tell which layers are "
+                    "quantized; save the state dict to a folder and pass that"
+                )
+            config = self.quantization_config
+            with torch.device("cpu"):  # transformers calls this under torch.device("meta")
+                self._plan = loading.prepare_model(
+                    model, files, config.to_quantize_config(), config.kernel, caller.get("key_mapping")
+                )
+        loading.allow_casting(model)
+        self._loading = model
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """transformers 5: leave out the fusing of experts that are quantized one by one."""
+        model = model if model is not None else self._loading
+        if not self.pre_quantized or model is None:
+            return weight_conversions
+        return experts.drop_fused_conversions(weight_conversions, model)
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """transformers 4: the names that it did not find and is about to fill with random values."""
+        if self._plan is None:
+            return missing_keys
+        missing_keys = [key for key in missing_keys if key.removesuffix(".weight") not in self._plan.dense]
+        loading.check_loaded(model, missing_keys)
+        return missing_keys
+
+    # -- after loading ---------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._plan is not None:
+            loading.finish_model(model, self._plan)
+        elif not self.pre_quantized:
+            from .on_the_fly import quantize_loaded
+
+            quantize_loaded(model, self.quantization_config)
+            self.quantization_config.tokenizer = self.quantization_config.dataset = None
+            self.pre_quantized = True
+        # This object stays with the model, also in copies and pickles: nothing of the loading belongs there.
+        self._plan = self._loading = None
+        model.config.quantization_config = self.quantization_config
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace the quantized layers by ordinary ones, in ``dtype`` (default: the model's), in place."""
+        dtype = dtype or model.dtype
+        classes = loading.restored_classes(model)
+        for name, layer in list(loading.quant_linears(model)):
+            if any(parameter.is_meta for parameter in layer.parameters()):
+                raise ConfigError(f"{name}: its weights are offloaded; load the model without offloading to dequantize it")
+            replace_module(model, name, _as_class(layer.dequantize(dtype), classes.get(name)))
+        loading.forbid_casting(model)
+        nn.Module.to(model, dtype)  # the embeddings and norms, which are not quantized
+        for holder, key in (
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+            (model.config, "quantization_config"),
+            (model.config, "_pre_quantization_dtype"),
+        ):
+            if key in vars(holder):
+                delattr(holder, key)
+        model.is_quantized = False
+        return model
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: Any, config: QuantizeConfig) -> None:
+    """Mark an in-memory model, whose layers are QuantLinear already, as quantized; ``save_pretrained`` then works.
+
+    Args:
+        model: a ``PreTrainedModel``.
+        config: what its layers were quantized with.
+    """
+    quantizer = GPTQBackendQuantizer(GPTQConfig.from_quantize_config(config), pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QuantizationMethod.GPTQ
+    model.config.quantization_config = quantizer.quantization_config
+    loading.untie_quantized(model)
+    loading.allow_casting(model)
+
+
+def _as_class(linear: nn.Linear, wanted: type[nn.Module] | None) -> nn.Module:
+    if wanted is None or wanted.__name__ != "Conv1D":
+        return linear
+    with torch.device("meta"):
+        conv = wanted(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    bias = linear.bias
+    conv.bias = nn.Parameter(torch.zeros(linear.out_features).to(conv.weight)) if bias is None else bias
+    return conv
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _from_pretrained_locals() -> dict[str, Any]:
+    """What the ``from_pretrained`` that is calling us knows and does not pass on.
+
+    transformers 4 resolves the checkpoint's files (cache, revision, subfolder, variant) and keeps them to itself, and no
+    version hands over ``key_mapping`` or the tensor-parallel arguments. They are locals of a caller.
+    """
+    for frame in _frames():
+        if frame.f_code.co_name == "from_pretrained" and Path(frame.f_code.co_filename).name == "modeling_utils.py":
+            return {
+                name: frame.f_locals.get(name)
+                for name in ("checkpoint_files", "key_mapping", "tp_plan", "device_mesh", "distributed_config")
+            }
+    return {}

@@ -1,0 +1,283 @@
+"""The report of one quantization: a JSON file for programs, and an HTML page that one can look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gptq_backend import QuantizeConfig, QuantizeReport
+from gptq_backend import __version__ as version
+
+JSON_NAME, HTML_NAME = "quantize_report.json", "quantize_report.html"
+
+_CSS = """
+:root { --page: #f6f7f9; --card: #fff; --ink: #1c2430; --soft: #66707f; --line: #dfe3e9; --bar: #3b76d6;
+  --odd: #d9822b; }
+@media (prefers-color-scheme: dark) { :root { --page: #14181f; --card: #1d232d; --ink: #e4e8ee; --soft: #98a2b1;
+  --line: #333c49; --bar: #6ea1f0; --odd: #f0a65a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1160px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 36px 0 4px; }
+p { margin: 4px 0 14px; color: var(--soft); max-width: 78ch; }
+.grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
+.panels { grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
+.card b { display: block; font-size: 22px; font-weight: 600; } .card span, figcaption span { color: var(--soft); }
+.card span { font-size: 13px; } figure { margin: 0; } figcaption { display: flex; justify-content: space-between; }
+figcaption span { font-size: 13px; } svg { display: block; width: 100%; height: auto; margin-top: 6px; }
+svg text { font: 10px system-ui, sans-serif; fill: var(--soft); } svg line { stroke: var(--line); }
+rect { fill: var(--bar); } rect.odd, .key { fill: var(--odd); background: var(--odd); } rect:hover { opacity: .65; }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13px; }
+th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child, td.left { text-align: left; }
+tr.odd td { color: var(--odd); } summary { cursor: pointer; margin: 8px 0; } code { font-size: 13px; }
+"""
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 128, 40, 8, 18  # of one panel, in SVG units
+
+
+def make_report(
+    report: QuantizeReport,
+    config: QuantizeConfig,
+    model: str,
+    output: Path,
+    calibration: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything known about one quantization, as JSON values.
+
+    Args:
+        report: what the core reports.
+        config: the settings.
+        model: folder or name of the original.
+        output: the folder that was written.
+        calibration: where the calibration tokens came from; None for round-to-nearest.
+    """
+    layers = [dataclasses.asdict(layer) for layer in report.layers]
+    for layer in layers:
+        asked = (config.for_module(layer["name"]) or config).damp_percent
+        helped = layer["damp_percent"] != asked or layer["method"] != "cholesky"
+        layer["needed_help"] = calibration is not None and helped
+    errors = [layer["relative_loss"] for layer in layers if math.isfinite(layer["relative_loss"])]
+    return {
+        "model": str(model),
+        "output": str(output),
+        "settings": config.to_dict(),
+        "calibration": None if calibration is None else dict(calibration),
+        "modules": len(layers),
+        "mean_relative_loss": statistics.fmean(errors) if errors else None,
+        "worst_module": max(layers, key=lambda layer: layer["relative_loss"])["name"] if layers else None,
+        "seconds": report.seconds,
+        "bytes_before": weights_size(model),
+        "bytes_after": weights_size(output),
+        "versions": {
+            "gptq_backend": version,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "layers": layers,
+    }
+
+
+def weights_size(path: str | Path) -> int | None:
+    """Bytes of a folder's weight files; None for a name on a hub."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    return sum(file.stat().st_size for file in files)
+
+
+def write_reports(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write both files into ``folder``, each whole or not at all. Returns their paths (JSON, HTML)."""
+    text = json.dumps(finite(report), indent=2) + "\n"
+    for name, content in ((JSON_NAME, text), (HTML_NAME, render_html(report))):
+        write_atomically(folder / name, content)
+    return folder / JSON_NAME, folder / HTML_NAME
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file beside ``path`` and rename it, so that no half of it is ever seen."""
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.chmod(partial, 0o644)  # mkstemp makes it private
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def finite(value: Any) -> Any:
+    """The same value with NaN and infinities, which JSON does not know, as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return value
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """A page that needs nothing beside itself: no scripts, fonts or pictures from elsewhere."""
+    layers = report["layers"]
+    energy = "weights'" if report["calibration"] is None else "layer's output"
+    helped = sum(layer["needed_help"] for layer in layers)
+    legend = ""
+    if helped:
+        legend = (
+            f'<p><span class="key"></span>{helped} of {len(layers)} modules needed more damping or another method.</p>'
+        )
+    panels = "\n".join(_panel(kind, members) for kind, members in by_kind(layers).items())
+    name = Path(report["model"]).name or report["model"]
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Quantization of {escape(name)}</title><style>{_CSS}</style></head><body><main>
+<h1>{escape(name)}, quantized</h1>
+<p>{escape(_describe(report))}</p>
+<div class="grid">{_cards(report)}</div>
+<h2>Error per module</h2>
+<p>Share of the {energy} energy that is error, one bar per block. Every panel has a scale of its own; hold the pointer
+over a bar for its module.</p>{legend}
+<div class="grid panels">{panels}</div>
+<h2>Worst modules</h2>
+{_table(sorted(layers, key=lambda layer: -layer["relative_loss"])[:10])}
+<details><summary>All {len(layers)} modules, in the order they were done</summary>{_table(layers)}</details>
+<details><summary>Settings</summary><pre><code>{escape(json.dumps(finite(report["settings"]), indent=2))}
+{escape(json.dumps(finite(report["versions"]), indent=2))}</code></pre></details>
+</main></body></html>
+"""
+
+
+def by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Modules that do the same job in different blocks: ``layers.3.mlp.up_proj`` falls under ``mlp.up_proj``."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        pattern = ".".join("*" if part.isdigit() else part for part in layer["name"].split("."))
+        kinds.setdefault(pattern.partition(".*.")[2] or pattern, []).append(layer)
+    return kinds
+
+
+def percent(share: float | None) -> str:
+    """Three significant digits, and no exponent for the values that occur."""
+    if share is None or not math.isfinite(share):
+        return "n/a"
+    value = 100 * share
+    digits = 2 if value == 0 else max(0, min(5, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{digits}f} %"
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes for people."""
+    return "n/a" if size is None else f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _describe(report: Mapping[str, Any]) -> str:
+    settings, calibration = report["settings"], report["calibration"]
+    group = "one group per output channel" if settings["group_size"] == -1 else f"groups of {settings['group_size']}"
+    words = [f"{settings['bits']} bits", group, "symmetric" if settings["sym"] else "asymmetric"]
+    words += [label for key, label in (("desc_act", "act-order"), ("static_groups", "static groups")) if settings[key]]
+    if settings["act_group_aware"] and calibration is not None:
+        words.append("group-aware order")
+    if calibration is None:
+        return ", ".join(words) + "; rounded to nearest, without calibration."
+    return (
+        f"{', '.join(words)}; GPTQ on {calibration['tokens']} tokens of {calibration['file']}"
+        f" (up to {calibration['samples']} windows of {calibration['seqlen']}, seed {calibration['seed']})."
+    )
+
+
+def _cards(report: Mapping[str, Any]) -> str:
+    before, after = report["bytes_before"], report["bytes_after"]
+    damping = sorted({layer["damp_percent"] for layer in report["layers"]})
+    shown = ", ".join(f"{value:g}" for value in damping[:3]) + (" ..." if len(damping) > 3 else "")
+    methods = sorted({layer["method"] for layer in report["layers"]})
+    cards = [
+        (str(report["modules"]), "modules quantized"),
+        (percent(report["mean_relative_loss"]), "mean error"),
+        (f"{megabytes(before)} → {megabytes(after)}" if before else megabytes(after), "weights on disk"),
+        (duration(report["seconds"]), "time"),
+        (shown if report["calibration"] else "none", "damping used"),
+        (", ".join(methods), "method"),
+    ]
+    return "".join(f'<div class="card"><b>{escape(value)}</b><span>{label}</span></div>' for value, label in cards)
+
+
+def _panel(kind: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """One SVG bar chart: errors of one kind of module along the depth of the model."""
+    errors = [layer["relative_loss"] if math.isfinite(layer["relative_loss"]) else 0.0 for layer in layers]
+    top = max(errors) or 1.0
+    plot, base = _HEIGHT - _TOP - _BOTTOM, _HEIGHT - _BOTTOM
+    step = (_WIDTH - _LEFT) / max(len(layers), 8)
+    gap = 0.2 * step if step > 4 else 0.0
+    parts = []
+    for share in (0.0, 0.5, 1.0):
+        y = base - share * plot
+        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{percent(share * top)}</text>')
+    for i, (layer, error) in enumerate(zip(layers, errors, strict=True)):
+        height = max(plot * error / top, 0.8)
+        tip = f"{layer['name']}: {percent(layer['relative_loss'])}, {layer['bits']} bits, {layer['method']}"
+        tip += f", damping {layer['damp_percent']:g}, {layer['tokens']} tokens, {layer['seconds']:.2f} s"
+        odd = ' class="odd"' if layer["needed_help"] else ""
+        parts.append(
+            f'<rect{odd} x="{_LEFT + i * step + gap / 2:.2f}" y="{base - height:.2f}" width="{step - gap:.2f}" '
+            f'height="{height:.2f}" rx="{min(1.5, step / 4):.2f}"><title>{escape(tip)}</title></rect>'
+        )
+    for i, anchor in {0: "start", len(layers) - 1: "end"}.items():
+        number = re.search(r"\.(\d+)\.", layers[i]["name"])
+        if number:
+            x = _LEFT + (i + (anchor == "end")) * step
+            parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 5}" text-anchor="{anchor}">{number[1]}</text>')
+    label = escape(f"Error of {kind} by block")
+    return (
+        f'<figure class="card"><figcaption><code>{escape(kind)}</code><span>mean {percent(statistics.fmean(errors))}'
+        f'</span></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _table(layers: Sequence[Mapping[str, Any]]) -> str:
+    heads = ("module", "error", "bits", "group", "method", "damping", "tokens", "dropped", "seconds")
+    rows = []
+    for layer in layers:
+        cells = (
+            layer["name"],
+            percent(layer["relative_loss"]),
+            layer["bits"],
+            layer["group_size"],
+            layer["method"],
+            f"{layer['damp_percent']:g}",
+            layer["tokens"],
+            layer["dropped_tokens"],
+            f"{layer['seconds']:.2f}",
+        )
+        odd = ' class="odd"' if layer["needed_help"] else ""
+        rows.append(f"<tr{odd}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

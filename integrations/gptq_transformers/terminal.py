@@ -1,0 +1,220 @@
+"""What the commands share: errors as one line, logging, JSON output, the progress bar, reading text files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+from gptq_backend import CalibrationError, GPTQError, LayerReport
+
+from .report import duration, finite, percent, write_atomically
+
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+
+
+class CommandGroup(TyperGroup):
+    """Ends what a user can cause with one line on stderr and exit code 1; anything else is a bug, with its trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _terminate_like_interrupt():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                print("interrupted; nothing was left half-written", file=sys.stderr)
+                raise typer.Exit(INTERRUPTED) from None
+            except Exception as error:
+                message = explain(error)
+                if message is None:
+                    raise
+                print(f"error: {message}", file=sys.stderr)
+                raise typer.Exit(1) from None
+
+
+def explain(error: Exception) -> str | None:
+    """One line for an error that a user can cause and mend; None for any other."""
+    import torch
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError):
+        if error.errno == errno.EPIPE:
+            return None  # the reader of our output went away; the CLI library ends quietly
+        if error.errno == errno.ENOSPC:
+            return "no space left on the disk; free some, or write to another one"
+        if error.filename is not None and error.strerror:
+            return f"{error.filename}: {error.strerror}"
+        return _one_line(error)  # transformers raises OSError for models that it cannot find
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"out of memory; use a smaller batch or model, or another device ({_one_line(error)})"
+    if isinstance(error, GPTQError | SafetensorError | ImportError):
+        return _one_line(error)
+    return None
+
+
+@contextlib.contextmanager
+def loading(path: str | Path) -> Iterator[None]:
+    """Errors that transformers raises for a model that it cannot load become one sentence about ``path``."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (GPTQError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
+        raise GPTQError(f"{path} cannot be loaded: {_one_line(error)}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise GPTQError(f"{path} cannot be loaded: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _terminate_like_interrupt() -> Iterator[None]:
+    """SIGTERM (``timeout``, job schedulers) unwinds like Ctrl-C, so that temporary folders vanish."""
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread, which is where Python allows this
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stderr_console() -> Console:
+    """Progress and warnings go to stderr, so that stdout holds results only."""
+    return Console(stderr=True, highlight=False)
+
+
+def set_up_logging(console: Console) -> None:
+    """Our warnings above the progress bar; of the libraries only errors."""
+    import transformers
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    logger = logging.getLogger("gptq_backend")
+    logger.handlers, logger.propagate = [handler], False
+    logging.getLogger("gptq_transformers").handlers = [handler]
+    logging.getLogger("gptq_transformers").propagate = False
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def check_json_target(target: str | None) -> None:
+    """Say before an hour of work, not after it, that the result cannot be written."""
+    if target not in (None, "-") and not Path(target).absolute().parent.is_dir():  # type: ignore[arg-type]
+        raise GPTQError(f"--json {target}: its folder does not exist; create it or choose another place")
+
+
+def write_json(target: str | None, value: Mapping[str, Any]) -> None:
+    """To a file, to stdout for ``-``, or nowhere for None."""
+    if target is None:
+        return
+    text = json.dumps(finite(value), indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomically(Path(target), text)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        GPTQError: it does not exist or is not text.
+    """
+    if not path.is_file():
+        raise GPTQError(f"{path} is not a file; expected a text file in UTF-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GPTQError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def read_calibration(path: Path) -> list[str]:
+    """Calibration texts: a ``.jsonl`` file has one per line (a string, or an object with ``text``), any other is one.
+
+    Raises:
+        GPTQError: see :func:`read_text`. CalibrationError: a line of a ``.jsonl`` file is neither.
+    """
+    text = read_text(path)
+    if path.suffix != ".jsonl":
+        return [text]
+    texts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        entry = entry.get("text") if isinstance(entry, dict) else entry
+        if not isinstance(entry, str):
+            raise CalibrationError(f'{path}, line {number}: expected a JSON string, or an object with a string "text"')
+        texts.append(entry)
+    return texts
+
+
+class LayerProgress:
+    """A progress bar over modules: name, error and time left; on anything but a terminal, a line per tenth.
+
+    Use as a context manager and pass :meth:`on_layer` to ``quantize``.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._start = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("error {task.fields[error]}", markup=False),
+            TextColumn("left"),
+            # A model's modules differ in cost and repeat block by block: average over many.
+            TimeRemainingColumn(compact=True),
+            console=console,
+            speed_estimate_period=600,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("loading the model", total=None, error="-")
+
+    def __enter__(self) -> LayerProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_layer(self, layer: LayerReport, done: int, total: int) -> None:
+        """Show one finished layer."""
+        error = percent(layer.relative_loss)
+        self._bar.update(self._task, description=layer.name, completed=done, total=total, error=error)
+        tenth = max(1, total // 10)
+        if not self._console.is_terminal and (done % tenth == 0 or done == total):
+            spent = time.perf_counter() - self._start
+            left = duration(spent / done * (total - done))
+            print(f"{done}/{total} {layer.name}: error {error}, {left} left", file=sys.stderr, flush=True)

@@ -1,0 +1,457 @@
+"""The calibration driver on a toy decoder: which inputs make which Hessian, in which order, and what is left behind."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gptq_backend.quantize as driver
+from gptq_backend import CalibrationError, QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend.hessian import Hessian
+
+WIDTH, VOCABULARY = 32, 48
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=i == 0) for i in range(3))
+        self.o = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), mask))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(WIDTH, 40, bias=False) for _ in range(2))
+        self.down = nn.Linear(40, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class SparseMlp(nn.Module):
+    """Each token goes to its best expert; with ``unreachable`` the last one gets none."""
+
+    def __init__(self, experts: int = 3, unreachable: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, experts, bias=True)
+        self.experts = nn.ModuleList(Mlp() for _ in range(experts))
+        if unreachable:
+            self.gate.bias.data[-1] = -1e4
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        chosen = self.gate(rows).argmax(-1)
+        out = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            tokens = (chosen == i).nonzero().flatten()
+            if len(tokens):
+                out[tokens] = expert(rows[tokens])
+        return out.view_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self, mlp: nn.Module, parallel: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attn, self.mlp, self.parallel = Attention(), mlp, parallel
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.norm1(x)
+        if self.parallel:
+            return x + self.attn(h, mask) + self.mlp(h)
+        x = x + self.attn(h, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Toy(nn.Module):
+    def __init__(self, blocks: int = 2, mlp: Any = Mlp, parallel: bool = False, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(Block(mlp(), parallel) for _ in range(blocks))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()[:, None] | torch.eye(input_ids.shape[1], dtype=torch.bool)
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.lm_head(self.norm(x))
+
+
+def toy(seed: int = 0, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Toy:
+    torch.manual_seed(seed)
+    return Toy(**kwargs).to(dtype)
+
+
+def samples(count: int = 4, length: int = 24, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCABULARY, (length,), generator=generator) for _ in range(count)]
+
+
+def config(**settings: Any) -> QuantizeConfig:
+    return QuantizeConfig(**{"bits": 4, "group_size": 16, **settings})
+
+
+def quantized_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small only wait for each other on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hessians(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """The matrix of every Hessian that is made, in order."""
+    made: list[Tensor] = []
+
+    class Recorded(Hessian):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self._sum)
+
+    monkeypatch.setattr(driver, "Hessian", Recorded)
+    yield made
+
+
+def second_moments(model: nn.Module, names: list[str], data: list[Tensor]) -> dict[str, Tensor]:
+    """``sum x x^T`` at the input of each module as the model is now."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            found[name] = found.get(name, 0) + rows.t() @ rows
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(add(name)) for name in names]
+    with torch.no_grad():
+        for ids in data:
+            model(ids[None])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def assert_upper_equal(made: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(made.triu(), expected.triu())
+
+
+# -- what is quantized, and on which inputs ------------------------------------------------------------------------
+
+
+def test_all_block_layers_are_quantized_and_router_head_and_embedding_are_not() -> None:
+    model = toy(mlp=SparseMlp)
+    report = quantize_model(model, config(), samples())
+    attention = [f"attn.{name}" for name in "qkvo"]
+    experts = [f"mlp.experts.{i}.{name}" for i in range(3) for name in ("gate", "up", "down")]
+    expected = [f"blocks.{i}.{name}" for i in range(2) for name in attention + experts]
+    assert quantized_names(model) == expected
+    assert sorted(entry.name for entry in report.layers) == sorted(expected)
+    assert type(model.blocks[0].mlp.gate) is nn.Linear
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_one_hessian_per_distinct_input(hessians: list[Tensor]) -> None:
+    quantize_model(toy(), config(), samples())
+    assert len(hessians) == 2 * 4  # q/k/v, o, gate/up, down
+
+
+def test_parallel_attention_and_mlp_share_one_hessian(hessians: list[Tensor]) -> None:
+    quantize_model(toy(parallel=True), config(), samples())
+    assert len(hessians) == 2 * 3  # q/k/v/gate/up, o, down
+
+
+def test_layers_of_one_input_with_other_settings_share_the_hessian_but_not_its_factor(hessians: list[Tensor]) -> None:
+    model = toy(blocks=1)
+    rules = {r".*\.v": {"group_size": 8, "desc_act": True, "act_group_aware": False}}
+    report = quantize_model(model, config(dynamic=rules), samples())
+    assert len(hessians) == 4
+    groups = {entry.name: entry.group_size for entry in report.layers}
+    assert (groups["blocks.0.attn.q"], groups["blocks.0.attn.v"]) == (16, 8)
+    alone = toy(blocks=1)
+    rules = {r"-:.*\.[qk]$": {}, **rules}
+    quantize_model(alone, config(dynamic=rules), samples())
+    assert torch.equal(model.blocks[0].attn.v.quantized_weight().codes, alone.blocks[0].attn.v.quantized_weight().codes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_true_sequential_layers_are_optimised_on_the_inputs_they_will_see(
+    hessians: list[Tensor], batch_size: int
+) -> None:
+    model, data = toy(), samples()
+    quantize_model(model, config(bits=2), data, batch_size=batch_size)
+    firsts = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.q", "attn.o", "mlp.gate", "mlp.down")]
+    final = second_moments(model, firsts, data)
+    for made, name in zip(hessians, firsts, strict=True):
+        assert_upper_equal(made, final[name])
+
+
+def test_without_true_sequential_a_block_is_measured_dense_behind_quantized_blocks(hessians: list[Tensor]) -> None:
+    model, data = toy(), samples()
+    original = copy.deepcopy(model)
+    quantize_model(model, config(bits=2, true_sequential=False), data)
+    firsts = ["attn.q", "attn.o", "mlp.gate", "mlp.down"]
+    for i in range(2):
+        if i:
+            original.blocks[i - 1] = model.blocks[i - 1]
+        expected = second_moments(original, [f"blocks.{i}.{name}" for name in firsts], data)
+        for made, name in zip(hessians[4 * i : 4 * i + 4], firsts, strict=True):
+            assert_upper_equal(made, expected[f"blocks.{i}.{name}"])
+
+
+def test_head_is_optimised_on_the_quantized_models_output_and_the_tied_embedding_stays(hessians: list[Tensor]) -> None:
+    model, data = toy(tied=True), samples()
+    embedding = model.embed.weight.detach().clone()
+    report = quantize_model(model, config(lm_head=True), data)
+    assert isinstance(model.lm_head, QuantLinear)
+    assert torch.equal(model.embed.weight, embedding)
+    assert report.layers[-1].name == "lm_head"
+    assert_upper_equal(hessians[-1], second_moments(model, ["lm_head"], data)["lm_head"])
+
+
+def test_calibration_beats_rounding_to_nearest_on_its_own_data() -> None:
+    data = samples(16)
+    reference = toy()
+    ids = torch.stack(data)
+    errors = {}
+    for calibration in (data, None):
+        model = toy()
+        quantize_model(model, config(bits=3), calibration)
+        with torch.no_grad():
+            errors[calibration is None] = float((model(ids) - reference(ids)).square().mean())
+    assert errors[False] < 0.8 * errors[True]
+
+
+def test_rounding_without_calibration_reports_every_layer() -> None:
+    model = toy(dtype=torch.float32)
+    report = quantize_model(model, config(lm_head=True))
+    assert [entry.method for entry in report.layers] == ["rtn"] * 15
+    assert len(quantized_names(model)) == 15
+
+
+def test_progress_counts_up_to_the_number_of_layers() -> None:
+    seen: list[tuple[str, int, int]] = []
+    quantize_model(toy(), config(), samples(), on_layer=lambda entry, done, total: seen.append((entry.name, done, total)))
+    assert [done for _, done, _ in seen] == list(range(1, 15))
+    assert {total for *_, total in seen} == {14}
+
+
+# -- experts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_expert_that_no_token_reaches_is_rounded_with_a_warning(
+    true_sequential: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = toy(blocks=1, mlp=lambda: SparseMlp(unreachable=True))
+    with caplog.at_level(logging.WARNING, "gptq_backend"):
+        report = quantize_model(model, config(true_sequential=true_sequential), samples())
+    methods = {entry.name: entry.method for entry in report.layers}
+    unreached = {f"blocks.0.mlp.experts.2.{name}" for name in ("gate", "up", "down")}
+    assert {name for name, method in methods.items() if method == "rtn"} == unreached
+    assert all(f"{name}: no calibration token reached it" in caplog.text for name in unreached)
+
+
+@pytest.mark.parametrize("seed", [1, 6, 11])
+def test_expert_reached_only_after_its_block_changed_is_quantized_once(seed: int) -> None:
+    """Few tokens and two bits: with these seeds routing differs between the dense and the quantized pass of a block."""
+    model = toy(seed, blocks=3, mlp=lambda: SparseMlp(8))
+    report = quantize_model(model, config(bits=2, true_sequential=False), samples(3, 4), batch_size=1)
+    names = [entry.name for entry in report.layers]
+    assert len(names) == len(set(names)) == len(quantized_names(model))
+
+
+def test_expert_hessians_hold_exactly_the_tokens_routed_to_them(hessians: list[Tensor]) -> None:
+    model, data = toy(blocks=1, mlp=SparseMlp), samples()
+    report = quantize_model(model, config(), data, batch_size=1)
+    tokens = {entry.name: entry.tokens for entry in report.layers}
+    assert sum(tokens[f"blocks.0.mlp.experts.{i}.gate"] for i in range(3)) == tokens["blocks.0.attn.q"] == 4 * 24
+
+
+# -- options --------------------------------------------------------------------------------------------------------
+
+
+def test_edge_blocks_stay_dense_and_pass_their_activations_on() -> None:
+    model = toy(blocks=4)
+    quantize_model(model, config(keep_edge_blocks=1), samples())
+    assert {name.split(".")[1] for name in quantized_names(model)} == {"1", "2"}
+
+
+def test_only_listed_modules_are_quantized() -> None:
+    model = toy()
+    quantize_model(model, config(modules_in_block_to_quantize=("attn.o", "mlp.down")), samples())
+    assert quantized_names(model) == [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.o", "mlp.down")]
+
+
+def test_dynamic_rules_reach_the_layers_and_the_report() -> None:
+    model = toy()
+    rules = {r"-:.*attn\.k": {}, r".*mlp": {"bits": 8, "sym": False}}
+    report = quantize_model(model, config(dynamic=rules), samples())
+    assert not any(name.endswith("attn.k") for name in quantized_names(model))
+    assert {entry.bits for entry in report.layers if ".mlp." in entry.name} == {8}
+    assert not model.blocks[0].mlp.up.spec.sym
+    assert model.blocks[0].attn.q.spec.sym
+
+
+@pytest.mark.parametrize("settings", [{}, {"desc_act": True}, {"static_groups": True}, {"act_group_aware": True}])
+def test_group_size_that_does_not_divide_the_features(settings: dict[str, Any]) -> None:
+    model, reference = toy(), toy()
+    quantize_model(model, config(bits=8, group_size=12, **settings), samples())
+    down = model.blocks[0].mlp.down
+    assert (down.spec.groups, model.blocks[0].attn.q.spec.groups) == (4, 3)
+    ids = torch.stack(samples(2, seed=5))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), reference(ids), atol=0.02, rtol=0)
+
+
+def test_same_inputs_give_the_same_bits() -> None:
+    states = []
+    for _ in range(2):
+        model = toy(dtype=torch.float32)
+        quantize_model(model, config(desc_act=True), samples())
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+# -- calibration data -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side: str) -> None:
+    plain, padded = toy(), toy()
+    data = samples(6, 16)
+    quantize_model(plain, config(), data)
+    batches = []
+    for ids in data:
+        filler, mask = torch.full((5,), 7), torch.ones(16, dtype=torch.long)
+        parts = [(filler, torch.zeros_like(filler)), (ids, mask)]
+        parts = parts if side == "left" else parts[::-1]
+        batches.append({"input_ids": torch.cat([p[0] for p in parts]), "attention_mask": torch.cat([p[1] for p in parts])})
+    report = quantize_model(padded, config(), batches)
+    assert {entry.tokens for entry in report.layers} == {6 * 16}
+    for name in quantized_names(plain):
+        one, other = (model.get_submodule(name).quantized_weight() for model in (plain, padded))
+        assert torch.equal(one.codes, other.codes), name
+
+
+def test_samples_of_different_lengths_all_count() -> None:
+    report = quantize_model(toy(), config(), samples(3, 24) + samples(2, 7))
+    assert {entry.tokens for entry in report.layers} == {3 * 24 + 2 * 7}
+
+
+def test_non_finite_activations_are_dropped_counted_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    model.embed.weight.data[5] = torch.nan
+    good = samples(4)
+    for ids in good:
+        ids[ids == 5] = 6
+    bad = torch.full((24,), 5)
+    with caplog.at_level(logging.WARNING, "gptq_backend"):
+        report = quantize_model(model, config(), [*good, bad], batch_size=2)
+    assert {entry.dropped_tokens for entry in report.layers} == {24}
+    assert {entry.tokens for entry in report.layers} == {4 * 24}
+    assert "blocks.0.attn.q: dropped 24 calibration tokens" in caplog.text
+    clean = toy()
+    quantize_model(clean, config(), good, batch_size=2)
+    for name in quantized_names(clean):
+        assert torch.equal(clean.get_submodule(name).quantized_weight().codes, model.get_submodule(name).quantized_weight().codes)
+
+
+def test_only_non_finite_activations_name_the_first_layer_and_unhook_the_model() -> None:
+    model = toy()
+    model.blocks[0].norm1.bias.data[3] = torch.inf
+    with pytest.raises(CalibrationError, match=r"blocks\.0\.attn\.q: all 96 calibration tokens"):
+        quantize_model(model, config(), samples())
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
+
+
+def test_error_inside_the_model_is_raised_as_it_is() -> None:
+    model = toy()
+    with pytest.raises(IndexError):
+        quantize_model(model, config(), [torch.tensor([VOCABULARY + 1])])
+    assert not quantized_names(model)
+
+
+# -- what is left behind --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_no_parameter_changes_dtype(dtype: torch.dtype, calibrated: bool) -> None:
+    model = toy(dtype=dtype, tied=True)
+    quantize_model(model, config(lm_head=True, keep_edge_blocks=0), samples() if calibrated else None)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        assert parameter.dtype == (torch.float16 if name.endswith("scales") else dtype), name
+    assert model(torch.stack(samples(1))).dtype == dtype
+
+
+def test_training_mode_and_hooks_are_as_before() -> None:
+    model = toy().train()
+    model.norm.eval()
+    quantize_model(model, config(), samples())
+    assert model.training and model.blocks[0].norm1.training and not model.norm.training
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
+
+
+def test_dense_weights_and_hessians_of_a_finished_block_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy(blocks=3)
+    alive: list[weakref.ref[Hessian]] = []
+
+    class Counted(Hessian):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(driver, "Hessian", Counted)
+    sizes, held = [], []
+
+    def on_block(block: nn.Module) -> None:
+        linear = [m for done in model.blocks for m in done.modules() if type(m) is nn.Linear]
+        sizes.append(sum(module.weight.numel() for module in linear))
+        held.append(sum(ref() is not None for ref in alive))
+
+    layers = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
+    quantize_model(model, config(), samples(), on_block=on_block)
+    assert [size * 3 for size in sizes] == [sizes[0] * 3, sizes[0] * 2, sizes[0]]
+    assert held == [0, 0, 0]
+    assert all(layer.weight.numel() == 0 for layer in layers)
+
+
+def test_quantized_model_computes_with_the_weight_that_it_stores() -> None:
+    model = toy()
+    quantize_model(model, config(bits=3, sym=False), samples())
+    dense = copy.deepcopy(model)
+    for name in quantized_names(dense):
+        parent, _, child = name.rpartition(".")
+        setattr(dense.get_submodule(parent), child, model.get_submodule(name).dequantize(torch.float64))
+    ids = torch.stack(samples(2, seed=9))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), dense(ids))

@@ -1,0 +1,104 @@
+"""A checkpoint folder exists whole or not at all."""
+
+import errno
+import os
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_backend import CheckpointError, QuantizeConfig, quantize_model
+from gptq_backend.reader import checkpoint_files, read_config, read_manifest, read_tensor, resolve_specs
+from gptq_backend.writer import atomic_folder, check_output, write_checkpoint
+
+
+def leftovers(parent):
+    return sorted(path.name for path in parent.iterdir())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), OSError(errno.EIO, "broken")])
+def test_failure_leaves_no_trace(tmp_path, error):
+    with pytest.raises(type(error)), atomic_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("written")
+        raise error
+    assert leftovers(tmp_path) == []
+
+
+def test_failure_keeps_what_was_to_be_replaced(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "model").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True):
+        raise RuntimeError("boom")
+    assert (target / "model").read_text() == "old"
+    assert leftovers(tmp_path) == ["out"]
+
+
+def test_overwriting_leaves_nothing_of_the_old_folder(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "stale").write_text("old")
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "fresh").write_text("new")
+    assert leftovers(target) == ["fresh"]
+    assert leftovers(tmp_path) == ["out"]
+
+
+def test_an_existing_model_is_not_overwritten_by_accident(tmp_path):
+    (tmp_path / "model.safetensors").write_text("precious")
+    with pytest.raises(CheckpointError, match="not empty"):
+        check_output(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_output(tmp_path / "model.safetensors")
+    check_output(tmp_path / "new")
+
+
+def test_a_full_disk_gets_one_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match="no space left"), atomic_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_really_full_disk_leaves_nothing(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with pytest.raises(CheckpointError, match="no space left"):
+            write_checkpoint({"w": torch.zeros(100_000)}, tmp_path / "out", QuantizeConfig())
+        assert leftovers(tmp_path) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_shards_read_back_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 40)) for _ in range(3))
+    config = QuantizeConfig(bits=3, group_size=16)
+    quantize_model(model, config)
+    state = model.state_dict()
+    write_checkpoint(state, tmp_path / "out", config, {"model_type": "none"}, max_shard_bytes=2_000)
+    files = checkpoint_files(tmp_path / "out")
+    assert len(files) > 1
+    manifest = read_manifest(files)
+    assert set(manifest) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(read_tensor(manifest[name]), tensor)
+    assert read_config(tmp_path / "out").to_dict() == config.to_dict()
+    specs = resolve_specs(manifest, config)
+    assert {spec.bits for spec in specs.values()} == {3}
+    assert len(specs) == 6
+
+
+def test_shared_tensors_are_written_once(tmp_path):
+    weight = torch.randn(8, 8)
+    write_checkpoint({"embed": weight, "head": weight}, tmp_path / "out", QuantizeConfig())
+    assert set(read_manifest(checkpoint_files(tmp_path / "out"))) == {"embed"}
+
+
+def test_the_folder_is_as_readable_as_any_other(tmp_path):
+    with atomic_folder(tmp_path / "out"):
+        pass
+    assert os.stat(tmp_path / "out").st_mode & 0o777 == 0o755

@@ -1,0 +1,145 @@
+"""quantize() and from_quantized(): a folder in, a folder out, nothing half done."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
+from gptq_transformers import from_quantized, quantize
+
+CONFIG = QuantizeConfig(group_size=32)
+
+
+@pytest.fixture
+def source(tmp_path):
+    config = LlamaConfig(
+        vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def samples():
+    return list(torch.randint(0, 131, (8, 32)))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.float()(torch.arange(40)[None]).logits
+
+
+def test_reading_block_by_block_gives_the_same_bits_as_a_model_in_memory(source, samples):
+    streamed, _ = quantize(source, CONFIG, samples)
+    in_memory, _ = quantize(AutoModelForCausalLM.from_pretrained(source, dtype="auto"), CONFIG, samples)
+    expected = in_memory.state_dict()
+    assert streamed.state_dict().keys() == expected.keys()
+    for name, tensor in streamed.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_only_one_block_is_in_memory_at_a_time(source, samples):
+    model = None
+
+    def look(report, done, total):
+        nonlocal model
+        frame = sys._getframe()
+        while "self" not in frame.f_locals or not hasattr(frame.f_locals["self"], "structure"):
+            frame = frame.f_back
+        blocks = frame.f_locals["self"].structure.blocks
+        loaded = [i for i, block in enumerate(blocks) if any(t.module.weight.numel() and not t.module.weight.is_meta
+                                                               for t in block.targets)]  # fmt: skip
+        assert len(loaded) == 1, loaded
+
+    quantize(source, CONFIG, samples, on_layer=look)
+
+
+def test_what_is_written_loads_and_agrees(source, samples, tmp_path):
+    model, report = quantize(source, CONFIG, samples, output=tmp_path / "out")
+    assert len(report.layers) == 21
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_blocks_kept_in_16_bits_are_named_for_other_readers(source, samples, tmp_path):
+    config = QuantizeConfig(group_size=32, keep_edge_blocks=1)
+    _, report = quantize(source, config, samples, output=tmp_path / "out")
+    assert {layer.name.split(".")[2] for layer in report.layers} == {"1"}
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert list(written["dynamic"]) == [r"-:model\.layers\.0\.", r"-:model\.layers\.2\."]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(isinstance(module, QuantLinear) for module in loaded.modules()) == 7
+
+
+def test_an_existing_model_stops_the_run_before_it_starts(source, samples, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("precious")
+    with pytest.raises(CheckpointError, match="not empty"):
+        quantize(source, CONFIG, samples, output=tmp_path / "out", on_layer=lambda *_: pytest.fail("it started"))
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
+
+
+def test_bad_calibration_is_named(source, samples):
+    with pytest.raises(CalibrationError, match="empty"):
+        quantize(source, CONFIG, [])
+    with pytest.raises(CalibrationError, match="vocabulary has 131"):
+        quantize(source, CONFIG, [torch.tensor([1, 2, 500])])
+    with pytest.raises(CalibrationError, match="at most 64"):
+        quantize(source, CONFIG, [torch.ones(65, dtype=torch.long)])
+    with pytest.raises(CalibrationError, match="tokenizer"):
+        quantize(source, CONFIG, "some text")
+
+
+def test_a_quantized_model_is_not_quantized_again(source, samples, tmp_path):
+    model, _ = quantize(source, CONFIG, samples, output=tmp_path / "out")
+    for again in (model, tmp_path / "out"):
+        with pytest.raises(ConfigError, match="quantized already"):
+            quantize(again, CONFIG, samples)
+
+
+def test_settings_and_weights_under_autogptq_names_are_found(source, samples, tmp_path):
+    model, _ = quantize(source, CONFIG, samples, output=tmp_path / "out")
+    folder = tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps({k: settings[k] for k in ("bits", "group_size", "sym")}))
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    loaded = from_quantized(folder, dtype="auto")
+    assert loaded.config._name_or_path == str(folder)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_settings_nowhere_are_missed_by_name(source):
+    with pytest.raises(ConfigError, match="quantization_config"):
+        from_quantized(source)
+
+
+def test_ctrl_c_leaves_nothing(source, tmp_path):
+    script = f"""
+        import torch
+        from gptq_backend import QuantizeConfig
+        from gptq_transformers import quantize
+        samples = list(torch.randint(0, 131, (512, 64)))
+        quantize({str(source)!r}, QuantizeConfig(group_size=32), samples, output={str(tmp_path / "out")!r},
+                 on_layer=lambda *_: print("layer", flush=True))
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "layer\n"
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert time.monotonic() - start < 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
