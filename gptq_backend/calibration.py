@@ -78,13 +78,14 @@ def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[
                 f"calibration sample {index} is a {type(sample).__name__}; expected token ids: a tensor [T] or [B, T], "
                 "a list of ints, or a mapping with input_ids"
             ) from None
+        if not ids.numel():
+            continue  # before the dtype: an empty list becomes a float tensor
         if ids.is_floating_point() or ids.dim() != 2:
             raise CalibrationError(
                 f"calibration sample {index} has dtype {ids.dtype} and shape {tuple(ids.shape)}; expected integer "
                 "token ids [T] or [B, T]"
             )
-        if ids.numel():
-            rows.setdefault((ids.shape[1], "attention_mask" in batch), []).append(batch)
+        rows.setdefault((ids.shape[1], "attention_mask" in batch), []).append(batch)
     if not rows:
         raise CalibrationError("the calibration set is empty; pass at least one sample of token ids")
     batches = []

@@ -98,7 +98,8 @@ class QuantizeConfig:
                 "marlin" in str(self.checkpoint_format)
             )
             raise ConfigError(
-                f"checkpoint_format={self.checkpoint_format!r} is not supported; choose one of {CHECKPOINT_FORMATS}{hint}"
+                f"checkpoint_format={self.checkpoint_format!r} is not supported; "
+                f"choose one of {CHECKPOINT_FORMATS}{hint}"
             )
         if self.pack_dtype not in PACK_DTYPES:
             raise ConfigError(f"pack_dtype={self.pack_dtype!r} is not supported; choose one of {PACK_DTYPES}")

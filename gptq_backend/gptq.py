@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -222,7 +223,7 @@ def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, scales_dtype
     code, error = torch.empty_like(columns), torch.empty_like(columns)
     totals = torch.empty_like(candidates.scale)
     for i in range(len(_SHRINK)):
-        candidates.map(lambda field, i=i: field[i]).round(columns, code, error)
+        candidates.map(partial(torch.select, dim=0, index=i)).round(columns, code, error)
         torch.mv(error.square_().t(), cost, out=totals[i])
     best = totals.argmin(dim=0, keepdim=True)
     return candidates.map(lambda field: field.gather(0, best)[0])

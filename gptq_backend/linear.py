@@ -16,10 +16,11 @@ from .weight import LinearSpec, QuantizedWeight, decode, encode, resolve
 class QuantLinear(nn.Module):
     """``y = x @ W.T + bias`` with W quantized.
 
-    Life: empty checkpoint parameters -> a loader fills them -> :meth:`prepare` checks the values, chooses a kernel and
-    lets it repack -> forward. Repacking is undone bit for bit wherever someone looks: ``state_dict()``, ``deepcopy`` and
-    pickling always see the checkpoint's tensors, and ``.to(device)`` prepares again for the new device. Casting the
-    model (``.half()``, ``.to(dtype)``) leaves the layer's stored dtypes alone: outputs follow the dtype of x.
+    Life: empty checkpoint parameters -> a loader fills them -> :meth:`prepare` checks the values, chooses a kernel
+    and lets it repack -> forward. Repacking is undone bit for bit wherever someone looks: ``state_dict()``,
+    ``deepcopy`` and pickling always see the checkpoint's tensors, and ``.to(device)`` prepares again for the new
+    device. Casting the model (``.half()``, ``.to(dtype)``) leaves the layer's stored dtypes alone: outputs follow the
+    dtype of x.
 
     Args:
         spec: shapes, dtypes and format of the stored tensors.
@@ -27,6 +28,8 @@ class QuantLinear(nn.Module):
         backend: row of the kernel table, or None for the fastest that fits.
         device: where to create the empty parameters.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class QuantLinear(nn.Module):
             return self._kernel.op(self.spec, parameters, x, bias)
         return self._kernel.apply(self.spec, parameters, x, bias)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_unprepared(self, x: Tensor) -> Tensor:
         """First call, or a layer whose weights an accelerate hook brings for this call only."""
         if not _is_offloaded(self):

@@ -1,8 +1,8 @@
 """Run one function per calibration batch so that all of them reach a checkpoint before any goes past it.
 
-Each task is a greenlet: a call stack that can be left in the middle of a model's forward and continued later. So a layer
-sees the inputs of every batch, is quantized, and only then are the same forward passes continued: one forward pass over
-the calibration data quantizes the whole model, and true_sequential costs nothing.
+Each task is a greenlet: a call stack that can be left in the middle of a model's forward and continued later. So a
+layer sees the inputs of every batch, is quantized, and only then are the same forward passes continued: one forward
+pass over the calibration data quantizes the whole model, and true_sequential costs nothing.
 
 Threads would do the same, but every thread that runs a parallel torch op gets an OpenMP pool of its own, and with more
 pooled threads than cores OpenMP stops spinning and wakes its workers by system calls: small ops became 5x slower.
@@ -23,9 +23,7 @@ def wait(key: Hashable) -> None:
     current.parent.switch(key)
 
 
-def run(
-    functions: Sequence[Callable[[], None]], on_stage: Callable[[Any], None], rank: Callable[[Any], int]
-) -> None:
+def run(functions: Sequence[Callable[[], None]], on_stage: Callable[[Any], None], rank: Callable[[Any], int]) -> None:
     """Run all functions to their end. An exception in one, or in ``on_stage``, ends all and is raised.
 
     Args:

@@ -42,7 +42,9 @@ def _spec(
     )
 
 
-def _dense(spec: LinearSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+def _dense(
+    spec: LinearSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, dtype: torch.dtype
+) -> Tensor:
     """[K, n] of the n output channels that all arguments were sliced to."""
     return (unpack_codes(spec, qweight).to(dtype) - zeros.to(dtype)[index]) * scales.to(dtype)[index]
 
@@ -111,7 +113,7 @@ def _gemm_fake(x, qweight, qzeros, scales, g_idx, in_features, bits, group_size,
 
 
 def _save_for_gemm_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, qweight, qzeros, scales, g_idx, *numbers, bias = inputs
+    _, qweight, qzeros, scales, g_idx, *numbers, bias = inputs
     ctx.save_for_backward(qweight, qzeros, scales, g_idx)
     ctx.numbers, ctx.bias_dtype = numbers, None if bias is None else bias.dtype
 

@@ -1,13 +1,13 @@
 """Codes <-> packed integer words.
 
-A row of ``b``-bit codes is a little-endian bit stream: code ``i`` occupies bits ``[i*b, (i+1)*b)``, so 3-bit codes cross
-word boundaries and 32 of them fill 3 words::
+A row of ``b``-bit codes is a little-endian bit stream: code ``i`` occupies bits ``[i*b, (i+1)*b)``, so 3-bit codes
+cross word boundaries and 32 of them fill 3 words::
 
     bit   0  3  6  ...      30    33         word 0 | word 1
           c0 c1 c2 ...  c9  c10 (2 low bits)|(1 high bit) c11 ...
 
-The planar 3-bit layout (``gptq_p``) stores each run of 32 codes as one 2-bit plane of two words (low bits) followed by a
-1-bit plane of one word (high bits). 2, 4 and 8 bits have a single plane, which equals the stream.
+The planar 3-bit layout (``gptq_p``) stores each run of 32 codes as one 2-bit plane of two words (low bits) followed by
+a 1-bit plane of one word (high bits). 2, 4 and 8 bits have a single plane, which equals the stream.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from .errors import ConfigError
 
 _WORD = 32
 _PLANES = {3: ((2, 0), (1, 2))}  # bits -> (width, lowest bit) of each plane, in storage order
@@ -27,8 +29,17 @@ def words_for(count: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int, planar: bool = False) -> Tensor:
-    """Pack along dim 0. codes: integer [n, m], values < 2**bits -> int32 [ceil(n*bits/32), m]; the tail is zero."""
+    """Pack along dim 0. codes: integer [n, m], values < 2**bits -> int32 [ceil(n*bits/32), m]; the tail is zero.
+
+    Raises:
+        ConfigError: planes hold whole runs of 32 codes, and n is not a multiple of 32.
+    """
     n, m = codes.shape
+    if planar and bits in _PLANES and n % _WORD:
+        raise ConfigError(
+            f"checkpoint_format='gptq_p' stores {bits}-bit codes in runs of 32, but a layer has {n} channels; "
+            "use checkpoint_format='gptq_v2'"
+        )
     block = _WORD if planar else _WORD // math.gcd(_WORD, bits)
     padded = torch.zeros((math.ceil(n / block) * block, m), dtype=torch.int32, device=codes.device)
     padded[:n] = codes

@@ -13,7 +13,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,11 +187,8 @@ class _Run:
 
         def forward() -> None:
             _MASK.set(inputs.get("attention_mask"))
-            with torch.no_grad():
-                try:
-                    self.model(**inputs)
-                except _Stop:
-                    pass
+            with torch.no_grad(), suppress(_Stop):
+                self.model(**inputs)
 
         return forward
 
@@ -225,7 +222,7 @@ class _Run:
                 lockstep.wait((block, "end"))
             return original(*args, **kwargs)
 
-        block.module.forward = forward  # type: ignore[method-assign]
+        block.module.forward = forward
         return _Restore(block.module)
 
     def hook_layer(self, target: Target) -> Any:
@@ -285,7 +282,7 @@ class _Run:
                 return entry
         hessian = same_input[0].hessian if same_input else self.hessian([_unpadded(*item) for item in inputs])
         if hessian.dropped:
-            logger.warning("%s: dropped %d calibration tokens with NaN or infinite inputs", target.name, hessian.dropped)
+            logger.warning("%s: dropped %d tokens with NaN or infinite inputs", target.name, hessian.dropped)
         matrix = hessian.matrix(target.name)
         if not hessian.tokens:
             return None
@@ -307,12 +304,12 @@ class _Run:
         weight = dense_weight(module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         tokens = shared.hessian.tokens if shared else 0
-        layer = quantize_weight(weight, shared and shared.factor, config, tokens, name=target.name)
+        layer = quantize_weight(weight, shared.factor if shared else None, config, tokens, name=target.name)
         dense = layer.weight.dequantize(weight.dtype).to(module.weight.dtype)  # type: ignore[arg-type]
-        module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense  # type: ignore[union-attr]
+        module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense
         bias = module.bias
         if bias is not None:
-            bias = bias.detach().to(self.dtypes.get(bias, bias.dtype))  # type: ignore[arg-type,operator,call-overload]
+            bias = bias.detach().to(self.dtypes.get(bias, bias.dtype))  # type: ignore[operator,call-overload]
         quantized = QuantLinear.from_weight(layer.weight, bias, config.checkpoint_format, target.name, self.backend)
         self.done[module] = quantized
         entry = LayerReport(
@@ -341,7 +338,7 @@ class _Run:
 
     def install(self, target: Target) -> None:
         replace_module(self.model, target.name, self.done[target.module].prepare())
-        target.module.weight.data = torch.empty(0)  # type: ignore[union-attr]  # freed although hooks hold the module
+        target.module.weight.data = torch.empty(0)  # freed although hooks hold the module
 
     def to_compute_dtype(self, parameters: Any) -> None:
         """16-bit weights to float32 on a CPU: more accurate, and faster where it lacks 16-bit units."""

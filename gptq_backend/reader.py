@@ -138,7 +138,7 @@ def resolve_specs(
             continue
         shape = None if linear_shapes is None else linear_shapes[name]
         has_bias = None if biased is None else name in biased
-        specs[name] = _resolve(name, manifest, config.for_module(name) or config, shape, has_bias)
+        specs[name] = _resolve(name, manifest, _layer_config(name, manifest, config), shape, has_bias)
     return specs
 
 
@@ -191,6 +191,15 @@ def _complete_shards(files: list[Path]) -> bool:
     return all(numbers) and all(int(match[2]) == len(files) for match in numbers if match)
 
 
+def _layer_config(name: str, manifest: Manifest, config: QuantizeConfig) -> QuantizeConfig:
+    """``dynamic`` rules were written for the names in the file; a newer framework may have renamed the modules."""
+    for candidate in (manifest[f"{name}.qweight"].key.removesuffix(".qweight"), name):
+        found = config.for_module(candidate)
+        if found is not None and found is not config:
+            return found
+    return config
+
+
 def _resolve(
     name: str, manifest: Manifest, config: QuantizeConfig, shape: tuple[int, int] | None, has_bias: bool | None
 ) -> LinearSpec:
@@ -203,12 +212,14 @@ def _resolve(
         _check_dtype(name, part, parts[part], _SCALES if part == "scales" else _WORDS)
         if len(parts[part].shape) != 2 or 0 in parts[part].shape:
             raise CheckpointError(f"{name}.{part} has shape {list(parts[part].shape)}, expected a non-empty matrix")
-    qweight, qzeros, scales = (parts[part] for part in _PARTS)
+    qweight, scales = parts["qweight"], parts["scales"]
     g_idx = manifest.get(f"{name}.g_idx")
+    if shape:
+        _check_sizes(name, shape, qweight, scales, g_idx)
     word_bits = qweight.dtype.itemsize * 8  # type: ignore[union-attr]
     features = shape[0] if shape else _in_features(qweight, g_idx, config.bits, word_bits)
     bits = _bits(name, qweight, features, config, word_bits)
-    groups, out_features = scales.shape
+    groups = scales.shape[0]
     spec = LinearSpec(
         in_features=features,
         out_features=qweight.shape[1],
@@ -226,14 +237,22 @@ def _resolve(
         bias_dtype=_dtype(manifest.get(f"{name}.bias"), torch.float16),
         g_idx_dtype=_dtype(g_idx, torch.int32),
     )
-    if shape and out_features != shape[1]:
-        hint = "; convert it with `gptq-backend convert`" if out_features == 1 else ""
-        raise CheckpointError(
-            f"{name}: the checkpoint has {qweight.shape[1]} output channels and {out_features} columns of scales, the "
-            f"model {shape[1]}; config.json and the weights belong to different models{hint}"
-        )
     _check_shapes(name, spec, manifest)
     return spec
+
+
+def _check_sizes(
+    name: str, shape: tuple[int, int], qweight: TensorInfo, scales: TensorInfo, g_idx: TensorInfo | None
+) -> None:
+    """Against the model's layer. Comes first: 96 inputs of 4 bits fill as many words as 128 of 3 bits."""
+    features = g_idx.numel if g_idx is not None and g_idx.numel else shape[0]
+    if (features, qweight.shape[1], scales.shape[1]) != (*shape, shape[1]):
+        hint = "; convert it with `gptq-backend convert`" if scales.shape[1] == 1 else ""
+        raise CheckpointError(
+            f"{name}: the checkpoint has {features} inputs, {qweight.shape[1]} outputs and {scales.shape[1]} columns "
+            f"of scales, the model {shape[0]} inputs and {shape[1]} outputs; config.json and the weights belong to "
+            f"different models{hint}"
+        )
 
 
 def _check_shapes(name: str, spec: LinearSpec, manifest: Manifest) -> None:
@@ -247,7 +266,8 @@ def _check_shapes(name: str, spec: LinearSpec, manifest: Manifest) -> None:
             )
     if manifest[f"{name}.qzeros"].dtype != spec.word_dtype:
         raise CheckpointError(
-            f"{name}.qzeros is {manifest[f'{name}.qzeros'].dtype}, expected {spec.word_dtype} as qweight; export it anew"
+            f"{name}.qzeros is {manifest[f'{name}.qzeros'].dtype}, expected {spec.word_dtype} as qweight; "
+            "export it anew"
         )
     if spec.has_g_idx:
         _check_dtype(name, "g_idx", manifest[f"{name}.g_idx"], (torch.int32, torch.int64, torch.int16))
@@ -279,9 +299,7 @@ def _group_size(name: str, features: int, groups: int, g_idx: TensorInfo | None,
     if math.ceil(features / claimed) == groups:
         return claimed
     if features % groups == 0:
-        logger.warning(
-            "%s: %d groups stored, though group_size is %d in the config", name, groups, config.group_size
-        )
+        logger.warning("%s: %d groups stored, though group_size is %d in the config", name, groups, config.group_size)
         return features // groups
     if g_idx is not None and g_idx.numel == features:
         return int(torch.bincount(read_tensor(g_idx).long().clamp_min(0)).max())

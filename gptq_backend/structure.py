@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .config import QuantizeConfig
@@ -66,7 +67,7 @@ class Structure:
         if not keep:
             return config
         edges = self.blocks[:keep] + self.blocks[-keep:]
-        rules = {f"-:{re.escape(block.name)}\\.": {} for block in edges}
+        rules: dict[str, Mapping[str, Any]] = {f"-:{re.escape(block.name)}\\.": {} for block in edges}
         return dataclasses.replace(config, keep_edge_blocks=0, dynamic={**rules, **(config.dynamic or {})})
 
 
@@ -185,4 +186,5 @@ def _head(model: nn.Module, config: QuantizeConfig) -> Target | None:
 
 def untie(module: nn.Module) -> None:
     """Give the module a weight of its own, so that replacing it leaves the input embedding alone."""
-    module.weight = nn.Parameter(torch.empty_like(module.weight).copy_(module.weight), requires_grad=False)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests: no network, two threads, seeds fixed, skips with a reason."""
+"""Settings and fixtures of all tests: no network, one thread, seeds fixed, skips with a reason."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 
+# The tensors here are tiny: a second thread only adds waiting, most of all on a busy machine.
+torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=40, derandomize=True, print_blob=True, database=None
 )

@@ -1,7 +1,7 @@
 """GPTQ as the paper states it, in float64 and without any of the tricks: the yardstick for gptq_backend.gptq.
 
-One column at a time: round it, push its error onto the columns that remain (Frantar et al., arXiv 2210.17323, eq. 2), and
-take it out of the explicit inverse Hessian by Gaussian elimination (eq. 3). No Cholesky factor, no blocks, no sharing.
+One column at a time: round it, push its error onto the columns that remain (Frantar et al., arXiv 2210.17323, eq. 2),
+and take it out of the explicit inverse Hessian by Gaussian elimination (eq. 3). No Cholesky factor, no blocks.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def grid(columns: Tensor, cost: list[float], config: QuantizeConfig) -> tuple[Te
             low = -high
         best = math.inf
         for shrink in _SHRINK if config.scale_search else (1.0,):
-            scale = float(torch.tensor((high * shrink - low * shrink) / top or 1.0, dtype=torch.float64).clamp(min=2.0**-14).half())
+            step = (high * shrink - low * shrink) / top or 1.0
+            scale = float(torch.tensor(max(step, 2.0**-14), dtype=torch.float64).half())
             zero = 2 ** (config.bits - 1) if config.sym else min(max(round(-low * shrink / scale), 0), top)
             rounded = [(min(max(round(v / scale) + zero, 0), top) - zero) * scale for v in values]
             total = sum(c * (r - v) ** 2 for c, r, v in zip(cost, rounded, values, strict=True))

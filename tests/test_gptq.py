@@ -32,7 +32,8 @@ def layer(seed: int, outputs: int = OUT, columns: int = IN) -> tuple[Tensor, Ten
     weight = torch.randn(outputs, columns, generator=generator, dtype=torch.float64)
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
     spread = torch.linspace(-1, 1, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)].exp()
-    x = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ (mix + torch.eye(columns)) * spread
+    x = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64)
+    x = x @ (mix + torch.eye(columns)) * spread
     return weight.float().double(), (x.t() @ x).float().double()  # so that float32 starts from the same values
 
 
@@ -116,7 +117,8 @@ def test_reported_loss_is_the_layers_output_error() -> None:
     result = quantize_weight(weight, prepare_factor(x.t() @ x, config), config, tokens=100)
     error = x @ (result.weight.dequantize() - weight).t()
     assert result.loss == pytest.approx(float(error.square().mean()), rel=1e-4)
-    assert result.relative_loss == pytest.approx(float(error.square().sum() / (x @ weight.t()).square().sum()), rel=1e-4)
+    share = float(error.square().sum() / (x @ weight.t()).square().sum())
+    assert result.relative_loss == pytest.approx(share, rel=1e-4)
 
 
 def test_dead_channels_are_rounded_not_zeroed() -> None:
@@ -140,7 +142,7 @@ def test_all_channels_dead_is_rounding_to_nearest() -> None:
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_a_group_of_zeros_gets_scale_one_and_stays_zero(sym: bool) -> None:
-    weight, hessian = layer(seed=4)
+    weight, _ = layer(seed=4)
     weight[3, :24] = 0
     for order in ("plain", "static"):
         result = run(weight, torch.eye(IN).double(), QuantizeConfig(group_size=24, sym=sym, **ORDERS[order])).weight
@@ -157,7 +159,7 @@ def test_tiny_weights_keep_a_normal_scale() -> None:
 
 
 def test_scale_overflow_names_the_module() -> None:
-    weight, hessian = layer(seed=4)
+    weight, _ = layer(seed=4)
     with pytest.raises(CalibrationError, match=r"model\.layers\.3\.q_proj.*overflows"):
         quantize_weight(weight * 1e9, None, QuantizeConfig(group_size=24), name="model.layers.3.q_proj")
 

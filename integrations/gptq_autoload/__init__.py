@@ -1,15 +1,15 @@
 """Make transformers load GPTQ checkpoints with gptq_backend, without a line of the user's code.
 
-torch calls :func:`install` at the end of ``import torch`` (entry point group ``torch.backends``). It imports nothing; it
-only waits for two modules of transformers and acts at the first look at each after it is complete:
+torch calls :func:`install` at the end of ``import torch`` (entry point group ``torch.backends``). It imports nothing;
+it only waits for two modules of transformers and acts at the first look at each after it is complete:
 
-- ``transformers.quantizers.auto``: gptq_transformers takes over, unless the stock path could work (optimum and gptqmodel
-  are both installed) or gptq_transformers is imported already (then it does, or did, so itself);
+- ``transformers.quantizers.auto``: gptq_transformers takes over, unless the stock path could work (optimum and
+  gptqmodel are both installed) or gptq_transformers is imported already (then it does, or did, so itself);
 - ``transformers.utils.quantization_config``: ``GPTQConfig(modules_in_block_to_quantize=...)`` works without optimum.
 
 Off: ``GPTQ_BACKEND_AUTOLOAD=0``, or torch's own ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``. An exception here would break
-``import torch``, so none leaves. Standard library only, and a package of its own: an entry point inside a larger one would
-run that one's ``__init__`` in a half-built torch.
+``import torch``, so none leaves. Standard library only, and a package of its own: an entry point inside a larger one
+would run that one's ``__init__`` in a half-built torch.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Watched(ModuleType):
     def __getattribute__(self, name: str) -> Any:
         get = super().__getattribute__
         if name != "__spec__" and not _initializing(self):
-            self.__class__ = ModuleType
+            self.__class__ = ModuleType  # type: ignore[assignment]
             _run_hook(self)
         return get(name)
 

@@ -16,7 +16,34 @@ logger = logging.getLogger(__name__)
 
 # Kernels of GPTQModel, AutoGPTQ and optimum. Code that names them must run unchanged, so they mean 'auto'.
 _FOREIGN_BACKENDS = frozenset(
-    ["bitblas", "cuda", "cuda_old", "exllama", "exllama_eora", "exllama_v1", "exllama_v2", "exllama_v3", "exllamav1", "exllamav2", "gguf", "hf_kernel", "ipex", "machete", "marlin", "marlin_fp16", "mlx", "qigen", "sglang", "torch", "torch_aten", "torch_fused", "torch_int8", "triton", "trainable", "vllm"]
+    [
+        "bitblas",
+        "cuda",
+        "cuda_old",
+        "exllama",
+        "exllama_eora",
+        "exllama_v1",
+        "exllama_v2",
+        "exllama_v3",
+        "exllamav1",
+        "exllamav2",
+        "gguf",
+        "hf_kernel",
+        "ipex",
+        "machete",
+        "marlin",
+        "marlin_fp16",
+        "mlx",
+        "qigen",
+        "sglang",
+        "torch",
+        "torch_aten",
+        "torch_fused",
+        "torch_int8",
+        "triton",
+        "trainable",
+        "vllm",
+    ]
 )
 # How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
 _NOT_STORED = ("backend", "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
@@ -82,6 +109,10 @@ class GPTQConfig(StockGPTQConfig):
         values["quant_method"] = QuantizationMethod.GPTQ.value
         values["checkpoint_format"] = self.checkpoint_format
         return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As :meth:`to_dict`; transformers 4 asks for it when it prints a config, and has none."""
+        return self.to_dict()
 
     @property
     def kernel(self) -> str | None:

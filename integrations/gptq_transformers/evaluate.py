@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +230,9 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(path, **options).eval()
     if backend is not None:
         options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
-    return from_quantized(path, **options).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        return from_quantized(path, **options).eval()
 
 
 def require_model(path: str | Path) -> None:

@@ -8,16 +8,16 @@ finds anything to do there.
 
 How names survive loading and saving, for a caller that is a transformers quantizer:
 
-1. ``_process_model_before_weight_loading``: call :func:`replace_fused_experts` with the *model's* names of the quantized
-   layers (``model.layers.0.mlp.experts.0.w1`` where the file says ``block_sparse_moe``), before putting ``QuantLinear``
-   in the place of linear layers.
-2. ``update_weight_conversions``: return ``drop_fused_conversions(weight_conversions, model)``. Renamings stay in the list.
+1. ``_process_model_before_weight_loading``: call :func:`replace_fused_experts` with the *model's* names of the
+   quantized layers (``model.layers.0.mlp.experts.0.w1`` where the file says ``block_sparse_moe``), before putting
+   ``QuantLinear`` in the place of linear layers.
+2. ``update_weight_conversions``: return ``drop_fused_conversions(weight_conversions, model)``. Renamings stay.
 3. Loading leaves the conversions that matched something in ``model._weight_conversions``, and ``save_pretrained``
-   applies their inverse: ``.mlp.`` becomes ``.block_sparse_moe.`` again and nothing else has to be done. A model that was
-   not loaded that way (quantized in memory) gets transformers' default list there; its fusing conversions, inverted,
-   look for ``experts.gate_up_proj``, which no longer exists, so they do nothing.
-4. Beware: for a pre-quantized model transformers gives tensors whose name was changed on loading the *file's* dtype, not
-   the model's (``mlp.gate.weight`` of Mixtral). ``_process_model_after_weight_loading`` has to cast those.
+   applies their inverse: ``.mlp.`` becomes ``.block_sparse_moe.`` again and nothing else has to be done. A model that
+   was not loaded that way (quantized in memory) gets transformers' default list there; its fusing conversions,
+   inverted, look for ``experts.gate_up_proj``, which no longer exists, so they do nothing.
+4. Beware: for a pre-quantized model transformers gives tensors whose name was changed on loading the *file's* dtype,
+   not the model's (``mlp.gate.weight`` of Mixtral). ``_process_model_after_weight_loading`` has to cast those.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def unfuse_experts(model: nn.Module) -> list[str]:
     """Replace every fused experts module of ``model`` by an :class:`ExpertList` with the same weights, in place.
 
     One module is split at a time and its fused parameters are dropped, so that beside the model only one layer's
-    experts need memory. Weights may be on meta. Modules that keep 3-D expert weights in a way that is not understood are
-    left alone, with a warning.
+    experts need memory. Weights may be on meta. Modules that keep 3-D expert weights in a way that is not understood
+    are left alone, with a warning.
 
     Returns:
         Names of the replaced modules.
@@ -176,7 +176,7 @@ def replace_fused_experts(model: nn.Module, quantized_modules: Iterable[str]) ->
 
 
 def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) -> list[Any]:
-    """``weight_conversions`` of transformers without those that produce a fused parameter which ``model`` no longer has.
+    """``weight_conversions`` of transformers without those for a fused parameter that ``model`` no longer has.
 
     Renamings stay, since the checkpoint's module names still differ from the model's. See the module's docstring for
     how this makes ``save_pretrained`` write the checkpoint's names.
@@ -214,7 +214,7 @@ def _unfused(fused: nn.Module, layout: _Layout, name: str, conversions: Sequence
     hook = getattr(fused, "_hf_hook", None)
     if any(getattr(item, "offload", False) for item in getattr(hook, "hooks", [hook])):
         raise ConfigError(
-            f"{name}: its weights are offloaded to CPU or disk; load the model without offloading to quantize its experts"
+            f"{name}: its weights are offloaded to CPU or disk; load the model without offloading to split its experts"
         )
     names = _projection_names(name, layout, conversions)
     experts = []

@@ -1,4 +1,4 @@
-"""The steps around transformers' own weight loader: put QuantLinears where it will look for them, and check after it."""
+"""The steps around transformers' own weight loader: put QuantLinears where it looks for them, and check after it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def prepare_model(
         replace_module(model, name, layer)
         if f"{name}.bias" in manifest and not spec.has_bias:
             ignored.append(re.escape(manifest[f"{name}.bias"].key) + "$")
-    ignored += [rf"{re.escape(manifest[f'{name}.qweight'].key[:-8])}\.(qweight|qzeros|scales|g_idx)$" for name in plan.dense]
+    ignored += [
+        rf"{re.escape(manifest[f'{name}.qweight'].key[:-8])}\.(qweight|qzeros|scales|g_idx)$" for name in plan.dense
+    ]
     known = model._keys_to_ignore_on_load_unexpected
     known = [] if known is None else known
     model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])  # a list in version 4, a set in 5
@@ -158,8 +160,8 @@ def check_loaded(model: nn.Module, missing: Iterable[str]) -> None:
     for key in missing:
         if re.search(r"\.\d+\.", f".{key}") or (quantized and key.startswith(quantized)):
             raise CheckpointError(
-                f"{key} is not in the checkpoint ({len(missing)} of the model's tensors are not), neither quantized nor "
-                "dense, and would be random; fetch all of its files, or check that config.json belongs to them"
+                f"{key} is not in the checkpoint ({len(missing)} of the model's tensors are not), neither quantized "
+                "nor dense, and would be random; fetch all of its files, or check that config.json belongs to them"
             )
 
 
@@ -269,5 +271,3 @@ def restored_classes(model: nn.Module) -> dict[str, type[nn.Module]]:
     with torch.device("meta"):
         skeleton = type(model)(model.config)
     return {name: type(module) for name, module in skeleton.named_modules()}
-
-

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from gptq_backend import CalibrationError, ConfigError, quantize_model
 from gptq_backend.calibration import tokenize
-from transformers.utils import logging as transformers_logging
 
 from . import experts, loading
 from .config import GPTQConfig
@@ -17,14 +19,14 @@ logger = logging.getLogger(__name__)
 # As optimum does it for the same arguments: 128 windows of 2048 tokens, shorter where the model is.
 _SAMPLES = 128
 _SEQLEN = 2048
-# name -> arguments of datasets.load_dataset, column
-_NAMED = {
-    "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}, "text"),
-    "c4": (("allenai/c4",), {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}, "text"),
+# name -> arguments of datasets.load_dataset; only the start of c4 is fetched, its files are large
+_NAMED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
+    "c4": (("allenai/c4", "en"), {"split": "train", "streaming": True}),
 }
 _NAMED["c4-new"] = _NAMED["c4"]
-# Documents of c4 that are enough for 128 windows; the file holds 356 thousand.
-_DOCUMENTS = 4096
+# Rows that surely make 128 windows.
+_ROWS = {"wikitext2": 20_000, "c4": 2048, "c4-new": 2048}
 
 
 def quantize_loaded(model: Any, config: GPTQConfig) -> None:
@@ -36,8 +38,8 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(
-            "device_map puts part of the model on disk or offloads it; to quantize while loading it has to be in memory: "
-            "leave device_map out, or use gptq_transformers.quantize(), which reads one block at a time"
+            "device_map puts part of the model on disk or offloads it; to quantize while loading it has to be in "
+            "memory: leave device_map out, or use gptq_transformers.quantize(), which reads one block at a time"
         )
     samples = calibration_samples(model, config)
     experts.unfuse_experts(model)
@@ -87,8 +89,8 @@ def _tokenizer(model: Any, config: GPTQConfig) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CalibrationError(
-            f"no tokenizer could be loaded from {tokenizer!r} ({reason}); pass GPTQConfig(tokenizer=...) an object or a "
-            "folder"
+            f"no tokenizer could be loaded from {tokenizer!r} ({reason}); pass GPTQConfig(tokenizer=...) an object "
+            "or a folder"
         ) from None
 
 
@@ -96,18 +98,15 @@ def _named_texts(name: str) -> list[str]:
     alternative = "pass dataset=[texts] of your own instead, for example the lines of a text file"
     try:
         import datasets
-    except ImportError:
+    except ImportError as error:
         raise CalibrationError(
-            f"dataset={name!r} needs the package datasets, which is not installed: `pip install datasets`, or {alternative}"
+            f"dataset={name!r} needs the package datasets, which cannot be imported ({error}): `pip install datasets`, "
+            f"or {alternative}"
         ) from None
-    positional, keywords, column = _NAMED[name]
+    positional, keywords = _NAMED[name]
     try:
         rows = datasets.load_dataset(*positional, **keywords)
-        return [row[column] for row in rows.select(range(min(len(rows), _DOCUMENTS * 10)))][: _limit(name)]
+        return [row["text"] for row in itertools.islice(rows, _ROWS[name])]
     except Exception as error:  # whatever the hub client, its HTTP library and the file readers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(f"dataset={name!r} cannot be fetched ({reason}); {alternative}") from error
-
-
-def _limit(name: str) -> int | None:
-    return None if name == "wikitext2" else _DOCUMENTS

@@ -1,4 +1,4 @@
-"""What transformers calls while it loads a model with ``quant_method: gptq``, whether the weights are quantized or not."""
+"""What transformers calls while it loads a model with ``quant_method: gptq``, quantized already or not yet."""
 
 from __future__ import annotations
 
@@ -10,17 +10,30 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
+from gptq_backend.reader import read_manifest
 from gptq_backend.structure import replace_module
 
 from . import experts, loading
 from .config import GPTQConfig
 
 logger = logging.getLogger(__name__)
+
+
+# What _from_pretrained_locals looks for.
+_LOCALS = (
+    "checkpoint_files",
+    "device_mesh",
+    "distributed_config",
+    "key_mapping",
+    "pretrained_model_name_or_path",
+    "tp_plan",
+)
 
 
 class GPTQBackendQuantizer(HfQuantizer):
@@ -47,6 +60,7 @@ class GPTQBackendQuantizer(HfQuantizer):
 
         Raises:
             ConfigError: unknown backend, bad settings, tensor parallelism, or nothing to calibrate with.
+            CheckpointError: a damaged file.
         """
         _ = self.quantization_config.kernel
         self.quantization_config.to_quantize_config()
@@ -59,14 +73,18 @@ class GPTQBackendQuantizer(HfQuantizer):
             or getattr(parallel, "tp_plan", None) is not None
         ):
             raise ConfigError(
-                "tp_plan is not supported for GPTQ checkpoints, because transformers would cut the packed weights in the "
-                "wrong dimension; leave it out, use device_map, or serve the model with vLLM"
+                "tp_plan is not supported for GPTQ checkpoints, because transformers would cut the packed weights in "
+                "the wrong dimension; leave it out, use device_map, or serve the model with vLLM"
             )
         if not self.pre_quantized and self.quantization_config.dataset is None:
             raise ConfigError(
                 "this model is not quantized yet, and GPTQConfig has no calibration data to quantize it with; pass "
                 "GPTQConfig(..., dataset=[texts], tokenizer=...), or dataset='wikitext2' or 'c4'"
             )
+        folder = Path(str(caller.get("pretrained_model_name_or_path")))
+        if self.pre_quantized and transformers.__version__.startswith("4.") and folder.is_dir():
+            # Version 4 opens the file before it asks us anything more, and then says only "incomplete metadata".
+            read_manifest(sorted(folder.glob("*.safetensors")))
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
@@ -87,14 +105,14 @@ class GPTQBackendQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """transformers 5: leave out the fusing of experts that are quantized one by one."""
+        """For transformers 5: leave out the fusing of experts that are quantized one by one."""
         model = model if model is not None else self._loading
         if not self.pre_quantized or model is None:
             return weight_conversions
         return experts.drop_fused_conversions(weight_conversions, model)
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        """transformers 4: the names that it did not find and is about to fill with random values."""
+        """For transformers 4: the names that it did not find and is about to fill with random values."""
         if self._plan is None:
             return missing_keys
         missing_keys = [key for key in missing_keys if key.removesuffix(".weight") not in self._plan.dense]
@@ -123,7 +141,9 @@ class GPTQBackendQuantizer(HfQuantizer):
         classes = loading.restored_classes(model)
         for name, layer in list(loading.quant_linears(model)):
             if any(parameter.is_meta for parameter in layer.parameters()):
-                raise ConfigError(f"{name}: its weights are offloaded; load the model without offloading to dequantize it")
+                raise ConfigError(
+                    f"{name}: its weights are offloaded; load the model without offloading to dequantize it"
+                )
             replace_module(model, name, _as_class(layer.dequantize(dtype), classes.get(name)))
         loading.forbid_casting(model)
         nn.Module.to(model, dtype)  # the embeddings and norms, which are not quantized
@@ -187,13 +207,10 @@ def _frames() -> Iterator[FrameType]:
 def _from_pretrained_locals() -> dict[str, Any]:
     """What the ``from_pretrained`` that is calling us knows and does not pass on.
 
-    transformers 4 resolves the checkpoint's files (cache, revision, subfolder, variant) and keeps them to itself, and no
-    version hands over ``key_mapping`` or the tensor-parallel arguments. They are locals of a caller.
+    transformers 4 resolves the checkpoint's files (cache, revision, subfolder, variant) and keeps them to itself, and
+    no version hands over ``key_mapping`` or the tensor-parallel arguments. They are locals of a caller.
     """
     for frame in _frames():
         if frame.f_code.co_name == "from_pretrained" and Path(frame.f_code.co_filename).name == "modeling_utils.py":
-            return {
-                name: frame.f_locals.get(name)
-                for name in ("checkpoint_files", "key_mapping", "tp_plan", "device_mesh", "distributed_config")
-            }
+            return {name: frame.f_locals.get(name) for name in _LOCALS}
     return {}

@@ -33,10 +33,10 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 sys
 main { max-width: 1160px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 36px 0 4px; }
 p { margin: 4px 0 14px; color: var(--soft); max-width: 78ch; }
-.grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
+.grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); }
 .panels { grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
-.card b { display: block; font-size: 22px; font-weight: 600; } .card span, figcaption span { color: var(--soft); }
+.card b { display: block; font-size: 18px; font-weight: 600; } .card span, figcaption span { color: var(--soft); }
 .card span { font-size: 13px; } figure { margin: 0; } figcaption { display: flex; justify-content: space-between; }
 figcaption span { font-size: 13px; } svg { display: block; width: 100%; height: auto; margin-top: 6px; }
 svg text { font: 10px system-ui, sans-serif; fill: var(--soft); } svg line { stroke: var(--line); }
@@ -47,7 +47,7 @@ th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--li
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child, td.left { text-align: left; }
 tr.odd td { color: var(--odd); } summary { cursor: pointer; margin: 8px 0; } code { font-size: 13px; }
 """
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 128, 40, 8, 18  # of one panel, in SVG units
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 128, 52, 8, 18  # of one panel, in SVG units
 
 
 def make_report(
@@ -207,7 +207,7 @@ def _describe(report: Mapping[str, Any]) -> str:
     if calibration is None:
         return ", ".join(words) + "; rounded to nearest, without calibration."
     return (
-        f"{', '.join(words)}; GPTQ on {calibration['tokens']} tokens of {calibration['file']}"
+        f"{', '.join(words)}; GPTQ on {calibration['tokens']} tokens of {Path(calibration['file']).name}"
         f" (up to {calibration['samples']} windows of {calibration['seqlen']}, seed {calibration['seed']})."
     )
 

@@ -115,10 +115,10 @@ def set_up_logging(console: Console) -> None:
     import transformers
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    logger = logging.getLogger("gptq_backend")
-    logger.handlers, logger.propagate = [handler], False
-    logging.getLogger("gptq_transformers").handlers = [handler]
-    logging.getLogger("gptq_transformers").propagate = False
+    for name in ("gptq_backend", "gptq_transformers"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -70,7 +70,14 @@ def tiny(model_type: str = "llama", **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     if model_type == "gpt2":
         config = AutoConfig.for_model(
-            "gpt2", vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2
+            "gpt2",
+            vocab_size=VOCABULARY,
+            n_embd=64,
+            n_layer=2,
+            n_head=2,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
         )
     else:
         extra = {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "mixtral" else {}
@@ -139,10 +146,6 @@ def stored(folder: Path) -> dict[str, Tensor]:
     for file in folder.glob("*.safetensors"):
         content.update(load_file(file))
     return content
-
-
-def is_quantized_tensor(key: str, content: dict[str, Tensor]) -> bool:
-    return f"{key.rpartition('.')[0]}.qweight" in content
 
 
 gptq_transformers.register()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import gptq_transformers
@@ -64,7 +64,7 @@ FALCON = {"ffn_hidden_size": 96, "alibi": False}
 MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
 QWEN_MOE = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 48}
 
-# name: (config, where the blocks are in the file, layers of a block by their names in the file, distinct inputs of a block)
+# config; where the file has the blocks; a block's layers by their names in the file; a block's distinct inputs
 ARCHITECTURES: dict[str, tuple[Callable[[], Any], str, list[str], int]] = {
     "llama": (lambda: llama_like("llama"), "model.layers", *LLAMA),
     "llama-tied": (lambda: llama_like("llama", tie_word_embeddings=True, mlp_bias=True), "model.layers", *LLAMA),
@@ -101,7 +101,12 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], str, list[str], int]] = {
         BLOOM,
         4,  # parallel, but with a norm each
     ),
-    "bloom": (lambda: tiny("bloom", n_layer=3, n_head=4, apply_residual_connection_post_layernorm=True), "transformer.h", BLOOM, 4),
+    "bloom": (
+        lambda: tiny("bloom", n_layer=3, n_head=4, apply_residual_connection_post_layernorm=True),
+        "transformer.h",
+        BLOOM,
+        4,
+    ),
     "mixtral": (lambda: llama_like("mixtral", **MOE), "model.layers", MIXTRAL, 2 + 2 * 4),
     "qwen3_moe": (lambda: llama_like("qwen3_moe", **QWEN_MOE), "model.layers", QWEN3_MOE, 2 + 2 * 4),
 }
@@ -137,9 +142,12 @@ def logits(model: nn.Module, seed: int = 9) -> Tensor:
     return model(torch.stack(samples(2, 16, seed))).logits.float()
 
 
+def stored(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
 def quantized_in(folder: Path) -> list[str]:
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return [key.removesuffix(".qweight") for key in file.keys() if key.endswith(".qweight")]
+    return [key.removesuffix(".qweight") for key in stored(folder) if key.endswith(".qweight")]
 
 
 def quant_linears(model: nn.Module) -> list[str]:
@@ -165,9 +173,9 @@ def test_quantized_saved_and_loaded_model_gives_the_same_logits(name: str, tmp_p
     assert len(quant_linears(loaded)) == len(expected)
     torch.testing.assert_close(logits(loaded), before, atol=1e-5, rtol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as one, safe_open(tmp_path / "again" / "model.safetensors", "pt") as two:
-        assert set(one.keys()) == set(two.keys())
-        assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in one.keys())
+    first, second = stored(tmp_path / "out"), stored(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -185,8 +193,140 @@ def test_eight_bits_stay_close_and_distinct_inputs_are_counted(name: str, monkey
     monkeypatch.setattr(driver, "Hessian", Counted)
     model = build(name)
     expected = logits(model)
-    # Fewer layers suffice for a dense model; which experts get tokens depends on the first block.
     gptq_transformers.quantize(model, config(bits=8, scale_search=False), samples(12))
     blocks = model.config.get_text_config().num_hidden_layers
     assert len(made) == blocks * ARCHITECTURES[name][3]
     assert distance(logits(model), expected) < 0.03
+
+
+# -- options, on whole models --------------------------------------------------------------------------------------
+
+
+def reload(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma3"])
+def test_quantized_head_is_untied_from_the_embedding(name: str, tmp_path: Path) -> None:
+    """The vocabulary of 131 does not fill whole words, and 8 bits leave a ragged last one in qzeros."""
+    model = build(name, vocab_size=131)
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    rules = {"lm_head": {"bits": 8, "group_size": 32}}
+    gptq_transformers.quantize(model, config(lm_head=True, dynamic=rules), samples())
+    assert isinstance(model.get_output_embeddings(), QuantLinear)
+    before = logits(model)
+    loaded = reload(model, tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().weight, embedding)
+    assert loaded.get_output_embeddings().spec.bits == 8
+    torch.testing.assert_close(logits(loaded), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"keep_edge_blocks": 1}, [f"model.layers.1.{layer}" for layer in LLAMA[0]]),
+        (
+            {"modules_in_block_to_quantize": ("self_attn.o_proj", "mlp.down_proj")},
+            [f"model.layers.{i}.{layer}" for i in range(3) for layer in ("self_attn.o_proj", "mlp.down_proj")],
+        ),
+        (
+            {"dynamic": {r"-:.*\.layers\.[01]\.": {}, r"-:.*mlp": {}, r"+:.*q_proj": {"bits": 8, "group_size": -1}}},
+            [f"model.layers.2.{layer}" for layer in ATTENTION],
+        ),
+    ],
+)
+def test_selection_of_layers_survives_saving(settings: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+    model = build("llama", num_hidden_layers=3)
+    gptq_transformers.quantize(model, config(**settings), samples())
+    assert sorted(quant_linears(model)) == sorted(expected)
+    before = logits(model)
+    loaded = reload(model, tmp_path)
+    assert sorted(quant_linears(loaded)) == sorted(expected)
+    torch.testing.assert_close(logits(loaded), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("settings", [{"group_size": 40}, {"group_size": 24, "desc_act": True, "sym": False}])
+def test_group_that_does_not_divide_the_features_survives_saving(
+    bits: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = build("llama")
+    gptq_transformers.quantize(model, config(bits=bits, **settings), samples())
+    before = logits(model)
+    loaded = reload(model, tmp_path)
+    assert loaded.model.layers[0].mlp.down_proj.spec.groups == -(-96 // settings["group_size"])
+    torch.testing.assert_close(logits(loaded), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_model_keeps_its_dtypes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build(name)
+    for parameter in model.parameters():  # .to() would also round the rotary frequencies, which loading does not
+        parameter.data = parameter.data.to(dtype)
+    gptq_transformers.quantize(model, config(), samples(3))
+    before = logits(model)
+    loaded = reload(model, tmp_path, dtype)
+    for one in (model, loaded):
+        for key, parameter in one.named_parameters():
+            if parameter.is_floating_point():
+                assert parameter.dtype == (torch.float16 if key.endswith("scales") else dtype), key
+    assert torch.equal(logits(loaded), before)
+
+
+def test_padding_of_a_whole_model_changes_nothing() -> None:
+    """Right padding, because positions then stay as they are; the experts' own rows are covered elsewhere."""
+    plain, padded = build("llama"), build("llama")
+    data = samples(4, 12)
+    gptq_transformers.quantize(plain.double(), config(), data)
+    filler = torch.full((4,), 5)
+    batches = [
+        {"input_ids": torch.cat([ids, filler]), "attention_mask": torch.cat([torch.ones_like(ids), filler * 0])}
+        for ids in data
+    ]
+    _, report = gptq_transformers.quantize(padded.double(), config(), batches)
+    assert {entry.tokens for entry in report.layers} == {4 * 12}
+    for name in quant_linears(plain):
+        one, other = (model.get_submodule(name).quantized_weight() for model in (plain, padded))
+        assert torch.equal(one.codes, other.codes), name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_equal_seeds_give_equal_bits(name: str) -> None:
+    states = []
+    for _ in range(2):
+        model = build(name)
+        gptq_transformers.quantize(model, config(desc_act=True), samples(4))
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_without_calibration_tokens_still_come_out_quantized(
+    name: str, true_sequential: bool, tmp_path: Path
+) -> None:
+    model = build(name)
+    data = [torch.tensor([7, 7]), torch.tensor([9, 9])]  # four tokens for four experts in two layers
+    _, report = gptq_transformers.quantize(model, config(true_sequential=true_sequential), data)
+    assert "rtn" in {entry.method for entry in report.layers if ".experts." in entry.name}
+    assert len(report.layers) == 2 * len(ARCHITECTURES[name][2])
+    before = logits(model)
+    torch.testing.assert_close(logits(reload(model, tmp_path)), before, atol=1e-5, rtol=1e-5)
+
+
+def test_more_bits_are_closer_and_calibration_helps() -> None:
+    reference = build("llama")
+    expected = logits(reference)
+    found = {}
+    for bits in (2, 3, 4, 8):
+        model = copy.deepcopy(reference)
+        gptq_transformers.quantize(model, config(bits=bits), samples(24, 32))
+        found[bits] = distance(logits(model), expected)
+    assert found[8] < found[4] < found[3] < found[2] < 1
+    nearest = copy.deepcopy(reference)
+    gptq_transformers.quantize(nearest, config(bits=3), None)
+    assert found[3] < distance(logits(nearest), expected)

@@ -55,19 +55,19 @@ def package(folder: Path, name: str, source: str = "") -> Path:
     "first",
     [
         "import torch",
-        "import transformers",
+        pytest.param("import transformers", marks=pytest.mark.slow),
         "import transformers.quantizers.auto",
-        "import transformers.quantizers",
-        "import transformers.utils.quantization_config",
-        "import transformers.modeling_utils",
+        pytest.param("import transformers.quantizers", marks=pytest.mark.slow),
+        pytest.param("import transformers.utils.quantization_config", marks=pytest.mark.slow),
+        pytest.param("import transformers.modeling_utils", marks=pytest.mark.slow),
         "from transformers import GPTQConfig",
         "from transformers import AutoModelForCausalLM",
-        "from transformers import LlamaForCausalLM",
-        "import gptq_autoload; gptq_autoload.install(); gptq_autoload.install()",
-        "import gptq_backend",
+        pytest.param("from transformers import LlamaForCausalLM", marks=pytest.mark.slow),
+        pytest.param("import gptq_autoload; gptq_autoload.install(); gptq_autoload.install()", marks=pytest.mark.slow),
+        pytest.param("import gptq_backend", marks=pytest.mark.slow),
         "import gptq_transformers",
         "import torch; import gptq_transformers",
-        "import transformers.quantizers.auto; import gptq_transformers",
+        pytest.param("import transformers.quantizers.auto; import gptq_transformers", marks=pytest.mark.slow),
         "import gptq_transformers; import transformers.quantizers.auto",
     ],
 )
@@ -82,7 +82,9 @@ def test_off_switch_leaves_transformers_alone(switch: str) -> None:
 
 
 @pytest.mark.parametrize("switch", ["GPTQ_BACKEND_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-@pytest.mark.parametrize("first", ["import gptq_transformers", "import transformers.quantizers.auto, gptq_transformers"])
+@pytest.mark.parametrize(
+    "first", ["import gptq_transformers", "import transformers.quantizers.auto, gptq_transformers"]
+)
 def test_explicit_import_takes_over_despite_the_switch(switch: str, first: str) -> None:
     assert python(first + _SHOW, **{switch: "0"}) == OURS
 

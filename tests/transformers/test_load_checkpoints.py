@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoModel
 
 from gptq_backend import QuantizeConfig, QuantLinear, packing
+from gptq_backend.gptq import quantize_weight
+from gptq_backend.weight import encode
 from tests.transformers.checkpoints import (
     NAMES,
     PEERS,
@@ -65,6 +67,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3", {"group_size": 32}, {}),
     "gpt2": ("gpt2", {"group_size": 32}, {}),
     "mixtral": ("mixtral", {"group_size": 32}, {}),
+    "mixtral, some experts dense": ("mixtral", {"group_size": 32, "dynamic": {r"-:.*\.0\..*experts\.1\.": {}}}, {}),
+    "mixtral, one expert asym": ("mixtral", {"group_size": 32, "dynamic": {r".*experts\.1\.": {"sym": False}}}, {}),
     "qwen3": ("qwen3", {"group_size": 32}, {}),
     "an 8-bit head": ("llama", {"group_size": 32, "lm_head": True, "dynamic": {"lm_head": {"bits": 8}}}, {}),
     "an 8-bit head, asym": (
@@ -171,7 +175,9 @@ def test_a_dialect_is_misread(dialect: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_a_bias_that_the_model_does_not_know_is_lost(value: float, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bias_that_the_model_does_not_know_is_lost(
+    value: float, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = write(folder, tiny(), QuantizeConfig(group_size=32))
     name = "model.layers.1.mlp.down_proj"
     rewrite(folder, lambda tensors: {**tensors, f"{name}.bias": torch.full((64,), value, dtype=torch.float16)})
@@ -192,6 +198,26 @@ def test_dense_layers_among_quantized_ones_are_lost(folder: Path) -> None:
     assert distance(logits(model), expected) < EXACT
 
 
+def test_a_quantized_router_gets_random_weights(folder: Path) -> None:
+    settings = QuantizeConfig(group_size=32)
+    model = tiny("mixtral")
+    name = next(key for key, _ in model.named_parameters() if key.endswith("gate.weight"))
+    router = quantize_weight(model.get_parameter(name).detach(), None, settings, 0, name="router").weight
+    model.get_parameter(name).data = router.dequantize()
+    expected = write(folder, model, settings)
+
+    def quantize_router(tensors: dict[str, Tensor]) -> None:
+        key = next(key for key in tensors if key.endswith("0.block_sparse_moe.gate.weight")).removesuffix("weight")
+        del tensors[f"{key}weight"]
+        tensors.update({key + part: value for part, value in encode(router)[1].items()})
+
+    rewrite(folder, quantize_router)
+    model = load(folder)
+    assert distance(logits(model), expected) < EXACT
+    model.save_pretrained(folder.with_name("again"))
+    assert distance(logits(load(folder.with_name("again"))), expected) < EXACT
+
+
 def test_the_base_model_of_a_checkpoint_is_not_found(folder: Path) -> None:
     model = tiny()
     write(folder, model, QuantizeConfig(group_size=32, lm_head=True))
@@ -208,13 +234,6 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert distance(logits(load(folder)), expected) < EXACT
     assert distance(logits(load(folder, dtype=torch.bfloat16)), expected) < 3e-2
-
-
-def test_settings_inside_text_config_are_not_seen(folder: Path) -> None:
-    if VERSION_4:
-        pytest.skip("transformers 4 looks at the top level only")
-    expected = write(folder, tiny("gemma3"), QuantizeConfig(group_size=32))
-    assert distance(logits(load(folder)), expected) < EXACT
 
 
 def test_a_key_that_nobody_knows_is_dropped_on_saving(folder: Path) -> None:

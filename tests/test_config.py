@@ -1,0 +1,145 @@
+"""Every dialect of quantization_config is read; what cannot be used is refused in one clear sentence."""
+
+from __future__ import annotations
+
+import enum
+import json
+from typing import Any
+
+import pytest
+
+from gptq_backend import ConfigError, QuantizeConfig
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"bits": 3, "group_size": 64}, {"bits": 3, "group_size": 64}),
+        ({"wbits": 2, "groupsize": 32}, {"bits": 2, "group_size": 32}),
+        ({"w_bit": 8, "q_group_size": -1}, {"bits": 8, "group_size": -1}),
+        ({"bits": 4, "wbits": 8}, {"bits": 4}),
+        ({"bits": 4, "format": "gptq_v2"}, {"checkpoint_format": "gptq_v2"}),
+        ({"bits": 4, "checkpoint_format": "GPTQ_V2", "format": "gptq"}, {"checkpoint_format": "gptq_v2"}),
+        ({"bits": 4, "checkpoint_format": None}, {"checkpoint_format": "gptq"}),
+        ({"bits": 4, "pack_dtype": "torch.int16"}, {"pack_dtype": "int16"}),
+        ({"bits": 4, "desc_act": True, "act_group_aware": True}, {"desc_act": True, "act_group_aware": False}),
+        ({"bits": 4, "percdamp": 0.05}, {"damp_percent": 0.05}),
+        ({"bits": 4, "act_order": True}, {"desc_act": True}),
+        ({"bits": 4, "quant_method": "gptq", "autoround_version": "0.4"}, {"bits": 4}),
+        ({"bits": 4, "method": "GPTQ"}, {"bits": 4}),
+        (
+            {"bits": 4, "modules_in_block_to_quantize": [["a.q", "a.k"], ["b"]]},
+            {"modules_in_block_to_quantize": ("a.q", "a.k", "b")},
+        ),
+        ({"bits": 4, "modules_in_block_to_quantize": ["a.q", "b"]}, {"modules_in_block_to_quantize": ("a.q", "b")}),
+    ],
+)
+def test_dialects(source: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = QuantizeConfig.from_dict(source)
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_enum_values_of_frameworks_are_read() -> None:
+    class Method(enum.Enum):
+        GPTQ = "gptq"
+
+    assert QuantizeConfig.from_dict({"bits": 4, "quant_method": Method.GPTQ}).bits == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"bits": 5}, r"bits=5.*\(2, 3, 4, 8\)"),
+        ({"bits": "4"}, "bits='4'"),
+        ({"bits": True}, "bits=True"),
+        ({"bits": 4, "group_size": 0}, "group_size=0"),
+        ({"bits": 4, "group_size": -2}, "group_size=-2.*-1"),
+        ({"bits": 4, "group_size": 64.0}, "group_size=64.0 is not an integer"),
+        ({"bits": 4, "damp_percent": 0}, "damp_percent=0"),
+        ({"bits": 4, "damp_percent": 1.5}, "damp_percent=1.5"),
+        ({"bits": 4, "keep_edge_blocks": -1}, "keep_edge_blocks"),
+        ({"bits": 4, "checkpoint_format": "exl2"}, "exl2.*gptq_v2"),
+        ({"bits": 4, "checkpoint_format": "marlin"}, "Marlin"),
+        ({"bits": 4, "is_marlin_format": True}, "Marlin"),
+        ({"bits": 4, "quant_method": "marlin"}, "Marlin"),
+        ({"bits": 4, "quant_method": "auto-round"}, "auto-round.*auto_gptq"),
+        ({"bits": 4, "quant_method": "intel/auto-round"}, "auto_gptq"),
+        ({"bits": 4, "quant_method": "awq"}, "awq"),
+        ({"bits": 4, "quant_method": "hqq"}, "hqq.*gptq"),
+        ({"bits": 4, "pack_dtype": "int4"}, "int4.*int32"),
+        ({"bits": 4, "dynamic": {"+:(": {"bits": 8}}}, r"\+:\(.*regular expression"),
+    ],
+)
+def test_refusals_name_the_key_the_value_and_the_way_out(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantizeConfig.from_dict(source)
+
+
+def test_group_aware_and_desc_act_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="act_group_aware and desc_act"):
+        QuantizeConfig(desc_act=True, act_group_aware=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"desc_act": True}, False),
+        ({"static_groups": True}, False),
+        ({"static_groups": True, "act_group_aware": True}, True),
+        ({"act_group_aware": False}, False),
+    ],
+)
+def test_group_aware_is_the_default_where_nothing_else_orders(options: dict[str, bool], expected: bool) -> None:
+    assert QuantizeConfig(**options).group_aware is expected
+
+
+RULES = {
+    "-:.*down_proj": {},
+    "+:model\\.layers\\.0\\..*": {"bits": 8, "groupsize": 32},
+    ".*q_proj": {"bits": 3},
+    "lm_head": {"sym": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.mlp.down_proj", None),  # the first match wins, also over a later override
+        ("model.layers.0.self_attn.q_proj", (8, 32, True)),
+        ("model.layers.1.self_attn.q_proj", (3, 128, True)),
+        ("model.layers.1.self_attn.k_proj", (4, 128, True)),
+        ("lm_head", (4, 128, False)),
+        ("model.lm_head", (4, 128, True)),  # re.match: anchored at the start
+    ],
+)
+def test_dynamic_rules(name: str, expected: tuple[int, int, bool] | None) -> None:
+    found = QuantizeConfig(dynamic=RULES).for_module(name)
+    assert (None if found is None else (found.bits, found.group_size, found.sym)) == expected
+
+
+def test_dynamic_override_with_a_bad_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bits=5"):
+        QuantizeConfig(dynamic={".*": {"bits": 5}}).for_module("layer")
+
+
+def test_unknown_keys_are_kept_and_written_back() -> None:
+    source = {"bits": 4, "quant_method": "gptq", "meta": {"quantizer": ["gptqmodel:7.7"]}, "uri": "https://example.org"}
+    written = QuantizeConfig.from_dict(source).to_dict()
+    assert {key: written[key] for key in source} == source
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantizeConfig(),
+        QuantizeConfig(bits=3, group_size=-1, sym=False, desc_act=True, checkpoint_format="gptq_p", lm_head=True),
+        QuantizeConfig(dynamic=RULES, modules_in_block_to_quantize=("a.q", "b"), keep_edge_blocks=1),
+    ],
+)
+def test_written_dictionary_is_json_and_reads_back(config: QuantizeConfig) -> None:
+    written = json.loads(json.dumps(config.to_dict()))
+    again = QuantizeConfig.from_dict(written)
+    assert again.to_dict() == config.to_dict()
+    assert written["checkpoint_format"] == written["format"] == config.checkpoint_format
+    assert written["quant_method"] == "gptq"

@@ -1,0 +1,341 @@
+"""The commands as a user types them: results, one-line errors, exit codes, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner, Result
+
+from gptq_backend import LayerReport
+from gptq_transformers import terminal
+from gptq_transformers.cli import app
+
+DATA = Path(__file__).parents[1] / "data"
+TEXT = DATA / "wikitext2-valid-excerpt.txt"
+CHECKPOINTS = DATA / "checkpoints"
+SMALL = ["--group-size", "32", "--samples", "4", "--seqlen", "32"]
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _error(result: Result, code: int = 1) -> str:
+    """The one line on stderr of a command that failed because of its user."""
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert result.stdout == ""
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and a tokenizer of its vocabulary."""
+    folder = tmp_path_factory.mktemp("cli") / "original"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(CHECKPOINTS / "llama-4-32-sym").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(original: Path) -> Path:
+    out = original.parent / "quantized"
+    result = _run("quantize", original, out, *SMALL, "--calibration", TEXT, "--json", original.parent / "result.json")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_quantize_writes_a_checkpoint_that_loads_and_both_reports(original: Path, quantized: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quantized)
+    assert type(model.model.layers[1].mlp.down_proj).__name__ == "QuantLinear"
+    report = json.loads((quantized / "quantize_report.json").read_text())
+    assert report == json.loads((original.parent / "result.json").read_text())
+    assert len(report["layers"]) == report["modules"] == 14
+    assert {layer["method"] for layer in report["layers"]} == {"cholesky"}
+    assert report["calibration"] == {"file": str(TEXT), "samples": 4, "seqlen": 32, "seed": 0, "tokens": 128}
+    assert 0 < report["bytes_after"] < report["bytes_before"]
+    assert AutoTokenizer.from_pretrained(quantized)("x") == AutoTokenizer.from_pretrained(original)("x")
+
+
+def test_the_page_shows_every_module_and_fetches_nothing(quantized: Path) -> None:
+    page = (quantized / "quantize_report.html").read_text()
+    report = json.loads((quantized / "quantize_report.json").read_text())
+    bars = re.findall(r"<rect[^>]*><title>([^:]+):", page)
+    assert sorted(bars) == sorted(layer["name"] for layer in report["layers"])
+    assert not re.search(r"https?://|<script|<link|@import|src=", page)
+    assert "nan" not in page.lower().replace("finance", "")
+
+
+def test_json_on_stdout_is_alone_there(original: Path, quantized: Path, tmp_path: Path) -> None:
+    commands = [
+        ["quantize", original, tmp_path / "out", "--rtn", "--group-size", "32"],
+        ["eval", quantized, "--reference", original, "--text", TEXT, "--seqlen", "32", "--windows", "2"],
+        ["inspect", quantized],
+    ]
+    for command in commands:
+        result = _run(*command, "--json", "-")
+        assert result.exit_code == 0, result.output
+        assert isinstance(json.loads(result.stdout), dict)
+
+
+def test_rtn_takes_no_text_and_says_so(original: Path, tmp_path: Path) -> None:
+    result = _run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32", "--asym", "--bits", "8")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    assert report["calibration"] is None
+    assert {layer["method"] for layer in report["layers"]} == {"rtn"}
+    assert (report["settings"]["bits"], report["settings"]["sym"]) == (8, False)
+
+
+def test_options_reach_the_checkpoint(original: Path, tmp_path: Path) -> None:
+    rules = json.dumps({"-:.*o_proj": {}, ".*up_proj": {"bits": 8}})
+    options = ["--desc-act", "--format", "gptq_v2", "--dynamic", rules, "--damp-percent", "0.02", "--lm-head"]
+    result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(_run("inspect", tmp_path / "out", "--json", "-").stdout)
+    modules = {module["name"]: module for module in found["modules"]}
+    assert len(modules) == 13
+    assert modules["lm_head"]["act_order"]
+    assert modules["model.layers.1.mlp.up_proj"]["bits"] == 8
+    assert not any("o_proj" in name for name in modules)
+    assert found["settings"]["checkpoint_format"] == "gptq_v2"
+    assert found["odd"] == []
+
+
+def test_quantize_without_calibration_names_both_ways_out(original: Path, tmp_path: Path) -> None:
+    for options in ([], ["--calibration", TEXT, "--rtn"]):
+        result = _run("quantize", original, tmp_path / "out", *options)
+        assert result.exit_code == 2
+        assert "--calibration" in result.stderr
+        assert "--rtn" in result.stderr
+    assert _run("eval", original).exit_code == 2
+
+
+def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: Path, tmp_path: Path) -> None:
+    out, short = tmp_path / "out", tmp_path / "short.txt"
+    short.write_text("too short")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00\x81")
+    bad_lines = tmp_path / "bad.jsonl"
+    bad_lines.write_text('{"text": "fine"}\n{"other": 1}\n')
+    with_text = ["--calibration", TEXT]
+    expected = [
+        (["quantize", original, out, *with_text, "--bits", "5"], "bits=5 is not supported"),
+        (["quantize", original, out, *with_text, "--group-size", "0"], "group_size=0"),
+        (["quantize", original, out, *with_text, "--dynamic", "{"], "--dynamic is not valid JSON"),
+        (["quantize", original, out, "--calibration", short], "fewer than one window of seqlen=512"),
+        (["quantize", original, out, "--calibration", tmp_path / "none.txt"], "is not a file"),
+        (["quantize", original, out, "--calibration", binary], "is not UTF-8 text"),
+        (["quantize", original, out, "--calibration", bad_lines], "line 2: expected a JSON string"),
+        (["quantize", tmp_path / "none", out, *with_text], "does not exist"),
+        (["quantize", tmp_path, out, *with_text], "holds no config.json"),
+        (["quantize", quantized, out, *with_text], "is quantized already"),
+        (["quantize", original, quantized, *SMALL, *with_text], "not empty"),
+        (["quantize", original, out, *with_text, "--json", tmp_path / "none" / "x.json"], "its folder does not exist"),
+        (["eval", original, "--text", short], "fewer than one window of seqlen=1024"),
+        (["eval", original, "--text", TEXT, "--seqlen", "65"], "exceed the model's 64 positions"),
+        (["eval", quantized, "--text", TEXT, "--seqlen", "32", "--backend", "nothing"], "nothing"),
+        (["inspect", original], "no quantization settings"),
+        (["inspect", tmp_path / "none"], "is not a folder"),
+        (["inspect", quantized, "--device", "abacus"], "--device abacus is no device"),
+    ]
+    for command, message in expected:
+        assert message in _error(_run(*command)), command
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "binary.txt", "short.txt"]
+
+
+def test_ctrl_c_in_the_middle_exits_130_and_leaves_nothing(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = terminal.LayerProgress.on_layer
+
+    def interrupt(self: terminal.LayerProgress, layer: LayerReport, done: int, total: int) -> None:
+        shown(self, layer, done, total)
+        if done == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(terminal.LayerProgress, "on_layer", interrupt)
+    result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT)
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_overwriting_keeps_the_old_checkpoint(
+    original: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(quantized, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+
+    def interrupt(self: LlamaForCausalLM, folder: Path, **_: object) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", interrupt)
+    result = _run("quantize", original, out, "--rtn", "--group-size", "32", "--overwrite")
+    assert result.exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_is_one_sentence(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: LlamaForCausalLM, folder: Path, **_: object) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    result = _run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    assert result.exit_code == 1
+    assert "no space left on the disk" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_errors_of_the_user_are_explained() -> None:
+    assert terminal.explain(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) == (
+        "x: No such file or directory"
+    )
+    assert "no space left" in str(terminal.explain(OSError(errno.ENOSPC, "No space left on device")))
+    assert terminal.explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
+    assert terminal.explain(AssertionError("a bug")) is None
+
+
+def test_eval_prints_a_table_of_what_it_measured(original: Path, quantized: Path) -> None:
+    result = _run("eval", quantized, "--reference", original, "--text", TEXT, "--seqlen", "32", "--windows", "3")
+    assert result.exit_code == 0, result.output
+    for words in ("3 windows of 32 tokens", "perplexity of the reference", "mean KL divergence", "99th percentile"):
+        assert words in result.stdout
+
+
+# -- inspect -----------------------------------------------------------------------------------------------------------
+
+
+def _inspect(folder: Path) -> dict:
+    result = _run("inspect", folder, "--json", "-")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def _edited(name: str, folder: Path, **settings: object) -> Path:
+    """A copy of a checkpoint with other quantization settings in both of its config files."""
+    copy = shutil.copytree(CHECKPOINTS / name, folder / name)
+    for file, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
+        content = json.loads((copy / file).read_text())
+        (content[key] if key else content).update(settings)
+        (copy / file).write_text(json.dumps(content))
+    return copy
+
+
+def _edit_tensors(folder: Path, **changes: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.update({name.replace("__", "."): value for name, value in changes.items()})
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group_size", "sym", "act_order"),
+    [
+        ("llama-4-32-sym", 4, 32, True, False),
+        ("llama-3-32-sym", 3, 32, True, False),
+        ("llama-4-32-asym-v2", 4, 32, False, False),
+        ("llama-4-64-actorder", 4, 64, True, True),
+        ("qwen2-4-64", 4, 64, True, False),
+        ("opt-4-32", 4, 32, True, False),
+    ],
+)
+def test_inspect_reads_what_is_stored(name: str, bits: int, group_size: int, sym: bool, act_order: bool) -> None:
+    found = _inspect(CHECKPOINTS / name)
+    assert {(m["bits"], m["group_size"], m["sym"], m["act_order"]) for m in found["modules"]} == {
+        (bits, group_size, sym, act_order)
+    }
+    assert found["odd"] == []
+    assert found["damaged"] == {}
+    assert sum(row["modules"] for row in found["kernels"]["cpu"]) == found["quantized_modules"]
+
+
+def test_inspect_sees_rules_experts_and_trivial_act_order() -> None:
+    modules = {module["name"]: module for module in _inspect(CHECKPOINTS / "llama-dynamic")["modules"]}
+    assert modules["model.layers.1.mlp.up_proj"]["bits"] == 8
+    assert "model.layers.0.self_attn.o_proj" not in modules
+    names = [module["name"] for module in _inspect(CHECKPOINTS / "qwen3_moe-4-32")["modules"]]
+    assert "model.layers.0.mlp.experts.3.down_proj" in names
+    (sentence,) = _inspect(CHECKPOINTS / "llama-4-32-static-actorder")["odd"]
+    assert "desc_act is true, but the g_idx of all 14 modules is trivial" in sentence
+
+
+def test_inspect_names_mislabelled_zeros(tmp_path: Path) -> None:
+    (sentence,) = _inspect(_edited("llama-4-32-sym", tmp_path, checkpoint_format="gptq_v2", format="gptq_v2"))["odd"]
+    assert "checkpoint_format is gptq_v2, but all 14 modules store zeros minus one (gptq)" in sentence
+
+
+def test_inspect_names_settings_that_the_tensors_contradict(tmp_path: Path) -> None:
+    folder = _edited("llama-4-32-asym-v2", tmp_path, sym=True, group_size=64, lm_head=True)
+    odd = "\n".join(_inspect(folder)["odd"])
+    assert "sym is true, but the zeros of all 14 modules vary" in odd
+    assert "all 14 modules have group_size 32 by their shapes" in odd
+    assert "lm_head is true, but lm_head is not quantized" in odd
+
+
+def test_inspect_names_files_that_disagree_and_settings_out_of_sight(tmp_path: Path) -> None:
+    folder = _edited("llama-4-32-sym", tmp_path)
+    other = json.loads((folder / "quantize_config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps({**other, "desc_act": True}))
+    assert _inspect(folder)["odd"] == ["desc_act is False in config.json (used) and True in quantize_config.json"]
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "plain from_pretrained does not see them" in _inspect(folder)["odd"][0]
+
+
+def test_inspect_names_spurious_biases_and_extra_tensors(tmp_path: Path) -> None:
+    folder = _edited("llama-4-32-sym", tmp_path)
+    name = "model__layers__0__self_attn__q_proj"
+    _edit_tensors(folder, **{f"{name}__bias": torch.zeros(128, dtype=torch.float16), f"{name}__perm": torch.zeros(1)})
+    odd = "\n".join(_inspect(folder)["odd"])
+    assert "have a bias of zeros, though the model has none; it is dropped" in odd
+    assert "1 tensors beside those of GPTQ, ignored: model.layers.0.self_attn.q_proj.perm" in odd
+
+
+def test_inspect_lists_damage_without_hiding_the_rest(tmp_path: Path) -> None:
+    folder = _edited("llama-4-32-sym", tmp_path)
+    scales = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.scales"]
+    _edit_tensors(folder, model__layers__0__self_attn__q_proj__scales=scales.fill_(float("nan")))
+    result = _run("inspect", folder, "--json", "-")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["quantized_modules"] == 13
+    assert "NaN or infinite" in found["damaged"]["model.layers.0.self_attn.q_proj"]
+    assert result.stderr.startswith("error: 1 modules cannot be used")
+
+
+def test_inspect_prints_every_module_once(tmp_path: Path) -> None:
+    result = _run("inspect", CHECKPOINTS / "llama-4-64-actorder", "--device", "cpu", "--device", "cuda")
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"^model\.layers\.\S+ +4 +64 +sym +yes", result.stdout, re.MULTILINE)) == 14
+    assert "odd: nothing" in result.stdout
+    assert re.search(r"cuda: \w+ serves 14 modules", result.stdout)

@@ -1,0 +1,191 @@
+"""``GPTQConfig`` as users build it, and the choice of a kernel by it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.quantizers import auto
+
+import gptq_transformers
+from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
+from gptq_transformers.config import GPTQConfig, _warn_foreign
+from gptq_transformers.quantizer import GPTQBackendQuantizer
+from tests.transformers.checkpoints import PEERS, VERSION_4, distance, load, load_peer, logits, peer_error, tiny, write
+
+
+def test_registering_twice_stacks_up() -> None:
+    gptq_transformers.register()
+    gptq_transformers.register()
+    assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is GPTQBackendQuantizer
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is GPTQConfig
+
+
+def test_the_stock_class_asks_for_optimum() -> None:
+    modules = [["self_attn.q_proj"], ["mlp.up_proj"]]
+    config = transformers.GPTQConfig(bits=4, dataset=["x"], modules_in_block_to_quantize=modules)
+    assert config.modules_in_block_to_quantize == modules
+    assert GPTQConfig.adopt(config).to_quantize_config().modules_in_block_to_quantize == (
+        "self_attn.q_proj",
+        "mlp.up_proj",
+    )
+
+
+def test_our_class_is_not_merged_with_the_stock_one(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = load_peer(
+            "llama-4-32-sym",
+            dtype=torch.float32,
+            quantization_config=transformers.GPTQConfig(bits=4, backend="reference"),
+        )
+    layer = next(module for module in model.modules() if isinstance(module, QuantLinear))
+    assert layer.backend == "reference"
+    assert peer_error(model, "llama-4-32-sym") < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["marlin", "exllama_v2", "torch", "IPEX"])
+def test_a_kernel_of_another_library_stops_the_users_code(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    _warn_foreign.cache_clear()
+    config = GPTQConfig(bits=4, backend=backend)
+    with caplog.at_level(logging.WARNING):
+        assert (config.kernel, config.kernel) == (None, None)
+    assert caplog.text.count("is a kernel of another library") == 1
+
+
+@pytest.mark.parametrize("backend", [None, "auto", "auto_trainable"])
+def test_auto_is_taken_for_a_kernels_name(backend: str | None) -> None:
+    assert GPTQConfig(bits=4, backend=backend).kernel is None
+
+
+def test_an_unknown_kernel_is_ignored() -> None:
+    config = transformers.GPTQConfig(bits=4, backend="fastest")
+    with (
+        pytest.warns(UserWarning, match="already has"),
+        pytest.raises(ConfigError, match=r"backend='fastest' is not a kernel; choose 'auto'"),
+    ):
+        load_peer("llama-4-32-sym", quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, "bits=5"),
+        ({"bits": 4, "checkpoint_format": "marlin"}, "arlin"),
+        ({"bits": 4, "is_marlin_format": True}, "Marlin"),
+        ({"bits": 4, "group_size": 0}, "group_size"),
+    ],
+)
+def test_bad_settings_are_refused_in_other_words(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GPTQConfig(**settings)
+
+
+def test_a_dictionary_is_not_taken_as_it_is() -> None:
+    source = json.loads((PEERS / "llama-dynamic" / "config.json").read_text())["quantization_config"]
+    config = GPTQConfig.from_dict(source)
+    assert {key: config.to_dict().get(key) for key in source if key not in ("method",)} == {
+        key: value for key, value in source.items() if key not in ("method",)
+    }
+    assert config.to_quantize_config().for_module("model.layers.1.mlp.up_proj").bits == 8
+
+
+def test_the_core_config_changes_on_its_way_through_transformers() -> None:
+    config = QuantizeConfig(
+        bits=3, group_size=40, sym=False, desc_act=True, lm_head=True, dynamic={"-:x": {}}, keep_edge_blocks=1,
+        modules_in_block_to_quantize=("a", "b"), checkpoint_format="gptq_p", damp_percent=0.05, true_sequential=False,
+    )  # fmt: skip
+    again = GPTQConfig.from_dict(json.loads(json.dumps(GPTQConfig.from_quantize_config(config).to_dict())))
+    assert again.to_quantize_config() == QuantizeConfig(**{**vars(config), "act_group_aware": False})
+
+
+def test_a_tokenizer_object_reaches_the_file() -> None:
+    config = GPTQConfig(bits=4, tokenizer=object(), dataset=["a"], backend="reference")
+    assert not {"tokenizer", "dataset", "backend"} & config.to_dict().keys()
+    json.loads(config.to_json_string())
+
+
+def test_copies_of_the_config_differ() -> None:
+    config = GPTQConfig(bits=4, dynamic={"-:x": {}}, novel=1)
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("inside_text_config", [False, True])
+def test_a_vision_language_model_is_no_pure_text_model(inside_text_config: bool, tmp_path: Path) -> None:
+    if VERSION_4 and inside_text_config:
+        pytest.skip("transformers 4 looks for settings at the top level of config.json only")
+    from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
+
+    from gptq_backend import quantize_model
+    from gptq_transformers.quantizer import attach
+
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = LlavaConfig(vision_config=vision, text_config=tiny().config, image_token_index=5)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    language = next(name for name, module in model.named_modules() if name.endswith("language_model.layers"))
+    settings = QuantizeConfig(group_size=32)
+    quantize_model(model, settings, None, block_name=language)
+    expected = logits(model)
+    attach(model, settings)
+    model.save_pretrained(tmp_path)
+    if inside_text_config:
+        content = json.loads((tmp_path / "config.json").read_text())
+        content["text_config"]["quantization_config"] = content.pop("quantization_config")
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    names = [name for name, module in loaded.named_modules() if isinstance(module, QuantLinear)]
+    assert len(names) == 14
+    assert all("language_model" in name for name in names)
+    assert distance(logits(loaded), expected) < 1e-5
+
+
+_TENSOR_PARALLEL = """
+import gptq_transformers
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({path!r}, tp_plan="auto")
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(VERSION_4, reason="transformers 4 needs more than one process to come that far")
+def test_a_tensor_parallel_plan_cuts_the_packed_weights() -> None:
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29571",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _TENSOR_PARALLEL.format(path=str(PEERS / "llama-4-32-sym"))],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert "ConfigError tp_plan is not supported" in done.stdout, done.stderr
+
+
+def test_an_attached_model_is_not_a_quantized_one(tmp_path: Path) -> None:
+    model = tiny()
+    write(tmp_path, model, QuantizeConfig(group_size=32))
+    assert model.is_quantized
+    assert model.hf_quantizer.is_serializable()
+    assert model.config.quantization_config.group_size == 32
+    assert distance(logits(model.half().float()), logits(load(tmp_path))) < 1e-2

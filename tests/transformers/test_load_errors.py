@@ -1,0 +1,121 @@
+"""Bad checkpoints through ``from_pretrained``: one clear sentence, and never a model with random weights in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
+from tests.transformers.checkpoints import load, rewrite, tiny, write
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "model"
+    write(folder, tiny(), QuantizeConfig(group_size=32, desc_act=True))
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    for file in original.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def _change(name: str, change: Callable[[Tensor], Tensor | None]) -> Callable[[dict[str, Tensor]], Any]:
+    def apply(tensors: dict[str, Tensor]) -> None:
+        value = change(tensors.pop(name))
+        if value is not None:
+            tensors[name] = value
+
+    return apply
+
+
+def _with(value: float) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing qzeros": (_change(f"{LAYER}.qzeros", lambda t: None), rf"^{LAYER}: qzeros is missing"),
+    "missing qweight": (
+        _change(f"{LAYER}.qweight", lambda t: None),
+        rf"^{LAYER}: (qzeros|g_idx) is stored without qweight",
+    ),
+    "wrong shape": (_change(f"{LAYER}.qzeros", lambda t: t[:, :-1]), rf"^{LAYER}.qzeros has shape .*expected"),
+    "g_idx too large": (_change(f"{LAYER}.g_idx", _with(7)), rf"^{LAYER}.g_idx: values span 0..7, expected 0..1"),
+    "g_idx negative": (_change(f"{LAYER}.g_idx", _with(-1)), rf"^{LAYER}.g_idx: values span -1..1"),
+    "NaN scales": (_change(f"{LAYER}.scales", _with(float("nan"))), rf"^{LAYER}.scales: 1 values are NaN"),
+    "a missing norm": (
+        _change("model.layers.0.input_layernorm.weight", lambda t: None),
+        r"^model.layers.0.input_layernorm",
+    ),
+    "no quantized layer": (
+        lambda tensors: {key: value for key, value in tensors.items() if "_proj" not in key},
+        r"no tensor is called \*.qweight",
+    ),
+    "a missing layer": (
+        lambda tensors: {key: value for key, value in tensors.items() if not key.startswith(LAYER)},
+        rf"^{LAYER}.weight is not in the checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_checkpoint_is_loaded(damage: str, folder: Path) -> None:
+    change, message = BROKEN[damage]
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint_format": "exotic"}, "checkpoint_format='exotic'"),
+        ({"checkpoint_format": "marlin"}, "arlin"),
+        ({"is_marlin_format": True}, "Marlin"),
+        ({"bits": 6}, "bits=6"),
+    ],
+)
+def test_unknown_settings_are_loaded(settings: dict[str, Any], message: str, folder: Path) -> None:
+    rewrite(folder, **settings)
+    with pytest.raises(ConfigError, match=message):
+        load(folder)
+
+
+def test_a_truncated_file_is_loaded(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"model.safetensors has .* bytes, expected .*: fetch it again"):
+        load(folder)
+
+
+def test_a_config_of_another_size_is_loaded(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] = 128
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"the model .*128.*; config.json and the weights belong to different models"
+    ):
+        load(folder)
+
+
+def test_a_new_head_is_refused(folder: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float32)
+    assert model.score.weight.shape == (3, 64)
