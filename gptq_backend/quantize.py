@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import lockstep
 from .calibration import Batch, make_batches
 from .config import QuantizeConfig
-from .errors import CalibrationError
+from .errors import CalibrationError, ConfigError
 from .gptq import LayerFactor, prepare_factor, quantize_weight
 from .hessian import Hessian
 from .linear import QuantLinear
@@ -130,6 +130,8 @@ class _Run:
         self.model, self.config, self.batches, self.backend = model, config, batches, backend
         self.on_layer, self.on_block = on_layer, on_block
         self.structure = find_structure(model, config, block_name)
+        for target in self.structure.targets:
+            _check_planar(target)
         self.report = QuantizeReport(self.structure.describe(config))
         self.arrived: dict[Target, list[_Input]] = {}  # what the waiting tasks are about to feed each layer
         self.shared: list[_Shared] = []
@@ -370,6 +372,17 @@ def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
     if x.shape[:-1] == mask.shape:
         return x[mask.bool()]
     return x[mask.bool().flatten()] if x.shape[:-1] == (mask.numel(),) else x
+
+
+def _check_planar(target: Target) -> None:
+    """Raises ConfigError where the planar format cannot hold a layer, before a long run finds out."""
+    rows, columns = dense_weight(target.module).shape
+    config = target.config
+    if config.checkpoint_format == "gptq_p" and config.bits == 3 and (rows % 32 or columns % 32):
+        raise ConfigError(
+            f"{target.name} is [{rows}, {columns}], but checkpoint_format='gptq_p' packs 3-bit codes in runs of 32; "
+            "use 'gptq_v2', or skip the layer with a dynamic rule"
+        )
 
 
 def _check_fits(model: nn.Module, batches: list[Batch]) -> None:

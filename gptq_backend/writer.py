@@ -54,7 +54,9 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
         beside.rename(path)
     except (OSError, SafetensorError) as error:
         if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
-            raise CheckpointError(f"no space left on the disk of {path.parent}; nothing was written: free some") from None
+            raise CheckpointError(
+                f"no space left on the disk of {path.parent}; nothing was written: free some"
+            ) from None
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

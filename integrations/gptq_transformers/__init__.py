@@ -15,11 +15,14 @@ def register() -> None:
     transformers has two dictionaries and no entry points; its ``register_*`` functions refuse names that exist.
     """
     from transformers.quantizers import auto
+    from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 
-    from .config import GPTQConfig, allow_modules_without_optimum
+    from gptq_autoload import tolerate_missing_optimum
+
+    from .config import GPTQConfig
     from .quantizer import GPTQBackendQuantizer
 
-    allow_modules_without_optimum()
+    tolerate_missing_optimum(StockGPTQConfig)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
     auto.AUTO_QUANTIZER_MAPPING["gptq"] = GPTQBackendQuantizer
 

@@ -193,7 +193,7 @@ def _is_standard(folder: Path) -> bool:
 
 
 def _link_as_standard(folder: Path, view: Path) -> None:
-    """Fill ``view`` with links to a checkpoint's files under the names, and with the config, that transformers expects."""
+    """Fill ``view`` with links to the files of a checkpoint, named and configured as transformers expects."""
     settings = read_settings(folder)
     weights = checkpoint_files(folder, settings)
     for path in folder.iterdir():

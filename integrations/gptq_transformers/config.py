@@ -136,24 +136,3 @@ class GPTQConfig(StockGPTQConfig):
 @functools.cache
 def _warn_foreign(name: str) -> None:
     logger.warning("backend=%r is a kernel of another library; gptq_backend chooses one of its own ('auto')", name)
-
-
-def allow_modules_without_optimum() -> None:
-    """Let users build the stock class with ``modules_in_block_to_quantize`` where optimum is not installed.
-
-    Its ``post_init`` asks for optimum's version in that case, for a check that means nothing here. Idempotent.
-    """
-    original = StockGPTQConfig.post_init
-    if getattr(original, "_gptq_backend", False):
-        return
-
-    @functools.wraps(original)
-    def post_init(self: StockGPTQConfig) -> None:
-        modules, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
-        try:
-            original(self)
-        finally:
-            self.modules_in_block_to_quantize = modules
-
-    post_init._gptq_backend = True  # type: ignore[attr-defined]
-    StockGPTQConfig.post_init = post_init

@@ -116,7 +116,8 @@ def _act_order(checkpoint: Checkpoint) -> Iterator[str]:
 
     trivial = [layer for layer in layers if flagged(layer) and not layer.spec.act_order and layer.spec.groups > 1]
     if trivial:
-        yield f"desc_act is true, but the g_idx of {_count(trivial, checkpoint)} is trivial (as with static groups): no act-order"
+        which = _count(trivial, checkpoint)
+        yield f"desc_act is true, but the g_idx of {which} is trivial (as with static groups): no act-order"
     real = [layer for layer in layers if layer.spec.act_order and not flagged(layer)]
     if real:
         yield f"desc_act is false, but {_count(real, checkpoint)} have a real g_idx: they are act-order"

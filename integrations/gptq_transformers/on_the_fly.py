@@ -46,13 +46,13 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
     settings = config.to_quantize_config()
     bar = transformers_logging.tqdm(desc="Quantizing", unit="layer")
 
-    def show(report: Any, done: int, total: int) -> None:
+    def show(layer: Any, done: int, total: int) -> None:
         bar.total = total
-        bar.set_postfix_str(f"{report.name} error {report.relative_loss:.2e}", refresh=False)
+        bar.set_postfix_str(f"{layer.name} error {layer.relative_loss:.2e}", refresh=False)
         bar.update(1)
 
     try:
-        quantize_model(
+        report = quantize_model(
             model,
             settings,
             samples,
@@ -63,6 +63,8 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
         )
     finally:
         bar.close()
+    # Blocks kept in 16 bits are described by rules now, for other readers of the checkpoint.
+    config.dynamic, config.keep_edge_blocks = report.config.dynamic, report.config.keep_edge_blocks
     loading.untie_quantized(model)
 
 

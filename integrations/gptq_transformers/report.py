@@ -34,6 +34,7 @@ main { max-width: 1160px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 36px 0 4px; }
 p { margin: 4px 0 14px; color: var(--soft); max-width: 78ch; }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); }
+.cards { display: flex; flex-wrap: wrap; } .cards .card { flex: 1 1 auto; white-space: nowrap; }
 .panels { grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
 .card b { display: block; font-size: 18px; font-weight: 600; } .card span, figcaption span { color: var(--soft); }
@@ -151,7 +152,7 @@ def render_html(report: Mapping[str, Any]) -> str:
 <title>Quantization of {escape(name)}</title><style>{_CSS}</style></head><body><main>
 <h1>{escape(name)}, quantized</h1>
 <p>{escape(_describe(report))}</p>
-<div class="grid">{_cards(report)}</div>
+<div class="grid cards">{_cards(report)}</div>
 <h2>Error per module</h2>
 <p>Share of the {energy} energy that is error, one bar per block. Every panel has a scale of its own; hold the pointer
 over a bar for its module.</p>{legend}
