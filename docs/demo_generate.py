@@ -33,6 +33,7 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     settings = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     model.generate(**inputs, max_new_tokens=2, **settings)  # not timed: the first call sets things up
     gc.collect()

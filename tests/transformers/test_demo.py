@@ -34,7 +34,6 @@ def test_the_loading_program_prints_one_line_of_json(tmp_path: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     # Not AutoTokenizer: the folder names a class of transformers 5, which 4.x does not have.
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(CHECKPOINT / "tokenizer.json"), eos_token="</s>")
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path)
     command = [sys.executable, str(DOCS / "demo_generate.py"), str(tmp_path), "Hello", "3"]
