@@ -43,14 +43,17 @@ def _spec(
 
 
 def _dense(
-    spec: LinearSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, dtype: torch.dtype
+    spec: LinearSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """[K, n] of the n output channels that all arguments were sliced to."""
-    return (unpack_codes(spec, qweight).to(dtype) - zeros.to(dtype)[index]) * scales.to(dtype)[index]
-
-
-def _index(spec: LinearSpec, g_idx: Tensor | None, device: torch.device) -> Tensor:
-    return (spec.trivial_g_idx.to(device) if g_idx is None else g_idx).long()
+    """[K, n] of the n output channels that all arguments but g_idx were sliced to."""
+    dense = unpack_codes(spec, qweight).to(dtype)
+    scales, zeros = scales.to(dtype), zeros.to(dtype)
+    if g_idx is None and spec.in_features == spec.groups * spec.group_size:
+        # Broadcasting over each group saves two [K, n] gathers: half of the time.
+        dense.view(spec.groups, spec.group_size, -1).sub_(zeros.unsqueeze(1)).mul_(scales.unsqueeze(1))
+        return dense
+    index = (spec.trivial_g_idx.to(dense.device) if g_idx is None else g_idx).long()
+    return dense.sub_(zeros[index]).mul_(scales[index])
 
 
 def dequantize(
@@ -67,8 +70,7 @@ def dequantize(
 ) -> Tensor:
     """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``. Arguments: see the module."""
     spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
-    index = _index(spec, g_idx, qweight.device)
-    return _dense(spec, qweight, scales, unpack_zeros(spec, qzeros), index, dtype)
+    return _dense(spec, qweight, scales, unpack_zeros(spec, qzeros), g_idx, dtype)
 
 
 def gemm(
@@ -92,10 +94,10 @@ def gemm(
     spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
     compute = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     rows = x.reshape(-1, in_features).to(compute)
-    index, zeros = _index(spec, g_idx, x.device), unpack_zeros(spec, qzeros)
+    zeros = unpack_zeros(spec, qzeros)
     step = max(1, _MAX_DENSE_ELEMENTS // in_features)
     parts = [
-        rows @ _dense(spec, qweight[:, n : n + step], scales[:, n : n + step], zeros[:, n : n + step], index, compute)
+        rows @ _dense(spec, qweight[:, n : n + step], scales[:, n : n + step], zeros[:, n : n + step], g_idx, compute)
         for n in range(0, spec.out_features, step)
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
