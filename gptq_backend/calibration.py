@@ -38,6 +38,13 @@ def tokenize(
         CalibrationError: no text, or fewer tokens than one window.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"calibration text {index} is a {type(text).__name__}; expected texts or token ids, not both"
+            )
+    if (seqlen is not None and seqlen < 1) or (samples is not None and samples < 1):
+        raise CalibrationError(f"seqlen={seqlen} and samples={samples} must be positive")
     ids = [list(tokenizer(text)["input_ids"]) for text in texts if text.strip()]
     if not any(ids):
         raise CalibrationError(f"the calibration set is empty: {len(texts)} texts, no tokens; pass some text")
@@ -49,11 +56,15 @@ def tokenize(
                 f"the calibration text has {len(joined)} tokens, fewer than one window of seqlen={seqlen}; "
                 "pass more text or a smaller seqlen"
             )
-    if samples is not None and samples < len(ids):
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(ids), generator=generator)[:samples].sort().values.tolist()
-        ids = [ids[i] for i in chosen]
-    return [torch.tensor(sample, dtype=torch.long) for sample in ids if sample]
+    return [torch.tensor(sample, dtype=torch.long) for sample in draw(ids, samples, seed) if sample]
+
+
+def draw(samples: Sequence[Any], count: int | None, seed: int = 0) -> list[Any]:
+    """``count`` of the samples without replacement, in their order; all if there are fewer, or ``count`` is None."""
+    if count is None or count >= len(samples):
+        return list(samples)
+    chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:count]
+    return [samples[i] for i in chosen.sort().values.tolist()]
 
 
 def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[Batch]:

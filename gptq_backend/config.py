@@ -83,7 +83,7 @@ class QuantizeConfig:
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in SUPPORTED_BITS:
+        if type(self.bits) is not int or self.bits not in SUPPORTED_BITS:
             raise ConfigError(f"bits={self.bits!r} is not supported; choose one of {SUPPORTED_BITS}")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise ConfigError(f"group_size={self.group_size!r} is not an integer; use -1 or a positive integer")
@@ -103,6 +103,10 @@ class QuantizeConfig:
             )
         if self.pack_dtype not in PACK_DTYPES:
             raise ConfigError(f"pack_dtype={self.pack_dtype!r} is not supported; choose one of {PACK_DTYPES}")
+        if self.modules_in_block_to_quantize is not None:
+            object.__setattr__(self, "modules_in_block_to_quantize", _flat(self.modules_in_block_to_quantize))
+        if self.dynamic is not None and not isinstance(self.dynamic, Mapping):
+            raise ConfigError(f"dynamic is a {type(self.dynamic).__name__}; expected a mapping of regex to settings")
         if self.act_group_aware and self.desc_act:
             raise ConfigError("act_group_aware and desc_act exclude each other; set one of them to False")
         for pattern in self.dynamic or {}:
@@ -177,14 +181,14 @@ def _canonical(source: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _flat(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(name for entry in names for name in _flat(entry))
+
+
 def _known(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split canonical ``values`` into keyword arguments of QuantizeConfig and the rest."""
     names = {item.name for item in dataclasses.fields(QuantizeConfig)} - {"extra"}
     known = {key: value for key, value in values.items() if key in names}
-    if modules := known.get("modules_in_block_to_quantize"):
-        known["modules_in_block_to_quantize"] = tuple(
-            name for entry in modules for name in ([entry] if isinstance(entry, str) else entry)
-        )
     if known.get("desc_act") and known.get("act_group_aware"):
         known["act_group_aware"] = False  # stock GPTQConfig resolves the pair this way too
     return known, {key: value for key, value in values.items() if key not in names and key != "quant_method"}

@@ -94,7 +94,9 @@ def quantize_weight(
         CalibrationError: the weight is not finite, or too large for ``scales_dtype``.
     """
     if not weight.isfinite().all():
-        raise CalibrationError(f"{name}.weight: has NaN or infinite entries; the model's file is damaged")
+        raise CalibrationError(
+            f"{name}.weight: has NaN or infinite entries; the model's file is damaged, fetch it again"
+        )
     exact = weight.to(_working_dtype(weight))
     if shared is None:
         plain = column_order(torch.ones_like(exact[0]), config)
@@ -104,7 +106,7 @@ def quantize_weight(
         order, upper = shared.order, shared.factor.upper.to(exact.dtype)
     quantized = _ColumnLoop(exact, order, upper, config, scales_dtype).run()
     if not quantized.scales.isfinite().all():
-        raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; the model's weights are out of range")
+        raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; skip the layer with a dynamic rule")
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     difference = quantized.dequantize(weight.dtype) - weight
     if shared is None:
@@ -242,7 +244,8 @@ def _grid(low: Tensor, high: Tensor, config: QuantizeConfig, scales_dtype: torch
     """Min-max grid over [low, high], rounded to what is stored. A group of zeros gets scale 1."""
     max_code = (1 << config.bits) - 1
     scale = (high - low) / max_code
-    smallest = torch.finfo(scales_dtype).tiny
+    info = torch.finfo(scales_dtype)
+    smallest = info.smallest_normal * info.eps  # subnormal: coarse, but the codes are fitted to what is stored
     scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=smallest))
     scale = scale.to(scales_dtype).to(low.dtype)
     if config.sym:

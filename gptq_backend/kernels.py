@@ -82,7 +82,7 @@ def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = Non
     Raises:
         ConfigError: no row of that name, or it cannot serve the layer (with its reason).
     """
-    if name in (None, "auto", "auto_trainable"):  # the last one is what transformers' documentation tells users to pass
+    if name in (None, "auto"):
         reasons = kernel_report(spec, device)
         chosen = next(kernel for kernel in KERNELS if reasons[kernel.name] is None)
         if chosen is REFERENCE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,19 +55,18 @@ class QuantLinear(nn.Module):
         weight: QuantizedWeight,
         bias: Tensor | None = None,
         checkpoint_format: str = "gptq",
+        word_dtype: torch.dtype = torch.int32,
         name: str = "linear",
         backend: str | None = None,
     ) -> QuantLinear:
-        """A layer that holds ``weight``; bias: [N] or None, kept in its dtype."""
-        import dataclasses
-
-        spec, tensors = encode(weight, checkpoint_format)
+        """A prepared layer that holds ``weight``; bias: [N] or None, kept in its dtype."""
+        spec, tensors = encode(weight, checkpoint_format, word_dtype)
         if bias is not None:
             spec = dataclasses.replace(spec, has_bias=True, bias_dtype=bias.dtype)
             tensors["bias"] = bias.detach()
         layer = cls(spec, name, backend, device="meta")
         layer._set(tensors)
-        return layer
+        return layer.prepare()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [..., K] -> [..., N] in the dtype of x."""
@@ -91,22 +91,18 @@ class QuantLinear(nn.Module):
         kernel = select_kernel(spec, x.device, self.backend)
         return kernel.op(spec, kernel.prepare(spec, self._stored()), x, self.bias)
 
-    def prepare(self, device: torch.device | str | None = None) -> QuantLinear:
-        """Check the loaded values, move to ``device``, choose a kernel and repack. Idempotent.
+    def prepare(self) -> QuantLinear:
+        """Check the loaded values, choose a kernel for the device that they are on, and repack. Idempotent.
 
         Raises:
             CheckpointError: damaged values (see :func:`weight.resolve`), or parameters that were never loaded.
             ConfigError: the requested backend does not exist or cannot serve the layer.
         """
-        stored = self._stored() if self._kernel is None else None
-        if stored is None:
+        if self._kernel is not None:
             return self
+        stored = self._stored()
         if any(tensor.is_meta for tensor in stored.values()):
             raise CheckpointError(f"{self.name}: its weights were never loaded; load a state dict first")
-        if device is not None:
-            stored = {key: tensor.to(device) for key, tensor in stored.items()}
-            if self.bias is not None:
-                self._set({"bias": self.bias.to(device)}, only_add=True)
         self.spec = resolve(self.stored_spec, stored, self.name)
         kernel = select_kernel(self.spec, stored["qweight"].device, self.backend)
         self._set(kernel.prepare(self.spec, stored))
@@ -155,11 +151,10 @@ class QuantLinear(nn.Module):
         held = {key: value.data for key, value in self._parameters.items() if value is not None and key != "bias"}
         return held if self._kernel is None else self._kernel.unprepare(self.spec, held)
 
-    def _set(self, tensors: Mapping[str, Tensor], only_add: bool = False) -> None:
-        """Make ``tensors`` the parameters, in place of all but the bias unless ``only_add``."""
-        if not only_add:
-            for key in [key for key in self._parameters if key != "bias"]:
-                del self._parameters[key]
+    def _set(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make ``tensors`` the parameters; a bias that is not among them stays."""
+        for key in [key for key in self._parameters if key != "bias"]:
+            del self._parameters[key]
         for key, tensor in tensors.items():
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
@@ -190,7 +185,13 @@ class QuantLinear(nn.Module):
         state["_kernel"], state["spec"] = None, self.stored_spec
         state["_parameters"] = {key: nn.Parameter(value, requires_grad=False) for key, value in stored.items()}
         state["_parameters"]["bias"] = self.bias
-        return state
+        return state | {"_was_prepared": self._kernel is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        prepared = state.pop("_was_prepared")
+        super().__setstate__(state)
+        if prepared:  # by a kernel of the machine that reads the copy
+            self.prepare()
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -98,11 +98,14 @@ def _read_header(file: Path) -> Manifest:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: its header is not valid JSON; {FETCH_AGAIN}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: its header is a {type(header).__name__}, expected an object; {FETCH_AGAIN}")
     header.pop("__metadata__", None)
-    manifest, end = {}, 0
+    manifest, spans = {}, []
     for name, entry in header.items():
         try:
-            dtype, shape, (first, last) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
+            first, last = map(int, entry["data_offsets"])
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{file}: the header's entry for {name} is incomplete; {FETCH_AGAIN}") from None
         info = TensorInfo(_DTYPES.get(dtype), shape, file, name)
@@ -111,7 +114,13 @@ def _read_header(file: Path) -> Manifest:
                 f"{file}: {name} has {last - first} bytes, expected {info.numel * info.dtype.itemsize} for "
                 f"{dtype} {list(shape)}; {FETCH_AGAIN}"
             )
-        manifest[name], end = info, max(end, last)
+        manifest[name] = info
+        spans.append((first, last, name))
+    end = 0
+    for first, last, name in sorted(spans):
+        if first != end or last < first:
+            raise CheckpointError(f"{file}: {name} starts at byte {first}, expected {end}; {FETCH_AGAIN}")
+        end = last
     if 8 + length + end != size:
         raise CheckpointError(f"{file} has {size} bytes, expected {8 + length + end}; {FETCH_AGAIN}")
     return manifest

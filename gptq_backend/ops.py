@@ -91,6 +91,10 @@ def gemm(
     16-bit inputs are multiplied in float32 on a CPU (which also is faster where it lacks 16-bit units) and in their
     own dtype elsewhere. Output channels are done in slices, so that the dense weight never exists as a whole.
     """
+    if x.shape[-1:] != (in_features,) or not x.is_floating_point():
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)}, expected floating point with a last dimension of {in_features}"
+        )
     spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
     compute = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     rows = x.reshape(-1, in_features).to(compute)

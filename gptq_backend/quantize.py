@@ -312,7 +312,10 @@ class _Run:
         bias = module.bias
         if bias is not None:
             bias = bias.detach().to(self.dtypes.get(bias, bias.dtype))  # type: ignore[operator,call-overload]
-        quantized = QuantLinear.from_weight(layer.weight, bias, config.checkpoint_format, target.name, self.backend)
+        words = getattr(torch, config.pack_dtype)
+        quantized = QuantLinear.from_weight(
+            layer.weight, bias, config.checkpoint_format, words, target.name, self.backend
+        )
         self.done[module] = quantized
         entry = LayerReport(
             name=target.name,
@@ -339,7 +342,7 @@ class _Run:
             self.on_layer(entry, len(self.report.layers), len(self.structure.targets))
 
     def install(self, target: Target) -> None:
-        replace_module(self.model, target.name, self.done[target.module].prepare())
+        replace_module(self.model, target.name, self.done[target.module])
         target.module.weight.data = torch.empty(0)  # freed although hooks hold the module
 
     def to_compute_dtype(self, parameters: Any) -> None:

@@ -132,13 +132,15 @@ def resolve_specs(
     """
     _refuse_marlin(manifest)
     _check_orphans(manifest)
-    specs = {}
+    specs, configs = {}, {}
     for name in quantized_modules(manifest):
         if linear_shapes is not None and name not in linear_shapes:
             continue
         shape = None if linear_shapes is None else linear_shapes[name]
         has_bias = None if biased is None else name in biased
-        specs[name] = _resolve(name, manifest, _layer_config(name, manifest, config), shape, has_bias)
+        configs[name] = _layer_config(name, manifest, config)
+        specs[name] = _resolve(name, manifest, configs[name], shape, has_bias)
+    _warn_once_for_all(specs, configs, manifest)
     return specs
 
 
@@ -189,6 +191,32 @@ def _sharded(index: Path) -> list[Path]:
 def _complete_shards(files: list[Path]) -> bool:
     numbers = [re.search(r"-(\d+)-of-(\d+)\.", file.name) for file in files]
     return all(numbers) and all(int(match[2]) == len(files) for match in numbers if match)
+
+
+def _warn_once_for_all(
+    specs: Mapping[str, LinearSpec], configs: Mapping[str, QuantizeConfig], manifest: Manifest
+) -> None:
+    """A wrong config is wrong for hundreds of layers: one line with an example."""
+    wrong = [
+        name
+        for name, spec in specs.items()
+        if spec.bits != configs[name].bits
+        or spec.groups != math.ceil(spec.in_features / _claimed_group_size(spec.in_features, configs[name]))
+    ]
+    if wrong:
+        spec, config = specs[wrong[0]], configs[wrong[0]]
+        logger.warning(
+            "%d layers are stored otherwise than the config says, for example %s: %d bits in %d groups of %d, though "
+            "the config says bits=%d and group_size=%d; what is stored counts",
+            len(wrong), wrong[0], spec.bits, spec.groups, spec.group_size, config.bits, config.group_size,
+        )  # fmt: skip
+    double = [name for name in specs if f"{name}.weight" in manifest]
+    if double:
+        logger.warning(
+            "%d layers have both a weight and a qweight, for example %s; the quantized one counts",
+            len(double),
+            double[0],
+        )
 
 
 def _layer_config(name: str, manifest: Manifest, config: QuantizeConfig) -> QuantizeConfig:
@@ -247,7 +275,7 @@ def _check_sizes(
     """Against the model's layer. Comes first: 96 inputs of 4 bits fill as many words as 128 of 3 bits."""
     features = g_idx.numel if g_idx is not None and g_idx.numel else shape[0]
     if (features, qweight.shape[1], scales.shape[1]) != (*shape, shape[1]):
-        hint = "; convert it with `gptq-backend convert`" if scales.shape[1] == 1 else ""
+        hint = ", or its scales have another layout than GPTQ's: export it anew" if scales.shape[1] == 1 else ""
         raise CheckpointError(
             f"{name}: the checkpoint has {features} inputs, {qweight.shape[1]} outputs and {scales.shape[1]} columns "
             f"of scales, the model {shape[0]} inputs and {shape[1]} outputs; config.json and the weights belong to "
@@ -284,7 +312,6 @@ def _bits(name: str, qweight: TensorInfo, features: int, config: QuantizeConfig,
         return config.bits
     supported = [bits for bits in fitting if bits in SUPPORTED_BITS]
     if len(supported) == 1:
-        logger.warning("%s: stored with %d bits, though the config says %d", name, supported[0], config.bits)
         return supported[0]
     found = f"{fitting[0]}-bit codes" if fitting else "codes of no whole width"
     raise CheckpointError(
@@ -295,11 +322,10 @@ def _bits(name: str, qweight: TensorInfo, features: int, config: QuantizeConfig,
 
 def _group_size(name: str, features: int, groups: int, g_idx: TensorInfo | None, config: QuantizeConfig) -> int:
     """Channels per group without act-order."""
-    claimed = features if config.group_size == -1 else min(config.group_size, features)
+    claimed = _claimed_group_size(features, config)
     if math.ceil(features / claimed) == groups:
         return claimed
     if features % groups == 0:
-        logger.warning("%s: %d groups stored, though group_size is %d in the config", name, groups, config.group_size)
         return features // groups
     if g_idx is not None and g_idx.numel == features:
         return int(torch.bincount(read_tensor(g_idx).long().clamp_min(0)).max())
@@ -307,6 +333,10 @@ def _group_size(name: str, features: int, groups: int, g_idx: TensorInfo | None,
         f"{name}.scales has {groups} rows, expected {math.ceil(features / claimed)} for {features} inputs in groups of "
         f"{claimed}; correct group_size in the config or fetch the checkpoint again"
     )
+
+
+def _claimed_group_size(features: int, config: QuantizeConfig) -> int:
+    return features if config.group_size == -1 else min(config.group_size, features)
 
 
 def _has_bias(name: str, manifest: Manifest, model_has_one: bool | None) -> bool:

@@ -116,6 +116,7 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
         inside = config.keep_edge_blocks <= i < last
         targets = _targets(f"{list_name}.{i}", block, config) if inside else ()
         found.append(Block(f"{list_name}.{i}", block, targets))
+    _check_wanted(blocks, config)
     structure = Structure(tuple(found), _head(model, config) if config.lm_head else None)
     if not structure.targets:
         raise ConfigError(
@@ -172,6 +173,17 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
         if layer_config is not None:
             found.append(Target(f"{block_name}.{name}", module, layer_config))
     return tuple(found)
+
+
+def _check_wanted(blocks: list[nn.Module], config: QuantizeConfig) -> None:
+    """Raises ConfigError for a name in modules_in_block_to_quantize that no block has."""
+    present = {name for block in blocks for name, module in block.named_modules() if is_linear(module)}
+    for name in config.modules_in_block_to_quantize or ():
+        if name not in present:
+            raise ConfigError(
+                f"modules_in_block_to_quantize names {name!r}, which no block has; its linear layers are "
+                f"{', '.join(sorted(present))}"
+            )
 
 
 def _head(model: nn.Module, config: QuantizeConfig) -> Target | None:

@@ -115,7 +115,9 @@ class QuantizedWeight:
         return (difference * self.scales.to(dtype)[index]).t().contiguous()
 
 
-def encode(weight: QuantizedWeight, checkpoint_format: str = "gptq") -> tuple[LinearSpec, dict[str, Tensor]]:
+def encode(
+    weight: QuantizedWeight, checkpoint_format: str = "gptq", word_dtype: torch.dtype = torch.int32
+) -> tuple[LinearSpec, dict[str, Tensor]]:
     """The tensors of a checkpoint. Returns their spec and qweight, qzeros, scales, g_idx (shapes in docs/format.md)."""
     features, out_features = weight.codes.shape
     bits, groups = weight.bits, weight.scales.shape[0]
@@ -132,11 +134,14 @@ def encode(weight: QuantizedWeight, checkpoint_format: str = "gptq") -> tuple[Li
         planar=planar,
         sym=bool((weight.zeros == 1 << (bits - 1)).all()),
         scales_dtype=weight.scales.dtype,
+        word_dtype=word_dtype,
     )
     spec = dataclasses.replace(spec, act_order=not torch.equal(weight.g_idx.cpu(), spec.trivial_g_idx))
+    qweight = packing.pack(weight.codes, bits, planar)
+    qzeros = packing.pack(stored_zeros.t(), bits, planar).t()
     return spec, {
-        "qweight": packing.pack(weight.codes, bits, planar),
-        "qzeros": packing.pack(stored_zeros.t(), bits, planar).t().contiguous(),
+        "qweight": packing.from_int32_words(qweight, word_dtype, 0, spec.shapes["qweight"][0]).contiguous(),
+        "qzeros": packing.from_int32_words(qzeros, word_dtype, 1, spec.shapes["qzeros"][1]).contiguous(),
         "scales": weight.scales.contiguous(),
         "g_idx": weight.g_idx.to(torch.int32, copy=True),  # layers that share an input share the order: no aliases
     }

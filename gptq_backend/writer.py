@@ -25,7 +25,7 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     """Refuse a folder that holds something, before any work is done for it.
 
     Raises:
-        CheckpointError: it is a file, or not empty while ``overwrite`` is off, or its parent cannot be written.
+        CheckpointError: it is a file, or not empty while ``overwrite`` is off.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -39,12 +39,16 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
     """Yield a temporary folder beside ``folder`` that takes its place on success and vanishes on any exception.
 
     Raises:
-        CheckpointError: as :func:`check_output`, or the disk is full (whatever library found out).
+        CheckpointError: as :func:`check_output`, or its parent cannot be written, or the disk is full (whatever library
+            found out).
     """
     check_output(folder, overwrite)
     path = Path(folder).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise CheckpointError(f"{path.parent} cannot be written ({error.strerror}); choose another folder") from None
     old = beside.with_suffix(".replaced")
     try:
         yield beside

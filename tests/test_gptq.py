@@ -145,12 +145,19 @@ def test_a_group_of_zeros_gets_scale_one_and_stays_zero(sym: bool) -> None:
         assert not result.dequantize()[3, :24].any()
 
 
-def test_tiny_weights_keep_a_normal_scale() -> None:
-    """Scales below the smallest normal fp16 lose their precision, or vanish and divide by zero."""
+def test_weights_below_what_float16_can_scale_give_no_zero_scale() -> None:
     weight, hessian = layer(seed=4)
     result = run(weight * 1e-9, hessian, QuantizeConfig(group_size=24)).weight
-    assert result.scales.min() >= torch.finfo(torch.float16).tiny
+    assert result.scales.min() > 0
     assert result.dequantize().isfinite().all()
+
+
+def test_small_weights_keep_their_precision_at_8_bits() -> None:
+    """Their scales are subnormal in float16; floored at the smallest normal, most codes would go unused."""
+    weight, hessian = layer(seed=4)
+    config = QuantizeConfig(bits=8, group_size=24)
+    small, usual = run(weight * 2e-4, hessian, config), run(weight, hessian, config)
+    assert small.relative_loss < 2 * usual.relative_loss
 
 
 def test_scale_overflow_names_the_module() -> None:

@@ -58,7 +58,7 @@ def test_every_row_is_exact_where_it_serves(kernel: Kernel, bits: int) -> None:
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("name", [None, "auto", "auto_trainable"])
+@pytest.mark.parametrize("name", [None, "auto"])
 def test_first_row_that_fits_is_chosen(picky: Kernel, name: str | None) -> None:
     symmetric, _ = encode(random_weight(4, 64, 32, 16, sym=True))
     assert select_kernel(symmetric, CPU, name) is picky

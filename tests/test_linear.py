@@ -20,7 +20,7 @@ from tests.test_weight import random_weight
 def layer(bits: int = 4, act_order: bool = True, bias: bool = True, **options: int) -> QuantLinear:
     sizes = {"columns": 64, "outputs": 32, "size": 16, **options}
     weight = random_weight(bits, **sizes, act_order=act_order)
-    return QuantLinear.from_weight(weight, torch.randn(32) if bias else None, name="model.layers.0.q_proj")
+    return QuantLinear.from_weight(weight, torch.randn(32) if bias else None, name="model.layers.0.q_proj").unprepare()
 
 
 def bytes_of(state: dict[str, Tensor]) -> dict[str, bytes]:
@@ -216,3 +216,21 @@ def test_attributes_that_adapters_look_for() -> None:
     assert (model.in_features, model.out_features) == (64, 32)
     assert model.qweight.dtype == torch.int32
     assert model.compute_dtype == torch.float16
+
+
+def test_a_copy_of_a_prepared_layer_is_prepared() -> None:
+    """Else whole-model compilation would break at it."""
+    original = layer().prepare()
+    for copied in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        x = torch.randn(3, copied.in_features)
+        with torch.no_grad():
+            compiled = torch.compile(copied, backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(x), original(x))
+
+
+def test_input_of_a_wrong_width_or_type_is_named() -> None:
+    original = layer().prepare()
+    with pytest.raises(ValueError, match="expected floating point with a last dimension of"):
+        original(torch.randn(2, original.in_features // 2))
+    with pytest.raises(ValueError, match="int64"):
+        original(torch.ones(2, original.in_features, dtype=torch.long))

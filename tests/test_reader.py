@@ -197,6 +197,66 @@ def test_a_damaged_file_is_read(damage: Callable[[bytes], bytes], tmp_path: Path
         read_manifest([file])
 
 
+def _offsets(change: Callable[[list[list[int]]], Any]) -> Callable[[bytes], bytes]:
+    """Give the tensors of a file other places in it; ``change`` edits them in order."""
+
+    def damage(data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        change(sorted((entry["data_offsets"] for key, entry in header.items() if key != "__metadata__")))
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+        return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+    return damage
+
+
+def _overlap(offsets: list[list[int]]) -> None:
+    size = offsets[0][1] - offsets[0][0]
+    offsets[0][:] = [offsets[1][0], offsets[1][0] + size]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: (2).to_bytes(8, "little") + b"[]", "its header is a list, expected an object"),
+        (_offsets(_overlap), r"starts at byte \d+, expected"),
+        (_offsets(lambda offsets: offsets[0].append(1)), "is incomplete"),
+        (_offsets(lambda offsets: offsets[0].__setitem__(0, "x")), "is incomplete"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_read(damage: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
+    file = write(tmp_path, named("a", layer())) / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: .*{message}.*fetch it again"):
+        read_manifest([file])
+
+
+@pytest.mark.parametrize("dynamic", [["-:a"], "a", 3])
+def test_rules_that_are_no_mapping_end_in_a_traceback(dynamic: Any) -> None:
+    with pytest.raises(ConfigError, match="dynamic"):
+        QuantizeConfig.from_dict({"bits": 4, "dynamic": dynamic})
+
+
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"group_size": 16}])
+def test_a_wrong_label_warns_for_every_layer(
+    settings: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, named("a", layer()) | named("b", layer()) | named("c", layer()))
+    found = specs(tmp_path, QuantizeConfig(**{"bits": 4, "group_size": GROUP, **settings}))
+    assert {(spec.bits, spec.group_size) for spec in found.values()} == {(4, GROUP)}
+    assert [record.getMessage()[:9] for record in caplog.records] == ["3 layers "]
+    assert "for example a: 4 bits in 2 groups of 32" in caplog.text
+
+
+def test_a_layer_that_is_stored_twice_is_loaded_silently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(
+        tmp_path,
+        named("a", {**layer(), "weight": torch.zeros(N, K)}) | named("b", {**layer(), "weight": torch.ones(1)}),
+    )
+    assert set(specs(tmp_path, CONFIG)) == {"a", "b"}
+    assert [record.getMessage()[:20] for record in caplog.records] == ["2 layers have both a"]
+
+
 def test_a_pickle_runs_code(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> Any:
@@ -280,7 +340,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         _set("scales", torch.ones(2, 41).half()),
         r"^a: .*40 outputs and 41 columns of scales, the model",
     ),
-    "one scale per row": (_set("scales", torch.ones(2, 1).half()), r"gptq-backend convert"),
+    "one scale per row": (_set("scales", torch.ones(2, 1).half()), r"another layout than GPTQ's: export it anew"),
     "g_idx too short": (_set("g_idx", torch.zeros(63, dtype=torch.int32)), r"^a: the checkpoint has 63 inputs"),
     "float codes": (_set("qweight", torch.zeros(8, N)), r"^a.qweight is torch.float32, expected"),
     "integer scales": (_set("scales", torch.ones(2, N, dtype=torch.int32)), r"^a.scales is torch.int32"),

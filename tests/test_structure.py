@@ -131,7 +131,7 @@ def test_head_is_a_target_only_on_request_and_obeys_dynamic() -> None:
         (Model([nn.ModuleDict({"norm": nn.LayerNorm(8)})]), {}, None, "no list of repeated blocks"),
         (Model([Block()]), {}, "model.layers", "block_name_to_quantize='model.layers' is not a module"),
         (Model([Block(), Block()]), {"keep_edge_blocks": 1}, None, "no layer is left"),
-        (Model([Block()]), {"modules_in_block_to_quantize": ("mlp.fc1",)}, None, "no layer is left"),
+        (Model([Block()]), {"modules_in_block_to_quantize": "mlp.fc1"}, None, "which no block has"),
         (nn.ModuleDict({"layers": nn.ModuleList([Block()])}), {"lm_head": True}, None, "no linear output embedding"),
     ],
 )

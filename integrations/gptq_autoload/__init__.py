@@ -5,7 +5,8 @@ it only waits for two modules of transformers and acts at the first look at each
 
 - ``transformers.quantizers.auto``: gptq_transformers takes over, unless the stock path could work (optimum and
   gptqmodel are both installed) or gptq_transformers is imported already (then it does, or did, so itself);
-- ``transformers.utils.quantization_config``: ``GPTQConfig(modules_in_block_to_quantize=...)`` works without optimum.
+- ``transformers.utils.quantization_config``: under the same condition, ``GPTQConfig`` keeps arguments that it does not
+  know (``lm_head``, ``dynamic``) and takes ``modules_in_block_to_quantize`` without optimum.
 
 Off: ``GPTQ_BACKEND_AUTOLOAD=0``, or torch's own ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``. An exception here would break
 ``import torch``, so none leaves. Standard library only, and a package of its own: an entry point inside a larger one
@@ -22,7 +23,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-__all__ = ["install", "tolerate_missing_optimum"]
+__all__ = ["install", "relax_config"]
 
 
 def install() -> None:
@@ -45,33 +46,41 @@ def install() -> None:
         _complain(error)
 
 
-def tolerate_missing_optimum(config_class: Any) -> None:
-    """Let ``config_class.post_init`` pass without optimum, of which it asks the version. Idempotent."""
-    original = config_class.post_init
-    if not _missing("optimum") or hasattr(original, "__wrapped__"):
+def relax_config(config_class: Any) -> None:
+    """Let ``config_class`` keep arguments that it does not know, and take module lists without optimum. Idempotent.
+
+    transformers' ``GPTQConfig`` drops ``lm_head`` or ``dynamic`` silently, and asks for the version of optimum as soon
+    as ``modules_in_block_to_quantize`` is given.
+    """
+    original = config_class.__init__
+    if hasattr(original, "__wrapped__"):
         return
 
     @functools.wraps(original)
-    def post_init(self: Any) -> Any:
-        modules = getattr(self, "modules_in_block_to_quantize", None)
-        if modules is None:
-            return original(self)
-        self.modules_in_block_to_quantize = None
-        try:
-            return original(self)
-        finally:
-            self.modules_in_block_to_quantize = modules
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        passed = dict(kwargs)
+        if _missing("optimum"):
+            passed.pop("modules_in_block_to_quantize", None)
+        original(self, *args, **passed)
+        for key, value in kwargs.items():
+            if key not in passed or not hasattr(self, key):
+                setattr(self, key, value)
 
-    config_class.post_init = post_init
+    config_class.__init__ = __init__
 
 
 def _take_over(module: ModuleType) -> None:
-    if "gptq_transformers" not in sys.modules and (_missing("optimum") or _missing("gptqmodel")):
+    if "gptq_transformers" not in sys.modules and _stock_path_is_broken():
         importlib.import_module("gptq_transformers").register()
 
 
 def _patch_config(module: ModuleType) -> None:
-    tolerate_missing_optimum(module.GPTQConfig)
+    if _stock_path_is_broken():
+        relax_config(module.GPTQConfig)
+
+
+def _stock_path_is_broken() -> bool:
+    return _missing("optimum") or _missing("gptqmodel")
 
 
 _HOOKS = {

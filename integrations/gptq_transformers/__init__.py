@@ -17,12 +17,12 @@ def register() -> None:
     from transformers.quantizers import auto
     from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 
-    from gptq_autoload import tolerate_missing_optimum
+    from gptq_autoload import relax_config
 
     from .config import GPTQConfig
     from .quantizer import GPTQBackendQuantizer
 
-    tolerate_missing_optimum(StockGPTQConfig)
+    relax_config(StockGPTQConfig)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
     auto.AUTO_QUANTIZER_MAPPING["gptq"] = GPTQBackendQuantizer
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,22 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
-from gptq_backend.calibration import tokenize
+from gptq_backend.calibration import draw, tokenize
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.quantize import Progress
 from gptq_backend.reader import checkpoint_files, read_manifest, read_settings
 from gptq_backend.structure import find_structure
-from gptq_backend.writer import atomic_folder, check_output
+from gptq_backend.writer import atomic_folder
 
+from .config import GPTQConfig
 from .experts import unfuse_experts
 from .quantizer import attach
 
 
 def quantize(
     model_or_path: PreTrainedModel | str | Path,
-    config: QuantizeConfig,
-    calibration: str | Sequence[Any] | None,
+    config: QuantizeConfig | GPTQConfig | Mapping[str, Any],
+    calibration: str | Iterable[Any] | None,
     *,
     tokenizer: Any = None,
     output: str | Path | None = None,
@@ -45,13 +47,13 @@ def quantize(
     Args:
         model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the blocks'
             16-bit weights are read one block at a time.
-        config: what to quantize and how.
-        calibration: one text, texts, or token id samples (lists, tensors [T] or [B, T], mappings with ``input_ids`` and
-            ``attention_mask``); None rounds to nearest.
+        config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
+        calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
+            ``input_ids`` and ``attention_mask``); None rounds to nearest.
         tokenizer: for texts; default: the one in the model's folder.
         output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all.
         seqlen: cut texts, joined, into windows of this many tokens; None keeps each text as one sample.
-        samples: use this many windows or texts, drawn with ``seed``.
+        samples: use this many windows, texts or token id samples, drawn with ``seed``.
         batch_size: sequences per forward pass; None aims at about 2048 tokens.
         backend: kernel of the resulting layers.
         overwrite: let ``output`` replace a folder that exists.
@@ -63,37 +65,48 @@ def quantize(
     Raises:
         ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written.
     """
-    if output is not None:
-        check_output(output, overwrite)
+    config = _as_config(config)
     path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
-    if tokenizer is None and (output is not None or _is_text(calibration)):
-        tokenizer = _load_tokenizer(path, required=_is_text(calibration))
-    if _is_text(calibration):
-        calibration = tokenize(calibration, tokenizer, seqlen, samples, seed)  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory(prefix="gptq-offload-") as scratch:
-        if isinstance(model_or_path, str | Path):
-            model = _load_streamed(model_or_path, config, scratch)
-        else:
-            model = model_or_path
+    with ExitStack() as stack:
+        # Made before the work, so that an output that cannot be written is found out at once.
+        folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptq-offload-"))
+        if calibration is not None and not isinstance(calibration, str):
+            calibration = list(calibration)
+        if tokenizer is None and (output is not None or _is_text(calibration)):
+            tokenizer = _load_tokenizer(path, required=_is_text(calibration))
+        if _is_text(calibration):
+            calibration = tokenize(calibration, tokenizer, seqlen, samples, seed)  # type: ignore[arg-type]
+        elif calibration is not None:
+            if seqlen is not None:
+                raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
+            calibration = draw(calibration, samples, seed)
+        model = _load_streamed(path, config, scratch) if isinstance(model_or_path, str | Path) else model_or_path
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
         unfuse_experts(model)
         report = quantize_model(
             model,
             config,
-            calibration,  # type: ignore[arg-type]
+            calibration,
             batch_size=batch_size,
             backend=backend,
             on_layer=on_layer,
             on_block=_take_offloading(model),
         )
-    attach(model, report.config)
-    if output is not None:
-        with atomic_folder(output, overwrite) as folder:
+        attach(model, report.config)
+        if folder is not None:
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     return model, report
+
+
+def _as_config(config: Any) -> QuantizeConfig:
+    """Our settings from ours, a dictionary, or a ``GPTQConfig`` of transformers."""
+    if isinstance(config, QuantizeConfig):
+        return config
+    return QuantizeConfig.from_dict(config if isinstance(config, Mapping) else GPTQConfig.adopt(config).to_dict())
 
 
 def _is_text(calibration: Any) -> bool:

@@ -126,7 +126,7 @@ def _run_quantize(
     from .evaluate import require_model
 
     console = terminal.stderr_console()
-    terminal.set_up_logging(console)
+    terminal.set_up_logging(console, ignore="gptq_backend.kernels")  # the layers only get packed here
     terminal.check_json_target(json_target)
     require_model(model)
     texts = None if calibration is None else terminal.read_calibration(calibration)
@@ -146,8 +146,14 @@ def _run_quantize(
         tokens = max((layer.tokens for layer in result.layers), default=0)
         used = {"file": str(calibration), **window, "tokens": tokens}
     report = make_report(result, result.config, model, out, used)
-    _, page = write_reports(report, out)
-    terminal.write_json(json_target, report)
+    try:
+        _, page = write_reports(report, out)
+        terminal.write_json(json_target, report)
+    except OSError as error:
+        reason = terminal.explain(error)
+        if reason is None:
+            raise
+        raise GPTQError(f"the checkpoint in {out} is complete, but a report could not be written: {reason}") from error
     if json_target != "-":
         _print_quantized(report, page)
 
@@ -200,7 +206,7 @@ def evaluate(
     """Perplexity of MODEL; with --reference also how far its predictions are from the reference's."""
     if text is None:
         raise typer.BadParameter("pass --text FILE: some 50 kB of UTF-8 text that the model was not calibrated on")
-    from .evaluate import cut_windows, load_model, require_model
+    from .evaluate import cut_windows, load_model, require_device, require_model
     from .evaluate import evaluate as run
 
     console = terminal.stderr_console()
@@ -209,10 +215,14 @@ def evaluate(
     content = terminal.read_text(text)
     for path in filter(None, (model, reference)):
         require_model(path)
+    require_device(device)
     chosen = dtype.value if dtype else None
     with console.status("loading", spinner="line") as status:
         with terminal.loading(model):
             ids = cut_windows(content, _tokenizer(model), seqlen, windows)
+        if reference is not None:
+            _check_reference_tokens(reference, content, ids.flatten().tolist())
+        with terminal.loading(model):
             loaded = load_model(model, chosen, device, backend)
         other = None
         if reference is not None:
@@ -229,7 +239,23 @@ def evaluate(
 def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers 5 where the files are missing
+        raise GPTQError(f"{path} has no tokenizer; put the files of the original model's there")
+    return tokenizer
+
+
+def _check_reference_tokens(reference: str, text: str, ids: list[int]) -> None:
+    """Raises GPTQError when the tokenizer of ``reference``, if there is one, begins ``text`` with other ``ids``."""
+    try:
+        tokenizer = _tokenizer(reference)
+    except Exception:  # transformers raises most kinds where there is none
+        return
+    if list(tokenizer(text)["input_ids"])[: len(ids)] != ids:
+        raise GPTQError(
+            f"the tokenizer of {reference} gives the text other token ids than the model's; a reference must have "
+            "the same tokenizer"
+        )
 
 
 def _print_evaluation(result: Any, settings: dict[str, Any], dtype: str) -> None:

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_backend import KERNELS, ConfigError, QuantizeConfig
+from gptq_backend.config import _ALIASES
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,15 @@ _FOREIGN_BACKENDS = frozenset(
 )
 # How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
 _NOT_STORED = ("backend", "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
-_ALIASES = {"wbits": "bits", "w_bit": "bits", "q_group_size": "group_size", "groupsize": "group_size"}
+# What a run of quantizing needs and a reader of its result does not.
+_RUN = (
+    "batch_size",
+    "block_name_to_quantize",
+    "cache_block_outputs",
+    "model_seqlen",
+    "module_name_preceding_first_block",
+    "pad_token_id",
+)
 
 
 class GPTQConfig(StockGPTQConfig):
@@ -65,12 +74,14 @@ class GPTQConfig(StockGPTQConfig):
     """
 
     def __init__(self, bits: int | None = None, tokenizer: Any = None, dataset: Any = None, **kwargs: Any) -> None:
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
         for alias, key in _ALIASES.items():
-            if key == "bits" and bits is None:
-                bits = kwargs.get(alias)
-            elif kwargs.get(alias) is not None:
-                kwargs.setdefault(key, kwargs[alias])
-        kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in _ALIASES}
+            if key == "bits" and alias in kwargs:
+                value = kwargs.pop(alias)
+                bits = value if bits is None else bits
+            elif key not in ("checkpoint_format", "quant_method") and alias in kwargs:  # those keep both spellings
+                value = kwargs.pop(alias)
+                kwargs.setdefault(key, value)
         if kwargs.get("desc_act"):
             kwargs["act_group_aware"] = False  # as the stock class decides, which warns about its own default
         QuantizeConfig.from_dict(kwargs | ({} if bits is None else {"bits": bits}))  # refuses with clearer messages
@@ -80,6 +91,8 @@ class GPTQConfig(StockGPTQConfig):
         for key, value in kwargs.items():
             if not hasattr(self, key):
                 setattr(self, key, value)
+        for key in _RUN:
+            setattr(self, key, kwargs.get(key))  # None, which is not written, in place of the stock class's defaults
 
     @classmethod
     def adopt(cls, config: Any) -> GPTQConfig:
@@ -90,6 +103,11 @@ class GPTQConfig(StockGPTQConfig):
         adopted = cls(**copy.deepcopy(values))
         adopted.tokenizer = config.tokenizer
         return adopted
+
+    def forget_run(self) -> None:
+        """Drop what only the quantizing, now done, had a use for."""
+        for key in ("dataset", "tokenizer", *_RUN):
+            setattr(self, key, None)
 
     @classmethod
     def from_quantize_config(cls, config: QuantizeConfig) -> GPTQConfig:
@@ -104,7 +122,7 @@ class GPTQConfig(StockGPTQConfig):
         values = {
             key: copy.deepcopy(value)
             for key, value in vars(self).items()
-            if key not in _NOT_STORED and value is not None
+            if key not in _NOT_STORED and value is not None and (key, value) != ("keep_edge_blocks", 0)
         }
         values["quant_method"] = QuantizationMethod.GPTQ.value
         values["checkpoint_format"] = self.checkpoint_format
@@ -123,7 +141,7 @@ class GPTQConfig(StockGPTQConfig):
         """
         name = None if self.backend is None else str(getattr(self.backend, "value", self.backend)).lower()
         rows = [kernel.name for kernel in KERNELS]
-        if name in (None, "auto", "auto_trainable"):
+        if name in (None, "auto", "auto_trainable"):  # the last is what transformers' documentation tells users to pass
             return None
         if name in rows:
             return name

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
 
@@ -219,9 +222,10 @@ def load_model(
         backend: row of the kernel table for a quantized model.
 
     Raises:
-        GPTQError: no such model.
+        GPTQError: no such model, or no such device.
     """
     require_model(path)
+    require_device(device)
     name = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
     options: dict[str, Any] = {"dtype": name if name == "auto" else getattr(torch, name)}
     if device != "cpu":
@@ -236,9 +240,9 @@ def load_model(
 
 
 def require_model(path: str | Path) -> None:
-    """Raises GPTQError when ``path`` is meant as a folder, but none with a model is there.
+    """Raises GPTQError when ``path`` is neither a folder with a model nor the name of one on the hub.
 
-    Anything that could be the name of a model on a hub passes: ``NAME`` or ``OWNER/NAME``.
+    The hub is asked once, and only for what is not in its cache: ``from_pretrained`` retries for half a minute.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -246,8 +250,35 @@ def require_model(path: str | Path) -> None:
             raise GPTQError(f"{path} holds no config.json; expected a model folder as save_pretrained writes it")
     elif folder.exists():
         raise GPTQError(f"{path} is a file; expected a model folder as save_pretrained writes it")
-    elif folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith("."):
+    elif folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         raise GPTQError(f"{path} does not exist; expected a model folder")
+    elif not any(_is_cached(str(path), name) for name in ("config.json", "adapter_config.json")):
+        try:
+            HfApi().model_info(str(path), timeout=10)
+        except (RepositoryNotFoundError, HFValidationError):
+            raise GPTQError(
+                f"no folder {path} exists, and the hub has no model of that name (or it is private)"
+            ) from None
+        except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
+            raise GPTQError(f"no folder {path} exists, and the hub could not be reached: {error}") from None
+
+
+def _is_cached(model: str, file: str) -> bool:
+    try:
+        return cached_file(model, file, local_files_only=True) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def require_device(name: str) -> None:
+    """Raises GPTQError when torch cannot compute on the device called ``name`` here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise GPTQError(f"device {name!r} cannot be used here; choose one like cpu or cuda:0 ({reason})") from None
 
 
 def is_quantized(path: str | Path) -> bool:

@@ -194,6 +194,12 @@ def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) 
     ]
 
 
+def remaining_converters(model: nn.Module) -> list[Any]:
+    """The conversions, none of them a mere renaming, that transformers will apply while it loads ``model``."""
+    conversions = drop_fused_conversions(_model_conversions(model), model)
+    return [conversion for conversion in conversions if hasattr(conversion, "operations")]
+
+
 def _layout(module: nn.Module) -> _Layout | None:
     """None when the module holds no fused experts in the way of transformers' ``use_experts_implementation``."""
     if not hasattr(module, "is_transposed") or not hasattr(module, "has_bias"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def prepare_model(
     config: QuantizeConfig,
     backend: str | None = None,
     key_mapping: dict[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
 ) -> Plan:
     """Swap the modules that ``files`` hold quantized for empty :class:`QuantLinear` on meta.
 
@@ -81,8 +82,8 @@ def prepare_model(
         layer = QuantLinear(spec, name, backend, device="meta")
         vars(layer)["weight"] = _placeholder(spec)
         replace_module(model, name, layer)
-        if f"{name}.bias" in manifest and not spec.has_bias:
-            ignored.append(re.escape(manifest[f"{name}.bias"].key) + "$")
+        unused = [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
+        ignored += [re.escape(manifest[key].key) + "$" for key in unused if key in manifest]
     ignored += [
         rf"{re.escape(manifest[f'{name}.qweight'].key[:-8])}\.(qweight|qzeros|scales|g_idx)$" for name in plan.dense
     ]
@@ -91,7 +92,10 @@ def prepare_model(
     model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])  # a list in version 4, a set in 5
     untie_quantized(model)
     inside = tuple(f"{name}." for name in specs)
-    plan.dtypes = {key: p.dtype for key, p in model.named_parameters() if not (inside and key.startswith(inside))}
+    dense = {key: p for key, p in model.named_parameters() if not (inside and key.startswith(inside))}
+    plan.dtypes = {key: parameter.dtype for key, parameter in dense.items()}
+    if not ignore_mismatched_sizes:
+        _check_dense_shapes(model, manifest, dense)
     return plan
 
 
@@ -149,20 +153,38 @@ def not_loaded(model: nn.Module) -> list[str]:
 
 
 def check_loaded(model: nn.Module, missing: Iterable[str]) -> None:
-    """Refuse random values inside the repeated blocks; a new head on top of them is the user's business.
+    """Refuse random values in the base model and the output embedding; another head is the user's business.
 
     Raises:
         CheckpointError: with the first missing tensor.
     """
     optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
-    quantized = tuple(f"{name}." for name, _ in quant_linears(model))
     missing = [key for key in missing if not any(pattern.search(key) for pattern in optional)]
+    required = _needed(model)
     for key in missing:
-        if re.search(r"\.\d+\.", f".{key}") or (quantized and key.startswith(quantized)):
+        if key.startswith(required):
             raise CheckpointError(
                 f"{key} is not in the checkpoint ({len(missing)} of the model's tensors are not), neither quantized "
                 "nor dense, and would be random; fetch all of its files, or check that config.json belongs to them"
+                f"{_experts_hint(model)}"
             )
+
+
+def _experts_hint(model: nn.Module) -> str:
+    read, written = (getattr(model.config, key, None) for key in ("num_experts", "num_local_experts"))
+    if None in (read, written) or read == written:
+        return ""
+    return f"; this version of transformers reads num_experts={read}, the config also has num_local_experts={written}"
+
+
+def _needed(model: nn.Module) -> tuple[str, ...]:
+    """Starts of the names of all tensors without which the model would compute nonsense."""
+    base = getattr(model, "base_model", model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if base is model:
+        return ("",)
+    wanted = [name for name, module in model.named_modules() if module is base or module is head]
+    return tuple(f"{name}." for name in [*wanted, *(name for name, _ in quant_linears(model))])
 
 
 def allow_casting(model: nn.Module) -> None:
@@ -220,6 +242,23 @@ def _other_modules(
             )
         logger.info("%s: the model has no such layer; skipped", name)
     return resolve_specs(manifest, config, shapes) if shapes else {}
+
+
+def _check_dense_shapes(model: nn.Module, manifest: Manifest, parameters: Mapping[str, Tensor]) -> None:
+    """Compare before the loader does: transformers 5 compares nothing when the model is quantized."""
+    converters = experts.remaining_converters(model)
+    for key, parameter in parameters.items():
+        stored = manifest.get(key)
+        if stored is None or stored.shape == tuple(parameter.shape):
+            continue
+        if any(
+            converter.rename_source_key(name)[1] is not None for converter in converters for name in (key, stored.key)
+        ):
+            continue  # its stored shape is not that of the model
+        raise CheckpointError(
+            f"{key}: the checkpoint has shape {list(stored.shape)}, the model {list(parameter.shape)}; config.json and "
+            f"the weights belong to different models: fetch both again{_experts_hint(model)}"
+        )
 
 
 def _load_dense(model: nn.Module, plan: Plan) -> None:

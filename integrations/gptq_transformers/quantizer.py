@@ -30,6 +30,7 @@ _LOCALS = (
     "checkpoint_files",
     "device_mesh",
     "distributed_config",
+    "ignore_mismatched_sizes",
     "key_mapping",
     "pretrained_model_name_or_path",
     "tp_plan",
@@ -98,7 +99,12 @@ class GPTQBackendQuantizer(HfQuantizer):
             config = self.quantization_config
             with torch.device("cpu"):  # transformers calls this under torch.device("meta")
                 self._plan = loading.prepare_model(
-                    model, files, config.to_quantize_config(), config.kernel, caller.get("key_mapping")
+                    model,
+                    files,
+                    config.to_quantize_config(),
+                    config.kernel,
+                    caller.get("key_mapping"),
+                    bool(caller.get("ignore_mismatched_sizes")),
                 )
         loading.allow_casting(model)
         self._loading = model
@@ -128,7 +134,7 @@ class GPTQBackendQuantizer(HfQuantizer):
             from .on_the_fly import quantize_loaded
 
             quantize_loaded(model, self.quantization_config)
-            self.quantization_config.tokenizer = self.quantization_config.dataset = None
+            self.quantization_config.forget_run()
             self.pre_quantized = True
         # This object stays with the model, also in copies and pickles: nothing of the loading belongs there.
         self._plan = self._loading = None

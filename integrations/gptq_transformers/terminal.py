@@ -110,11 +110,16 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def set_up_logging(console: Console) -> None:
-    """Our warnings above the progress bar; of the libraries only errors."""
+def set_up_logging(console: Console, ignore: str | None = None) -> None:
+    """Our warnings above the progress bar; of the libraries only errors.
+
+    Args:
+        ignore: name of a logger of ours to keep out.
+    """
     import transformers
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    handler.addFilter(lambda record: record.name != ignore)
     for name in ("gptq_backend", "gptq_transformers"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

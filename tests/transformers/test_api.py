@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPTQConfig, LlamaConfig
 
 from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
 from gptq_transformers import from_quantized, quantize
@@ -143,3 +143,27 @@ def test_ctrl_c_leaves_nothing(source, tmp_path):
     assert "KeyboardInterrupt" in errors
     assert time.monotonic() - start < 30
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_tensor_a_generator_and_a_stock_config_are_taken(source, samples):
+    expected, _ = quantize(source, CONFIG, samples)
+    for config, calibration in (
+        ({"bits": 4, "group_size": 32}, torch.stack(samples)),
+        (GPTQConfig(bits=4, group_size=32, damp_percent=0.01), (ids for ids in samples)),
+    ):
+        model, _ = quantize(source, config, calibration)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+def test_samples_are_drawn_from_token_ids_too(source, samples):
+    _, report = quantize(source, CONFIG, samples, samples=2)
+    assert {layer.tokens for layer in report.layers} == {64}
+    with pytest.raises(CalibrationError, match="seqlen"):
+        quantize(source, CONFIG, samples, seqlen=16)
+
+
+def test_an_output_that_cannot_be_written_stops_the_run_before_it_starts(source, samples, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        quantize(source, CONFIG, samples, output=tmp_path / "file" / "out", on_layer=lambda *_: pytest.fail("started"))

@@ -120,6 +120,30 @@ def test_stock_config_with_module_list_needs_no_optimum_after_explicit_import() 
     assert python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "[['q']]"
 
 
+@pytest.mark.parametrize("first", [pytest.param("import torch", marks=needs_entry_point), "import gptq_transformers"])
+def test_stock_config_keeps_arguments_that_it_does_not_know(first: str) -> None:
+    code = f"""
+    {first}
+    from transformers import GPTQConfig
+    config = GPTQConfig(4, lm_head=True, dynamic={{"-:x": {{}}}}, static_groups=True, dataset=["text"])
+    from gptq_transformers import GPTQConfig as Ours
+    settings = Ours.adopt(config).to_quantize_config()
+    print(config.lm_head, config.dataset, settings.lm_head, settings.static_groups, settings.dynamic)
+    """
+    assert python(code) == "True ['text'] True True {'-:x': {}}"
+
+
+def test_stock_config_of_a_working_stock_path_is_changed(tmp_path: Path) -> None:
+    package(tmp_path, "optimum")
+    package(tmp_path, "gptqmodel")
+    code = """
+    import gptq_autoload; gptq_autoload.install()
+    from transformers import GPTQConfig
+    print(hasattr(GPTQConfig(4, lm_head=True), "lm_head"))
+    """
+    assert python(code, tmp_path) == "False"
+
+
 @needs_entry_point
 def test_stock_config_still_rejects_bad_values() -> None:
     code = """

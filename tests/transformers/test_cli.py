@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from gptq_backend import LayerReport
-from gptq_transformers import terminal
+from gptq_backend import LayerReport, kernels
+from gptq_transformers import cli, terminal
 from gptq_transformers.cli import app
 
 DATA = Path(__file__).parents[1] / "data"
@@ -162,6 +162,8 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
         (["eval", original, "--text", short], "fewer than one window of seqlen=1024"),
         (["eval", original, "--text", TEXT, "--seqlen", "65"], "exceed the model's 64 positions"),
         (["eval", quantized, "--text", TEXT, "--seqlen", "32", "--backend", "nothing"], "nothing"),
+        (["eval", original, "--text", TEXT, "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["eval", original, "--text", TEXT, "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["inspect", original], "no quantization settings"),
         (["inspect", tmp_path / "none"], "is not a folder"),
         (["inspect", quantized, "--device", "abacus"], "--device abacus is no device"),
@@ -218,6 +220,33 @@ def test_a_full_disk_is_one_sentence(original: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_report_that_cannot_be_written_leaves_the_checkpoint(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "write_reports", full)
+    result = _run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert f"the checkpoint in {tmp_path / 'out'} is complete, but a report could not be written: no space" in last
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_quantize_does_not_warn_of_slow_kernels(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "KERNELS", [kernels.REFERENCE])
+    kernels._warn_once.cache_clear()
+    result = _run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    assert result.exit_code == 0, result.output
+    assert "reference kernel" not in result.stderr
+    kernels._warn_once.cache_clear()
+    result = _run("eval", tmp_path / "out", "--text", TEXT, "--seqlen", "32", "--windows", "1")
+    assert "reference kernel" in result.stderr
+
+
 def test_only_errors_of_the_user_are_explained() -> None:
     assert terminal.explain(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) == (
         "x: No such file or directory"
@@ -225,6 +254,20 @@ def test_only_errors_of_the_user_are_explained() -> None:
     assert "no space left" in str(terminal.explain(OSError(errno.ENOSPC, "No space left on device")))
     assert terminal.explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
     assert terminal.explain(AssertionError("a bug")) is None
+
+
+def test_eval_refuses_a_reference_with_another_tokenizer(original: Path, quantized: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(original, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    command = ["eval", quantized, "--reference", other, "--text", TEXT, "--seqlen", "32", "--windows", "2"]
+    assert "a reference must have the same tokenizer" in _error(_run(*command))
+    for file in other.glob("*token*"):
+        file.unlink()
+    result = _run(*command)  # nothing to compare with
+    assert result.exit_code == 0, result.output
 
 
 def test_eval_prints_a_table_of_what_it_measured(original: Path, quantized: Path) -> None:

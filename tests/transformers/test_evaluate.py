@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("transformers")
 
+from huggingface_hub import HfApi
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq_backend import GPTQError
 from gptq_transformers import evaluate as module
-from gptq_transformers.evaluate import cut_windows, evaluate, is_quantized, require_model
+from gptq_transformers.evaluate import cut_windows, evaluate, is_quantized, require_device, require_model
 
 
 def _tiny(**changes: int) -> LlamaForCausalLM:
@@ -126,11 +127,36 @@ def test_windows_come_from_the_start_of_the_text_and_a_short_text_is_refused() -
 
 
 def test_a_missing_folder_is_not_taken_for_a_name_on_a_hub(tmp_path: Path) -> None:
-    with pytest.raises(GPTQError, match="does not exist"):
-        require_model(f"{tmp_path}/nowhere")
+    for name in (f"{tmp_path}/nowhere", "./nowhere", "~/nowhere", "some/where/else"):
+        with pytest.raises(GPTQError, match="does not exist"):
+            require_model(name)
     with pytest.raises(GPTQError, match=r"no config\.json"):
         require_model(str(tmp_path))
+
+
+def test_what_could_be_a_name_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def model_info(self: HfApi, name: str, **_: object) -> None:
+        asked.append(name)
+        if name == "nobody/nothing":
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
     require_model("owner/name")
+    with pytest.raises(GPTQError, match="no folder nobody/nothing exists, and the hub could not be reached: no route"):
+        require_model("nobody/nothing")
+    assert asked == ["owner/name", "nobody/nothing"]
+    monkeypatch.undo()
+    with pytest.raises(GPTQError, match="no folder not a name exists, and the hub has no model of that name"):
+        require_model("not a name")
+
+
+def test_a_device_that_torch_cannot_use_is_refused() -> None:
+    require_device("cpu")
+    for name in ("abacus", "cuda:99", "meta", ""):
+        with pytest.raises(GPTQError, match=f"device '{name}' cannot be used here"):
+            require_device(name)
 
 
 def test_quantized_is_what_any_of_the_config_files_says(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import os
@@ -20,8 +21,19 @@ from transformers.quantizers import auto
 import gptq_transformers
 from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
 from gptq_transformers.config import GPTQConfig, _warn_foreign
-from gptq_transformers.quantizer import GPTQBackendQuantizer
-from tests.transformers.checkpoints import PEERS, VERSION_4, distance, load, load_peer, logits, peer_error, tiny, write
+from gptq_transformers.quantizer import _LOCALS, GPTQBackendQuantizer
+from tests.transformers.checkpoints import (
+    NAMES,
+    PEERS,
+    VERSION_4,
+    distance,
+    load,
+    load_peer,
+    logits,
+    peer_error,
+    tiny,
+    write,
+)
 
 
 def test_registering_twice_stacks_up() -> None:
@@ -39,6 +51,46 @@ def test_the_stock_class_asks_for_optimum() -> None:
         "self_attn.q_proj",
         "mlp.up_proj",
     )
+
+
+def test_options_of_the_stock_class_are_dropped() -> None:
+    config = transformers.GPTQConfig(bits=4, lm_head=True, dynamic={"-:x": {}}, static_groups=True, dataset=["a"])
+    for settings in (GPTQConfig.adopt(config).to_quantize_config(), GPTQConfig.adopt(copy.deepcopy(config))):
+        assert (settings.lm_head, settings.static_groups, settings.dynamic) == (True, True, {"-:x": {}})
+
+
+@pytest.mark.parametrize(
+    ("alias", "key", "value"),
+    [("wbits", "bits", 3), ("groupsize", "group_size", 64), ("percdamp", "damp_percent", 0.05)],
+)
+def test_an_older_spelling_is_not_understood(alias: str, key: str, value: Any) -> None:
+    assert getattr(GPTQConfig(**{alias: value}), key) == value
+    assert GPTQConfig(**{"bits": 4, alias: value}).bits == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saving_drops_keys_of_a_peer_or_adds_those_of_a_run(name: str) -> None:
+    source = json.loads((PEERS / name / "config.json").read_text())["quantization_config"]
+    written = GPTQConfig.from_dict(source | {"batch_size": 4}).to_dict()
+    assert {key for key, value in source.items() if value is not None} - {"method"} <= written.keys()
+    assert written["batch_size"] == 4
+    run = {"cache_block_outputs", "model_seqlen", "pad_token_id", "block_name_to_quantize", "keep_edge_blocks"}
+    assert not (run - source.keys()) & written.keys()
+
+
+def test_what_a_run_needed_reaches_the_file() -> None:
+    config = GPTQConfig.adopt(transformers.GPTQConfig(bits=4, dataset=["a"], model_seqlen=32, batch_size=2))
+    assert (config.model_seqlen, config.batch_size) == (32, 2)
+    config.forget_run()
+    assert not {"model_seqlen", "batch_size", "cache_block_outputs", "dataset"} & config.to_dict().keys()
+
+
+def test_transformers_renamed_the_locals_that_we_read() -> None:
+    """Where this fails, tp_plan is no longer refused, or files and key_mapping are no longer found."""
+    code = inspect.unwrap(transformers.PreTrainedModel.from_pretrained.__func__).__code__
+    assert (code.co_name, Path(code.co_filename).name) == ("from_pretrained", "modeling_utils.py")
+    newer = set() if not VERSION_4 else {"distributed_config"}
+    assert set(_LOCALS) - newer <= {*code.co_varnames, *code.co_cellvars}
 
 
 def test_our_class_is_not_merged_with_the_stock_one(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
-from tests.transformers.checkpoints import load, rewrite, tiny, write
+from tests.transformers.checkpoints import NAMES, PEERS, VERSION_4, distance, load, logits, rewrite, stored, tiny, write
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -63,6 +64,15 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         _change("model.layers.0.input_layernorm.weight", lambda t: None),
         r"^model.layers.0.input_layernorm",
     ),
+    "a missing embedding": (_change("model.embed_tokens.weight", lambda t: None), r"^model.embed_tokens.weight is not"),
+    "a missing final norm": (_change("model.norm.weight", lambda t: None), r"^model.norm.weight is not in"),
+    "a missing head": (_change("lm_head.weight", lambda t: None), r"^lm_head.weight is not in"),
+    "a short embedding": (
+        _change("model.embed_tokens.weight", lambda t: t[:-5]),
+        r"^model.embed_tokens.weight: the checkpoint has shape \[254, 64\], the model \[259, 64\]; .*fetch both",
+    ),
+    "a short norm": (_change("model.norm.weight", lambda t: t[:-1]), r"^model.norm.weight: the checkpoint has shape"),
+    "a short head": (_change("lm_head.weight", lambda t: t[:-1]), r"^lm_head.weight: the checkpoint has shape"),
     "no quantized layer": (
         lambda tensors: {key: value for key, value in tensors.items() if "_proj" not in key},
         r"no tensor is called \*.qweight",
@@ -119,3 +129,45 @@ def test_a_new_head_is_refused(folder: Path) -> None:
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float32)
     assert model.score.weight.shape == (3, 64)
+
+
+def test_a_layer_that_is_stored_twice_is_loaded_dense(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = logits(load(folder))
+    rewrite(folder, lambda tensors: tensors.update({f"{LAYER}.weight": torch.ones(96, 64)}))
+    with caplog.at_level(logging.WARNING, "gptq_backend"):
+        assert distance(logits(load(folder)), expected) == 0
+    assert caplog.text.count("1 layers have both a weight and a qweight") == 1
+
+
+@pytest.mark.skipif(not VERSION_4, reason="version 5 reads the key that it writes")
+def test_the_number_of_experts_under_a_newer_key_gives_no_reason() -> None:
+    name = next(name for name in NAMES if "qwen3" in name and "moe" in name)
+    with pytest.raises(CheckpointError, match=r"reads num_experts=128, the config also has num_local_experts=4"):
+        load(PEERS / name)
+
+
+def test_sizes_that_the_user_allows_to_differ_are_refused(folder: Path) -> None:
+    rewrite(folder, _change("lm_head.weight", lambda t: t[:-1]))
+    assert load(folder, ignore_mismatched_sizes=True).lm_head.in_features == 64
+
+
+def test_a_tied_head_counts_as_missing(tmp_path: Path) -> None:
+    expected = write(tmp_path, tiny(tie_word_embeddings=True), QuantizeConfig(group_size=32))
+    assert "lm_head.weight" not in stored(tmp_path)
+    assert distance(logits(load(tmp_path)), expected) < 1e-4
+
+
+def test_a_missing_embedding_hides_behind_a_tied_head(tmp_path: Path) -> None:
+    write(tmp_path, tiny(tie_word_embeddings=True), QuantizeConfig(group_size=32))
+    rewrite(tmp_path, _change("model.embed_tokens.weight", lambda t: None))
+    with pytest.raises(CheckpointError, match=r"(embed_tokens|lm_head).weight is not in"):
+        load(tmp_path)
+
+
+def test_the_bare_base_model_is_refused_or_loads_random_weights(folder: Path) -> None:
+    from transformers import AutoModel
+
+    assert AutoModel.from_pretrained(folder).norm.weight.shape == (64,)
+    rewrite(folder, _change("model.norm.weight", lambda t: None))
+    with pytest.raises(CheckpointError, match=r"^norm.weight is not in"):
+        AutoModel.from_pretrained(folder)
