@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +65,6 @@ PROJECTIONS = {
     "phimoe": ["w1", "w3", "w2"],
     "nemotron_h": ["up_proj", "down_proj"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only wait for each other on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
