@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops
+from . import cpu, ops
 from .errors import ConfigError
 from .weight import LinearSpec
 
@@ -30,6 +30,7 @@ class Kernel:
         unprepare: the exact inverse, bit for bit.
         apply: ``(spec, prepared, x [..., K], bias [N] | None) -> y [..., N]`` in the dtype of x.
         op: the same call through ``torch.ops``, used while tracing or when a gradient is needed.
+        opt_in: less exact than the others, hence never chosen unless asked for by name.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Kernel:
     unprepare: Callable[[LinearSpec, Tensors], Tensors]
     apply: Callable[[LinearSpec, Tensors, Tensor, Tensor | None], Tensor]
     op: Callable[[LinearSpec, Tensors, Tensor, Tensor | None], Tensor]
+    opt_in: bool = False
 
 
 def _reference(
@@ -67,8 +69,13 @@ REFERENCE = Kernel(
     op=lambda spec, prepared, x, bias: _reference(torch.ops.gptq_backend.gemm, spec, prepared, x, bias),
 )
 
+CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op)
+CPU_W4A8 = Kernel(
+    "cpu_w4a8", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply_w4a8, cpu.op_w4a8, opt_in=True
+)
+
 # Fastest first. The reference serves everything and therefore comes last.
-KERNELS: list[Kernel] = [REFERENCE]
+KERNELS: list[Kernel] = [CPU_W4A8, CPU, REFERENCE]
 
 
 def kernel_report(spec: LinearSpec, device: torch.device) -> dict[str, str | None]:
@@ -83,8 +90,9 @@ def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = Non
         ConfigError: no row of that name, or it cannot serve the layer (with its reason).
     """
     if name in (None, "auto"):
-        reasons = kernel_report(spec, device)
-        chosen = next(kernel for kernel in KERNELS if reasons[kernel.name] is None)
+        rows = [kernel for kernel in KERNELS if not kernel.opt_in]
+        reasons = {kernel.name: kernel.supports(spec, device) for kernel in rows}
+        chosen = next(kernel for kernel in rows if reasons[kernel.name] is None)
         if chosen is REFERENCE:
             why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
             _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())

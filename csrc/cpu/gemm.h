@@ -1,0 +1,34 @@
+// The extension's functions, free of Python.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace gptq {
+
+// Levels that this CPU runs, slowest first.
+std::vector<std::string> levels();
+// The one in use: the last of levels(), or the one that GPTQ_BACKEND_CPU_LEVEL names. Throws std::runtime_error for a
+// name that does not exist or that this CPU lacks.
+const Level& level();
+
+// Fills in the workspace of `call` and computes y on `threads` threads.
+void gemm(Call call, int threads);
+
+// Checkpoint words <-> the layout of Weight::words. `source` holds rows of out_features words of `word_bits` (8 or 32)
+// bits; a row holds word_bits / field_bits input channels, lowest bits first. `perm` as in Weight, or null.
+struct Repack {
+    const Weight* weight;  // words, zeros and scales are not read
+    void* source;
+    uint32_t* words;
+    int source_rows, word_bits, field_bits;
+};
+void pack(const Repack&, int threads);
+void unpack(const Repack&, int threads);  // channels that no slot names come out as zero
+
+// Bytes per second of `passes` reads of `bytes` bytes: the roof that the benchmark holds the kernels against.
+double read_bandwidth(const void* data, size_t bytes, int passes, int threads);
+
+}  // namespace gptq

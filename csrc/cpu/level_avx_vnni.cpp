@@ -1,0 +1,20 @@
+#include "isa_x86.h"
+
+namespace gptq {
+namespace {
+
+struct AvxVnni : Wide256 {
+    static GPTQ_INLINE I dot16(I sum, U codes, U x) {
+        return I(_mm256_dpwssd_avx_epi32(__m256i(sum), __m256i(codes), __m256i(x)));
+    }
+    template <int Bits>
+    static GPTQ_INLINE I dot8(I sum, U codes, U x) {
+        return I(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(codes), __m256i(x)));
+    }
+};
+
+}  // namespace
+
+const Level level_avx_vnni = {"avx_vnni", quantize<AvxVnni>, multiply<AvxVnni>};
+
+}  // namespace gptq

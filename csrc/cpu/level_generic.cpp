@@ -1,0 +1,52 @@
+// Any CPU: the compiler lowers the vector types to what the baseline has. Same geometry as AVX-512.
+#include "kernel_impl.h"
+
+namespace gptq {
+namespace {
+
+struct Generic {
+    static constexpr int lanes = 16, row_tile = 2, strip_tile = 1;
+    using U = Vectors<lanes>::U;
+    using I = Vectors<lanes>::I;
+
+    static I dot16(I sum, U codes, U x) {
+        const I low = I(x << 16) >> 16, high = I(x) >> 16;
+        return sum + I(codes & 0xffff) * low + I(codes >> 16) * high;
+    }
+    template <int Bits>
+    static I dot8(I sum, U codes, U x) {
+        for (int shift = 0; shift < 32; shift += 8) {
+            sum += I((codes >> shift) & 0xff) * (I(x << (24 - shift)) >> 24);
+        }
+        return sum;
+    }
+    static void half_to_float(const uint16_t* in, float* out, int n) {
+        for (int i = 0; i < n; ++i) {
+            const uint32_t sign = uint32_t(in[i] & 0x8000u) << 16, rest = in[i] & 0x7fffu;
+            // Moving the exponent by multiplication gets subnormal numbers right as well.
+            const float scaled = bits_to_float(rest << 13) * bits_to_float((254 - 15) << 23);
+            const uint32_t special = rest >= 0x7c00u ? 0x7f800000u | (rest << 13) : float_to_bits(scaled);
+            out[i] = bits_to_float(sign | special);
+        }
+    }
+    static void float_to_half(const float* in, uint16_t* out, int n) {
+        for (int i = 0; i < n; ++i) {
+            const uint32_t bits = float_to_bits(in[i]), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+            uint32_t half;
+            if (rest >= 0x47800000u) {  // 65536 and more, infinity, NaN
+                half = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
+            } else if (rest < 0x38800000u) {  // subnormal: the addition rounds to multiples of 2^-24
+                half = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
+            } else {
+                half = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1)) >> 13;
+            }
+            out[i] = uint16_t(sign | half);
+        }
+    }
+};
+
+}  // namespace
+
+const Level level_generic = {"generic", quantize<Generic>, multiply<Generic>};
+
+}  // namespace gptq

@@ -1,0 +1,62 @@
+// Python bindings. Tensors arrive as addresses and sizes, so that one build serves every version of torch; the callers
+// in gptq_backend/cpu.py own the checks.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "gemm.h"
+
+namespace py = pybind11;
+using gptq::Dtype;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void gemm(uintptr_t x, int dtype, int rows, uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros,
+          uintptr_t perm, uintptr_t blocks, int bits, int in_features, int out_features, int slots, int groups,
+          int n_blocks, uintptr_t bias, int bias_dtype, uintptr_t y, bool a8, int threads) {
+    gptq::Call call{};
+    call.weight = {at<uint32_t>(words), at<void>(scales),  at<uint8_t>(zeros), at<int32_t>(perm),
+                   at<int32_t>(blocks), Dtype(scales_dtype), bits,              in_features,
+                   out_features,        slots,               groups,            n_blocks};
+    call.x = at<void>(x);
+    call.dtype = Dtype(dtype);
+    call.rows = rows;
+    call.bias = at<void>(bias);
+    call.bias_dtype = Dtype(bias_dtype);
+    call.y = at<void>(y);
+    call.a8 = a8;
+    gptq::gemm(call, threads);
+}
+
+template <void (*Function)(const gptq::Repack&, int)>
+void repack(uintptr_t source, int source_rows, int word_bits, int field_bits, uintptr_t words, uintptr_t perm, int bits,
+            int out_features, int slots, int threads) {
+    gptq::Weight weight{};
+    weight.perm = at<int32_t>(perm);
+    weight.bits = bits;
+    weight.out_features = out_features;
+    weight.slots = slots;
+    Function({&weight, at<void>(source), at<uint32_t>(words), source_rows, word_bits, field_bits}, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels of gptq_backend; see csrc/cpu and docs/kernels.md.";
+    const py::call_guard<py::gil_scoped_release> release;
+    m.def("levels", &gptq::levels);
+    m.def("level", [] { return gptq::level().name; });
+    m.def("gemm", &gemm, release);
+    m.def("pack", &repack<gptq::pack>, release);
+    m.def("unpack", &repack<gptq::unpack>, release);
+    m.def(
+        "read_bandwidth",
+        [](uintptr_t data, size_t bytes, int passes, int threads) {
+            return gptq::read_bandwidth(at<void>(data), bytes, passes, threads);
+        },
+        release);
+}

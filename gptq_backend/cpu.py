@@ -1,0 +1,306 @@
+"""The ``cpu`` and ``cpu_w4a8`` rows of the kernel table: C++ kernels (csrc/cpu), the layout in docs/kernels.md.
+
+Prepared tensors, with K, N, G as in docs/format.md and "slots" for input channels sorted by group and padded, so that
+act-order, ragged groups and slices of either are one case:
+
+    qweight int32 [ceil(N/16), slots*bits/32, 16]; scales [ceil(N/16), G, 16] in the checkpoint's dtype;
+    zeros uint8 [ceil(N/16), G, 16] unless all are 2**(bits-1); perm int32 [slots], the channel of each slot (>= K for
+    padding), unless slot = channel; blocks int32 [blocks, 3]: first slot, end slot, group.
+
+``qzeros`` and ``g_idx`` are kept as they were: they are small, and the way back is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import packing
+from .weight import LinearSpec, unpack_zeros
+
+Tensors = dict[str, Tensor]
+
+_cpu: Any
+try:
+    from . import _cpu  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    _cpu, _MISSING = None, f"the native extension is not there ({error}); reinstall with a C++ compiler"
+
+_STRIP = 16
+# A block shares one activation scale; csrc/cpu/kernel.h has the reason for the limit.
+_MAX_BLOCK = 128
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor blocks, int in_features, int out_features"
+_library = torch.library.Library("gptq_backend", "FRAGMENT")
+_library.define(f"cpu_gemm(Tensor x, {_ARGS}, int bits, bool a8, Tensor? bias) -> Tensor")
+_library.define(f"cpu_dequantize({_ARGS}, int bits, ScalarType dtype) -> Tensor")
+
+
+def supports(spec: LinearSpec, device: torch.device) -> str | None:
+    """``None``, or why these kernels cannot serve the layer."""
+    if device.type != "cpu":
+        return "serves CPUs"
+    if _cpu is None:
+        return _MISSING
+    if spec.scales_dtype not in _DTYPES:
+        return f"{spec.scales_dtype} scales"
+    return None
+
+
+# -- layout ------------------------------------------------------------------------------------------------------------
+
+
+def _run(bits: int) -> int:
+    """Codes of a channel that are packed together: blocks are multiples of it."""
+    return 32 if bits == 3 else 32 // bits
+
+
+def _source_channels(spec: LinearSpec) -> int:
+    """Input channels that the words of the checkpoint have room for, tail included."""
+    return spec.shapes["qweight"][0] * spec.word_dtype.itemsize * 8 // spec.bits
+
+
+def _slots(spec: LinearSpec, g_idx: Tensor | None) -> tuple[Tensor | None, Tensor, int]:
+    """perm, blocks and the number of slots. g_idx: int [K], or None without act-order."""
+    run, size = _run(spec.bits), spec.group_size
+    if g_idx is None:
+        counts = torch.full((spec.groups,), size)
+        counts = (spec.in_features - torch.arange(spec.groups) * size).clamp(min=0).minimum(counts)
+    else:
+        counts = torch.bincount(g_idx.long(), minlength=spec.groups)
+    padded = (counts + run - 1) // run * run
+    ends = padded.cumsum(0)
+    blocks = [
+        (first, min(first + _MAX_BLOCK, end), group)
+        for group, (start, end) in enumerate(zip((ends - padded).tolist(), ends.tolist()))
+        for first in range(start, end, _MAX_BLOCK)
+    ]
+    used, channels = int(ends[-1]), _source_channels(spec)
+    if g_idx is None and (size % run == 0 or spec.groups == 1):
+        perm, slots = None, math.ceil(max(used, channels) / 32) * 32
+    else:
+        # Channels that only fill the last words have no block: they are carried for the way back.
+        slots = math.ceil((used + channels - spec.in_features) / 32) * 32
+        perm = torch.full((slots,), -1, dtype=torch.int32)
+        index = spec.trivial_g_idx.long() if g_idx is None else g_idx.long()
+        order = torch.sort(index, stable=True).indices
+        rank = torch.arange(spec.in_features) - (counts.cumsum(0) - counts)[index[order]]
+        perm[(ends - padded)[index[order]] + rank] = order.int()
+        perm[used : used + channels - spec.in_features] = torch.arange(spec.in_features, channels, dtype=torch.int32)
+    return perm, torch.tensor(blocks, dtype=torch.int32).view(-1, 3), slots
+
+
+def _strips(rows: Tensor) -> Tensor:
+    """[G, N] -> [ceil(N/16), G, 16], padded with zeros."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _STRIP))
+    return padded.view(rows.shape[0], -1, _STRIP).transpose(0, 1).contiguous()
+
+
+def _rows(strips: Tensor, width: int) -> Tensor:
+    """Undo :func:`_strips`."""
+    return strips.transpose(0, 1).reshape(strips.shape[1], -1)[:, :width].contiguous()
+
+
+def _repack(function: Any, source: Tensor, words: Tensor, perm: Tensor | None, spec_bits: int) -> None:
+    """``source``: int32 words [rows, N] of the checkpoint, or uint8 codes [channels, N]."""
+    function(
+        source.data_ptr(),
+        source.shape[0],
+        source.itemsize * 8,
+        8 if source.dtype == torch.uint8 else spec_bits,
+        words.data_ptr(),
+        0 if perm is None else perm.data_ptr(),
+        spec_bits,
+        source.shape[1],
+        words.shape[1] * 32 // spec_bits,
+        torch.get_num_threads(),
+    )
+
+
+def prepare(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    """Checkpoint tensors -> the tensors above."""
+    g_idx = tensors["g_idx"] if spec.act_order else None
+    perm, blocks, slots = _slots(spec, g_idx)
+    source = packing.to_int32_words(tensors["qweight"], 0).contiguous()
+    if spec.bits == 3:  # codes that cross words, or planes
+        source = packing.unpack(source, 3, _source_channels(spec), spec.planar).contiguous()
+    strips = math.ceil(spec.out_features / _STRIP)
+    words = torch.empty((strips, slots * spec.bits // 32, _STRIP), dtype=torch.int32)
+    _repack(_cpu.pack, source, words, perm, spec.bits)
+    prepared = {"qweight": words, "scales": _strips(tensors["scales"]), "blocks": blocks}
+    if not spec.sym:
+        prepared["zeros"] = _strips(unpack_zeros(spec, tensors["qzeros"]))
+    if perm is not None:
+        prepared["perm"] = perm
+    return prepared | {name: tensors[name] for name in ("qzeros", "g_idx") if name in tensors}
+
+
+def unprepare(spec: LinearSpec, prepared: Tensors) -> Tensors:
+    """The checkpoint tensors again, bit for bit."""
+    rows = spec.shapes["qweight"][0]
+    if spec.bits == 3:
+        codes = torch.empty((_source_channels(spec), spec.out_features), dtype=torch.uint8)
+        _repack(_cpu.unpack, codes, prepared["qweight"], prepared.get("perm"), spec.bits)
+        if spec.planar:
+            codes = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % 32))
+        words = packing.pack(codes, 3, spec.planar)
+    else:
+        count = math.ceil(rows * spec.word_dtype.itemsize / 4)
+        words = torch.empty((count, spec.out_features), dtype=torch.int32)
+        _repack(_cpu.unpack, words, prepared["qweight"], prepared.get("perm"), spec.bits)
+    tensors = {
+        "qweight": packing.from_int32_words(words, spec.word_dtype, 0, rows),
+        "qzeros": prepared["qzeros"],
+        "scales": _rows(prepared["scales"], spec.out_features),
+    }
+    return tensors | ({"g_idx": prepared["g_idx"]} if "g_idx" in prepared else {})
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def gemm(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    blocks: Tensor,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    a8: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    """``x @ W.T + bias``. x: float [..., K] -> [..., N] in the dtype of x; float64 is computed in float32.
+
+    a8: activations become int8 with a scale per token and block (8 bits of precision), in place of int16 (float32:
+    two of them). Other arguments: see the module.
+
+    Raises:
+        ValueError: x is not a floating-point CPU tensor with K columns.
+    """
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None or not x.is_cpu or x.shape[-1] != in_features:
+        if x.dtype != torch.float64:
+            raise ValueError(
+                f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point with a last dimension of "
+                f"{in_features} on the CPU"
+            )
+        args = (qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8, bias)
+        return gemm(x.float(), *args).double()
+    if bias is not None and bias.dtype not in _DTYPES:
+        bias = bias.float()
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    _cpu.gemm(
+        x.data_ptr(),
+        dtype,
+        x.numel() // in_features,
+        qweight.data_ptr(),
+        scales.data_ptr(),
+        _DTYPES[scales.dtype],
+        0 if zeros is None else zeros.data_ptr(),
+        0 if perm is None else perm.data_ptr(),
+        blocks.data_ptr(),
+        bits,
+        in_features,
+        out_features,
+        qweight.shape[1] * 32 // bits,
+        scales.shape[1],
+        blocks.shape[0],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _DTYPES[bias.dtype],
+        y.data_ptr(),
+        a8,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    blocks: Tensor,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``."""
+    codes = torch.empty((in_features, out_features), dtype=torch.uint8)
+    _repack(_cpu.unpack, codes, qweight, perm, bits)
+    first, end, group = blocks.long().unbind(1)
+    of_slot = torch.zeros(qweight.shape[1] * 32 // bits, dtype=torch.long)
+    of_slot[: int(end[-1])] = group.repeat_interleave(end - first)
+    if perm is None:
+        index = of_slot[:in_features]
+    else:
+        real = (perm >= 0) & (perm < in_features)
+        index = torch.empty(in_features, dtype=torch.long).scatter_(0, perm[real].long(), of_slot[real])
+    dense = codes.to(dtype)
+    dense -= 1 << (bits - 1) if zeros is None else _rows(zeros, out_features).to(dtype)[index]
+    return dense.mul_(_rows(scales, out_features).to(dtype)[index])
+
+
+def _gemm_fake(x, qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _dequantize_fake(qweight, scales, zeros, perm, blocks, in_features, out_features, bits, dtype):  # type: ignore[no-untyped-def]
+    return scales.new_empty((in_features, out_features), dtype=dtype)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, *tensors, in_features, out_features, bits, _, bias = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.numbers, ctx.bias_dtype = (in_features, out_features, bits), None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    """Gradients for x and bias; the quantized weight is not trainable. For x as if a8 had not rounded it."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = torch.ops.gptq_backend.cpu_dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
+        grad_x = grad @ dense.t()
+    if ctx.needs_input_grad[-1]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return (grad_x, *[None] * 9, grad_bias)
+
+
+_library.impl("cpu_gemm", gemm, "CPU")
+_library.impl("cpu_dequantize", dequantize, "CPU")
+torch.library.register_fake("gptq_backend::cpu_gemm", _gemm_fake, lib=_library)
+torch.library.register_fake("gptq_backend::cpu_dequantize", _dequantize_fake, lib=_library)
+torch.library.register_autograd("gptq_backend::cpu_gemm", _backward, setup_context=_save_for_backward, lib=_library)
+
+
+def _call(
+    function: Any, a8: bool, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    return function(
+        x,
+        prepared["qweight"],
+        prepared["scales"],
+        prepared.get("zeros"),
+        prepared.get("perm"),
+        prepared["blocks"],
+        spec.in_features,
+        spec.out_features,
+        spec.bits,
+        a8,
+        bias,
+    )
+
+
+apply = functools.partial(_call, gemm, False)
+op = functools.partial(_call, torch.ops.gptq_backend.cpu_gemm, False)
+apply_w4a8 = functools.partial(_call, gemm, True)
+op_w4a8 = functools.partial(_call, torch.ops.gptq_backend.cpu_gemm, True)
