@@ -1,0 +1,92 @@
+"""What a checkpoint holds, by vLLM's module names, and one spec per quantized layer that the model uses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptq_backend import CheckpointError, LinearSpec, QuantizeConfig
+from gptq_backend.reader import Manifest, checkpoint_files, quantized_modules, read_manifest, resolve_specs
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class Use:
+    """How the model uses one stored layer.
+
+    Args:
+        in_features, out_features: of the whole layer, all ranks together; None for as stored.
+        biased: whether the model's layer has a bias.
+    """
+
+    in_features: int
+    out_features: int | None
+    biased: bool
+
+
+class Checkpoint:
+    """The tensors of a checkpoint, from its headers.
+
+    Args:
+        folder: local.
+        settings: its quantization settings.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another format; nothing is quantized.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(checkpoint_files(folder, settings))
+        if not quantized_modules(self.manifest):
+            raise CheckpointError(
+                f"{folder}: its config says that the model is quantized with GPTQ, but no tensor is called *.qweight; "
+                "remove quantization_config from config.json, or fetch the quantized weights"
+            )
+        resolve_specs(self.manifest, QuantizeConfig(), {})  # what can be refused without knowing the model
+        self._stored = {name: name for name in self.manifest}  # vLLM's tensor name -> the file's
+        self._modules = _module_names(self._stored)
+
+    def rename(self, mapper: Any) -> None:
+        """Apply a model's ``WeightsMapper``, which turns the names in the file into vLLM's."""
+        renamed = {mapper.map_name(name): stored for name, stored in self._stored.items()}
+        renamed.pop(None, None)
+        self._stored = renamed
+        self._modules = _module_names(renamed)
+
+    def stored_name(self, module: str) -> str | None:
+        """The file's name of vLLM's layer ``module``; None if the file does not have it under a name known here."""
+        for part in ("qweight", "weight"):
+            if (name := self._stored.get(f"{module}.{part}")) is not None:
+                return name.removesuffix(f".{part}")
+        return None
+
+    def is_quantized(self, module: str) -> bool | None:
+        """Whether layer ``module`` is quantized; None when the file does not have it under a name known here."""
+        name = self.stored_name(module)
+        return None if name is None else f"{name}.qweight" in self.manifest
+
+    def quantized_inside(self, module: str) -> bool:
+        """Whether any layer inside ``module`` is quantized."""
+        return any(name.startswith(f"{module}.") for name in self._modules)
+
+    def resolve(self, uses: Mapping[str, Use], settings: QuantizeConfig) -> dict[str, LinearSpec]:
+        """Specs of those layers, by their names in the file, that are quantized.
+
+        Raises:
+            CheckpointError: tensors are missing or do not fit together or to the model.
+        """
+        shapes = {}
+        for name, use in uses.items():
+            stored = self.manifest.get(f"{name}.qweight")
+            if stored is not None:
+                shapes[name] = (use.in_features, use.out_features or stored.shape[-1])
+        biased: Collection[str] = {name for name in shapes if uses[name].biased}
+        return resolve_specs(self.manifest, settings, shapes, biased)
+
+
+def _module_names(names: Mapping[str, str]) -> list[str]:
+    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]

@@ -1,0 +1,106 @@
+"""The prepared weight of one layer: segments side by side along the output, each with a kernel of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptq_backend import select_kernel
+
+from .pieces import AnyPiece, DensePiece, Piece, joined
+
+
+class QuantizedSegment(nn.Module):
+    """A quantized weight [K, N] in the layout of the kernel that serves it; its parameters are the kernel's.
+
+    Args:
+        piece: on the device to run on.
+        backend: row of the kernel table, or None for the fastest that fits.
+    """
+
+    def __init__(self, piece: Piece, backend: str | None) -> None:
+        super().__init__()
+        self.spec, tensors = piece.stored()
+        self.out_features = self.spec.out_features
+        self.kernel = select_kernel(self.spec, piece.qweight.device, backend)
+        for key, tensor in self.kernel.prepare(self.spec, tensors).items():
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+        self.extra_bias = None if piece.bias is None else nn.Parameter(piece.bias, requires_grad=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: float [..., K], bias: [N] or None -> [..., N] in the dtype of x."""
+        if self.extra_bias is not None:
+            bias = self.extra_bias if bias is None else bias + self.extra_bias
+        # Outside of a trace the kernel is called without the detour through torch's dispatcher.
+        call = self.kernel.op if torch.compiler.is_compiling() else self.kernel.apply
+        return call(self.spec, self._parameters, x, bias)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return (
+            f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}, "
+            f"sym={spec.sym}, act_order={spec.act_order}, kernel={self.kernel.name}"
+        )
+
+
+class DenseSegment(nn.Module):
+    """A weight that is not quantized, beside others that are. weight: float [N, K]."""
+
+    def __init__(self, piece: DensePiece, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(piece.weight.to(dtype), requires_grad=False)
+        self.out_features = piece.weight.shape[0]
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: float [..., K], bias: [N] or None -> [..., N]."""
+        return F.linear(x, self.weight, bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.out_features}, dtype={self.weight.dtype}"
+
+
+class Segments(nn.Module):
+    """``y = x @ W.T + bias`` with W in one or several segments along N.
+
+    Args:
+        pieces: in the order of the outputs, on the device to run on. Neighbours are joined where one call can do.
+        dtype: of the model, for what is not quantized.
+        backend: row of the kernel table, or None for the fastest that fits.
+    """
+
+    def __init__(self, pieces: Sequence[AnyPiece], dtype: torch.dtype, backend: str | None) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            QuantizedSegment(piece, backend) if isinstance(piece, Piece) else DenseSegment(piece, dtype)
+            for piece in joined(pieces)
+        )
+        ends = [0]
+        for part in self.parts:
+            ends.append(ends[-1] + part.out_features)  # type: ignore[operator]
+        self._ends = tuple(ends)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: float [..., K], bias: [N] or None -> [..., N] in the dtype of x."""
+        if len(self.parts) == 1:
+            return self.parts[0](x, bias)
+        outputs = []
+        for i, part in enumerate(self.parts):
+            outputs.append(part(x, None if bias is None else bias[self._ends[i] : self._ends[i + 1]]))
+        return torch.cat(outputs, dim=-1)
+
+    @property
+    def first(self) -> Tensor:
+        """Some tensor of the weight, for who wants to know its device."""
+        return next(self.parts[0].parameters())
+
+    def describe(self) -> str:
+        """What a graph compiled over this weight depends on."""
+        return ";".join(
+            f"{part.spec} {part.kernel.name} {part.extra_bias is None}"
+            if isinstance(part, QuantizedSegment)
+            else part.extra_repr()
+            for part in self.parts
+        )
