@@ -7,7 +7,7 @@ plain-torch kernel serves; GPTQ_BACKEND_REQUIRE_NATIVE=1 makes that an error.
 import os
 import platform
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -67,4 +67,5 @@ cpu = Pybind11Extension(
     extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *EXTRA],
     extra_link_args=["-fopenmp", *EXTRA],
 )
+ParallelCompile(default=os.cpu_count()).install()
 setup(ext_modules=[cpu], cmdclass={"build_ext": BuildLevels})

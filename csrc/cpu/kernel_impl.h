@@ -4,8 +4,7 @@
 //         static constexpr int lanes;         // int32 per register
 //         static constexpr int row_tile;      // activation rows x
 //         static constexpr int strip_tile;    // strips of accumulators that fit the register file
-//         I dot16(I sum, U codes, U x);       // sum + 2 products of unsigned 16-bit codes and int16
-//         I dot8(I sum, U codes, U x);        // sum + 4 products of unsigned 8-bit codes and int8
+//         template <Dot> I dot(I sum, U codes, U x);  // sum + the products of one lane
 //         void half_to_float(const uint16_t* in, float* out, int n);
 //         void float_to_half(const float* in, uint16_t* out, int n);
 //     };
@@ -18,6 +17,9 @@
 
 namespace gptq {
 namespace {
+
+// What a 32-bit lane holds: 2 codes below 256 against int16, or 4 against int8, which is easier for codes below 16.
+enum class Dot { i16, i8, i8_nibbles };
 
 template <int Lanes>
 struct Vectors {
@@ -47,6 +49,7 @@ struct Codes {
     static constexpr int run = Bits == 3 ? 32 : 32 / Bits;
     static constexpr int per_lane = A8 ? 4 : 2;
     static constexpr int steps = run / per_lane;
+    static constexpr Dot dot = !A8 ? Dot::i16 : (Bits == 8 ? Dot::i8 : Dot::i8_nibbles);
 
     template <class U>
     static GPTQ_INLINE U step(const U* word, int j) {
@@ -272,7 +275,7 @@ void fused(const Call& c, int m0, int strip) {
     using F = typename Vec::F;
     using C = Codes<Bits, A8>;
     constexpr int V = kStrip / Isa::lanes;
-    // Chains of dependent sums: enough of them to hide the latency of dot16 and dot8.
+    // Chains of dependent sums: enough of them to hide the latency of dot.
     constexpr int Chains = Rows * V >= 8 ? 1 : (Rows * V >= 4 ? 2 : 4);
     constexpr int Splits = Chains < C::steps ? Chains : C::steps;
     const Weight& w = c.weight;
@@ -314,7 +317,7 @@ void fused(const Call& c, int m0, int strip) {
                     const U lanes = Vec::splat(x[r * stride + j]);
                     GPTQ_UNROLL for (int v = 0; v < V; ++v) {
                         I& sum = sums[j % Splits][r][v];
-                        sum = A8 ? Isa::template dot8<Bits>(sum, codes[v], lanes) : Isa::dot16(sum, codes[v], lanes);
+                        sum = Isa::template dot<C::dot>(sum, codes[v], lanes);
                     }
                 }
             }
@@ -370,14 +373,14 @@ GPTQ_INLINE void unpack(const Weight& w, int strip, int b, uint32_t (*out)[kStri
 }
 
 // Rows x Strips of y += one block. x: lanes of the first row.
-template <class Isa, int Bits, bool A8, int Rows, int Strips>
+template <class Isa, Dot Kind, int Rows, int Strips>
 void tile(const Call& c, const Panel& p, int row0, int row, int strip, int b, float (*y)[kStripTask * kStrip]) {
     using Vec = Vectors<Isa::lanes>;
     using U = typename Vec::U;
     using I = typename Vec::I;
     using F = typename Vec::F;
     constexpr int V = kStrip / Isa::lanes;
-    constexpr int per_lane = Codes<Bits, A8>::per_lane;
+    constexpr int per_lane = Kind == Dot::i16 ? 2 : 4;
     const Weight& w = c.weight;
     const size_t stride = w.slots / per_lane;
     const int k0 = w.blocks[3 * b], steps = (w.blocks[3 * b + 1] - k0) / per_lane;
@@ -404,7 +407,7 @@ void tile(const Call& c, const Panel& p, int row0, int row, int strip, int b, fl
             GPTQ_UNROLL for (int s = 0; s < Strips; ++s) {
                 GPTQ_UNROLL for (int v = 0; v < V; ++v) {
                     I& sum = sums[r][s][v];
-                    sum = A8 ? Isa::template dot8<Bits>(sum, codes[s][v], lanes) : Isa::dot16(sum, codes[s][v], lanes);
+                    sum = Isa::template dot<Kind>(sum, codes[s][v], lanes);
                 }
             }
         }
@@ -421,27 +424,28 @@ void tile(const Call& c, const Panel& p, int row0, int row, int strip, int b, fl
     }
 }
 
-template <class Isa, int Bits, bool A8, int Rows>
+template <class Isa, Dot Kind, int Rows>
 GPTQ_INLINE void row_of_tiles(const Call& c, Panel& p, int row0, int row, int strips, int b) {
     int s = 0;
     for (; s + Isa::strip_tile <= strips; s += Isa::strip_tile) {
-        tile<Isa, Bits, A8, Rows, Isa::strip_tile>(c, p, row0, row, s, b, p.y + row);
+        tile<Isa, Kind, Rows, Isa::strip_tile>(c, p, row0, row, s, b, p.y + row);
     }
     if constexpr (Isa::strip_tile > 1) {
-        for (; s < strips; ++s) tile<Isa, Bits, A8, Rows, 1>(c, p, row0, row, s, b, p.y + row);
+        for (; s < strips; ++s) tile<Isa, Kind, Rows, 1>(c, p, row0, row, s, b, p.y + row);
     }
 }
 
-template <class Isa, int Bits, bool A8, int Rows>
+template <class Isa, Dot Kind, int Rows>
 GPTQ_INLINE void last_rows(const Call& c, Panel& p, int row0, int row, int rows, int strips, int b) {
     if constexpr (Rows > 0) {
-        if (rows == Rows) return row_of_tiles<Isa, Bits, A8, Rows>(c, p, row0, row, strips, b);
-        last_rows<Isa, Bits, A8, Rows - 1>(c, p, row0, row, rows, strips, b);
+        if (rows == Rows) return row_of_tiles<Isa, Kind, Rows>(c, p, row0, row, strips, b);
+        last_rows<Isa, Kind, Rows - 1>(c, p, row0, row, rows, strips, b);
     }
 }
 
 template <class Isa, int Bits, bool A8>
 void panel(const Call& c, int m0, int m1, int s0, int s1) {
+    constexpr Dot Kind = Codes<Bits, A8>::dot;
     Panel p;
     const Weight& w = c.weight;
     const int row0 = m0 * c.planes, rows = (m1 - m0) * c.planes, strips = s1 - s0;
@@ -459,9 +463,9 @@ void panel(const Call& c, int m0, int m1, int s0, int s1) {
         }
         int row = 0;
         for (; row + Isa::row_tile <= rows; row += Isa::row_tile) {
-            row_of_tiles<Isa, Bits, A8, Isa::row_tile>(c, p, row0, row, strips, b);
+            row_of_tiles<Isa, Kind, Isa::row_tile>(c, p, row0, row, strips, b);
         }
-        last_rows<Isa, Bits, A8, Isa::row_tile - 1>(c, p, row0, row, rows - row, strips, b);
+        last_rows<Isa, Kind, Isa::row_tile - 1>(c, p, row0, row, rows - row, strips, b);
     }
     for (int m = m0; m < m1; ++m) {
         const int row = (m - m0) * c.planes;

@@ -4,11 +4,9 @@ namespace gptq {
 namespace {
 
 struct Avx512Vnni : Wide512 {
-    static GPTQ_INLINE I dot16(I sum, U codes, U x) {
-        return I(_mm512_dpwssd_epi32(__m512i(sum), __m512i(codes), __m512i(x)));
-    }
-    template <int Bits>
-    static GPTQ_INLINE I dot8(I sum, U codes, U x) {
+    template <Dot Kind>
+    static GPTQ_INLINE I dot(I sum, U codes, U x) {
+        if constexpr (Kind == Dot::i16) return I(_mm512_dpwssd_epi32(__m512i(sum), __m512i(codes), __m512i(x)));
         return I(_mm512_dpbusd_epi32(__m512i(sum), __m512i(codes), __m512i(x)));
     }
 };

@@ -4,11 +4,9 @@ namespace gptq {
 namespace {
 
 struct AvxVnni : Wide256 {
-    static GPTQ_INLINE I dot16(I sum, U codes, U x) {
-        return I(_mm256_dpwssd_avx_epi32(__m256i(sum), __m256i(codes), __m256i(x)));
-    }
-    template <int Bits>
-    static GPTQ_INLINE I dot8(I sum, U codes, U x) {
+    template <Dot Kind>
+    static GPTQ_INLINE I dot(I sum, U codes, U x) {
+        if constexpr (Kind == Dot::i16) return I(_mm256_dpwssd_avx_epi32(__m256i(sum), __m256i(codes), __m256i(x)));
         return I(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(codes), __m256i(x)));
     }
 };

@@ -9,14 +9,12 @@ struct Generic {
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;
 
-    static I dot16(I sum, U codes, U x) {
-        const I low = I(x << 16) >> 16, high = I(x) >> 16;
-        return sum + I(codes & 0xffff) * low + I(codes >> 16) * high;
-    }
-    template <int Bits>
-    static I dot8(I sum, U codes, U x) {
-        for (int shift = 0; shift < 32; shift += 8) {
-            sum += I((codes >> shift) & 0xff) * (I(x << (24 - shift)) >> 24);
+    template <Dot Kind>
+    static I dot(I sum, U codes, U x) {
+        constexpr int width = Kind == Dot::i16 ? 16 : 8;
+        for (int shift = 0; shift < 32; shift += width) {
+            const I code = I((codes >> shift) & ((1u << width) - 1));
+            sum += code * (I(x << (32 - width - shift)) >> (32 - width));
         }
         return sum;
     }

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gptq_backend import GPTQError, QuantizeConfig
 
-from . import terminal
+from . import bench_cli, terminal
 from .report import duration, make_report, megabytes, percent, write_reports
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_cli.app, name="bench")
 
 
 class Format(str, Enum):
@@ -42,12 +43,6 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-Json = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout, and nothing else goes there."),
-]
 
 
 @app.command()
@@ -85,7 +80,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="For the choice of windows.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")] = False,
-    json_target: Json = None,
+    json_target: terminal.Json = None,
 ) -> None:
     """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
     if (calibration is None) != rtn:
@@ -201,7 +196,7 @@ def evaluate(
         str | None,
         typer.Option(help="Row of the kernel table. Default: the fastest that fits.", show_default=False),
     ] = None,
-    json_target: Json = None,
+    json_target: terminal.Json = None,
 ) -> None:
     """Perplexity of MODEL; with --reference also how far its predictions are from the reference's."""
     if text is None:
@@ -282,7 +277,7 @@ def inspect(
         list[str] | None,
         typer.Option(help="Devices to choose kernels for (repeatable). Default: all of this machine."),
     ] = None,
-    json_target: Json = None,
+    json_target: terminal.Json = None,
 ) -> None:
     """What is quantized in PATH and how, what is odd about it, and which kernel would serve it. Loads no model."""
     from .inspection import inspect_checkpoint, print_inspection

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,10 @@ from gptq_backend import CalibrationError, GPTQError, LayerReport
 
 from .report import duration, finite, percent, write_atomically
 
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout, and nothing else goes there."),
+]
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 

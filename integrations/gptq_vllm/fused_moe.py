@@ -57,6 +57,9 @@ class GPTQMoEMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         incoming: _IncomingExperts = layer.incoming
         del layer.incoming
+        # vLLM would do this on the first call, which a compiled graph does not make.
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        self.activation_config = ApplyMoEActivationConfig.from_configs(layer.moe_config, self.moe_quant_config)
         remove_parameters(layer, "w13_{}")
         remove_parameters(layer, "w2_{}")
         backend = self.config.backend
@@ -137,9 +140,9 @@ def _expert(layer: RoutedExperts, expert: int, x: Tensor) -> Tensor:
     """x: [t, H] -> [t, H], or this rank's part of it."""
     hidden = layer.w13[expert](x)
     width = hidden.shape[1] // 2 if layer.activation.is_gated else hidden.shape[1]
-    settings = ApplyMoEActivationConfig.from_configs(layer.moe_config, layer.quant_method.moe_quant_config)
-    activated = apply_moe_activation(
-        layer.activation, hidden.new_empty(hidden.shape[0], width), hidden, activation_config=settings
+    activated = hidden.new_empty(hidden.shape[0], width)
+    apply_moe_activation(
+        layer.activation, activated, hidden, activation_config=layer.quant_method.activation_config
     )
     return layer.w2[expert](activated)
 
