@@ -1,0 +1,164 @@
+"""What is compared: each kernel as a product on so many copies of a weight that none is timed from a cache."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..errors import ConfigError
+from ..linear import QuantLinear
+from .layers import DTYPES, Weight
+from .machine import last_level_cache
+from .timing import explain
+
+_MIN_ROTATED = 160_000_000
+_MAX_COPIES = 4096  # of a layer so small that its Python objects outweigh its words
+
+Product = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A kernel on copies of one weight.
+
+    Args:
+        name: of the kernel.
+        nbytes: what one product reads of one copy.
+        products: ``x [M, K] -> y [M, N]``, one for each copy; empty when there is a ``reason``.
+        reason: why it cannot serve the layer.
+    """
+
+    name: str
+    nbytes: int
+    products: list[Product]
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A function from outside; its interface is described in docs/cli.md.
+
+    Args:
+        name: ``MODULE:FUNCTION``.
+        function: ``f(x, q, scales, zeros, group_size) -> y``; with an attribute ``prepare``, ``f(x, *state)``.
+    """
+
+    name: str
+    function: Callable[..., Any]
+
+    @classmethod
+    def load(cls, name: str) -> Peer:
+        """Import it; the working directory counts, as for ``python -m``.
+
+        Raises:
+            ConfigError: there is no such function.
+        """
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise ConfigError(f"peer {name!r} is not MODULE:FUNCTION")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            function = operator.attrgetter(attribute)(importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"peer {name!r} cannot be imported: {error}") from error
+        return cls(name, function)
+
+
+def rotated_bytes() -> int:
+    """How much a kernel reads before it meets the same copy again."""
+    return max(_MIN_ROTATED, 5 * last_level_cache())
+
+
+def _rotation(name: str, nbytes: int, build: Callable[[int], list[Product]]) -> Rotation:
+    """``build`` makes so many products."""
+    try:
+        return Rotation(name, nbytes, build(min(_MAX_COPIES, math.ceil(rotated_bytes() / nbytes))))
+    except Exception as error:  # a kernel that cannot serve the layer, or foreign code
+        return Rotation(name, nbytes, [], explain(error))
+
+
+def ours(weight: Weight, backend: str) -> Rotation:
+    """``QuantLinear``, called as a model calls it."""
+    return _rotation(backend, weight.problem.nbytes, lambda copies: [layer(weight, backend) for _ in range(copies)])
+
+
+def layer(weight: Weight, backend: str | None) -> QuantLinear:
+    """A prepared layer with its own copy of the weight."""
+    made = QuantLinear(weight.problem.spec, backend=backend, device=weight.zeros.device)
+    made.load_state_dict(weight.tensors)
+    return made.prepare()
+
+
+def dense(weight: Weight) -> Rotation:
+    """``F.linear`` on the dequantized weight, in the dtype of the activations."""
+    problem = weight.problem
+    dtype = DTYPES[problem.dtype]
+
+    def build(copies: int) -> list[Product]:
+        matrix = torch.empty((problem.N, problem.K), dtype=dtype, device=weight.zeros.device)
+        for index, part in weight.slices():
+            matrix[index] = part.dequantize()
+        matrices = [matrix, *(matrix.clone() for _ in range(copies - 1))]
+        return [functools.partial(linear, weight=each) for each in matrices]
+
+    return _rotation("F.linear", problem.N * problem.K * dtype.itemsize, build)
+
+
+def aten(weight: Weight) -> Rotation:
+    """torch's own 4-bit product for CPUs. Its zeros are in the dtype of x: ``w = (q - 8) * scale + zero``."""
+    problem = weight.problem
+
+    def build(copies: int) -> list[Product]:
+        if problem.bits != 4 or problem.act_order or weight.zeros.device.type != "cpu":
+            raise ValueError("serves 4 bits without act-order on a CPU")
+        # Blocks of up to 64 rows are packed one after another, so the slices' words are those of the whole.
+        slices = (part.codes.t().int().contiguous() for _, part in weight.slices())
+        packed = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1) for codes in slices])
+        scales = weight.tensors["scales"].float()
+        both = torch.stack([scales, (8.0 - weight.zeros) * scales], dim=-1).to(DTYPES[problem.dtype])
+
+        def product(x: Tensor, packed: Tensor, both: Tensor) -> Any:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, problem.group_size, both)
+
+        return [functools.partial(product, packed=packed.clone(), both=both.clone()) for _ in range(copies)]
+
+    return _rotation("aten int4pack", problem.nbytes, build)
+
+
+def peer(weight: Weight, foreign: Peer) -> Rotation:
+    """A function from outside, its ``prepare`` done and its state copied before any clock runs."""
+    problem = weight.problem
+
+    def build(copies: int) -> list[Product]:
+        if problem.act_order:
+            raise ValueError("the interface for peers has no act-order")
+        codes = torch.cat([part.codes for _, part in weight.slices()], dim=1)
+        state: tuple[Any, ...] = (
+            codes,
+            weight.tensors["scales"].to(DTYPES[problem.dtype]),
+            weight.zeros,
+            problem.group_size,
+        )
+        prepare = getattr(foreign.function, "prepare", None)
+        state = state if prepare is None else tuple(prepare(*state))
+        states = [state, *(copy.deepcopy(state) for _ in range(copies - 1))]
+
+        def product(x: Tensor, state: tuple[Any, ...]) -> Any:
+            return foreign.function(x, *state)
+
+        return [functools.partial(product, state=each) for each in states]
+
+    return _rotation(foreign.name, problem.nbytes, build)

@@ -1,0 +1,99 @@
+"""Times of several candidates that do the same work, taken alternately, so that a slow second hits all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+# Seconds of consecutive calls that make one sample: long beside the clock and the switch between candidates.
+_BLOCK = 0.005
+
+
+@dataclass
+class Candidate:
+    """One of the things to compare.
+
+    Args:
+        name: for the row.
+        calls: the same call on different copies of the weights, to be made in turn.
+        samples: seconds per call, one entry per block of calls.
+        timed_calls, spent: calls and seconds behind ``samples``.
+        reason: why it has no times; None while all is well.
+    """
+
+    name: str
+    calls: Sequence[Callable[[], object]]
+    samples: list[float] = field(default_factory=list)
+    timed_calls: int = 0
+    spent: float = 0.0
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self._turn = itertools.cycle(self.calls)
+
+    def add_sample(self, device: torch.device) -> None:
+        """Time one block of calls.
+
+        The one place that knows how to time a device. An accelerator is waited for after each call, so that launching
+        is part of the time; replaying a captured graph, which takes that out, belongs here.
+        """
+        calls, elapsed = 0, 0.0
+        synchronize(device)
+        start = time.perf_counter()
+        while elapsed < _BLOCK:
+            next(self._turn)()
+            synchronize(device)
+            calls += 1
+            elapsed = time.perf_counter() - start
+        self.samples.append(elapsed / calls)
+        self.timed_calls += calls
+        self.spent += elapsed
+
+
+def interleave(candidates: Sequence[Candidate], seconds: float, device: torch.device) -> None:
+    """Add samples in rounds of one per candidate; each takes part until it has spent its ``seconds`` or raised."""
+    live = list(candidates)
+    with torch.no_grad():
+        while live:
+            for candidate in live:
+                try:
+                    candidate.add_sample(device)
+                except Exception as error:  # of foreign code, maybe hours into a run
+                    candidate.reason = explain(error)
+            live = [candidate for candidate in live if candidate.reason is None and candidate.spent < seconds]
+
+
+def explain(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return first, median, third
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """``torch.set_num_threads(count)`` for a while; None leaves them alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

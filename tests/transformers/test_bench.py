@@ -1,0 +1,279 @@
+"""The benchmark: every row appears with its error or reason, nothing is timed from a cache, and all take turns."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from gptq_backend.bench import machine, products, timing
+from gptq_backend.bench.layers import Problem, Weight
+from gptq_transformers.cli import app
+
+CPU = torch.device("cpu")
+PEERS = """
+def right(x, q, scales, zeros, group_size):
+    index = [k // group_size for k in range(q.shape[0])]
+    return x @ ((q.to(x.dtype) - zeros[index].to(x.dtype)) * scales[index])
+
+def packed(x, state):
+    return state(x)
+
+def prepare(q, scales, zeros, group_size):
+    def product(x):
+        return right(x, q, scales, zeros, group_size)
+    return (product,)
+
+packed.prepare = prepare
+
+def wrong(x, q, scales, zeros, group_size):
+    return x.new_ones(x.shape[0], q.shape[1])
+
+def misshapen(x, q, scales, zeros, group_size):
+    return x
+
+def raising(x, q, scales, zeros, group_size):
+    raise RuntimeError("no such instruction\\nand more")
+"""
+NAMES = ["right", "packed", "wrong", "misshapen", "raising"]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings and rotation of a size that suits tests."""
+    ceilings = functools.partial(machine.measure_ceilings, nbytes=1 << 20, max_size=128)
+    monkeypatch.setattr(machine, "measure_ceilings", ceilings)
+    monkeypatch.setattr(products, "rotated_bytes", lambda: 200_000)
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("peers")
+    (folder / "bench_peers.py").write_text(PEERS)
+    return folder
+
+
+def _bench(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
+
+
+def _gemm(*arguments: object) -> dict:
+    result = _bench("gemm", "--seconds", "0.01", "--json", "-", *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def peer_rows(peers: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    monkeypatch.chdir(peers)
+    monkeypatch.syspath_prepend(peers)
+    arguments = [text for name in NAMES for text in ("--peer", f"bench_peers:{name}")]
+    rows = _gemm("--shape", "64x128", "--m", "3", "--group-size", "32", "--dtype", "fp32", "--asym", *arguments)["rows"]
+    return {row["kernel"].removeprefix("bench_peers:"): row for row in rows}
+
+
+# -- gemm --------------------------------------------------------------------------------------------------------------
+
+
+def test_json_has_the_machine_the_ceilings_and_every_row() -> None:
+    found = _gemm("--shape", "32x64", "--shape", "48x96", "--m", "1,5", "--group-size", "32,-1", "--dtype", "bf16,fp32")
+    assert list(found) == ["machine", "ceilings", "rows"]
+    assert {"cpu", "cores", "threads", "isa", "torch", "gptq_backend", "git_commit", "command"} <= set(found["machine"])
+    ceilings = found["ceilings"]
+    assert ceilings["read_gbps"] == max(ceilings["read_gbps_by_reader"].values()) > 0
+    assert ceilings["peak_gflops"] == max(ceilings["matmul_gflops"].values()) > 0
+    assert ceilings["read_gbps_1_thread"] > 0
+    rows = found["rows"]
+    assert len(rows) == 2 * 2 * 2 * 2 * 3  # shapes, groups, dtypes, M; ours, F.linear, aten
+    assert {row["group_size"] for row in rows} == {32, 64, 96}
+    for row in rows:
+        assert (row["reason"] is None) == (row["us"] is not None)
+        if row["reason"] is None:
+            assert row["spread"][0] <= row["us"] <= row["spread"][1]
+            size = row["N"] * row["K"]
+            groups = row["N"] * row["K"] // row["group_size"]
+            dense = 2 if row["dtype"] == "bf16" else 4
+            nbytes = size * dense if row["kernel"] == "F.linear" else size / 2 + 2 * groups
+            assert row["gbps"] == pytest.approx(nbytes / row["us"] / 1e3)
+            limits = nbytes / ceilings["read_gbps"], 2 * row["M"] * size / ceilings["peak_gflops"]
+            assert row["roof_share"] == pytest.approx(max(limits) / 1e3 / row["us"])
+            assert row["error"] < (1e-2 if row["dtype"] == "bf16" else 1e-5)
+    linear = {(r["N"], r["group_size"], r["dtype"], r["M"]): r["us"] for r in rows if r["kernel"] == "F.linear"}
+    for row in rows:
+        if row["reason"] is None:
+            ratio = linear[row["N"], row["group_size"], row["dtype"], row["M"]] / row["us"]
+            assert row["ratio_bf16"] == pytest.approx(ratio)
+
+
+def test_a_peer_that_computes_something_else_is_reported_with_its_error(peer_rows: dict[str, dict]) -> None:
+    assert peer_rows["wrong"]["error"] > 0.5
+    assert peer_rows["wrong"]["us"] > 0
+    assert peer_rows["right"]["error"] < 1e-5
+    assert peer_rows["packed"]["error"] < 1e-5
+
+
+def test_a_peer_that_fails_is_a_row_with_the_reason(peer_rows: dict[str, dict]) -> None:
+    assert peer_rows["raising"]["reason"] == "RuntimeError: no such instruction"
+    assert "(3, 128), expected a tensor (3, 64)" in peer_rows["misshapen"]["reason"]
+    assert peer_rows["raising"]["us"] is peer_rows["misshapen"]["us"] is None
+    assert peer_rows["F.linear"]["us"] > 0
+    assert set(peer_rows["F.linear"]["ratios"]).isdisjoint({"bench_peers:raising", "bench_peers:misshapen"})
+
+
+def test_a_peer_that_fails_in_the_middle_does_not_end_the_run() -> None:
+    def fail_later() -> None:
+        if len(broken.samples) == 2:
+            raise MemoryError("gone")
+
+    broken = timing.Candidate("broken", [fail_later])
+    other = timing.Candidate("other", [lambda: None])
+    timing.interleave([broken, other], 0.05, CPU)
+    assert broken.reason == "MemoryError: gone"
+    assert other.reason is None
+    assert len(other.samples) > 2
+
+
+def test_errors_of_the_user_are_one_line(tmp_path: Path) -> None:
+    expected = [
+        (["--backend", "abacus"], "backend='abacus' is not a kernel"),
+        (["--shape", "64"], "--shape 64 is not NxK"),
+        (["--shapes", "gpt5"], "--shapes gpt5 is not known"),
+        (["--m", "0"], "--m 0: expected positive numbers"),
+        (["--bits", "5"], "--bits 5: expected (2, 3, 4, 8)"),
+        (["--dtype", "int8"], "--dtype int8: expected bf16"),
+        (["--peer", "nothing_here:f"], "peer 'nothing_here:f' cannot be imported"),
+        (["--peer", "torch"], "is not MODULE:FUNCTION"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["--json", tmp_path / "none" / "x.json"], "its folder does not exist"),
+    ]
+    for arguments, message in expected:
+        result = _bench("gemm", *arguments)
+        assert result.exit_code == 1, arguments
+        (line,) = result.stderr.strip().splitlines()
+        assert message in line
+        assert result.stdout == ""
+
+
+def test_no_kernel_is_timed_from_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many copies as promised, in memory of their own, and each is used before any is used again."""
+    monkeypatch.undo()
+    assert products.rotated_bytes() >= max(160_000_000, 5 * machine.last_level_cache())
+    monkeypatch.setattr(products, "rotated_bytes", lambda: 1_000_000)
+    weight = Weight.random(Problem(N=256, K=512), CPU)
+
+    def foreign(x: Tensor, *state: Tensor) -> Tensor:
+        seen.append(state[0].data_ptr())
+        return x.new_zeros(x.shape[0], 256)
+
+    seen: list[int] = []
+    peer = products.peer(weight, products.Peer("peer", foreign))
+    for rotation in (products.ours(weight, "reference"), products.dense(weight), products.aten(weight), peer):
+        assert rotation.reason is None
+        assert len(rotation.products) * rotation.nbytes >= 1_000_000
+    layers: list = products.ours(weight, "reference").products
+    addresses = {layer.qweight.data_ptr() for layer in layers}
+    assert len(addresses) == len(layers)
+    candidate = timing.Candidate("peer", [functools.partial(product, torch.ones(1, 512)) for product in peer.products])
+    timing.interleave([candidate], 0.02, CPU)
+    count = len(peer.products)
+    assert candidate.timed_calls == len(seen) > 2 * count
+    assert all(len(set(seen[i : i + count])) == count for i in range(len(seen) - count))
+
+
+def test_candidates_take_turns_and_slow_ones_do_not_starve_the_others() -> None:
+    order: list[str] = []
+
+    def slow() -> None:
+        order.append("slow")
+        timing.time.sleep(0.05)
+
+    fast = [timing.Candidate(name, [functools.partial(order.append, name)]) for name in ("a", "b")]
+    timing.interleave([*fast, timing.Candidate("slow", [slow])], 0.03, CPU)
+    blocks = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert blocks[:6] == ["a", "b", "slow", "a", "b", "a"]
+    assert blocks.count("slow") == 1
+    assert blocks.count("a") == blocks.count("b") >= 4
+
+
+def test_act_order_and_unsupported_layers_are_told_not_dropped(peers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(peers)
+    arguments = ["--shape", "32x80", "--m", "2", "--bits", "3", "--act-order", "--peer", "bench_peers:right"]
+    rows = {row["kernel"]: row for row in _gemm(*arguments, "--group-size", "48", "--backend", "reference")["rows"]}
+    assert rows["reference"]["error"] < 1e-2
+    assert "without act-order" in rows["aten int4pack"]["reason"]
+    assert "no act-order" in rows["bench_peers:right"]["reason"]
+
+
+def test_the_table_has_a_line_per_row_and_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    result = _bench("gemm", "--shape", "40x64", "--m", "1,2", "--seconds", "0.01", "--threads", before + 1)
+    assert result.exit_code == 0, result.output
+    assert torch.get_num_threads() == before
+    assert "40x64, 4 bits, group 64, sym, bf16" in result.stdout
+    assert result.stdout.count("F.linear") == 2
+    assert result.stdout.count("aten int4pack") == 2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_random_layers_are_what_they_say(bits: int) -> None:
+    problem = Problem(N=33, K=75, bits=bits, group_size=32, sym=False, act_order=True, dtype="fp32")
+    weight = Weight.random(problem, CPU)
+    layer = products.layer(weight, "reference")
+    whole = torch.cat([part.dequantize() for _, part in weight.slices()])
+    assert torch.equal(whole, layer.dequantize().weight)
+    assert layer.spec.act_order
+    assert torch.equal(weight.tensors["scales"].bfloat16().half(), weight.tensors["scales"])
+    assert 0.3 < layer(torch.randn(64, 75)).std() < 3
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
+
+
+def test_model_reports_both_models_both_phases_and_where_the_time_goes() -> None:
+    path, other = CHECKPOINTS / "llama-4-32-sym", CHECKPOINTS / "llama-4-32-asym-v2"
+    sizes = ["--prompt", "6", "--new-tokens", "4", "--batch", "2", "--repeats", "2", "--dtype", "fp32"]
+    result = _bench("model", path, "--reference", other, *sizes, "--profile", "--json", "-")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    rows = found["rows"]
+    assert [(row["model"], row["phase"]) for row in rows] == [
+        (str(each), phase) for each in (path, other) for phase in ("prefill", "decode")
+    ]
+    for row in rows:
+        steps = row["prompt"] if row["phase"] == "prefill" else 1
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] * steps / row["ms_per_step"])
+        assert row["spread"][0] <= row["tokens_per_second"] <= row["spread"][1]
+        assert row["quantized"]
+    assert [row["ratio"] for row in rows[2:]] == [1.0, 1.0]
+    for phases in found["profile"].values():
+        for kinds in phases.values():
+            assert kinds["QuantLinear"]["calls_per_step"] == 14
+            assert kinds["Linear"]["calls_per_step"] == 1
+            assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1)
+    assert {"QuantLinear", "nn.Linear"} < set(found["call_overhead_us"])
+
+
+def test_looking_leaves_the_model_as_it_was() -> None:
+    from gptq_transformers import bench_model
+    from gptq_transformers.evaluate import load_model
+
+    model = load_model(CHECKPOINTS / "llama-4-32-sym")
+    prompt = bench_model.random_prompt(model, 1, 4, 3)
+    bench_model.profile(model, prompt, 3)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_lengths_beyond_the_model_are_refused_before_generating() -> None:
+    result = _bench("model", CHECKPOINTS / "llama-4-32-sym", "--prompt", "100000", "--dtype", "fp32")
+    assert result.exit_code == 1
+    assert "exceed the model's" in result.stderr.splitlines()[-1]
