@@ -129,7 +129,10 @@ class QuantizeConfig:
                 continue
             if pattern.startswith("-:"):
                 return None
-            return dataclasses.replace(self, dynamic=None, **_known(_canonical(overrides))[0])
+            changes = _known(_canonical(overrides))[0]
+            if changes.get("desc_act"):
+                changes.setdefault("act_group_aware", False)  # they exclude each other; the rule is what was meant
+            return dataclasses.replace(self, dynamic=None, **changes)
         return self
 
     @classmethod

@@ -118,6 +118,14 @@ def test_dynamic_rules(name: str, expected: tuple[int, int, bool] | None) -> Non
     assert (None if found is None else (found.bits, found.group_size, found.sym)) == expected
 
 
+def test_a_rule_with_desc_act_conflicts_with_the_default_order() -> None:
+    source = {"bits": 4, "act_group_aware": True, "dynamic": {"q": {"desc_act": True}}}
+    rule = QuantizeConfig.from_dict(source).for_module("q")
+    assert rule is not None
+    assert rule.desc_act
+    assert not rule.group_aware
+
+
 def test_dynamic_override_with_a_bad_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="bits=5"):
         QuantizeConfig(dynamic={".*": {"bits": 5}}).for_module("layer")
