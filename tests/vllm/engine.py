@@ -1,0 +1,209 @@
+"""The real vLLM for the tests: offline in a child process, and as an OpenAI-compatible server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {
+    "quantization": "gptq",
+    "dtype": "bfloat16",
+    "max_model_len": 128,
+    "max_logprobs": -1,
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+}
+
+
+class EngineError(Exception):
+    """vLLM refused a model; the message is that of the error at the root."""
+
+
+def environment(cache: Path, **changes: str) -> dict[str, str]:
+    """Of a process that runs vLLM: small caches, one thread, nothing from the network."""
+    return {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CACHE_ROOT": str(cache),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        **changes,
+    }
+
+
+class Engine:
+    """Offline ``LLM(...)``, models one after the other in one process, so that importing vLLM is paid for once.
+
+    Args:
+        log: file for what the process prints.
+        cache: vLLM's folder for compiled graphs.
+        ranks: tensor-parallel size. With one, all of vLLM is in that one process.
+        variables: environment variables.
+    """
+
+    def __init__(self, log: Path, cache: Path, ranks: int = 1, **variables: str) -> None:
+        self.log, self._options = log, dict(OPTIONS)
+        if ranks == 1:
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            self._options["distributed_executor_backend"] = "uni"
+        else:
+            variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(i) for i in range(ranks)))
+            self._options["tensor_parallel_size"] = ranks
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("engine_process.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("ab"),
+            env=environment(cache, **variables),
+            text=True,
+            start_new_session=True,
+        )
+        self._answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def logprobs(self, folder: Path, ids: Sequence[int] | Tensor, **kwargs: Any) -> Tensor:
+        """[len(ids) - 1, vocabulary] log-probabilities of the token after each prefix of the prompt."""
+        rows = self.run(folder, [ids], logprobs=True, **kwargs)[0]["logprobs"]
+        return torch.tensor(rows)
+
+    def tokens(self, folder: Path, prompts: Sequence[Sequence[int]], count: int, **kwargs: Any) -> list[list[int]]:
+        """Greedy continuations."""
+        return [output["tokens"] for output in self.run(folder, prompts, max_tokens=count, **kwargs)]
+
+    def run(
+        self,
+        folder: Path,
+        prompts: Sequence[Any],
+        max_tokens: int = 1,
+        logprobs: bool = False,
+        lora: Path | None = None,
+        seconds: float = 280,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Load ``folder`` unless it is, and run ``prompts`` through it.
+
+        Raises:
+            EngineError: with the root cause, if vLLM refuses.
+        """
+        request = {
+            "folder": str(folder),
+            "options": {**self._options, **options},
+            "prompts": [torch.as_tensor(ids).flatten().tolist() for ids in prompts],
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "lora": None if lora is None else str(lora),
+        }
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        try:
+            answer = json.loads(self._answers.get(timeout=seconds) or "{}")
+        except queue.Empty:
+            self.close()
+            raise AssertionError(f"no answer after {seconds} s; {self._tail()}") from None
+        if not answer:
+            raise AssertionError(f"the engine's process died; {self._tail()}")
+        if "error" in answer:
+            raise EngineError(answer["cause"])
+        return answer["outputs"]
+
+    def close(self) -> None:
+        """End the process and those that it started."""
+        stop(self._process)
+
+    def text(self) -> str:
+        """All that vLLM printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
+
+    def _tail(self) -> str:
+        return f"end of {self.log}:\n" + "\n".join(self.text().splitlines()[-30:])
+
+
+class Server:
+    """``vllm serve FOLDER --quantization gptq``, ready to answer.
+
+    Args:
+        folder: the checkpoint.
+        log: file for what it prints.
+        cache: vLLM's folder for compiled graphs.
+        arguments: more of the command line.
+        seconds: to wait for it.
+
+    Raises:
+        EngineError: it ended by itself; the message is what it printed.
+    """
+
+    def __init__(
+        self, folder: Path, log: Path, cache: Path, arguments: Sequence[str] = (), seconds: float = 240
+    ) -> None:
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--quantization", "gptq"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model", *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=log.open("ab"), stderr=subprocess.STDOUT, env=environment(cache), start_new_session=True
+        )
+        deadline = time.monotonic() + seconds
+        while not self.healthy():
+            if self.process.poll() is not None:
+                raise EngineError(log.read_text(errors="replace"))
+            if time.monotonic() > deadline:
+                self.close()
+                raise AssertionError(f"not ready after {seconds} s:\n{log.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.5)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def healthy(self) -> bool:
+        """Whether it answers on /health."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as response:
+                return response.status == 200
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """End the server and the processes that it started."""
+        stop(self.process)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a process that leads a session of its own, with everything in it."""
+    for sign, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()

@@ -1,0 +1,141 @@
+"""Offline ``LLM(...)`` on a peer's checkpoints and on every dialect found in the wild: log-probabilities are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptq_backend import QuantizeConfig
+from tests.transformers.checkpoints import NAMES, PEERS, ids, load, logits, rewrite, tiny, write
+from tests.transformers.test_load_checkpoints import DIALECTS
+from tests.vllm.engine import Engine
+
+BOUND = 0.02  # mean absolute difference of log-probabilities, bfloat16
+
+
+def distance(found: Tensor, logits: Tensor) -> float:
+    """found: [L - 1, V] log-probabilities; logits: [L, V]."""
+    expected = logits.float().log_softmax(-1)[:-1]
+    assert found.shape == expected.shape
+    value = (found - expected).abs().mean().item()
+    return value if value == value else float("inf")
+
+
+def peer_distance(engine: Engine, name: str, **options: Any) -> float:
+    expected = load_file(PEERS / f"{name}.expected.safetensors")
+    return distance(engine.logprobs(PEERS / name, expected["input_ids"][0], **options), expected["logits"][0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_peers_checkpoint_gives_other_logprobs(engine: Engine, name: str) -> None:
+    assert peer_distance(engine, name) < BOUND
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "model"
+
+
+HEAD_8 = {"lm_head": True, "dynamic": {"lm_head": {"bits": 8}}}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "asym with act-order": ("llama", {"sym": False, "desc_act": True, "group_size": 32}, {}),
+    "2 bits": ("llama", {"bits": 2, "group_size": 32}, {}),
+    "2 bits, asym, v2": ("llama", {"bits": 2, "group_size": 32, "sym": False, "checkpoint_format": "gptq_v2"}, {}),
+    "3 bits in planes": ("llama", {"bits": 3, "group_size": 32, "checkpoint_format": "gptq_p"}, {}),
+    "8 bits, one group": ("llama", {"bits": 8, "group_size": -1, "sym": False}, {}),
+    "a ragged group": ("llama", {"group_size": 40}, {}),
+    "a ragged group with act-order": ("llama", {"group_size": 40, "desc_act": True}, {}),
+    "q, k and v in other bits": ("llama", {"group_size": 32, "dynamic": {".*k_proj": {"bits": 8}}}, {}),
+    "a dense shard of a fused layer": (
+        "llama",
+        {"group_size": 32, "dynamic": {"-:.*(v_proj|gate_proj)": {}, ".*k_proj": {"sym": False}}},
+        {},
+    ),
+    "act-order in one shard": ("llama", {"group_size": 32, "dynamic": {".*(q|up)_proj": {"desc_act": True}}}, {}),
+    "gemma3": ("gemma3", {"group_size": 32}, {}),
+    "mixtral": ("mixtral", {"group_size": 32}, {}),
+    "mixtral, some experts dense": ("mixtral", {"group_size": 32, "dynamic": {r"-:.*\.0\..*experts\.1\.": {}}}, {}),
+    "mixtral, one expert asym": ("mixtral", {"group_size": 32, "dynamic": {r".*experts\.1\.": {"sym": False}}}, {}),
+    "mixtral, a layer dense": ("mixtral", {"group_size": 32, "dynamic": {r"-:.*\.0\..*experts": {}}}, {}),
+    "mixtral, act-order": ("mixtral", {"group_size": 32, "desc_act": True, "bits": 3}, {}),
+    "qwen3": ("qwen3", {"group_size": 32}, {}),
+    "an 8-bit head": ("llama", {"group_size": 32, **HEAD_8}, {}),
+    "an 8-bit head, asym": ("llama", {"group_size": 32, "sym": False, **HEAD_8}, {}),
+    "a quantized head where embeddings were tied": (
+        "llama",
+        {"group_size": 32, "lm_head": True},
+        {"tie_word_embeddings": True},
+    ),
+    "a tied head left dense": ("llama", {"group_size": 32}, {"tie_word_embeddings": True}),
+}
+
+
+def made(folder: Path, case: str) -> Tensor:
+    """Write the checkpoint of a case; returns the logits of the first prompt of :func:`ids`."""
+    model_type, settings, changes = CASES[case]
+    return write(folder, tiny(model_type, **changes), QuantizeConfig(**settings))[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_option_of_the_quantizer_is_misread(engine: Engine, case: str, folder: Path) -> None:
+    expected = made(folder, case)
+    assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
+
+
+# Slow only in sum: what a dialect changes is read by the core, whose own tests have them all.
+IN_SHORT = ("no g_idx", "v2 zeros under a v1 label", "int8 words", "extras of TGI", "wrong bits in the config")
+
+
+@pytest.mark.parametrize(
+    "dialect", [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.slow) for name in DIALECTS]
+)
+def test_a_dialect_is_misread(engine: Engine, dialect: str, folder: Path) -> None:
+    change, settings = DIALECTS[dialect]
+    expected = write(folder, tiny(), QuantizeConfig(group_size=32))[0]
+    rewrite(folder, change, **settings)
+    assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
+
+
+def _with_bias(value: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    biases = {"layers.1.mlp.down_proj": 64, "layers.0.self_attn.v_proj": 32}
+    return lambda tensors: {
+        **tensors,
+        **{f"model.{name}.bias": torch.full((size,), value, dtype=torch.float16) for name, size in biases.items()},
+    }
+
+
+def test_a_bias_that_the_model_does_not_know_is_lost(engine: Engine, folder: Path) -> None:
+    plain = write(folder, tiny(), QuantizeConfig(group_size=32))[0]
+    rewrite(folder, _with_bias(0.5))
+    expected = logits(load(folder))[0]
+    found = engine.logprobs(folder, ids()[0])
+    assert distance(found, expected) < BOUND < distance(found, plain)
+
+
+def test_the_settings_in_quantize_config_are_not_read(engine: Engine, folder: Path) -> None:
+    expected = write(folder, tiny(), QuantizeConfig(group_size=32, desc_act=True))[0]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (folder / "config.json").write_text(json.dumps(config))
+    assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
+
+
+def test_a_batch_gives_other_tokens_than_its_prompts_alone(engine: Engine) -> None:
+    folder = PEERS / "qwen3_moe-4-32"
+    prompts = [list(range(3 + i, 20 + 2 * i)) for i in range(5)]
+    together = engine.tokens(folder, prompts, 8)
+    assert all(len(tokens) == 8 for tokens in together)
+    assert engine.tokens(folder, prompts[:1], 8)[0] == together[0]
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "llama-4-64-actorder"])
+def test_float16_or_float32_is_refused(engine: Engine, name: str) -> None:
+    assert peer_distance(engine, name, dtype="float16") < BOUND
+    assert peer_distance(engine, name, dtype="float32") < 1e-3
