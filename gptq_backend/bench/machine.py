@@ -22,6 +22,8 @@ from .timing import synchronize, threads
 
 _CPUS = Path("/sys/devices/system/cpu")
 _FALLBACK_CACHE = 32 << 20
+_MIN_STREAMED = 512 << 20
+_MAX_SQUARE = 4096  # largest matrix to multiply
 # Of the dozens of flags, those that kernels choose by (x86, then ARM).
 _ISA = {
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_vnni", "avx512_bf16"),
@@ -96,25 +98,24 @@ def _git_commit() -> str | None:
         return None
 
 
-def measure_ceilings(device: torch.device, nbytes: int | None = None, max_size: int = 4096) -> dict[str, Any]:
-    """Read bandwidth in GB/s, with all threads and (CPU) with one, and dense products in GFLOP/s.
-
-    Args:
-        nbytes: what to stream; default 512 MB, or 8 times the last-level cache where that is more.
-        max_size: largest square matrix to multiply.
-    """
-    # Written to: memory that never was is one page of zeros, which comes from the cache.
-    buffer = torch.ones((nbytes or max(512 << 20, 8 * last_level_cache())) // 4, device=device)
-    read = {name: buffer.nbytes / _best(reader, buffer) / 1e9 for name, reader in _readers(device).items()}
+def measure_ceilings(device: torch.device) -> dict[str, Any]:
+    """Read bandwidth in GB/s, with all threads and (CPU) with one, and dense products in GFLOP/s."""
+    read = read_gbps(device)
     ceilings: dict[str, Any] = {"read_gbps": max(read.values()), "read_gbps_by_reader": read}
     if device.type == "cpu":
         with threads(1):
-            one = {name: buffer.nbytes / _best(reader, buffer) / 1e9 for name, reader in _readers(device).items()}
+            one = read_gbps(device)
         ceilings |= {"read_gbps_1_thread": max(one.values()), "read_gbps_1_thread_by_reader": one}
-    del buffer
-    products = {str(dtype)[6:]: _product_rate(device, dtype, max_size) for dtype in (torch.float32, torch.bfloat16)}
+    products = {str(dtype)[6:]: _product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     peak = max(products, key=products.__getitem__)
     return ceilings | {"matmul_gflops": products, "peak_gflops": products[peak], "peak_from": f"torch.mm {peak}"}
+
+
+def read_gbps(device: torch.device) -> dict[str, float]:
+    """GB/s of each reader, best of several passes over a buffer far larger than the caches."""
+    # Written to: memory that never was is one page of zeros, which comes from the cache.
+    buffer = torch.ones(max(_MIN_STREAMED, 8 * last_level_cache()) // 4, device=device)
+    return {name: buffer.nbytes / _best(reader, buffer) / 1e9 for name, reader in _readers(device).items()}
 
 
 def _readers(device: torch.device) -> dict[str, Callable[[Tensor], object]]:
@@ -151,10 +152,10 @@ def _best(reader: Callable[[Tensor], object], buffer: Tensor, repeats: int = 8) 
     return min(times)
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, max_size: int) -> float:
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """GFLOP/s of torch.mm: growing sizes, until one takes long (a CPU without 16-bit units may need minutes)."""
     rate, size = 0.0, 128
-    while size <= max_size:
+    while size <= _MAX_SQUARE:
         square = torch.randn((size, size), device=device).to(dtype)
         seconds = _best(lambda matrix: matrix @ matrix, square, repeats=3)
         rate = max(rate, 2 * size**3 / seconds / 1e9)

@@ -49,8 +49,9 @@ NAMES = ["right", "packed", "wrong", "misshapen", "raising"]
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings and rotation of a size that suits tests."""
-    ceilings = functools.partial(machine.measure_ceilings, nbytes=1 << 20, max_size=128)
-    monkeypatch.setattr(machine, "measure_ceilings", ceilings)
+    monkeypatch.setattr(machine, "_MIN_STREAMED", 1 << 20)
+    monkeypatch.setattr(machine, "_MAX_SQUARE", 128)
+    monkeypatch.setattr(machine, "last_level_cache", lambda: 1 << 16)
     monkeypatch.setattr(products, "rotated_bytes", lambda: 200_000)
 
 
@@ -91,6 +92,7 @@ def test_json_has_the_machine_the_ceilings_and_every_row() -> None:
     assert ceilings["read_gbps"] == max(ceilings["read_gbps_by_reader"].values()) > 0
     assert ceilings["peak_gflops"] == max(ceilings["matmul_gflops"].values()) > 0
     assert ceilings["read_gbps_1_thread"] > 0
+    assert ceilings["read_gbps_after"] > 0
     rows = found["rows"]
     assert len(rows) == 2 * 2 * 2 * 2 * 3  # shapes, groups, dtypes, M; ours, F.linear, aten
     assert {row["group_size"] for row in rows} == {32, 64, 96}
