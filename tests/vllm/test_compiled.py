@@ -1,0 +1,59 @@
+"""vLLM's default mode, with ``torch.compile``: same log-probabilities, and no graph of another checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptq_backend import QuantizeConfig
+from tests.transformers.checkpoints import NAMES, ids, tiny, write
+from tests.vllm.engine import Engine
+from tests.vllm.test_offline import BOUND, distance, peer_distance
+
+DEFAULT = ("llama-dynamic",)
+
+
+@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_a_compiled_model_gives_other_logprobs(engine: Engine, name: str) -> None:
+    assert peer_distance(engine, name, enforce_eager=False) < BOUND
+    assert "graph break" not in engine.text().lower()
+
+
+@pytest.mark.slow
+def test_experts_are_lost_in_a_graph(engine: Engine, tmp_path: Path) -> None:
+    settings = QuantizeConfig(group_size=32, dynamic={r"-:.*\.0\..*experts\.1\.": {}, r".*experts\.2\.": {"bits": 8}})
+    expected = write(tmp_path / "model", tiny("mixtral"), settings)[0]
+    assert distance(engine.logprobs(tmp_path / "model", ids()[0], enforce_eager=False), expected) < BOUND
+
+
+@pytest.mark.slow
+def test_the_graph_of_another_checkpoint_is_run(engine: Engine, tmp_path: Path) -> None:
+    """Same folder, same architecture, other formats: all that vLLM would tell its cached graphs apart by is equal."""
+    folder = tmp_path / "model"
+    for settings in ({"bits": 4}, {"bits": 4, "desc_act": True}, {"bits": 8, "sym": False}):
+        shutil.rmtree(folder, ignore_errors=True)
+        expected = write(folder, tiny(), QuantizeConfig(group_size=32, **settings))[0]
+        # config.json is made the same, so that only the tensors differ
+        config = (folder / "config.json").read_text()
+        config = config.replace('"bits": 8', '"bits": 4').replace('"desc_act": true', '"desc_act": false')
+        (folder / "config.json").write_text(config.replace('"sym": false', '"sym": true'))
+        found = engine.logprobs(folder, ids()[0], enforce_eager=False, seed=hash(str(settings)) % 1000)
+        assert distance(found, expected) < BOUND
+
+
+@pytest.mark.slow
+def test_a_compiled_pair_of_ranks_gives_other_logprobs(pair: Engine) -> None:
+    assert peer_distance(pair, "llama-4-64-actorder", enforce_eager=False) < BOUND
+
+
+@pytest.mark.slow
+def test_a_cached_graph_cannot_be_loaded(start_engine: Callable[..., Engine]) -> None:
+    for _ in range(2):
+        engine = start_engine()
+        assert peer_distance(engine, "qwen3_moe-4-32", enforce_eager=False) < BOUND
+        engine.close()
+
+

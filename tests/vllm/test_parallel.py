@@ -1,0 +1,59 @@
+"""Two tensor-parallel ranks compute what one does, wherever the cut between them falls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptq_backend import QuantizeConfig
+from tests.transformers.checkpoints import PEERS, ids, tiny, write
+from tests.vllm.engine import Engine
+from tests.vllm.test_offline import BOUND, distance
+
+# down_proj has 96 inputs, of which each rank gets 48: one and a half groups of 32, or of 3-bit codes four and a half
+# words. o_proj has 64, two groups of 32. Two heads of queries and one of keys and values, which both ranks have.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "groups that straddle the cut": ("llama", {"group_size": 32}),
+    "act-order": ("llama", {"group_size": 16, "desc_act": True}),
+    "words and groups that straddle the cut": ("llama", {"bits": 3, "group_size": 20, "sym": False}),
+    "a quantized head and dense shards": (
+        "llama",
+        {"group_size": 32, "lm_head": True, "dynamic": {"-:.*(v_proj|up_proj|1.*down_proj)": {}}},
+    ),
+    "experts that straddle the cut": ("mixtral", {"group_size": 32, "desc_act": True}),
+}
+
+
+def check(engine: Engine, pair: Engine, folder: Path, prompt: Tensor, logits: Tensor) -> None:
+    alone, together = engine.logprobs(folder, prompt), pair.logprobs(folder, prompt)
+    assert distance(together, logits) < BOUND
+    assert (together - alone).abs().mean() < BOUND
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case == "words and groups that straddle the cut" else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def test_a_cut_loses_or_mixes_channels(engine: Engine, pair: Engine, case: str, tmp_path: Path) -> None:
+    model_type, settings = CASES[case]
+    logits = write(tmp_path / "model", tiny(model_type), QuantizeConfig(**settings))[0]
+    check(engine, pair, tmp_path / "model", ids()[0], logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-4-32-sym", "llama-dynamic", "qwen2-4-64", "qwen3_moe-4-32"])
+def test_two_ranks_disagree_with_a_peer(engine: Engine, pair: Engine, name: str) -> None:
+    expected = load_file(PEERS / f"{name}.expected.safetensors")
+    check(engine, pair, PEERS / name, expected["input_ids"][0], expected["logits"][0])
+
+
+def test_act_order_is_lost_between_ranks(engine: Engine, pair: Engine) -> None:
+    expected = load_file(PEERS / "llama-4-64-actorder.expected.safetensors")
+    check(engine, pair, PEERS / "llama-4-64-actorder", expected["input_ids"][0], expected["logits"][0])
