@@ -51,6 +51,19 @@ struct Codes {
     static constexpr int steps = run / per_lane;
     static constexpr Dot dot = !A8 ? Dot::i16 : (Bits == 8 ? Dot::i8 : Dot::i8_nibbles);
 
+    // Cheaper for a single use: the codes of step j, times 2^place(j). Masks leave them where they stand.
+    static constexpr bool has_places = !A8 && Bits != 3;
+    static constexpr int places = has_places ? 8 / Bits : 1;
+    static constexpr int place(int j) { return has_places ? Bits * (j % places) : 0; }
+
+    template <class U>
+    static GPTQ_INLINE U step_in_place(const U* word, int j) {
+        typedef uint16_t Halves __attribute__((vector_size(sizeof(U))));
+        const U from = j < places ? word[0] : U(Halves(word[0]) >> 8);
+        if (Bits == 8 && j == 1) return from;
+        return from & (0x00010001u * ((1u << Bits) - 1) << place(j));
+    }
+
     template <class U>
     static GPTQ_INLINE U step(const U* word, int j) {
         constexpr uint32_t ones = A8 ? 0x01010101u : 0x00010001u;
@@ -278,6 +291,7 @@ void fused(const Call& c, int m0, int strip) {
     // Chains of dependent sums: enough of them to hide the latency of dot.
     constexpr int Chains = Rows * V >= 8 ? 1 : (Rows * V >= 4 ? 2 : 4);
     constexpr int Splits = Chains < C::steps ? Chains : C::steps;
+    constexpr bool InPlace = C::has_places && Splits % C::places == 0;
     const Weight& w = c.weight;
     const int row0 = m0 * c.planes;
     const size_t stride = w.slots / C::per_lane;
@@ -312,7 +326,9 @@ void fused(const Call& c, int m0, int strip) {
             }
             GPTQ_UNROLL for (int j = 0; j < C::steps; ++j) {
                 U codes[V];
-                GPTQ_UNROLL for (int v = 0; v < V; ++v) codes[v] = C::step(word[v], j);
+                GPTQ_UNROLL for (int v = 0; v < V; ++v) {
+                    codes[v] = InPlace ? C::step_in_place(word[v], j) : C::step(word[v], j);
+                }
                 GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
                     const U lanes = Vec::splat(x[r * stride + j]);
                     GPTQ_UNROLL for (int v = 0; v < V; ++v) {
@@ -330,7 +346,7 @@ void fused(const Call& c, int m0, int strip) {
             const float x_scale = c.x_scales[size_t(row0 + r) * w.n_blocks + b];
             GPTQ_UNROLL for (int v = 0; v < V; ++v) {
                 I sum = sums[0][r][v];
-                GPTQ_UNROLL for (int s = 1; s < Splits; ++s) sum += sums[s][r][v];
+                GPTQ_UNROLL for (int s = 1; s < Splits; ++s) sum += sums[s][r][v] >> (InPlace ? C::place(s) : 0);
                 const F scale = Vec::template load<F>(scales + v * Isa::lanes) * x_scale;
                 y[r][v] += __builtin_convertvector(sum, F) * scale;
             }
