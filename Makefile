@@ -77,6 +77,7 @@ $(VENV)/.vllm: Makefile | $(VENV)/.installed
 ifneq ($(strip $(VLLM)),)
 	$(PIP) install --quiet $(VLLM) "$(TRANSFORMERS)"
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP) install --quiet --no-deps ./tests/vllm/distribution
 endif
 	touch $@
 

@@ -18,6 +18,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM's own prints must not mix with the answers
     from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     engine, loaded = None, None
     for line in sys.stdin:
@@ -25,9 +26,9 @@ def main() -> None:
         try:
             wanted = (request["folder"], request["options"])
             if loaded != wanted:
-                engine = None
+                engine = loaded = None
                 gc.collect()
-                loaded = None
+                cleanup_dist_env_and_memory()
                 engine = LLM(request["folder"], **request["options"])
                 loaded = wanted
             answer: dict[str, Any] = {"outputs": _run(engine, request, SamplingParams)}

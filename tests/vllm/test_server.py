@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Se
 def client(server: Server) -> Any:
     import openai
 
-    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=server.url, api_key="none", timeout=120)
 
 
 def test_nobody_says_who_serves(server: Server) -> None:
