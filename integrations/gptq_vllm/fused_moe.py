@@ -141,9 +141,7 @@ def _expert(layer: RoutedExperts, expert: int, x: Tensor) -> Tensor:
     hidden = layer.w13[expert](x)
     width = hidden.shape[1] // 2 if layer.activation.is_gated else hidden.shape[1]
     activated = hidden.new_empty(hidden.shape[0], width)
-    apply_moe_activation(
-        layer.activation, activated, hidden, activation_config=layer.quant_method.activation_config
-    )
+    apply_moe_activation(layer.activation, activated, hidden, activation_config=layer.quant_method.activation_config)
     return layer.w2[expert](activated)
 
 

@@ -45,7 +45,7 @@ class Arrivals:
     def add(self, name: str, part: str, tensor: Tensor) -> AnyPiece | None:
         """Take one tensor of layer ``name``; the whole layer if it was the last one."""
         tensors = self._tensors.setdefault(name, {})
-        tensors[part] = tensor
+        tensors[part] = tensor.cpu()  # some loaders read straight to a GPU; the cutting is done here
         wanted = self._config.stored_parts(name)
         return self._complete(name) if wanted and wanted <= tensors.keys() else None
 

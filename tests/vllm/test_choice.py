@@ -56,7 +56,9 @@ def test_the_wrong_one_serves(
     assert serves({**STOCK, **settings}, requested) == (on_cpu if platform == "cpu" else elsewhere)
 
 
-@pytest.mark.parametrize(("version", "served"), [("0.31.1", False), ("0.32.0", True), ("0.32.1", True), ("0.33.0", False)])
+@pytest.mark.parametrize(
+    ("version", "served"), [("0.31.1", False), ("0.32.0", True), ("0.32.1", True), ("0.33.0", False)]
+)
 def test_an_unknown_vllm_is_served(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
@@ -68,7 +70,9 @@ def test_an_unknown_vllm_is_served(version: str, served: bool, monkeypatch: pyte
 
         config = refusing(reason)
         for name in ("gptq", "gptq_backend"):
-            with pytest.raises(ConfigError, match=f"supports vLLM from 0.32 up to but without 0.33, and vllm {version}"):
+            with pytest.raises(
+                ConfigError, match=f"supports vLLM from 0.32 up to but without 0.33, and vllm {version}"
+            ):
                 config.override_quantization_method(STOCK, name)
         assert config.override_quantization_method(STOCK, None) is None
 

@@ -55,5 +55,3 @@ def test_a_cached_graph_cannot_be_loaded(start_engine: Callable[..., Engine]) ->
         engine = start_engine()
         assert peer_distance(engine, "qwen3_moe-4-32", enforce_eager=False) < BOUND
         engine.close()
-
-

@@ -54,6 +54,13 @@ def test_two_ranks_disagree_with_a_peer(engine: Engine, pair: Engine, name: str)
     check(engine, pair, PEERS / name, expected["input_ids"][0], expected["logits"][0])
 
 
+@pytest.mark.slow
+def test_experts_go_to_the_wrong_rank(engine: Engine, pair: Engine, tmp_path: Path) -> None:
+    logits = write(tmp_path / "model", tiny("mixtral"), QuantizeConfig(group_size=32, desc_act=True))[0]
+    found = pair.logprobs(tmp_path / "model", ids()[0], enable_expert_parallel=True)
+    assert distance(found, logits) < BOUND
+
+
 def test_act_order_is_lost_between_ranks(engine: Engine, pair: Engine) -> None:
     expected = load_file(PEERS / "llama-4-64-actorder.expected.safetensors")
     check(engine, pair, PEERS / "llama-4-64-actorder", expected["input_ids"][0], expected["logits"][0])

@@ -72,7 +72,9 @@ def test_a_missing_shard_is_not_noticed(engine: Engine, tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {name: files[i >= half] for i, name in enumerate(names)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(EngineError, match=f"1 of 2 shards named in model.safetensors.index.json are missing.*{files[1]}"):
+    with pytest.raises(
+        EngineError, match=f"1 of 2 shards named in model.safetensors.index.json are missing.*{files[1]}"
+    ):
         engine.logprobs(folder, [1, 2, 3])
 
 
