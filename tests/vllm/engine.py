@@ -55,14 +55,14 @@ class Engine:
     Args:
         log: file for what the process prints.
         cache: vLLM's folder for compiled graphs.
-        ranks: tensor-parallel size. With one, all of vLLM is in that one process.
+        ranks: tensor-parallel size. With one, all of vLLM is in that one process; else each rank has its own.
         variables: environment variables.
     """
 
     def __init__(self, log: Path, cache: Path, ranks: int = 1, **variables: str) -> None:
         self.log, self._options = log, dict(OPTIONS)
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if ranks == 1:
-            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             self._options["distributed_executor_backend"] = "uni"
         else:
             variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(i) for i in range(ranks)))
