@@ -121,7 +121,7 @@ void gemm(Call c, int threads) {
     const Level& isa = level();
     c.planes = c.dtype == Dtype::f32 && !c.a8 ? 2 : 1;
     const size_t rows = size_t(std::min(c.rows, kRowsAtATime)) * c.planes;
-    c.lanes = lanes.reserve(rows * (c.weight.slots / c.channels_per_lane()));
+    c.lanes = lanes.reserve(rows * c.lane_stride());
     c.x_scales = scales.reserve(rows * c.weight.n_blocks);
     c.x_sums = sums.reserve(rows * c.weight.n_blocks);
     const int size = c.dtype == Dtype::f32 ? 4 : 2;

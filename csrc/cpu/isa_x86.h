@@ -1,4 +1,4 @@
-// What the x86 levels share: fp16 conversion (F16C).
+// What the x86 levels share.
 #pragma once
 
 #include <immintrin.h>
@@ -7,6 +7,13 @@
 
 namespace gptq {
 namespace {
+
+// Keeps GCC from regrouping a long sum: it would compute all its terms first and spill them.
+template <class V>
+GPTQ_INLINE V in_order(V sum) {
+    asm("" : "+v"(sum));
+    return sum;
+}
 
 struct F16C {
     static void half_to_float(const uint16_t* in, float* out, int n) {

@@ -41,11 +41,12 @@ struct Call {
     void* y;  // [rows][out_features] of dtype
     bool a8;
     int planes;
-    uint32_t* lanes;  // [rows * planes][slots / channels_per_lane()], integers in the order the codes unpack
+    uint32_t* lanes;  // [rows * planes][lane_stride()], integers in the order the codes unpack
     float* x_scales;  // [rows * planes][n_blocks]
     int32_t* x_sums;  // [rows * planes][n_blocks], of the integers
 
-    int channels_per_lane() const { return a8 ? 4 : 2; }
+    // A cache line more than needed: at a distance of 2^n bytes the rows would evict each other from the L1 cache.
+    size_t lane_stride() const { return weight.slots / (a8 ? 4 : 2) + 16; }
 };
 
 // The code that depends on the instruction set.

@@ -51,30 +51,34 @@ struct Codes {
     static constexpr int steps = run / per_lane;
     static constexpr Dot dot = !A8 ? Dot::i16 : (Bits == 8 ? Dot::i8 : Dot::i8_nibbles);
 
-    // Cheaper for a single use: the codes of step j, times 2^place(j). Masks leave them where they stand.
-    static constexpr bool has_places = !A8 && Bits != 3;
-    static constexpr int places = has_places ? 8 / Bits : 1;
-    static constexpr int place(int j) { return has_places ? Bits * (j % places) : 0; }
+    template <class U>
+    static GPTQ_INLINE U step(const U* word, int j) {
+        constexpr uint32_t ones = A8 ? 0x01010101u : 0x00010001u;
+        if constexpr (Bits == 3) {  // 2-bit planes in words 0 and 1, 1-bit plane in word 2
+            const int half = steps / 2, a = j / half, i = j % half;
+            const int high = a + 2 * (i % 4) + 8 * (i / 4) - 2;
+            const U top = high < 0 ? word[2] << -high : word[2] >> (high < 0 ? 0 : high);
+            return ((word[a] >> (2 * i)) & (ones * 3)) | (top & (ones * 4));
+        }
+        if (A8 && Bits == 8) return word[0];
+        return (word[0] >> (Bits * j)) & (ones * ((1u << Bits) - 1));
+    }
+
+    // For a single use it is cheaper to leave the codes where they stand, times 2^place(j), and to divide the sums.
+    static constexpr bool has_places = !A8;
+    static constexpr int width = Bits == 3 ? 2 : Bits, places = 8 / width;
+    static constexpr int place(int j) { return width * (j % places); }
 
     template <class U>
     static GPTQ_INLINE U step_in_place(const U* word, int j) {
         typedef uint16_t Halves __attribute__((vector_size(sizeof(U))));
-        const U from = j < places ? word[0] : U(Halves(word[0]) >> 8);
-        if (Bits == 8 && j == 1) return from;
-        return from & (0x00010001u * ((1u << Bits) - 1) << place(j));
-    }
-
-    template <class U>
-    static GPTQ_INLINE U step(const U* word, int j) {
-        constexpr uint32_t ones = A8 ? 0x01010101u : 0x00010001u;
-        if constexpr (Bits != 3) {
-            if (A8 && Bits == 8) return word[0];
-            return (word[0] >> (Bits * j)) & (ones * ((1u << Bits) - 1));
-        }
-        // 2-bit plane in words 0 and 1, 1-bit plane in word 2.
-        const int half = steps / 2, a = j / half, i = j % half;
-        const int high = A8 ? 4 * a + i : i % 4 + 4 * a + 8 * (i / 4);
-        return ((word[a] >> (2 * i)) & (ones * 3)) | (((word[2] >> high) & ones) << 2);
+        const uint32_t mask = 0x00010001u * ((1u << width) - 1) << place(j);
+        const int a = j / (2 * places), upper = j / places % 2;
+        const U from = upper ? U(Halves(word[a]) >> 8) : word[a];
+        if (Bits == 8 && upper) return from;
+        if (Bits != 3) return from & mask;
+        const U top = upper ? word[2] >> (6 + a) : word[2] << (2 - a);
+        return (from & mask) | (top & (0x00040004u << place(j)));
     }
 };
 
@@ -160,7 +164,7 @@ GPTQ_INLINE void quantize16(const Call& c, int row, int b, const float* x, int n
     const float unit = bits_to_float(uint32_t(exponent - 14 + 127) << 23);
     const float inverse = bits_to_float(uint32_t(14 - exponent + 127) << 23);
     const int k0 = c.weight.blocks[3 * b];
-    const size_t stride = c.weight.slots / 2;
+    const size_t stride = c.lane_stride();
     int16_t* q = reinterpret_cast<int16_t*>(c.lanes + size_t(row) * c.planes * stride) + k0;
     alignas(64) int32_t high[kMaxBlock];
     int32_t sum = 0;
@@ -190,7 +194,7 @@ GPTQ_INLINE void quantize8(const Call& c, int row, int b, const float* x, int n,
     const float peak = bits_to_float(largest);
     const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
     const int run = c.weight.bits == 3 ? 16 : 32 / c.weight.bits;  // codes of one word
-    int8_t* q = reinterpret_cast<int8_t*>(c.lanes + size_t(row) * (c.weight.slots / 4)) + c.weight.blocks[3 * b];
+    int8_t* q = reinterpret_cast<int8_t*>(c.lanes + size_t(row) * c.lane_stride()) + c.weight.blocks[3 * b];
     alignas(64) int8_t natural[kMaxBlock];
     int32_t sum = 0;
     for (int i = 0; i < n; ++i) {
@@ -294,7 +298,7 @@ void fused(const Call& c, int m0, int strip) {
     constexpr bool InPlace = C::has_places && Splits % C::places == 0;
     const Weight& w = c.weight;
     const int row0 = m0 * c.planes;
-    const size_t stride = w.slots / C::per_lane;
+    const size_t stride = c.lane_stride();
     F y[Rows][V] = {};
     for (int b = 0; b < w.n_blocks; ++b) {
         const int k0 = w.blocks[3 * b], k1 = w.blocks[3 * b + 1], group = w.blocks[3 * b + 2];
@@ -398,7 +402,7 @@ void tile(const Call& c, const Panel& p, int row0, int row, int strip, int b, fl
     constexpr int V = kStrip / Isa::lanes;
     constexpr int per_lane = Kind == Dot::i16 ? 2 : 4;
     const Weight& w = c.weight;
-    const size_t stride = w.slots / per_lane;
+    const size_t stride = c.lane_stride();
     const int k0 = w.blocks[3 * b], steps = (w.blocks[3 * b + 1] - k0) / per_lane;
     const uint32_t* x = c.lanes + (row0 + row) * stride + k0 / per_lane;
     const size_t at = size_t(row0 + row) * w.n_blocks + b;

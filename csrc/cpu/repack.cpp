@@ -15,7 +15,7 @@ struct Field {
 Field field_of(int bits, int i) {
     const int run = bits == 3 ? 16 : 32 / bits, word = i / run, k = i % run;
     const int field = k % 2 * (run / 2) + k / 2;  // channels 2j and 2j + 1 lie half a word apart
-    return {word, field * (bits == 3 ? 2 : bits), field % 4 + 4 * word + field / 4 * 8};
+    return {word, field * (bits == 3 ? 2 : bits), word + 2 * (field % 4) + 8 * (field / 4)};
 }
 
 int run_of(int bits) { return bits == 3 ? 32 : 32 / bits; }
