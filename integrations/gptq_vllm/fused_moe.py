@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoEQuantConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import (
@@ -36,6 +37,13 @@ class GPTQMoEMethod(FusedMoEMethodBase):
     def __init__(self, config: GPTQBackendConfig, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
         self.config = config
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None and vllm_config.lora_config is not None:
+            # vLLM would wrap the experts even where no adapter touches them, and fail on kernels that are not its own.
+            raise ConfigError(
+                "LoRA on a mixture of experts whose experts are quantized is not supported; leave out --enable-lora, or "
+                "merge the adapter before quantizing"
+            )
         if not apply_moe_activation_supported(layer.activation):
             raise ConfigError(
                 f"{layer.layer_name}: experts with the activation {layer.activation.value!r} are not supported in a "

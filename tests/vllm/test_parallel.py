@@ -61,6 +61,7 @@ def test_experts_go_to_the_wrong_rank(engine: Engine, pair: Engine, tmp_path: Pa
     assert distance(found, logits) < BOUND
 
 
+@pytest.mark.slow
 def test_act_order_is_lost_between_ranks(engine: Engine, pair: Engine) -> None:
     expected = load_file(PEERS / "llama-4-64-actorder.expected.safetensors")
     check(engine, pair, PEERS / "llama-4-64-actorder", expected["input_ids"][0], expected["logits"][0])

@@ -87,6 +87,11 @@ def test_an_expert_is_missing(engine: Engine, tmp_path: Path) -> None:
         engine.logprobs(folder, [1, 2, 3])
 
 
+def test_adapters_on_quantized_experts_fail_late(engine: Engine) -> None:
+    with pytest.raises(EngineError, match="LoRA on a mixture of experts whose experts are quantized is not supported"):
+        engine.logprobs(PEERS / "qwen3_moe-4-32", [1, 2, 3], enable_lora=True, max_lora_rank=8)
+
+
 @pytest.mark.slow
 def test_an_unknown_kernel_is_chosen(start_engine: Callable[..., Engine]) -> None:
     engine = start_engine(GPTQ_BACKEND_KERNEL="fast")
