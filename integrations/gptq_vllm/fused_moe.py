@@ -41,8 +41,8 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         if vllm_config is not None and vllm_config.lora_config is not None:
             # vLLM would wrap the experts even where no adapter touches them, and fail on kernels that are not its own.
             raise ConfigError(
-                "LoRA on a mixture of experts whose experts are quantized is not supported; leave out --enable-lora, or "
-                "merge the adapter before quantizing"
+                "LoRA on a mixture of experts whose experts are quantized is not supported; leave out --enable-lora, "
+                "or merge the adapter before quantizing"
             )
         if not apply_moe_activation_supported(layer.activation):
             raise ConfigError(

@@ -65,7 +65,7 @@ class GPTQLinearMethod(LinearMethodBase):
         announce(layer.segments)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return layer.segments(x, bias)  # type: ignore[operator]
+        return layer.segments.forward(x, bias)  # type: ignore[union-attr,operator]
 
 
 class GPTQHeadMethod(GPTQLinearMethod):

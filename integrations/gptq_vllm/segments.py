@@ -81,14 +81,16 @@ class Segments(nn.Module):
         for part in self.parts:
             ends.append(ends[-1] + part.out_features)  # type: ignore[operator]
         self._ends = tuple(ends)
+        # Looking up children and calling them as modules would cost as much as a small product.
+        self._forwards = tuple(part.forward for part in self.parts)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: float [..., K], bias: [N] or None -> [..., N] in the dtype of x."""
-        if len(self.parts) == 1:
-            return self.parts[0](x, bias)
+        if len(self._forwards) == 1:
+            return self._forwards[0](x, bias)
         outputs = []
-        for i, part in enumerate(self.parts):
-            outputs.append(part(x, None if bias is None else bias[self._ends[i] : self._ends[i + 1]]))
+        for i, multiply in enumerate(self._forwards):
+            outputs.append(multiply(x, None if bias is None else bias[self._ends[i] : self._ends[i + 1]]))
         return torch.cat(outputs, dim=-1)
 
     @property
