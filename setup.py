@@ -42,8 +42,9 @@ class BuildLevels(build_ext):
             if REQUIRED:
                 raise
             self.warn(
-                f"{ext.name} was not built ({error}). gptq_backend works, but on a CPU only its slow plain-torch kernel "
-                "serves. Install g++ or clang++ and install again; GPTQ_BACKEND_REQUIRE_NATIVE=1 shows the error."
+                f"{ext.name} was not built ({error}). gptq_backend works, but on a CPU only its slow plain-torch "
+                "kernel serves. Install g++ or clang++ and install again; GPTQ_BACKEND_REQUIRE_NATIVE=1 shows the "
+                "error."
             )
         finally:
             self.compiler._compile = compile_one

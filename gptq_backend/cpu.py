@@ -282,9 +282,7 @@ torch.library.register_fake("gptq_backend::cpu_dequantize", _dequantize_fake, li
 torch.library.register_autograd("gptq_backend::cpu_gemm", _backward, setup_context=_save_for_backward, lib=_library)
 
 
-def _call(
-    function: Any, a8: bool, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None
-) -> Tensor:
+def _call(function: Any, a8: bool, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
     return function(
         x,
         prepared["qweight"],

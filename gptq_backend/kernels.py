@@ -70,9 +70,7 @@ REFERENCE = Kernel(
 )
 
 CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op)
-CPU_W4A8 = Kernel(
-    "cpu_w4a8", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply_w4a8, cpu.op_w4a8, opt_in=True
-)
+CPU_W4A8 = Kernel("cpu_w4a8", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply_w4a8, cpu.op_w4a8, opt_in=True)
 
 # Fastest first. The reference serves everything and therefore comes last.
 KERNELS: list[Kernel] = [CPU_W4A8, CPU, REFERENCE]

@@ -107,7 +107,7 @@ def to_int32_words(packed: Tensor, dim: int) -> Tensor:
     size = stream.element_size()
     if size < 4 and (short := -stream.shape[-1] % (4 // size)):
         stream = torch.nn.functional.pad(stream, (0, short))
-    return stream.view(torch.int32).movedim(-1, dim).contiguous()
+    return _view(stream, torch.int32).movedim(-1, dim).contiguous()
 
 
 def from_int32_words(packed: Tensor, dtype: torch.dtype, dim: int, length: int) -> Tensor:
@@ -117,4 +117,9 @@ def from_int32_words(packed: Tensor, dtype: torch.dtype, dim: int, length: int) 
     stream = packed.movedim(dim, -1).contiguous()
     if dtype == torch.int64 and stream.shape[-1] % 2:
         stream = torch.nn.functional.pad(stream, (0, 1))
-    return stream.view(dtype)[..., :length].movedim(-1, dim).contiguous()
+    return _view(stream, dtype)[..., :length].movedim(-1, dim).contiguous()
+
+
+def _view(stream: Tensor, dtype: torch.dtype) -> Tensor:
+    """``stream.view(dtype)``, which refuses the strides that a dimension of one element may have."""
+    return stream.reshape(-1).view(dtype).view(*stream.shape[:-1], -1)
