@@ -64,7 +64,7 @@ endif
 	touch $@
 
 # Editable, so that the tests see this tree and nothing else, and the entry points exist.
-$(VENV)/.installed: pyproject.toml Makefile | $(VENV)/.torch
+$(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*/*) | $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[transformers]" "$(TRANSFORMERS)"
 	touch $@
 

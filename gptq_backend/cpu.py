@@ -299,7 +299,7 @@ def _call(function: Any, a8: bool, spec: LinearSpec, prepared: Tensors, x: Tenso
     )
 
 
-apply = functools.partial(_call, gemm, False)
-op = functools.partial(_call, torch.ops.gptq_backend.cpu_gemm, False)
-apply_w4a8 = functools.partial(_call, gemm, True)
-op_w4a8 = functools.partial(_call, torch.ops.gptq_backend.cpu_gemm, True)
+apply: Any = functools.partial(_call, gemm, False)
+op: Any = functools.partial(_call, torch.ops.gptq_backend.cpu_gemm, False)
+apply_w4a8: Any = functools.partial(_call, gemm, True)
+op_w4a8: Any = functools.partial(_call, torch.ops.gptq_backend.cpu_gemm, True)

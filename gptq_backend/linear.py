@@ -169,6 +169,30 @@ class QuantLinear(nn.Module):
         super()._apply(move_only, recurse)
         return self.prepare() if prepared and not self._parameters["qweight"].is_meta else self  # type: ignore[union-attr]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook" and self._kernel is not None and _is_offloaded(self):
+            self._follow_offload(value)
+
+    def _follow_offload(self, hook: Any) -> None:
+        """accelerate has put a prepared layer on the meta device; what it will bring for each call is the
+        ``state_dict()``, hence be a layer of those tensors.
+        """
+        device = next(value for key, value in self._parameters.items() if key != "bias").device  # type: ignore[union-attr]
+        spec = self.stored_spec
+        self._kernel, self.spec = None, spec
+        self._set(
+            {
+                key: torch.empty(shape, dtype=spec.dtypes[key], device=device)
+                for key, shape in spec.shapes.items()
+                if key != "bias"
+            }
+        )
+        for item in getattr(hook, "hooks", [hook]):
+            if getattr(item, "original_devices", None):
+                home = item.original_devices["qweight"]
+                item.original_devices = {key: home for key, value in self._parameters.items() if value is not None}
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for key, tensor in self._stored().items():
             destination[prefix + key] = tensor

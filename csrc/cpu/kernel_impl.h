@@ -122,7 +122,9 @@ GPTQ_INLINE void from_float(Dtype dtype, const float* in, void* out, int n) {
     }
 }
 
-GPTQ_INLINE int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+GPTQ_INLINE int size_of(Dtype dtype) {
+    return dtype == Dtype::f32 ? 4 : 2;
+}
 
 // -- activations -------------------------------------------------------------------------------------------------
 
@@ -154,7 +156,9 @@ GPTQ_INLINE void load_block(const Call& c, int row, int k0, int k1, float* out) 
 }
 
 // Round to nearest, |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low mantissa bits.
-GPTQ_INLINE int32_t round_to_int(float x) { return int32_t(float_to_bits(x + 12582912.0f) - 0x4b400000u); }
+GPTQ_INLINE int32_t round_to_int(float x) {
+    return int32_t(float_to_bits(x + 12582912.0f) - 0x4b400000u);
+}
 
 // Scales are powers of two, so that scaling itself is exact: 16-bit floats within 7 (bf16) or 4 (fp16) binades of the
 // block's largest value lose nothing, the rest at most 2^-16 of it.
@@ -501,10 +505,18 @@ void multiply_as(const Call& c, int m0, int m1, int s0, int s1) {
     if (rows > kMaxFused) return panel<Isa, Bits, A8>(c, m0, m1, s0, s1);
     for (int s = s0; s < s1; ++s) {
         switch (rows) {
-            case 1: fused<Isa, Bits, A8, 1>(c, m0, s); break;
-            case 2: fused<Isa, Bits, A8, 2>(c, m0, s); break;
-            case 3: fused<Isa, Bits, A8, 3>(c, m0, s); break;
-            case 4: fused<Isa, Bits, A8, 4>(c, m0, s); break;
+            case 1:
+                fused<Isa, Bits, A8, 1>(c, m0, s);
+                break;
+            case 2:
+                fused<Isa, Bits, A8, 2>(c, m0, s);
+                break;
+            case 3:
+                fused<Isa, Bits, A8, 3>(c, m0, s);
+                break;
+            case 4:
+                fused<Isa, Bits, A8, 4>(c, m0, s);
+                break;
         }
     }
 }
@@ -512,10 +524,14 @@ void multiply_as(const Call& c, int m0, int m1, int s0, int s1) {
 template <class Isa, bool A8>
 void multiply_bits(const Call& c, int m0, int m1, int s0, int s1) {
     switch (c.weight.bits) {
-        case 2: return multiply_as<Isa, 2, A8>(c, m0, m1, s0, s1);
-        case 3: return multiply_as<Isa, 3, A8>(c, m0, m1, s0, s1);
-        case 4: return multiply_as<Isa, 4, A8>(c, m0, m1, s0, s1);
-        case 8: return multiply_as<Isa, 8, A8>(c, m0, m1, s0, s1);
+        case 2:
+            return multiply_as<Isa, 2, A8>(c, m0, m1, s0, s1);
+        case 3:
+            return multiply_as<Isa, 3, A8>(c, m0, m1, s0, s1);
+        case 4:
+            return multiply_as<Isa, 4, A8>(c, m0, m1, s0, s1);
+        case 8:
+            return multiply_as<Isa, 8, A8>(c, m0, m1, s0, s1);
     }
 }
 

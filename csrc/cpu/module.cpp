@@ -19,9 +19,18 @@ void gemm(uintptr_t x, int dtype, int rows, uintptr_t words, uintptr_t scales, i
           uintptr_t perm, uintptr_t blocks, int bits, int in_features, int out_features, int slots, int groups,
           int n_blocks, uintptr_t bias, int bias_dtype, uintptr_t y, bool a8, int threads) {
     gptq::Call call{};
-    call.weight = {at<uint32_t>(words), at<void>(scales),  at<uint8_t>(zeros), at<int32_t>(perm),
-                   at<int32_t>(blocks), Dtype(scales_dtype), bits,              in_features,
-                   out_features,        slots,               groups,            n_blocks};
+    call.weight = {at<uint32_t>(words),
+                   at<void>(scales),
+                   at<uint8_t>(zeros),
+                   at<int32_t>(perm),
+                   at<int32_t>(blocks),
+                   Dtype(scales_dtype),
+                   bits,
+                   in_features,
+                   out_features,
+                   slots,
+                   groups,
+                   n_blocks};
     call.x = at<void>(x);
     call.dtype = Dtype(dtype);
     call.rows = rows;

@@ -18,8 +18,12 @@ Field field_of(int bits, int i) {
     return {word, field * (bits == 3 ? 2 : bits), word + 2 * (field % 4) + 8 * (field / 4)};
 }
 
-int run_of(int bits) { return bits == 3 ? 32 : 32 / bits; }
-int words_of(int bits) { return bits == 3 ? 3 : 1; }
+int run_of(int bits) {
+    return bits == 3 ? 32 : 32 / bits;
+}
+int words_of(int bits) {
+    return bits == 3 ? 3 : 1;
+}
 
 void put(int bits, const Field& f, uint32_t code, uint32_t* word) {
     if (bits != 3) {
