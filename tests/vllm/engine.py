@@ -25,6 +25,8 @@ OPTIONS = {
     "quantization": "gptq",
     "dtype": "bfloat16",
     "max_model_len": 128,
+    "max_num_batched_tokens": 256,  # small, since vLLM warms up with as many
+    "max_num_seqs": 16,
     "max_logprobs": -1,
     "skip_tokenizer_init": True,
     "enforce_eager": True,
