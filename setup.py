@@ -23,7 +23,7 @@ LEVELS = {
     "level_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
 }
 SANITIZE = os.environ.get("GPTQ_BACKEND_SANITIZE")  # e.g. address,undefined
-EXTRA = ["-g", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
+EXTRA = ["-g", "-O1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 
 
 class BuildLevels(build_ext):
