@@ -124,7 +124,7 @@ def print_table(results: dict[str, Any], scores: dict[str, Any], original: Path,
     console.print(table)
     print(f"Before is bfloat16 on disk and float32 in memory. Compared on {scores['tokens']} tokens.")
     if after["tokens_per_second"] < before["tokens_per_second"]:
-        print("After is slower here: the plain-torch reference kernel unpacks the weights at every use.")
+        print("After is slower here; docs/benchmarks.md shows what to expect of the kernels.")
 
 
 if __name__ == "__main__":

@@ -287,6 +287,7 @@ def test_installs_without_a_compiler_and_says_what_is_lost(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @native
+@pytest.mark.timeout(1800)  # compiling every level with sanitizers takes minutes
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
     subprocess.run(
