@@ -20,7 +20,9 @@ from tests.test_weight import random_weight
 def layer(bits: int = 4, act_order: bool = True, bias: bool = True, **options: int) -> QuantLinear:
     sizes = {"columns": 64, "outputs": 32, "size": 16, **options}
     weight = random_weight(bits, **sizes, act_order=act_order)
-    return QuantLinear.from_weight(weight, torch.randn(sizes["outputs"]) if bias else None, name="model.layers.0.q_proj").unprepare()
+    return QuantLinear.from_weight(
+        weight, torch.randn(sizes["outputs"]) if bias else None, name="model.layers.0.q_proj"
+    ).unprepare()
 
 
 def bytes_of(state: dict[str, Tensor]) -> dict[str, bytes]:
