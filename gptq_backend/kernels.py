@@ -77,8 +77,8 @@ KERNELS: list[Kernel] = [CPU_W4A8, CPU, REFERENCE]
 
 
 def kernel_report(spec: LinearSpec, device: torch.device) -> dict[str, str | None]:
-    """``{row: None if it can serve spec on device, else why not}``, fastest first."""
-    return {kernel.name: kernel.supports(spec, device) for kernel in KERNELS}
+    """``{row: None if it can serve spec on device, else why not}``, fastest first, without the opt-in rows."""
+    return {kernel.name: kernel.supports(spec, device) for kernel in KERNELS if not kernel.opt_in}
 
 
 def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = None) -> Kernel:
@@ -88,9 +88,8 @@ def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = Non
         ConfigError: no row of that name, or it cannot serve the layer (with its reason).
     """
     if name in (None, "auto"):
-        rows = [kernel for kernel in KERNELS if not kernel.opt_in]
-        reasons = {kernel.name: kernel.supports(spec, device) for kernel in rows}
-        chosen = next(kernel for kernel in rows if reasons[kernel.name] is None)
+        reasons = kernel_report(spec, device)
+        chosen = next(kernel for kernel in KERNELS if kernel.name in reasons and reasons[kernel.name] is None)
         if chosen is REFERENCE:
             why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
             _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())
