@@ -254,12 +254,12 @@ def test_threads_follow_torch_and_do_not_change_the_result() -> None:
     """One thread starts no pool; two give bit for bit the same."""
     code = """
 import os, torch
+torch.set_num_threads(1)
 from gptq_backend import kernels
 from tests.test_cpu import prepared, random_weight
 threads = lambda: len(os.listdir("/proc/self/task"))
 spec, tensors = prepared(random_weight(4, 512, 512, 128))
 x = torch.randn(64, 512)
-torch.set_num_threads(1)
 before = threads()
 one = kernels.CPU.apply(spec, tensors, x, None)
 assert threads() == before
