@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import packing
+from .slots import group_slots, source_channels
 from .weight import LinearSpec, unpack_zeros
 
 Tensors = dict[str, Tensor]
@@ -60,39 +61,15 @@ def _run(bits: int) -> int:
     return 32 if bits == 3 else 32 // bits
 
 
-def _source_channels(spec: LinearSpec) -> int:
-    """Input channels that the words of the checkpoint have room for, tail included."""
-    return spec.shapes["qweight"][0] * spec.word_dtype.itemsize * 8 // spec.bits
-
-
-def _slots(spec: LinearSpec, g_idx: Tensor | None) -> tuple[Tensor | None, Tensor, int]:
-    """perm, blocks and the number of slots. g_idx: int [K], or None without act-order."""
-    run, size = _run(spec.bits), spec.group_size
-    if g_idx is None:
-        counts = torch.full((spec.groups,), size)
-        counts = (spec.in_features - torch.arange(spec.groups) * size).clamp(min=0).minimum(counts)
-    else:
-        counts = torch.bincount(g_idx.long(), minlength=spec.groups)
-    padded = (counts + run - 1) // run * run
-    ends = padded.cumsum(0)
+def _blocks(sizes: Tensor) -> Tensor:
+    """int32 [blocks, 3]. sizes: slots of each group."""
+    ends = sizes.cumsum(0)
     blocks = [
         (first, min(first + _MAX_BLOCK, end), group)
-        for group, (start, end) in enumerate(zip((ends - padded).tolist(), ends.tolist()))
+        for group, (start, end) in enumerate(zip((ends - sizes).tolist(), ends.tolist()))
         for first in range(start, end, _MAX_BLOCK)
     ]
-    used, channels = int(ends[-1]), _source_channels(spec)
-    if g_idx is None and (size % run == 0 or spec.groups == 1):
-        perm, slots = None, math.ceil(max(used, channels) / 32) * 32
-    else:
-        # Channels that only fill the last words have no block: they are carried for the way back.
-        slots = math.ceil((used + channels - spec.in_features) / 32) * 32
-        perm = torch.full((slots,), -1, dtype=torch.int32)
-        index = spec.trivial_g_idx.long() if g_idx is None else g_idx.long()
-        order = torch.sort(index, stable=True).indices
-        rank = torch.arange(spec.in_features) - (counts.cumsum(0) - counts)[index[order]]
-        perm[(ends - padded)[index[order]] + rank] = order.int()
-        perm[used : used + channels - spec.in_features] = torch.arange(spec.in_features, channels, dtype=torch.int32)
-    return perm, torch.tensor(blocks, dtype=torch.int32).view(-1, 3), slots
+    return torch.tensor(blocks, dtype=torch.int32).view(-1, 3)
 
 
 def _strips(rows: Tensor) -> Tensor:
@@ -125,14 +102,14 @@ def _repack(function: Any, source: Tensor, words: Tensor, perm: Tensor | None, s
 def prepare(spec: LinearSpec, tensors: Tensors) -> Tensors:
     """Checkpoint tensors -> the tensors above."""
     g_idx = tensors["g_idx"] if spec.act_order else None
-    perm, blocks, slots = _slots(spec, g_idx)
+    perm, sizes, slots = group_slots(spec, g_idx, _run(spec.bits), 32)
     source = packing.to_int32_words(tensors["qweight"], 0).contiguous()
     if spec.bits == 3:  # codes that cross words, or planes
-        source = packing.unpack(source, 3, _source_channels(spec), spec.planar).contiguous()
+        source = packing.unpack(source, 3, source_channels(spec), spec.planar).contiguous()
     strips = math.ceil(spec.out_features / _STRIP)
     words = torch.empty((strips, slots * spec.bits // 32, _STRIP), dtype=torch.int32)
     _repack(_cpu.pack, source, words, perm, spec.bits)
-    prepared = {"qweight": words, "scales": _strips(tensors["scales"]), "blocks": blocks}
+    prepared = {"qweight": words, "scales": _strips(tensors["scales"]), "blocks": _blocks(sizes)}
     if not spec.sym:
         prepared["zeros"] = _strips(unpack_zeros(spec, tensors["qzeros"]))
     if perm is not None:
@@ -144,7 +121,7 @@ def unprepare(spec: LinearSpec, prepared: Tensors) -> Tensors:
     """The checkpoint tensors again, bit for bit."""
     rows = spec.shapes["qweight"][0]
     if spec.bits == 3:
-        codes = torch.empty((_source_channels(spec), spec.out_features), dtype=torch.uint8)
+        codes = torch.empty((source_channels(spec), spec.out_features), dtype=torch.uint8)
         _repack(_cpu.unpack, codes, prepared["qweight"], prepared.get("perm"), spec.bits)
         if spec.planar:
             codes = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % 32))
