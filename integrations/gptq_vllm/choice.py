@@ -22,8 +22,9 @@ def serves(settings: Mapping[str, Any], requested: str | None) -> bool:
 
     Logs the decision and its reason once per process.
     """
-    method = settings.get("quant_method") or settings.get("method")
-    if str(method).lower() != "gptq" or requested not in (None, *OURS):
+    # AutoGPTQ wrote no method at first; then it is the user's word that counts.
+    method = settings.get("quant_method") or settings.get("method") or requested
+    if str(method).lower() not in OURS or requested not in (None, *OURS):
         return False
     if requested is not None:
         reason = f"--quantization {requested} asks for it"

@@ -26,6 +26,7 @@ from .checkpoint import PARTS, Checkpoint, Use
 logger = init_logger(f"vllm.{__name__}")
 
 KERNEL_VARIABLE = "GPTQ_BACKEND_KERNEL"
+HEAD = "lm_head"
 
 
 class GPTQBackendConfig(QuantizationConfig):
@@ -44,7 +45,7 @@ class GPTQBackendConfig(QuantizationConfig):
         self.settings = QuantizeConfig.from_dict(settings)
         self.backend = _requested_kernel()
         self._checkpoint: Checkpoint | None = None
-        self._model: tuple[str, str | None] | None = None
+        self._model: tuple[str, Any, str | None] | None = None
         self._renamings: list[WeightsMapper] = []
         self._uses: dict[str, Use] = {}
         self._specs: dict[str, LinearSpec] | None = None
@@ -90,9 +91,9 @@ class GPTQBackendConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the headers of a local checkpoint: a damaged one stops the server before it starts processes."""
-        self._model = (model_name, revision)
+        self._model = (model_name, hf_config, revision)
         if Path(model_name).is_dir():
-            self._checkpoint = Checkpoint(model_name, self.full_config)
+            self._open(model_name)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from .fused_moe import GPTQMoEMethod
@@ -124,13 +125,26 @@ class GPTQBackendConfig(QuantizationConfig):
         if self._checkpoint is None:
             if self._model is None:
                 raise ConfigError("vLLM did not tell where the model is; this version of vLLM is not supported")
-            name, revision = self._model
+            name, _, revision = self._model
             load = get_current_vllm_config().load_config
-            folder = download_weights_from_hf(name, load.download_dir, ["*.safetensors"], revision)
-            self._checkpoint = Checkpoint(folder, self.full_config)
-            for renaming in self._renamings:
-                self._checkpoint.rename(renaming)
+            self._open(download_weights_from_hf(name, load.download_dir, ["*.safetensors", "*.bin"], revision))
+        assert self._checkpoint is not None
         return self._checkpoint
+
+    def _open(self, folder: str) -> None:
+        self._checkpoint = checkpoint = Checkpoint(folder, self.full_config)
+        for renaming in self._renamings:
+            checkpoint.rename(renaming)
+        hf_config = self._model[1] if self._model else None
+        if f"{HEAD}.qweight" in checkpoint.manifest and getattr(hf_config, "tie_word_embeddings", False):
+            logger.info("%s is quantized, so it is not the embedding, though config.json ties them", HEAD)
+            hf_config.tie_word_embeddings = False  # else models take the embedding and never ask for a head
+        fused = [name for name in checkpoint.manifest if name.endswith("query_key_value.qweight")]
+        if fused and getattr(hf_config, "model_type", None) == "bloom":
+            raise ConfigError(
+                f"{fused[0]}: vLLM's Bloom sorts the rows of this layer as if it were dense, so that it cannot be "
+                "served quantized; use transformers, or quantize with query_key_value left in 16 bits"
+            )
 
     def shard_names(self, prefix: str) -> list[str]:
         """vLLM's names, in order, of the layers that are stored separately and fused in the model."""

@@ -90,6 +90,8 @@ def add_parameters(
             return receive(_part, loaded_weight, *args, **kwargs)
 
         set_weight_attrs(parameter, {"weight_loader": load})
+        if part != "g_idx":  # for models that sort the output channels of their file before they call the loader
+            set_weight_attrs(parameter, {"output_dim": 0 if part == "weight" else 1})
         layer.register_parameter(rename.format(part), parameter)
 
 

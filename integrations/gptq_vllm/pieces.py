@@ -110,12 +110,13 @@ class Piece:
         g_idx = spec.trivial_g_idx if self.g_idx is None else self.g_idx
         used, local = torch.unique(g_idx[first:last], return_inverse=True)
         used = used.long()
-        aligned = self.g_idx is None and first % spec.group_size == 0
+        # A single group has no order, whatever it was cut from.
+        aligned = len(used) == 1 or (self.g_idx is None and first % spec.group_size == 0)
         spec = dataclasses.replace(
             spec,
             in_features=count,
             groups=len(used),
-            group_size=min(spec.group_size, count),
+            group_size=count if len(used) == 1 else min(spec.group_size, count),
             has_g_idx=not aligned,
             act_order=not aligned,
         )

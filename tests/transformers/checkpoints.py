@@ -66,7 +66,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def tiny(model_type: str = "llama", **changes: Any) -> nn.Module:
-    """An unquantized model with random weights."""
+    """An unquantized model with random weights; a change of ``...`` removes the key."""
     torch.manual_seed(0)
     if model_type == "gpt2":
         config = AutoConfig.for_model(
@@ -82,7 +82,8 @@ def tiny(model_type: str = "llama", **changes: Any) -> nn.Module:
     else:
         extra = {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "mixtral" else {}
         model_type = {"gemma3": "gemma3_text"}.get(model_type, model_type)
-        config = AutoConfig.for_model(model_type, **{**_SIZES, **extra, **changes})
+        sizes = {key: value for key, value in {**_SIZES, **extra, **changes}.items() if value is not ...}
+        config = AutoConfig.for_model(model_type, **sizes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -37,6 +37,8 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         ({}, "auto_gptq", False, False),
         ({}, "gptq_marlin", False, False),
         ({"quant_method": "awq"}, "gptq", False, False),
+        ({"quant_method": ""}, "gptq", True, True),  # as AutoGPTQ wrote it at first, filled in by vLLM
+        ({"quant_method": ""}, None, False, False),
         ({"desc_act": True}, None, True, True),
         ({"desc_act": True, "group_size": -1}, None, True, False),
         ({"sym": False}, None, True, True),

@@ -76,6 +76,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"group_size": 32, "lm_head": True},
         {"tie_word_embeddings": True},
     ),
+    "falcon, which sorts the rows of qkv": (
+        "falcon",
+        {"group_size": 32, "desc_act": True},
+        {"head_dim": ..., "new_decoder_architecture": True, "num_kv_heads": 1, "ffn_hidden_size": 256},
+    ),
     "a tied head left dense": ("llama", {"group_size": 32}, {"tie_word_embeddings": True}),
 }
 
@@ -95,7 +100,6 @@ IN_SHORT = (
     "a dense shard of a fused layer",
     "mixtral, some experts dense",
     "an 8-bit head, asym",
-    "a quantized head where embeddings were tied",
 )
 
 
@@ -142,6 +146,15 @@ def test_the_settings_in_quantize_config_are_not_read(engine: Engine, folder: Pa
     config = json.loads((folder / "config.json").read_text())
     (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
     (folder / "config.json").write_text(json.dumps(config))
+    assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
+
+
+def test_a_config_that_ties_a_quantized_head_is_believed(engine: Engine, folder: Path) -> None:
+    model = tiny(tie_word_embeddings=True)
+    settings = QuantizeConfig(group_size=32, lm_head=True, dynamic={"lm_head": {"bits": 2}})  # coarse, so it shows
+    expected = write(folder, model, settings)[0]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
 
 

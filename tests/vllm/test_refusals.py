@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gptq_backend import ConfigError
 from tests.transformers.checkpoints import PEERS, rewrite
 from tests.vllm.engine import Engine, EngineError
 
@@ -76,6 +78,18 @@ def test_a_missing_shard_is_not_noticed(engine: Engine, tmp_path: Path) -> None:
         EngineError, match=f"1 of 2 shards named in model.safetensors.index.json are missing.*{files[1]}"
     ):
         engine.logprobs(folder, [1, 2, 3])
+
+
+def test_bloom_is_served_with_its_rows_in_disorder(tmp_path: Path) -> None:
+    from gptq_vllm.config import GPTQBackendConfig
+
+    folder = tmp_path / "model"
+    shutil.copytree(PEERS / "llama-4-32-sym", folder)
+    name = "h.0.self_attention.query_key_value"
+    rewrite(folder, lambda tensors: {key.replace(LAYER, name): value for key, value in tensors.items()})
+    config = GPTQBackendConfig({"quant_method": "gptq", "bits": 4, "group_size": 32})
+    with pytest.raises(ConfigError, match=f"{name}.qweight: vLLM's Bloom sorts the rows"):
+        config.maybe_update_config(str(folder), SimpleNamespace(model_type="bloom"))
 
 
 def test_an_expert_is_missing(engine: Engine, tmp_path: Path) -> None:
