@@ -109,7 +109,12 @@ def test_a_killed_client_stops_the_server(server: Server, client: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_burst_of_200_requests_stops_the_server(server: Server, client: Any) -> None:
+def test_a_burst_of_200_requests_stops_the_server(server: Server) -> None:
+    import openai
+
+    # Connections of its own: the client and the server both drop an idle one after five seconds, and a request sent
+    # at that moment is lost in any client that does not try again.
+    client = openai.OpenAI(base_url=server.url, api_key="none", timeout=120, max_retries=0)
     with concurrent.futures.ThreadPoolExecutor(200) as pool:
         answers = list(pool.map(lambda i: _complete(client, i, tokens=1 + i % 32), range(200)))
     assert [len(tokens) for tokens in answers] == [1 + i % 32 for i in range(200)]
