@@ -163,7 +163,7 @@ def gemm(
         ValueError: x is not a floating-point CPU tensor with K columns.
     """
     dtype = _DTYPES.get(x.dtype)
-    if not x.is_cpu or not x.is_floating_point() or x.shape[-1] != in_features:
+    if not x.is_cpu or not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point with a last dimension of "
             f"{in_features} on the CPU"
@@ -172,8 +172,8 @@ def gemm(
         layout = (qweight, scales, zeros, perm, blocks, in_features, out_features, bits)
         y = x @ dequantize(*layout, x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
-    if bias is not None and bias.dtype not in _DTYPES:
-        bias = bias.float()
+    if bias is not None:
+        bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     _cpu.gemm(

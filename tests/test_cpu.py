@@ -240,8 +240,17 @@ def test_x_that_is_a_view() -> None:
 
 
 @native
+def test_bias_that_is_a_view() -> None:
+    weight, bias = random_weight(4, 64, 32, 32), torch.randn(64)[::2]
+    spec, tensors = prepared(weight)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(kernels.CPU.apply(spec, tensors, x, bias), x @ weight.dequantize().t() + bias)
+
+
+@native
 @pytest.mark.parametrize(
-    "x", [torch.randn(2, 63), torch.ones(2, 64, dtype=torch.int64), torch.empty(2, 64, device="meta")]
+    "x",
+    [torch.randn(2, 63), torch.ones(2, 64, dtype=torch.int64), torch.empty(2, 64, device="meta"), torch.tensor(1.0)],
 )
 def test_x_that_cannot_be_read_is_refused(x: Tensor) -> None:
     spec, tensors = prepared(random_weight(4, 64, 32, 32))

@@ -50,35 +50,40 @@ struct Codes {
     static constexpr int per_lane = A8 ? 4 : 2;
     static constexpr int steps = run / per_lane;
     static constexpr Dot dot = !A8 ? Dot::i16 : (Bits == 8 ? Dot::i8 : Dot::i8_nibbles);
+    // 3-bit planes are joined to 4-bit fields first: words 0 and 1 give one word of even and one of odd fields each.
+    static constexpr int width = Bits == 3 ? 4 : Bits;
+    static constexpr int joined(int j) { return Bits == 3 ? j / (steps / 2) * 2 + j % 2 : 0; }
+    static constexpr int field(int j) { return Bits == 3 ? j % (steps / 2) / 2 : j; }
+
+    template <class U>
+    static GPTQ_INLINE U join(const U* word, int i) {
+        if constexpr (Bits != 3) return word[0];
+        const int a = i / 2;
+        if (i % 2) return ((word[a] >> 2) & 0x33333333u) | ((word[2] >> a) & 0x44444444u);
+        return (word[a] & 0x33333333u) | ((word[2] << (2 - a)) & 0x44444444u);
+    }
 
     template <class U>
     static GPTQ_INLINE U step(const U* word, int j) {
         constexpr uint32_t ones = A8 ? 0x01010101u : 0x00010001u;
-        if constexpr (Bits == 3) {  // 2-bit planes in words 0 and 1, 1-bit plane in word 2
-            const int half = steps / 2, a = j / half, i = j % half;
-            const int high = a + 2 * (i % 4) + 8 * (i / 4) - 2;
-            const U top = high < 0 ? word[2] << -high : word[2] >> (high < 0 ? 0 : high);
-            return ((word[a] >> (2 * i)) & (ones * 3)) | (top & (ones * 4));
-        }
-        if (A8 && Bits == 8) return word[0];
-        return (word[0] >> (Bits * j)) & (ones * ((1u << Bits) - 1));
+        const U from = join(word, joined(j));
+        if (A8 && Bits == 8) return from;
+        return (from >> (width * field(j))) & (ones * ((1u << width) - 1));
     }
 
     // For a single use it is cheaper to leave the codes where they stand, times 2^place(j), and to divide the sums.
-    static constexpr bool has_places = !A8;
-    static constexpr int width = Bits == 3 ? 2 : Bits, places = 8 / width;
-    static constexpr int place(int j) { return width * (j % places); }
+    static constexpr int places = 8 / width;
+    static constexpr int place(int j) { return width * (field(j) % places); }
+    static constexpr bool has_places(int splits) { return !A8 && splits % (Bits == 3 ? 2 * places : places) == 0; }
 
     template <class U>
     static GPTQ_INLINE U step_in_place(const U* word, int j) {
         typedef uint16_t Halves __attribute__((vector_size(sizeof(U))));
-        const uint32_t mask = 0x00010001u * ((1u << width) - 1) << place(j);
-        const int a = j / (2 * places), upper = j / places % 2;
-        const U from = upper ? U(Halves(word[a]) >> 8) : word[a];
-        if (Bits == 8 && upper) return from;
-        if (Bits != 3) return from & mask;
-        const U top = upper ? word[2] >> (6 + a) : word[2] << (2 - a);
-        return (from & mask) | (top & (0x00040004u << place(j)));
+        const U from = join(word, joined(j));
+        const bool upper = field(j) >= places;
+        const U codes = upper ? U(Halves(from) >> 8) : from;
+        if (Bits == 8 && upper) return codes;
+        return codes & (0x00010001u * ((1u << width) - 1) << place(j));
     }
 };
 
@@ -299,7 +304,7 @@ void fused(const Call& c, int m0, int strip) {
     // Chains of dependent sums: enough of them to hide the latency of dot.
     constexpr int Chains = Rows * V >= 8 ? 1 : (Rows * V >= 4 ? 2 : 4);
     constexpr int Splits = Chains < C::steps ? Chains : C::steps;
-    constexpr bool InPlace = C::has_places && Splits % C::places == 0;
+    constexpr bool InPlace = C::has_places(Splits);
     const Weight& w = c.weight;
     const int row0 = m0 * c.planes;
     const size_t stride = c.lane_stride();
