@@ -69,17 +69,21 @@ class Engine:
         else:
             variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(i) for i in range(ranks)))
             self._options["tensor_parallel_size"] = ranks
+        self._environment = environment(cache, **variables)
+        self._start()
+
+    def _start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("engine_process.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log.open("ab"),
-            env=environment(cache, **variables),
+            stderr=self.log.open("ab"),
+            env=self._environment,
             text=True,
             start_new_session=True,
         )
         self._answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._listen, args=(self._process, self._answers), daemon=True).start()
 
     def logprobs(self, folder: Path, ids: Sequence[int] | Tensor, **kwargs: Any) -> Tensor:
         """[len(ids) - 1, vocabulary] log-probabilities of the token after each prefix of the prompt."""
@@ -113,6 +117,8 @@ class Engine:
             "logprobs": logprobs,
             "lora": None if lora is None else str(lora),
         }
+        if self._process.poll() is not None:  # so that one test that took too long does not fail the others
+            self._start()
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -135,11 +141,12 @@ class Engine:
         """All that vLLM printed so far."""
         return self.log.read_text(errors="replace")
 
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answers.put(line)
-        self._answers.put("")
+    @staticmethod
+    def _listen(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            answers.put(line)
+        answers.put("")
 
     def _tail(self) -> str:
         return f"end of {self.log}:\n" + "\n".join(self.text().splitlines()[-30:])

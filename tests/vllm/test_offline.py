@@ -30,7 +30,9 @@ def distance(found: Tensor, logits: Tensor) -> float:
 
 def peer_distance(engine: Engine, name: str, **options: Any) -> float:
     expected = load_file(PEERS / f"{name}.expected.safetensors")
-    return distance(engine.logprobs(PEERS / name, expected["input_ids"][0], **options), expected["logits"][0])
+    value = distance(engine.logprobs(PEERS / name, expected["input_ids"][0], **options), expected["logits"][0])
+    print(f"{name} {options}: {value:.4f}")  # pytest -rP shows it
+    return value
 
 
 # vLLM takes a quarter of a minute to look at an architecture that it has not seen before.

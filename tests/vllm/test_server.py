@@ -108,7 +108,6 @@ def test_a_killed_client_stops_the_server(server: Server, client: Any) -> None:
     assert server.healthy()
 
 
-@pytest.mark.slow
 def test_a_burst_of_200_requests_stops_the_server(server: Server) -> None:
     import openai
 
