@@ -13,6 +13,7 @@ act-order, ragged groups and slices of either are one case:
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -27,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 _cpu: Any
 try:
-    from . import _cpu  # type: ignore[attr-defined, no-redef]
+    _cpu = importlib.import_module("gptq_backend._cpu")
 except ImportError as error:
     _cpu, _MISSING = None, f"the native extension is not there ({error}); reinstall with a C++ compiler"
 

@@ -281,16 +281,19 @@ assert torch.equal(one, two)
 
 
 def test_installs_without_a_compiler_and_says_what_is_lost(tmp_path: Path) -> None:
-    def build(**variables: str) -> subprocess.CompletedProcess[str]:
+    def build(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command = ["setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")]
         environment = {key: value for key, value in os.environ.items() if key != "GPTQ_BACKEND_REQUIRE_NATIVE"}
-        environment |= {"CC": "no-such-compiler", "CXX": "no-such-compiler"} | variables
-        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT)
+        environment |= {"CC": "no-such-compiler", "CXX": "no-such-compiler", "GPTQ_BACKEND_CUDA": "0"} | variables
+        return subprocess.run(
+            [sys.executable, *command, *options], env=environment, capture_output=True, text=True, cwd=ROOT
+        )
 
     pytest.importorskip("pybind11", reason="pybind11 builds the extension; it is part of the test extra")
-    done = build()
-    assert done.returncode == 0, done.stderr
-    assert "only its slow plain-torch kernel serves. Install g++ or clang++" in done.stderr
+    for options in ([], ["--inplace"]):  # as `pip install .` and `pip install -e .` do
+        done = build(*options)
+        assert done.returncode == 0, done.stderr
+        assert "only its slow plain-torch kernel serves. Install g++ or clang++" in done.stderr
     assert build(GPTQ_BACKEND_REQUIRE_NATIVE="1").returncode != 0
 
 
@@ -301,7 +304,8 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path)
     pytest.importorskip("pybind11")
     subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")],
-        env=os.environ | {"GPTQ_BACKEND_SANITIZE": "address,undefined", "GPTQ_BACKEND_REQUIRE_NATIVE": "1"},
+        env=os.environ
+        | {"GPTQ_BACKEND_SANITIZE": "address,undefined", "GPTQ_BACKEND_REQUIRE_NATIVE": "1", "GPTQ_BACKEND_CUDA": "0"},
         check=True,
         capture_output=True,
         cwd=ROOT,
