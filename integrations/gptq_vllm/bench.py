@@ -1,6 +1,6 @@
 """Tokens per second of vLLM on a CPU, models against each other, and where the time goes.
 
-    python -m gptq_vllm.bench NAME=FOLDER[:QUANTIZATION] ... [--rounds N] [--compile] [--tokens N]
+    python -m gptq_vllm.bench NAME=FOLDER[:QUANTIZATION] ... [--rounds N] [--compile] [--tokens N] [--json FILE]
 
 Every model is loaded once, in a process of its own with the same options, and they take turns, so that other load on
 the machine hits all of them alike. Reports the median over rounds.
@@ -16,7 +16,12 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+import torch
+
+from gptq_backend.bench.machine import describe_machine
 
 PROMPT = 512
 CASES = ("decode", "batch 8", "prefill")
@@ -28,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="to generate per sequence")
     parser.add_argument("--compile", action="store_true", help="vLLM's default mode instead of eager")
+    parser.add_argument("--json", type=Path, help="also write the figures there; rounds of earlier runs are kept")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -40,7 +46,7 @@ def main() -> None:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         _ask(child, "warm up")
         children[entry.partition("=")[0]] = child
-    rates: dict[str, dict[str, list[float]]] = {name: collections.defaultdict(list) for name in children}
+    rates = _earlier(arguments.json)
     for _ in range(arguments.rounds):
         for case in CASES:
             for name, child in children.items():
@@ -48,15 +54,37 @@ def main() -> None:
     print("tokens/s".ljust(16), *(case.rjust(16) for case in CASES))
     for name, found in rates.items():
         cells = (f"{statistics.median(found[c]):8.1f} {min(found[c]):.0f}-{max(found[c]):.0f}" for c in CASES)
-        print(name.ljust(16), *(cell.rjust(16) for cell in cells))
+        print(name.ljust(16), *(cell.rjust(16) for cell in cells), flush=True)
+    _write(arguments.json, rates, {})
+    steps: dict[str, dict[str, dict[str, float]]] = collections.defaultdict(dict)
     if not arguments.compile:
         for name, child in children.items():
-            for case in ("decode", "prefill"):
-                shares = _ask(child, f"profile {case}")
-                print(f"{name}, {case}, ms per step:", ", ".join(f"{key} {value:.2f}" for key, value in shares.items()))
+            for case in CASES:
+                steps[name][case] = _ask(child, f"profile {case}")
+                shares = ", ".join(f"{kind} {value:.2f}" for kind, value in steps[name][case].items())
+                print(f"{name}, {case}, ms per step: {shares}", flush=True)
+        _write(arguments.json, rates, steps)
     for child in children.values():
         child.stdin.close()  # type: ignore[union-attr]
         child.wait()
+
+
+def _earlier(file: Path | None) -> dict[str, dict[str, list[float]]]:
+    rates: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    if file is not None and file.exists():
+        for name, cases in json.loads(file.read_text())["tokens/s"].items():
+            rates[name].update(cases)
+    return rates
+
+
+def _write(file: Path | None, rates: dict[str, Any], steps: dict[str, Any]) -> None:
+    if file is None:
+        return
+    import vllm
+
+    machine = describe_machine(torch.device("cpu"), " ".join(["python -m gptq_vllm.bench", *sys.argv[1:]]))
+    report = {"machine": machine, "vllm": vllm.__version__, "tokens/s": rates, "ms per step": steps}
+    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _ask(child: subprocess.Popen[str], question: str) -> Any:
@@ -144,7 +172,7 @@ def _profile(engine: Any, case: str, tokens: int) -> dict[str, float]:
 
     handles = engine.apply_model(watch_all)[0]
     steps = 1 if case == "prefill" else tokens
-    whole = _seconds(engine, 1, PROMPT if case == "prefill" else 1, steps)
+    whole = _seconds(engine, 8 if case == "batch 8" else 1, PROMPT if case == "prefill" else 1, steps)
     for handle in handles:
         handle.remove()
     model = spent.pop("model")
