@@ -34,7 +34,7 @@ class Row:
     """One kernel on one problem; the figures after ``error`` are missing when there is a ``reason``.
 
     Args:
-        kernel: row of the kernel table, ``F.linear``, ``aten int4pack`` or a peer.
+        kernel: row of the kernel table, ``F.linear``, ``aten int4pack``, a peer, or ``reading alone`` (CPU).
         N, K, M: ``y[M, N] = x[M, K] @ W[N, K].T``. The next arguments: see :class:`Problem`.
         copies, rotated_bytes: of the weight, which the calls go through in turn.
         error: norm-relative distance from float64, on a sample of the outputs.
@@ -99,6 +99,7 @@ def run(
     weight = Weight.random(problem, device)
     rotations = [
         *(products.ours(weight, backend) for backend in backends or [select_kernel(problem.spec, device).name]),
+        *([products.reading(weight)] if device.type == "cpu" else []),
         products.dense(weight),
         products.aten(weight),
         *(products.peer(weight, foreign) for foreign in peers),
@@ -116,7 +117,7 @@ def _measure(
     for rotation in rotations:
         calls = [functools.partial(product, x) for product in rotation.products]
         candidate, error = Candidate(rotation.name, calls, reason=rotation.reason), None
-        if candidate.reason is None:
+        if candidate.reason is None and rotation.computes:
             try:
                 error = _error(weight, x, rotation.products[0])
             except Exception as raised:
@@ -130,7 +131,8 @@ def _measure(
         row: dict[str, Any] = {"kernel": rotation.name, "M": x.shape[0], **asdict(weight.problem), "error": error}
         row |= {"copies": len(rotation.products), "rotated_bytes": len(rotation.products) * rotation.nbytes}
         if candidate.reason is None:
-            row |= _figures(candidate, rotation.nbytes, 2 * x.shape[0] * weight.problem.N * weight.problem.K, ceilings)
+            operations = 2 * x.shape[0] * weight.problem.N * weight.problem.K if rotation.computes else 0
+            row |= _figures(candidate, rotation.nbytes, operations, ceilings)
             row["ratios"] = {name: other * 1e6 / row["us"] for name, other in medians.items() if name != rotation.name}
             row["ratio_bf16"] = medians["F.linear"] * 1e6 / row["us"] if "F.linear" in medians else None
         rows.append(Row(**row, reason=candidate.reason))

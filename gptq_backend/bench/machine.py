@@ -125,11 +125,19 @@ def _readers(device: torch.device) -> dict[str, Callable[[Tensor], object]]:
         "sum int64": lambda buffer: buffer.view(torch.int64).sum(),
         "mv float32": lambda buffer: torch.mv(buffer.view(-1, 4096), buffer[:4096]),
     }
-    if device.type == "cpu" and (native := _native()) is not None:
-        readers["native"] = lambda buffer: native.read_bandwidth(
-            buffer.data_ptr(), buffer.nbytes, 1, torch.get_num_threads()
-        )
+    if device.type == "cpu" and _native() is not None:
+        readers["native"] = read_once
     return readers
+
+
+def read_once(buffer: Tensor) -> None:
+    """Read a CPU tensor with the native reader, on torch's number of threads.
+
+    Raises:
+        ImportError: the native extension was not built.
+    """
+    native = importlib.import_module("gptq_backend._cpu")
+    native.read_bandwidth(buffer.data_ptr(), buffer.nbytes, 1, torch.get_num_threads())
 
 
 def _native() -> Any:

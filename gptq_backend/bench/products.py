@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib
 import math
@@ -20,7 +21,7 @@ from torch.nn.functional import linear
 from ..errors import ConfigError
 from ..linear import QuantLinear
 from .layers import DTYPES, Weight
-from .machine import last_level_cache
+from .machine import last_level_cache, read_once
 from .timing import explain
 
 _MIN_ROTATED = 160_000_000
@@ -38,12 +39,14 @@ class Rotation:
         nbytes: what one product reads of one copy.
         products: ``x [M, K] -> y [M, N]``, one for each copy; empty when there is a ``reason``.
         reason: why it cannot serve the layer.
+        computes: False for what only reads and returns nothing.
     """
 
     name: str
     nbytes: int
     products: list[Product]
     reason: str | None = None
+    computes: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,19 @@ def layer(weight: Weight, backend: str | None) -> QuantLinear:
     made = QuantLinear(weight.problem.spec, backend=backend, device=weight.zeros.device)
     made.load_state_dict(weight.tensors)
     return made.prepare()
+
+
+def reading(weight: Weight) -> Rotation:
+    """Reading as many bytes on a CPU, and nothing else: the roof of few rows, in the same minute as they."""
+    nbytes = weight.problem.nbytes
+
+    def build(copies: int) -> list[Product]:
+        # Written to, see machine.read_gbps.
+        buffers = [torch.ones(nbytes, dtype=torch.uint8) for _ in range(copies)]
+        read_once(buffers[0])
+        return [lambda x, buffer=buffer: read_once(buffer) for buffer in buffers]  # type: ignore[misc]
+
+    return dataclasses.replace(_rotation("reading alone", nbytes, build), computes=False)
 
 
 def dense(weight: Weight) -> Rotation:

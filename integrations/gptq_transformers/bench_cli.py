@@ -119,7 +119,8 @@ def _gemm_line(row: gemm.Row) -> str:
         return f"{start}  {row.reason}"
     half = (row.spread[1] - row.spread[0]) / 2 / row.us
     ratio = "" if row.ratio_bf16 is None else f"{row.ratio_bf16:.2f}"
-    return f"{start}{row.us:>10.1f}{half:>6.0%}{row.gbps:>8.2f}{row.roof_share:>7.0%}{ratio:>10}{row.error:>10.1e}"
+    error = "" if row.error is None else f"{row.error:.1e}"
+    return f"{start}{row.us:>10.1f}{half:>6.0%}{row.gbps:>8.2f}{row.roof_share:>7.0%}{ratio:>10}{error:>10}"
 
 
 def _shapes(shape: Sequence[str] | None, lists: Sequence[str] | None) -> list[tuple[int, int]]:
