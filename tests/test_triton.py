@@ -1,0 +1,370 @@
+"""The Triton kernels, without a GPU: exact in Triton's interpreter, compiled for the GPUs that they are for.
+
+The interpreter has to be on before triton is imported, and the compiler cannot run with it: the tests of numbers are in
+interpret_triton.py and run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gptq_backend import Kernel, kernels, moe, triton_ops
+from gptq_backend.weight import encode, resolve
+from tests.test_cpu import LIMITS, error, exact, native, prepared
+from tests.test_weight import random_weight
+
+triton = pytest.importorskip("triton", reason="triton is not installed; it is part of the test extra")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from gptq_backend import triton_kernels  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+# -- the layout, in plain torch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word_dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_repacking_is_undone_bit_for_bit(word_dtype: torch.dtype, bits: int, act_order: bool) -> None:
+    for columns, outputs, size in [(128, 32, 32), (100, 24, 20), (64, 17, 64), (4, 1, 4)]:
+        weight = random_weight(bits, columns, outputs, size, act_order=act_order)
+        spec, tensors = encode(weight, "gptq", word_dtype)
+        spec = resolve(spec, tensors, "layer")
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        after = triton_ops.unprepare(spec, triton_ops.prepare(spec, tensors))
+        assert after.keys() == before.keys()
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            assert torch.equal(after[name], tensor), (name, columns, outputs, size)
+
+
+def test_planes_of_3_bits_are_repacked_and_undone() -> None:
+    spec, tensors = encode(random_weight(3, 96, 32, 32), "gptq_p")
+    spec = resolve(spec, tensors, "layer")
+    assert torch.equal(triton_ops.unprepare(spec, triton_ops.prepare(spec, tensors))["qweight"], tensors["qweight"])
+
+
+def test_bits_that_fill_the_last_word_survive() -> None:
+    spec, tensors = encode(random_weight(4, 50, 24, 16))
+    spec = resolve(spec, tensors, "layer")
+    tensors["qweight"][-1] |= 0x7F << 24
+    before = tensors["qweight"].clone()
+    assert torch.equal(triton_ops.unprepare(spec, triton_ops.prepare(spec, tensors))["qweight"], before)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_take_no_more_than_their_bits(bits: int) -> None:
+    _, tensors = prepared(random_weight(bits, 1024, 64, 128), kernels.TRITON)
+    assert tensors["qweight"].nbytes == 1024 * 64 * bits // 8
+    assert "perm" not in tensors
+    assert "groups" not in tensors
+
+
+# -- who is served -----------------------------------------------------------------------------------------------------
+
+
+def test_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, _ = encode(random_weight(4, 64, 32, 32))
+    assert triton_ops.supports(spec, CPU) == "serves GPUs"
+    monkeypatch.setattr(triton_ops, "_missing", lambda: "triton is not there")
+    for device in ("cuda", "xpu"):
+        assert triton_ops.supports(spec, torch.device(device)) == "triton is not there"
+    monkeypatch.setattr(triton_ops, "_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert "needs compute capability 8.0, Tesla T4" in str(triton_ops.supports(spec, torch.device("cuda")))
+    assert triton_ops.supports(spec, torch.device("xpu")) is None
+
+
+def test_a_machine_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install triton" in str(triton_ops._missing.__wrapped__())
+
+
+@pytest.mark.parametrize("machine", triton_ops.HEURISTICS)
+def test_every_split_has_work_and_none_is_lost(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "_machine", lambda device: (triton_ops.HEURISTICS[machine], 132))
+    for rows in (1, 2, 16, 17, 100, 511):
+        for columns in (1, 100, 4096, 57344):
+            for slabs in (1, 2, 7, 32, 86, 224):
+                tile, splits = triton_ops.plan.__wrapped__(rows, columns, slabs, CPU)
+                share = -(-slabs // splits)
+                assert (splits - 1) * share < slabs <= splits * share
+                assert tile.rows >= rows or tile == triton_ops.HEURISTICS[machine].tiles[-1]
+
+
+# -- numbers, in the interpreter ---------------------------------------------------------------------------------------
+
+
+def test_the_interpreter_agrees() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpret_triton.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1])
+
+
+def test_x_that_cannot_be_read_is_refused() -> None:
+    spec, tensors = prepared(random_weight(4, 64, 32, 32), kernels.TRITON)
+    for x in (torch.randn(2, 63), torch.ones(2, 64, dtype=torch.int64), torch.empty(2, 64, device="meta")):
+        with pytest.raises(ValueError, match="expected floating point with a last dimension of 64 on cpu"):
+            kernels.TRITON.apply(spec, tensors, x, None)
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+@given(rows=st.integers(0, 70), experts=st.integers(1, 9), block=st.sampled_from([1, 2, 16]), seed=st.integers(0, 9))
+def test_sorted_rows_are_all_there_once_in_blocks_of_one_expert(rows: int, experts: int, block: int, seed: int) -> None:
+    ids = torch.randint(-1, experts + 2, (rows,), generator=torch.Generator().manual_seed(seed))
+    order, of_block = moe.sort_by_expert(ids, experts, block)
+    assert len(order) == len(of_block) * block
+    real = order < rows
+    assert torch.equal(order[real].sort().values, torch.arange(rows, dtype=torch.int32))
+    known = torch.where((ids < 0) | (ids >= experts), -1, ids)
+    assert torch.equal(known[order[real].long()].int(), of_block.repeat_interleave(block)[real])
+
+
+def check_experts(
+    kernel: Kernel, bits: int, act_order: bool, dtype: torch.dtype, top_k: int, ids: Tensor, device: torch.device = CPU
+) -> None:
+    """Against a plain loop in float64. ids: [T, top_k]."""
+    weights = [random_weight(bits, 90, 40, 32, seed, act_order=act_order) for seed in range(3)]
+    specs, layouts = zip(*(prepared(weight, kernel) for weight in weights))
+    stacked = moe.stack(specs, layouts)
+    assert stacked is not None
+    x, bias = torch.randn(len(ids), 90).to(dtype), torch.randn(3, 40).to(dtype)
+    grouped = moe.MOE_KERNELS[kernel.name]
+    stacked = {name: tensor.to(device) for name, tensor in stacked.items()}
+    order, experts = moe.sort_by_expert(ids.to(device), 3, grouped.rows(ids.numel(), 3, device))
+    y = grouped.multiply(specs[0], stacked, x.to(device), order, experts, top_k, bias.to(device)).cpu()
+    expected = torch.zeros(ids.numel(), 40, dtype=torch.float64)
+    for row, expert in enumerate(ids.flatten().tolist()):
+        if 0 <= expert < 3:
+            expected[row] = exact(weights[expert], x[row // top_k], bias[expert])
+    assert y.shape == expected.shape
+    assert y.dtype == dtype
+    assert error(y, expected) < LIMITS[dtype]
+
+
+IDS = [
+    torch.tensor([[0, 2], [2, 1], [-1, 2], [1, 0], [3, 3]]),  # experts of another rank come out as zeros
+    torch.full((20, 1), 1),  # one has all of them
+    torch.tensor([[2]]),
+]
+
+
+@native
+@pytest.mark.parametrize("ids", IDS, ids=lambda ids: str(tuple(ids.shape)))
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_on_a_cpu(bits: int, act_order: bool, dtype: torch.dtype, ids: Tensor) -> None:
+    check_experts(kernels.CPU, bits, act_order, dtype, ids.shape[1], ids)
+
+
+@native
+def test_experts_on_a_cpu_pass_opcheck() -> None:
+    check_opcheck(kernels.CPU, torch.ops.gptq_backend.cpu_moe_gemm.default)
+
+
+def check_opcheck(kernel: Kernel, operator: Any) -> None:
+    specs, layouts = zip(*(prepared(random_weight(4, 64, 20, 32, seed), kernel) for seed in range(2)))
+    stacked = moe.stack(specs, layouts)
+    assert stacked is not None
+    if kernel is kernels.TRITON:
+        layout = triton_ops._arguments(specs[0], stacked)
+    else:
+        layout = (*(stacked.get(name) for name in ("qweight", "scales", "zeros", "perm", "blocks")), 64, 20, 4)
+    order, experts = moe.sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 2, 16)
+    torch.library.opcheck(operator, (torch.randn(2, 64), *layout, order, experts, 2, torch.randn(2, 20)))
+
+
+def test_experts_that_differ_are_not_stacked() -> None:
+    same = [prepared(random_weight(4, 64, 20, 32, seed), kernels.TRITON) for seed in range(2)]
+    other = prepared(random_weight(4, 64, 20, 32, act_order=True), kernels.TRITON)
+    assert moe.stack(*zip(*same)) is not None
+    assert moe.stack(*zip(*same, other)) is None
+
+
+# -- compiled for GPUs -------------------------------------------------------------------------------------------------
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+
+
+class Compiler:
+    """Stands in for the module of kernels: compiles what would be launched, for a GPU that is not here."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.compiled = GPUTarget(*TARGETS[target]), {}
+
+    def __getattr__(self, name: str) -> Any:
+        launch = functools.partial(self._compile, name)
+        return type("Grid", (), {"__getitem__": lambda self, grid: launch})()
+
+    def _compile(self, name: str, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+        kernel = getattr(triton_kernels, name)
+        signature: dict[str, str] = dict.fromkeys(constants, "constexpr")
+        attributes = {}
+        for i, (argument, value) in enumerate(zip(kernel.arg_names, arguments)):
+            if isinstance(value, Tensor):
+                signature[argument] = f"*{TYPES[value.dtype]}"
+            elif value is None or value == 1:  # Triton makes a constant of every 1
+                signature[argument], constants[argument] = "constexpr", value
+            else:
+                signature[argument] = "i32"
+            if isinstance(value, Tensor) or (value is not None and value % 16 == 0):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, {key: signature[key] for key in kernel.arg_names}, constants, attributes)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.compiled[name] = triton.compile(source, target=self.target, options=options)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Compiler]:
+    """By the name of a target."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def make(target: str) -> Compiler:
+        compiler = Compiler(target)
+        monkeypatch.setattr(triton_ops, "_kernels", lambda: compiler)
+        monkeypatch.setattr(triton_ops, "_machine", lambda device: (triton_ops.HEURISTICS[target], 132))
+        return compiler
+
+    return make
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Of NVIDIA machine code: registers, and bytes of stack and local memory, where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def assert_fast(name: str, compiled: Any, dtype: torch.dtype) -> None:
+    """No register is spilled, weights are loaded 16 bytes at a time, products are those of matrix units."""
+    if assembly := compiled.asm.get("amdgcn"):
+        assert re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly) == ["0", "0"]
+        wide, matrix = "_load_dwordx4", "v_mfma"
+    else:
+        assembly = compiled.asm["ptx"]
+        assert resources(compiled)["STACK"] == resources(compiled)["LOCAL"] == 0
+        wide = r"cp\.async\.cg\.shared\.global.*16|ld\.global.*\.v4\.b32"
+        matrix = r"wgmma\.mma_async" if compiled.metadata.target.arch == 90 else r"mma\.sync"
+    if name in ("gemm", "gemv", "dequantize"):
+        assert re.search(wide, assembly), name
+    if name == "gemm" and dtype != torch.float32:
+        assert re.search(matrix, assembly)
+
+
+def compile_everything(compiler: Compiler, bits: int, dtype: torch.dtype, rows: int, **weight: Any) -> None:
+    """What is launched for so many rows, and for so many that the weight is dequantized."""
+    spec, tensors = prepared(random_weight(bits, 1024, 256, 128, **weight), kernels.TRITON)
+    kernels.TRITON.apply(spec, tensors, torch.empty(rows, 1024, dtype=dtype), torch.empty(256, dtype=dtype))
+    gathers = rows > 1 and weight["act_order"]
+    assert compiler.compiled.keys() == {"add_splits", "gemv" if rows == 1 else "gemm"} | (
+        {"gather"} if gathers else set()
+    )
+    kernels.TRITON.apply(spec, tensors, torch.empty(600, 1024, dtype=dtype), None)
+    for name, compiled in compiler.compiled.items():
+        assert_fast(name, compiled, dtype)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("bits", "rows", "sym", "act_order"), [(4, 1, True, False), (4, 64, False, True), (3, 16, True, False)]
+)
+def test_compiles_without_spilling(compiler, target: str, bits: int, rows: int, sym: bool, act_order: bool) -> None:
+    compile_everything(compiler(target), bits, torch.bfloat16, rows, sym=sym, act_order=act_order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.timeout(900)
+def test_every_tile_of_the_heuristics_compiles_without_spilling(compiler, target, bits, dtype) -> None:
+    for tile in triton_ops.HEURISTICS[target].tiles:
+        for sym, act_order in ((True, False), (False, True)):
+            compile_everything(compiler(target), bits, dtype, tile.rows, sym=sym, act_order=act_order)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_experts_compile_without_spilling(compiler, target: str) -> None:
+    made = compiler(target)
+    specs, layouts = zip(*(prepared(random_weight(4, 1024, 256, 128, i), kernels.TRITON) for i in range(2)))
+    stacked = moe.stack(specs, layouts)
+    assert stacked is not None
+    order, experts = moe.sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 2, 16)
+    x = torch.empty(2, 1024, dtype=torch.bfloat16)
+    moe.MOE_KERNELS["triton"].multiply(specs[0], stacked, x, order, experts, 2, None)
+    assert_fast("gemm", made.compiled["gemm"], torch.bfloat16)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("sym", "act_order"), [(True, False), (False, True)])
+def test_gpu_agrees_with_float64(bits: int, dtype: torch.dtype, sym: bool, act_order: bool) -> None:
+    for columns, outputs, size in [(4096, 4096, 128), (530, 100, 48), (64, 17, 64)]:
+        weight = random_weight(bits, columns, outputs, size, act_order=act_order, sym=sym)
+        spec, tensors = encode(weight)
+        spec = resolve(spec, tensors, "layer")
+        tensors = kernels.TRITON.prepare(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
+        bias = torch.randn(outputs, dtype=dtype)
+        for rows in (1, 2, 16, 17, 64, 100, 600):
+            x = torch.randn(rows, columns).to(dtype)
+            y = kernels.TRITON.apply(spec, tensors, x.cuda(), bias.cuda()).cpu()
+            # The dense path rounds weights to the dtype of x.
+            assert error(y, exact(weight, x, bias)) < LIMITS[dtype] * (1 if rows < 512 else 2)
+
+
+@pytest.mark.gpu
+def test_gpu_repeats_bit_for_bit_and_is_captured() -> None:
+    spec, tensors = encode(random_weight(4, 4096, 512, 128, act_order=True))
+    spec = resolve(spec, tensors, "layer")
+    tensors = kernels.TRITON.prepare(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
+    for rows in (1, 16):
+        x = torch.randn(rows, 4096, device="cuda", dtype=torch.float16)
+        first = kernels.TRITON.apply(spec, tensors, x, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = kernels.TRITON.apply(spec, tensors, x, None)
+        for _ in range(3):
+            y.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(y, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gpu_experts(act_order: bool) -> None:
+    check_experts(kernels.TRITON, 4, act_order, torch.bfloat16, 2, torch.randint(-1, 4, (50, 2)), torch.device("cuda"))
