@@ -67,6 +67,16 @@ def draw(samples: Sequence[Any], count: int | None, seed: int = 0) -> list[Any]:
     return [samples[i] for i in chosen.sort().values.tolist()]
 
 
+def set_aside(
+    texts: str | Sequence[str], tokenizer: Callable[..., Any], seqlen: int, samples: int, seed: int, count: int
+) -> list[Tensor]:
+    """Up to ``count`` windows that :func:`tokenize` with the same arguments does not draw, evenly spread."""
+    windows = tokenize(texts, tokenizer, seqlen)
+    drawn = set(draw(range(len(windows)), samples, seed))
+    rest = [window for i, window in enumerate(windows) if i not in drawn]
+    return [rest[i * len(rest) // count] for i in range(count)] if len(rest) > count else rest
+
+
 def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[Batch]:
     """Group samples of equal length.
 

@@ -14,6 +14,23 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gptq_p")
 PACK_DTYPES = ("int8", "int16", "int32", "int64")
 
+
+@dataclass(frozen=True)
+class Tier:
+    """What a ``quality`` stands for; each field is also a setting of :class:`QuantizeConfig`, which then wins."""
+
+    signed_scales: bool
+    search_finalists: int
+    refine_sweeps: int
+    distill_epochs: int
+
+
+QUALITIES = {
+    "fast": Tier(signed_scales=False, search_finalists=1, refine_sweeps=0, distill_epochs=0),
+    "default": Tier(signed_scales=True, search_finalists=8, refine_sweeps=2, distill_epochs=0),
+    "best": Tier(signed_scales=True, search_finalists=8, refine_sweeps=4, distill_epochs=2),
+}
+
 # Spellings found in published checkpoints -> ours.
 _ALIASES = {
     "w_bit": "bits",
@@ -50,7 +67,17 @@ class QuantizeConfig:
             (arXiv 2505.14638). ``None`` means "unless ``desc_act`` or ``static_groups``".
         damp_percent: share of the mean Hessian diagonal added to it before factoring.
         true_sequential: each layer sees inputs produced by the already quantized layers of its own block.
+        quality: "fast" (GPTQ with a short scale search), "default" (what lowers each layer's error at little cost) or
+            "best" (also distils against the original). It fills in those of the next settings that are None.
         scale_search: search each scale for the least Hessian-weighted rounding error instead of min-max.
+        signed_scales: symmetric grids may have a negative scale, which mirrors the range -2**(b-1)..2**(b-1)-1. Plain
+            GPTQ tensors; False is for readers that insist on positive scales.
+        search_finalists: for so many of the best candidates of the scale search, the group is rounded with error
+            feedback before one is chosen.
+        refine_sweeps: after the column loop, refit the scales and descend over the codes so often, while the error on
+            held-out tokens falls.
+        distill_epochs: at the end, train scales and norms against the original for so many passes over the calibration
+            data (see :func:`distill.distill`); needs the original beside the quantized model.
         lm_head: also quantize the output embedding.
         keep_edge_blocks: leave this many first and as many last blocks in 16 bits.
         dynamic: ``{regex: overrides}``; ``-:`` in front of the regex skips matching modules, ``+:`` or nothing applies
@@ -71,9 +98,14 @@ class QuantizeConfig:
     desc_act: bool = False
     static_groups: bool = False
     act_group_aware: bool | None = None
-    damp_percent: float = 0.01
+    damp_percent: float = 0.05
     true_sequential: bool = True
+    quality: str = "default"
     scale_search: bool = True
+    signed_scales: bool | None = None
+    search_finalists: int | None = None
+    refine_sweeps: int | None = None
+    distill_epochs: int | None = None
     lm_head: bool = False
     keep_edge_blocks: int = 0
     dynamic: Mapping[str, Mapping[str, Any]] | None = None
@@ -89,6 +121,13 @@ class QuantizeConfig:
             raise ConfigError(f"group_size={self.group_size!r} is not an integer; use -1 or a positive integer")
         if self.group_size != -1 and self.group_size <= 0:
             raise ConfigError(f"group_size={self.group_size} is not supported; use -1 or a positive integer")
+        if self.quality not in QUALITIES:
+            raise ConfigError(f"quality={self.quality!r} is not supported; choose one of {tuple(QUALITIES)}")
+        if self.search_finalists is not None and self.search_finalists < 1:
+            raise ConfigError(f"search_finalists={self.search_finalists} must be positive")
+        for name in ("refine_sweeps", "distill_epochs"):
+            if (count := getattr(self, name)) is not None and count < 0:
+                raise ConfigError(f"{name}={count} must not be negative")
         if not 0 < self.damp_percent < 1:
             raise ConfigError(f"damp_percent={self.damp_percent!r} must lie between 0 and 1")
         if self.keep_edge_blocks < 0:
@@ -121,6 +160,13 @@ class QuantizeConfig:
         if self.act_group_aware is None:
             return not (self.desc_act or self.static_groups)
         return self.act_group_aware
+
+    @property
+    def tier(self) -> Tier:
+        """What ``quality`` stands for, with the settings that were made one by one."""
+        made = {item.name: getattr(self, item.name) for item in dataclasses.fields(Tier)}
+        chosen = {name: value for name, value in made.items() if value is not None}
+        return dataclasses.replace(QUALITIES[self.quality], **chosen)
 
     def for_module(self, name: str) -> QuantizeConfig | None:
         """The settings of module ``name`` after the ``dynamic`` rules, or None when a rule skips it."""

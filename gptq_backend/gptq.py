@@ -17,11 +17,13 @@ from .config import QuantizeConfig
 from .errors import CalibrationError
 from .hessian import Factor, factor
 from .ordering import ColumnOrder, column_order
+from .refine import Step, refine
 from .weight import QuantizedWeight
 
 _PANEL = 128  # columns between two updates of the rest of the matrix
 # Candidate scales relative to min-max: beyond 1 because a symmetric grid has one code more below zero than above.
 _SHRINK = tuple(1.08 - 0.03 * i for i in range(20))
+_WIDE_SHRINK = tuple(1.1 - 0.03 * i for i in range(24))  # a scale of the better sign may be smaller
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class LayerFactor:
     Args:
         order: the column order.
         factor: U in that order.
-        hessian: the undamped H in the original order, dead channels included.
+        hessian: the undamped H in the original order; channels that calibration never excited have a diagonal of 1.
+        held_out: H of the held-out tokens, which are in ``hessian`` as well; None if there are none.
     """
 
     order: ColumnOrder
     factor: Factor
     hessian: Tensor
+    held_out: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,21 +51,28 @@ class QuantizedLayer:
         weight: the result.
         loss: ``tr(D H D^T)`` for D = quantized - original weight, per calibration token and output channel.
         relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error.
+        steps: what the column loop and each refinement left of the error on the held-out tokens.
     """
 
     weight: QuantizedWeight
     loss: float
     relative_loss: float
+    steps: tuple[Step, ...] = ()
 
 
-def prepare_factor(hessian: Tensor, config: QuantizeConfig) -> LayerFactor:
+def prepare_factor(hessian: Tensor, config: QuantizeConfig, held_out: Tensor | None = None) -> LayerFactor:
     """Order the columns and factor H [K, K]. Channels that calibration never excited get a unit diagonal."""
+    hessian = _without_dead_channels(hessian)
+    order = column_order(hessian.diagonal(), config)
+    in_order = hessian[order.perm][:, order.perm].to(_working_dtype(hessian))
+    return LayerFactor(order, factor(in_order, config.damp_percent), hessian, held_out)
+
+
+def _without_dead_channels(hessian: Tensor) -> Tensor:
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    order = column_order(diagonal, config)
-    in_order = hessian[order.perm][:, order.perm].to(_working_dtype(hessian))
-    return LayerFactor(order, factor(in_order, config.damp_percent), hessian)
+    diagonal[diagonal <= 0] = 1
+    return hessian
 
 
 def _working_dtype(tensor: Tensor) -> torch.dtype:
@@ -104,10 +115,13 @@ def quantize_weight(
         upper = torch.eye(weight.shape[1], dtype=exact.dtype, device=weight.device)
     else:
         order, upper = shared.order, shared.factor.upper.to(exact.dtype)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     quantized = _ColumnLoop(exact, order, upper, config, scales_dtype).run()
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; skip the layer with a dynamic rule")
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    steps: tuple[Step, ...] = ()
+    if shared is not None and config.tier.refine_sweeps:
+        quantized, steps = _refine(quantized, weight, shared, config)
     difference = quantized.dequantize(weight.dtype) - weight
     if shared is None:
         loss, energy = difference.square().sum(), weight.square().sum()
@@ -119,7 +133,19 @@ def quantize_weight(
         quantized,
         loss=float(loss) / (max(tokens, 1) * weight.shape[0]),
         relative_loss=float(loss / energy) if float(energy) > 0 else 0.0,
+        steps=steps,
     )
+
+
+def _refine(
+    quantized: QuantizedWeight, weight: Tensor, shared: LayerFactor, config: QuantizeConfig
+) -> tuple[QuantizedWeight, tuple[Step, ...]]:
+    """Refine on the tokens that are not held out, damped like the factor, judged by those that are."""
+    fitted = shared.hessian if shared.held_out is None else _without_dead_channels(shared.hessian - shared.held_out)
+    fitted = fitted.to(weight.dtype, copy=True)
+    fitted.diagonal().add_(shared.factor.damp_percent * fitted.diagonal().mean())
+    judge = (shared.hessian if shared.held_out is None else shared.held_out).to(weight.dtype)
+    return refine(quantized, weight, fitted, judge, config.tier.refine_sweeps)
 
 
 class _ColumnLoop:
@@ -185,7 +211,8 @@ class _ColumnLoop:
 
     def fit(self, group: int, positions: Tensor) -> None:
         """Set the grid of ``group`` from the current values of the columns at ``positions``."""
-        self.grids[group] = fit_grid(self.rest[positions], self.cost[positions], self.config, self.scales_dtype)
+        inside = self.spread[positions][:, positions]
+        self.grids[group] = fit_grid(self.rest[positions], self.cost[positions], self.config, self.scales_dtype, inside)
 
 
 @dataclass(frozen=True)
@@ -193,7 +220,7 @@ class Grid:
     """A uniform grid per output channel.
 
     Args:
-        scale: [N] > 0, representable in the stored dtype.
+        scale: [N], not 0, representable in the stored dtype.
         zero: [N], an integer in [0, 2**bits).
         low, high: [N], the range of code - zero.
     """
@@ -213,14 +240,18 @@ class Grid:
         torch.addcmul(values, centred, self.scale, value=-1, out=error)
 
 
-def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:
+def fit_grid(
+    columns: Tensor, cost: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype, spread: Tensor | None = None
+) -> Grid:
     """Fit a grid to a group.
 
     Args:
         columns: [g, N], the group's weights.
         cost: [g], price of a squared error in each column.
-        config: bits, sym, and scale_search: try scales around min-max and keep the cheapest per output channel.
+        config: bits, sym, and how to search: candidates around min-max are ranked per output channel by the cost of
+            plain rounding; the best few are tried again with error feedback inside the group.
         scales_dtype: what the scales are stored in.
+        spread: [g, g], what an error of one column adds to the others; None searches without feedback.
     """
     if config.sym:
         high = columns.abs().amax(dim=0)
@@ -229,15 +260,51 @@ def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, scales_dtype
         low, high = columns.amin(dim=0).clamp_(max=0), columns.amax(dim=0).clamp_(min=0)
     if not config.scale_search:
         return _grid(low, high, config, scales_dtype)
-    shrink = torch.tensor(_SHRINK, dtype=low.dtype, device=low.device).unsqueeze(1)
-    candidates = _grid(low * shrink, high * shrink, config, scales_dtype)  # fields [candidates, N]
+    candidates = _candidates(low, high, config, scales_dtype)  # fields [candidates, N]
     code, error = torch.empty_like(columns), torch.empty_like(columns)
     totals = torch.empty_like(candidates.scale)
-    for i in range(len(_SHRINK)):
+    for i in range(len(totals)):
         candidates.map(partial(torch.select, dim=0, index=i)).round(columns, code, error)
         torch.mv(error.square_().t(), cost, out=totals[i])
+    finalists = min(config.tier.search_finalists, len(totals))
+    if finalists > 1 and spread is not None:
+        best = totals.sort(dim=0, stable=True).indices[:finalists]
+        candidates = candidates.map(lambda field: field.gather(0, best))
+        totals = _cost_with_feedback(columns, cost, spread, candidates)
     best = totals.argmin(dim=0, keepdim=True)
     return candidates.map(lambda field: field.gather(0, best)[0])
+
+
+def _candidates(low: Tensor, high: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:
+    """Grids over shrunk ranges, fields [candidates, N]; with signed scales also wider search and what a sign adds."""
+    shrinks = _WIDE_SHRINK if config.tier.signed_scales else _SHRINK
+    shrink = torch.tensor(shrinks, dtype=low.dtype, device=low.device).unsqueeze(1)
+    grid = _grid(low * shrink, high * shrink, config, scales_dtype)
+    if not config.tier.signed_scales:
+        return grid
+    if config.sym:
+        mirrored = Grid(-grid.scale, grid.zero, grid.low, grid.high)
+        return _concatenate([grid, mirrored])
+    top = grid.high - grid.low
+    shifted = [(grid.zero + shift).clamp(min=0).minimum(top) for shift in (-1, 1)]
+    return _concatenate([grid, *(Grid(grid.scale, zero, -zero, top - zero) for zero in shifted)])
+
+
+def _concatenate(grids: list[Grid]) -> Grid:
+    return Grid(*(torch.cat(fields) for fields in zip(*((g.scale, g.zero, g.low, g.high) for g in grids), strict=True)))
+
+
+def _cost_with_feedback(columns: Tensor, cost: Tensor, spread: Tensor, grids: Grid) -> Tensor:
+    """[candidates, N]: what the column loop would make of the group under each of ``grids``."""
+    count, outputs = grids.scale.shape
+    flat = grids.map(torch.flatten)
+    rest = columns.repeat(1, count)  # [g, candidates * N]
+    code, error, total = torch.empty_like(rest[0]), torch.empty_like(rest[0]), torch.zeros_like(rest[0])
+    for i, price in enumerate(cost.tolist()):
+        flat.round(rest[i], code, error)
+        rest[i + 1 :].addr_(spread[i, i + 1 :], error, alpha=-1)
+        total.addcmul_(error, error, value=price)
+    return total.view(count, outputs)
 
 
 def _grid(low: Tensor, high: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:

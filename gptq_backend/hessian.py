@@ -10,6 +10,7 @@ from torch import Tensor
 from .errors import CalibrationError
 
 _TILE = 256  # columns per block row when only the upper triangle is accumulated
+_HELD_OUT = 8  # one row in so many is held out
 _DAMP_LEVELS = 3  # each three times the one before
 
 
@@ -18,10 +19,20 @@ class Hessian:
 
     The factor 2/n of the paper's H = 2 X X^T cancels in every use, so it is left out. Rows with a non-finite entry are
     dropped and counted in ``dropped``; ``tokens`` counts the rows used.
+
+    With ``hold_out`` the last eighth of each :meth:`add` is also summed by itself, so that refinements can be fitted to
+    the rest and judged by it.
     """
 
-    def __init__(self, channels: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        channels: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        hold_out: bool = False,
+    ) -> None:
         self._sum = torch.zeros((channels, channels), dtype=dtype, device=device)
+        self._held_out = torch.zeros_like(self._sum) if hold_out else None
         self.tokens = 0
         self.dropped = 0
 
@@ -33,9 +44,9 @@ class Hessian:
             self.dropped += int((~finite).sum())
             rows = rows[finite]
         self.tokens += rows.shape[0]
-        for first in range(0, rows.shape[1], _TILE):  # the lower triangle follows by symmetry
-            stop = first + _TILE
-            self._sum[first:stop, first:].addmm_(rows[:, first:stop].t(), rows[:, first:])
+        _accumulate(self._sum, rows)
+        if self._held_out is not None:
+            _accumulate(self._held_out, rows[rows.shape[0] - rows.shape[0] // _HELD_OUT :])
 
     def matrix(self, name: str) -> Tensor:
         """[K, K], symmetric.
@@ -48,7 +59,22 @@ class Hessian:
                 f"{name}: all {self.dropped} calibration tokens gave NaN or infinite inputs; the model overflows "
                 "before this layer: load it in float32, or check that its weights are intact"
             )
-        return self._sum.triu() + self._sum.triu(1).t()
+        return _symmetric(self._sum)
+
+    def held_out(self) -> Tensor | None:
+        """[K, K] of the held-out tokens alone; None if none were held out."""
+        return None if self._held_out is None or not self._held_out.any() else _symmetric(self._held_out)
+
+
+def _accumulate(total: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to the block upper triangle of ``total``; the rest follows by symmetry."""
+    for first in range(0, rows.shape[1], _TILE):
+        stop = first + _TILE
+        total[first:stop, first:].addmm_(rows[:, first:stop].t(), rows[:, first:])
+
+
+def _symmetric(upper: Tensor) -> Tensor:
+    return upper.triu() + upper.triu(1).t()
 
 
 @dataclass(frozen=True)

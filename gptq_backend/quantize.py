@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from . import lockstep
 from .calibration import Batch, make_batches
 from .config import QuantizeConfig
+from .distill import DistillReport, distill
 from .errors import CalibrationError, ConfigError
 from .gptq import LayerFactor, prepare_factor, quantize_weight
 from .hessian import Hessian
 from .linear import QuantLinear
+from .refine import Step
 from .structure import Block, Target, dense_weight, find_structure, is_conv1d, replace_module, untie
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer went. Losses as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn" or as in :class:`Factor`."""
+    """How one layer went. Losses and steps as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn" or as in
+    :class:`Factor`.
+    """
 
     name: str
     bits: int
@@ -46,6 +51,7 @@ class LayerReport:
     tokens: int
     dropped_tokens: int
     seconds: float
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass
@@ -57,11 +63,13 @@ class QuantizeReport:
             every reader of GPTQ checkpoints understands.
         layers: one entry per quantized layer, in the order they were done.
         seconds: wall time of the whole run.
+        distillation: of the whole model, if there was one.
     """
 
     config: QuantizeConfig
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
+    distillation: DistillReport | None = None
 
 
 _Input = tuple[Tensor, "Tensor | None"]  # a layer's input and the attention mask of its batch
@@ -79,6 +87,8 @@ def quantize_model(
     backend: str | None = None,
     on_layer: Progress | None = None,
     on_block: Callable[[nn.Module], None] | None = None,
+    teacher: Callable[[], nn.Module] | None = None,
+    progress_file: str | Path | None = None,
 ) -> QuantizeReport:
     """Replace the linear layers of ``model``'s blocks by :class:`QuantLinear`, in place.
 
@@ -91,12 +101,27 @@ def quantize_model(
         backend: kernel of the resulting layers.
         on_layer: called with each layer's report, how many are done, and how many there are.
         on_block: called with each block before it is first used, to bring its weights.
+        teacher: gives the original model, for ``config.distill_epochs``; called after everything else is done.
+        progress_file: for :func:`distill.distill`.
 
     Raises:
         ConfigError, CalibrationError: see their messages. The model is then partly quantized: load it again.
     """
     batches = None if calibration is None else make_batches(calibration, batch_size)
-    return _Run(model, config, batches, block_name, backend, on_layer, on_block).run()
+    epochs = config.tier.distill_epochs if calibration is not None else 0
+    if epochs and teacher is None:
+        raise ConfigError(
+            f"distill_epochs={epochs} (quality={config.quality!r}) needs the original model beside the quantized one; "
+            "pass teacher=, use gptq_transformers.quantize, or set distill_epochs=0"
+        )
+    report = _Run(model, config, batches, block_name, backend, on_layer, on_block).run()
+    if epochs and teacher is not None and calibration is not None:
+        start = time.perf_counter()
+        report.distillation = distill(
+            model, teacher(), calibration, epochs=epochs, batch_size=batch_size, progress_file=progress_file
+        )
+        report.seconds += time.perf_counter() - start
+    return report
 
 
 class _Stop(BaseException):
@@ -277,24 +302,29 @@ class _Run:
         """The factor of a layer's input, shared with earlier layers of the block that read the same tensors."""
         self.shared = [entry for entry in self.shared if any(ref() is not None for ref in entry.inputs)]
         config = target.config
-        settings = (config.group_size, config.desc_act, config.static_groups, config.group_aware, config.damp_percent)
+        refined = config.tier.refine_sweeps > 0
+        order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)
+        settings = (*order, config.damp_percent, refined)
         same_input = [entry for entry in self.shared if entry.made_from(inputs)]
         for entry in same_input:
             if entry.settings == settings:
                 return entry
-        hessian = same_input[0].hessian if same_input else self.hessian([_unpadded(*item) for item in inputs])
+        hessian = same_input[0].hessian if same_input else self.hessian([_unpadded(*item) for item in inputs], config)
         if hessian.dropped:
             logger.warning("%s: dropped %d tokens with NaN or infinite inputs", target.name, hessian.dropped)
         matrix = hessian.matrix(target.name)
         if not hessian.tokens:
             return None
-        shared = _Shared([weakref.ref(x) for x, _ in inputs], settings, prepare_factor(matrix, config), hessian)
+        held_out = hessian.held_out() if refined else None
+        layer = prepare_factor(matrix, config, held_out)
+        shared = _Shared([weakref.ref(x) for x, _ in inputs], settings, layer, hessian)
         self.shared.append(shared)
         return shared
 
-    def hessian(self, inputs: list[Tensor]) -> Hessian:
+    def hessian(self, inputs: list[Tensor], config: QuantizeConfig) -> Hessian:
         first = inputs[0]
-        hessian = Hessian(first.shape[-1], torch.promote_types(first.dtype, torch.float32), first.device)
+        dtype, hold_out = torch.promote_types(first.dtype, torch.float32), config.tier.refine_sweeps > 0
+        hessian = Hessian(first.shape[-1], dtype, first.device, hold_out)
         for x in inputs:
             hessian.add(x)
         return hessian
@@ -328,6 +358,7 @@ class _Run:
             tokens=tokens,
             dropped_tokens=shared.hessian.dropped if shared else 0,
             seconds=time.perf_counter() - start,
+            steps=layer.steps,
         )
         if shared and (entry.method != "cholesky" or entry.damp_percent != config.damp_percent):
             logger.warning(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptq_backend import CalibrationError
-from gptq_backend.calibration import make_batches, tokenize
+from gptq_backend.calibration import make_batches, set_aside, tokenize
 
 
 def words(text: str) -> dict[str, list[int]]:
@@ -24,6 +24,15 @@ def test_texts_are_joined_and_cut_into_windows() -> None:
 
 def test_without_seqlen_each_text_is_a_sample_and_blank_ones_are_skipped() -> None:
     assert [sample.tolist() for sample in tokenize(["a bb", "  ", "ccc"], words)] == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_windows_set_aside_are_none_of_those_drawn(count: int) -> None:
+    text = " ".join("x" * i for i in range(1, 41))
+    drawn = {tuple(s.tolist()) for s in tokenize(text, words, seqlen=2, samples=15, seed=3)}
+    aside = {tuple(s.tolist()) for s in set_aside(text, words, 2, 15, 3, count)}
+    assert len(aside) == min(count, 5)
+    assert not aside & drawn
 
 
 def test_one_text_is_not_a_list_of_letters() -> None:

@@ -53,7 +53,7 @@ def assert_identical(got: QuantizedWeight, expected: QuantizedWeight) -> None:
 
 def options(bits: int, order: str) -> list[QuantizeConfig]:
     return [
-        QuantizeConfig(bits=bits, sym=sym, group_size=group_size, scale_search=search, **ORDERS[order])
+        QuantizeConfig(bits=bits, sym=sym, group_size=group_size, scale_search=search, quality="fast", **ORDERS[order])
         for sym, group_size, search in itertools.product((True, False), GROUP_SIZES, (True, False))
     ]
 
@@ -82,7 +82,7 @@ def test_float32_inputs_give_what_float64_gives(bits: int, order: str) -> None:
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rounding_to_nearest_agrees_with_the_naive_algorithm(bits: int, sym: bool, group_size: int) -> None:
-    config = QuantizeConfig(bits=bits, sym=sym, group_size=group_size, act_group_aware=False)
+    config = QuantizeConfig(bits=bits, sym=sym, group_size=group_size, act_group_aware=False, quality="fast")
     weight, _ = layer(seed=bits)
     assert_identical(quantize_weight(weight, None, config).weight, naive.gptq(weight, None, config))
 
@@ -92,7 +92,7 @@ def test_layers_wider_than_a_panel_agree_with_the_naive_algorithm(order: str) ->
     """The lazy update between panels: 200 columns in groups of 96, and of 150, wider than a panel."""
     weight, hessian = layer(seed=5, outputs=4, columns=200)
     for group_size in (96, 150):
-        config = QuantizeConfig(bits=4, group_size=group_size, **ORDERS[order])
+        config = QuantizeConfig(bits=4, group_size=group_size, quality="fast", **ORDERS[order])
         assert_identical(run(weight, hessian, config).weight, naive.gptq(weight, hessian, config))
 
 
@@ -121,7 +121,7 @@ def test_dead_channels_are_rounded_not_zeroed() -> None:
     weight, hessian = layer(seed=2)
     hessian[5], hessian[:, 5] = 0, 0
     for options in ORDERS.values():
-        config = QuantizeConfig(bits=8, group_size=24, **options)
+        config = QuantizeConfig(bits=8, group_size=24, quality="fast", **options)
         result = run(weight, hessian, config).weight
         assert_identical(result, naive.gptq(weight, hessian, config))
         assert torch.allclose(result.dequantize(torch.float64)[:, 5], weight[:, 5], atol=0.05)
@@ -129,7 +129,7 @@ def test_dead_channels_are_rounded_not_zeroed() -> None:
 
 def test_all_channels_dead_is_rounding_to_nearest() -> None:
     weight, hessian = layer(seed=2)
-    config = QuantizeConfig(bits=4, group_size=24, act_group_aware=False)
+    config = QuantizeConfig(bits=4, group_size=24, act_group_aware=False, quality="fast")
     assert_identical(
         run(weight, torch.zeros_like(hessian), config).weight, quantize_weight(weight, None, config).weight
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -85,6 +86,9 @@ def quantize(
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
         unfuse_experts(model)
+        original = None
+        if calibration is not None and config.tier.distill_epochs and not isinstance(model_or_path, str | Path):
+            original = copy.deepcopy(model)
         report = quantize_model(
             model,
             config,
@@ -93,6 +97,8 @@ def quantize(
             backend=backend,
             on_layer=on_layer,
             on_block=_take_offloading(model),
+            teacher=lambda: original or AutoModelForCausalLM.from_pretrained(path, dtype=_teacher_dtype()),
+            progress_file=None if output is None else f"{output}.distill",
         )
         attach(model, report.config)
         if folder is not None:
@@ -100,6 +106,11 @@ def quantize(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     return model, report
+
+
+def _teacher_dtype() -> torch.dtype | str:
+    """float32 where the distillation runs on a CPU, which emulates the products of 16-bit types."""
+    return "auto" if torch.cuda.is_available() else torch.float32
 
 
 def _as_config(config: Any) -> QuantizeConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from gptq_backend import GPTQError, QuantizeConfig
 from . import bench_cli, terminal
 from .report import duration, make_report, megabytes, percent, write_reports
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(
     name="gptq-backend",
     cls=terminal.CommandGroup,
@@ -34,6 +36,14 @@ class Format(str, Enum):
     gptq = "gptq"
     gptq_v2 = "gptq_v2"
     gptq_p = "gptq_p"
+
+
+class Quality(str, Enum):
+    """``quality``."""
+
+    fast = "fast"
+    default = "default"
+    best = "best"
 
 
 class Dtype(str, Enum):
@@ -58,9 +68,26 @@ def quantize(
         bool | None,
         typer.Option(help="Act-order that keeps g_idx trivial. Default: unless --desc-act or --static-groups."),
     ] = None,
-    damp_percent: Annotated[float, typer.Option(help="Damping, as a share of the mean Hessian diagonal.")] = 0.01,
+    damp_percent: Annotated[float, typer.Option(help="Damping, as a share of the mean Hessian diagonal.")] = 0.05,
     true_sequential: Annotated[bool, typer.Option(help="Layers see inputs from quantized layers.")] = True,
+    quality: Annotated[Quality, typer.Option(help="How much work to put into accuracy.")] = Quality.default,
     scale_search: Annotated[bool, typer.Option(help="Search scales for the least error instead of min-max.")] = True,
+    signed_scales: Annotated[
+        bool | None,
+        typer.Option(help="Allow negative scales; off for readers that insist on positive ones.", show_default=False),
+    ] = None,
+    search_finalists: Annotated[
+        int | None,
+        typer.Option(min=1, help="Candidate scales to try with error feedback. Default: by quality."),
+    ] = None,
+    refine_sweeps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Refinements of scales and codes after the loop. Default: by quality."),
+    ] = None,
+    distill_epochs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Passes of training scales and norms against MODEL. Default: by quality."),
+    ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
     keep_edge_blocks: Annotated[int, typer.Option(help="Leave so many first and last blocks in 16 bits.")] = 0,
     dynamic: Annotated[
@@ -79,6 +106,9 @@ def quantize(
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="For the choice of windows.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
+    kld_windows: Annotated[
+        int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
+    ] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")] = False,
     json_target: terminal.Json = None,
 ) -> None:
@@ -97,14 +127,19 @@ def quantize(
         act_group_aware=act_group_aware,
         damp_percent=damp_percent,
         true_sequential=true_sequential,
+        quality=quality.value,
         scale_search=scale_search,
+        signed_scales=signed_scales,
+        search_finalists=search_finalists,
+        refine_sweeps=refine_sweeps,
+        distill_epochs=distill_epochs,
         lm_head=lm_head,
         keep_edge_blocks=keep_edge_blocks,
         dynamic=_parse_rules(dynamic),
         checkpoint_format=checkpoint_format.value,
     )
     window = {"samples": samples, "seqlen": seqlen, "seed": seed}
-    _run_quantize(model, out, config, calibration, window, batch_size, overwrite, json_target)
+    _run_quantize(model, out, config, calibration, window, batch_size, kld_windows, overwrite, json_target)
 
 
 def _run_quantize(
@@ -114,6 +149,7 @@ def _run_quantize(
     calibration: Path | None,
     window: dict[str, int],
     batch_size: int | None,
+    kld_windows: int,
     overwrite: bool,
     json_target: str | None,
 ) -> None:
@@ -140,7 +176,8 @@ def _run_quantize(
     if calibration is not None:
         tokens = max((layer.tokens for layer in result.layers), default=0)
         used = {"file": str(calibration), **window, "tokens": tokens}
-    report = make_report(result, result.config, model, out, used)
+    evaluation = _compare(out, model, texts, window, kld_windows) if texts is not None and kld_windows else None
+    report = make_report(result, result.config, model, out, used, evaluation)
     try:
         _, page = write_reports(report, out)
         terminal.write_json(json_target, report)
@@ -151,6 +188,20 @@ def _run_quantize(
         raise GPTQError(f"the checkpoint in {out} is complete, but a report could not be written: {reason}") from error
     if json_target != "-":
         _print_quantized(report, page)
+
+
+def _compare(out: Path, model: str, texts: list[str], window: dict[str, int], windows: int) -> dict[str, Any] | None:
+    """The evaluation of the finished checkpoint on windows that calibration did not draw; None if there are none."""
+    from gptq_backend.calibration import set_aside
+
+    from .evaluate import evaluate as run
+    from .evaluate import load_model
+
+    left = set_aside(texts, _tokenizer(str(out)), **window, count=windows)
+    if not left:
+        logger.warning("no window of the calibration text was left to measure the KL divergence on")
+        return None
+    return dataclasses.asdict(run(load_model(out), left, load_model(model)))
 
 
 def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
@@ -170,6 +221,10 @@ def _print_quantized(report: dict[str, Any], page: Path) -> None:
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     typer.echo(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    if (found := report["evaluation"]) is not None:
+        error = "" if found["kld_stderr"] is None else f" ± {found['kld_stderr']:.4f}"
+        text = f"{found['windows']} windows of the calibration text that were not used"
+        typer.echo(f"KL divergence from the original {found['kld']:.4f}{error} on {text}")
     typer.echo(f"mean error {percent(report['mean_relative_loss'])}, worst in {report['worst_module']}")
     typer.echo(f"report: {page}")
 

@@ -88,7 +88,7 @@ def cut_windows(text: str, tokenizer: Callable[..., Any], seqlen: int, windows: 
 
 def evaluate(
     model: nn.Module,
-    windows: Tensor | Sequence[Sequence[int]],
+    windows: Tensor | Sequence[Tensor | Sequence[int]],
     reference: nn.Module | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -102,7 +102,7 @@ def evaluate(
     Raises:
         GPTQError: the two models have different vocabularies, or one of them yields NaN.
     """
-    ids = torch.as_tensor(windows, dtype=torch.long)
+    ids = torch.stack([torch.as_tensor(row) for row in windows]).long()
     _check_limits(model, ids)
     if reference is not None:
         _check_limits(reference, ids)

@@ -57,6 +57,7 @@ def make_report(
     model: str,
     output: Path,
     calibration: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything known about one quantization, as JSON values.
 
@@ -66,6 +67,7 @@ def make_report(
         model: folder or name of the original.
         output: the folder that was written.
         calibration: where the calibration tokens came from; None for round-to-nearest.
+        evaluation: of the quantized model against the original, if one was made (fields of ``evaluate.Evaluation``).
     """
     layers = [dataclasses.asdict(layer) for layer in report.layers]
     for layer in layers:
@@ -81,6 +83,7 @@ def make_report(
         "modules": len(layers),
         "mean_relative_loss": statistics.fmean(errors) if errors else None,
         "worst_module": max(layers, key=lambda layer: layer["relative_loss"])["name"] if layers else None,
+        "evaluation": None if evaluation is None else dict(evaluation),
         "seconds": report.seconds,
         "bytes_before": weights_size(model),
         "bytes_after": weights_size(output),
@@ -155,7 +158,8 @@ def render_html(report: Mapping[str, Any]) -> str:
 <div class="grid cards">{_cards(report)}</div>
 <h2>Error per module</h2>
 <p>Share of the {energy} energy that is error, one bar per block. Every panel has a scale of its own; hold the pointer
-over a bar for its module.</p>{legend}
+over a bar for its module. The tables' column "held out" is the error on tokens kept aside: after the column loop, then
+after each refinement that was kept.</p>{legend}
 <div class="grid panels">{panels}</div>
 <h2>Worst modules</h2>
 {_table(sorted(layers, key=lambda layer: -layer["relative_loss"])[:10])}
@@ -226,6 +230,9 @@ def _cards(report: Mapping[str, Any]) -> str:
         (shown if report["calibration"] else "none", "damping used"),
         (", ".join(methods), "method"),
     ]
+    if (found := report["evaluation"]) is not None:
+        error = "" if found["kld_stderr"] is None else f" ± {found['kld_stderr']:.4f}"
+        cards.insert(2, (f"{found['kld']:.4f}{error}", "KL divergence, nats"))
     return "".join(f'<div class="card"><b>{escape(value)}</b><span>{label}</span></div>' for value, label in cards)
 
 
@@ -264,7 +271,7 @@ def _panel(kind: str, layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(layers: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("module", "error", "bits", "group", "method", "damping", "tokens", "dropped", "seconds")
+    heads = ("module", "error", "bits", "group", "method", "held out", "damping", "tokens", "dropped", "seconds")
     rows = []
     for layer in layers:
         cells = (
@@ -273,6 +280,7 @@ def _table(layers: Sequence[Mapping[str, Any]]) -> str:
             layer["bits"],
             layer["group_size"],
             layer["method"],
+            " → ".join(percent(step["error"]) for step in layer["steps"] if step["kept"]),
             f"{layer['damp_percent']:g}",
             layer["tokens"],
             layer["dropped_tokens"],
