@@ -81,7 +81,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "falcon, which sorts the rows of qkv": (
         "falcon",
         {"group_size": 32, "desc_act": True},
-        {"head_dim": ..., "new_decoder_architecture": True, "num_kv_heads": 1, "ffn_hidden_size": 256},
+        {
+            "head_dim": ...,
+            "new_decoder_architecture": True,
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 512,
+        },
     ),
     "a tied head left dense": ("llama", {"group_size": 32}, {"tie_word_embeddings": True}),
 }
