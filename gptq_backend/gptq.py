@@ -23,6 +23,7 @@ from .weight import QuantizedWeight
 _PANEL = 128  # columns between two updates of the rest of the matrix
 # Candidate scales relative to min-max: beyond 1 because a symmetric grid has one code more below zero than above.
 _SHRINK = tuple(1.08 - 0.03 * i for i in range(20))
+_SEARCH_ROWS = 384  # output channels whose finalists are tried at once: what a core's cache holds
 _WIDE_SHRINK = tuple(1.1 - 0.03 * i for i in range(24))  # a scale of the better sign may be smaller
 
 
@@ -261,18 +262,21 @@ def fit_grid(
     if not config.scale_search:
         return _grid(low, high, config, scales_dtype)
     candidates = _candidates(low, high, config, scales_dtype)  # fields [candidates, N]
+    finalists = config.tier.search_finalists if spread is not None else 1
+    if finalists > 1:  # a choice among grids, each exact in float32
+        columns, cost = columns.float(), cost.float()
+        candidates = candidates.map(Tensor.float)
     code, error = torch.empty_like(columns), torch.empty_like(columns)
     totals = torch.empty_like(candidates.scale)
     for i in range(len(totals)):
         candidates.map(partial(torch.select, dim=0, index=i)).round(columns, code, error)
         torch.mv(error.square_().t(), cost, out=totals[i])
-    finalists = min(config.tier.search_finalists, len(totals))
     if finalists > 1 and spread is not None:
         best = totals.sort(dim=0, stable=True).indices[:finalists]
         candidates = candidates.map(lambda field: field.gather(0, best))
-        totals = _cost_with_feedback(columns, cost, spread, candidates)
+        totals = _cost_with_feedback(columns, cost, spread.float(), candidates)
     best = totals.argmin(dim=0, keepdim=True)
-    return candidates.map(lambda field: field.gather(0, best)[0])
+    return candidates.map(lambda field: field.gather(0, best)[0].to(low.dtype))
 
 
 def _candidates(low: Tensor, high: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:
@@ -296,15 +300,18 @@ def _concatenate(grids: list[Grid]) -> Grid:
 
 def _cost_with_feedback(columns: Tensor, cost: Tensor, spread: Tensor, grids: Grid) -> Tensor:
     """[candidates, N]: what the column loop would make of the group under each of ``grids``."""
-    count, outputs = grids.scale.shape
-    flat = grids.map(torch.flatten)
-    rest = columns.repeat(1, count)  # [g, candidates * N]
-    code, error, total = torch.empty_like(rest[0]), torch.empty_like(rest[0]), torch.zeros_like(rest[0])
-    for i, price in enumerate(cost.tolist()):
-        flat.round(rest[i], code, error)
-        rest[i + 1 :].addr_(spread[i, i + 1 :], error, alpha=-1)
-        total.addcmul_(error, error, value=price)
-    return total.view(count, outputs)
+    total = torch.zeros_like(grids.scale)
+    for first in range(0, columns.shape[1], _SEARCH_ROWS):
+        part = slice(first, first + _SEARCH_ROWS)
+        flat = grids.map(lambda field, part=part: field[:, part].flatten())  # type: ignore[misc]
+        rest = columns[:, part].repeat(1, len(total))  # [g, candidates * _SEARCH_ROWS]
+        code, error, price = torch.empty_like(rest[0]), torch.empty_like(rest[0]), torch.zeros_like(rest[0])
+        for i, weight in enumerate(cost.tolist()):
+            flat.round(rest[i], code, error)
+            rest[i + 1 :].addr_(spread[i, i + 1 :], error, alpha=-1)
+            price.addcmul_(error, error, value=weight)
+        total[:, part] = price.view(len(total), -1)
+    return total
 
 
 def _grid(low: Tensor, high: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:

@@ -84,19 +84,23 @@ def descend(quantized: QuantizedWeight, weight: Tensor, hessian: Tensor) -> Quan
     scales, zeros = quantized.scales.to(hessian.dtype), quantized.zeros.to(hessian.dtype)
     low, high = -zeros, (1 << quantized.bits) - 1 - zeros
     centred = quantized.codes.to(hessian.dtype) - zeros[index]
-    difference = centred * scales[index] - target
+    values = centred * scales[index]
+    difference = values - target
     groups = index.tolist()
     inverse_diagonal = hessian.diagonal().reciprocal().tolist()
+    change = torch.empty_like(target[0])
     for first in range(0, len(groups), _PANEL):
-        stop = min(first + _PANEL, len(groups))
-        gradient = hessian[first:stop] @ difference
-        for k in range(first, stop):
-            group, i = groups[k], k - first
-            best = torch.add(difference[k], gradient[i], alpha=-inverse_diagonal[k]).add_(target[k])
-            torch.clamp(best.div_(scales[group]).round_(), low[group], high[group], out=centred[k])
-            change = torch.mul(centred[k], scales[group], out=best).sub_(target[k]).sub_(difference[k])
-            difference[k] += change
-            gradient[i + 1 :].addr_(hessian[k, k + 1 : stop], change)
+        panel = slice(first, first + _PANEL)
+        gradient = hessian[panel] @ difference
+        inside = hessian[panel, panel]
+        for i, k in enumerate(range(first, first + len(inside))):
+            group, code = groups[k], centred[k]
+            torch.add(values[k], gradient[i], alpha=-inverse_diagonal[k], out=code)
+            torch.clamp(code.div_(scales[group]).round_(), low[group], high[group], out=code)
+            torch.mul(code, scales[group], out=change).sub_(values[k])
+            gradient[i + 1 :].addr_(inside[i, i + 1 :], change)
+            values[k] += change
+        torch.sub(values[panel], target[panel], out=difference[panel])
     codes = centred.add_(zeros[index]).to(torch.uint8)
     return dataclasses.replace(quantized, codes=codes)
 
