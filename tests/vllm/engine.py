@@ -101,7 +101,7 @@ class Engine:
         max_tokens: int = 1,
         logprobs: bool = False,
         lora: Path | None = None,
-        seconds: float = 280,
+        seconds: float = 800,
         **options: Any,
     ) -> list[dict[str, Any]]:
         """Load ``folder`` unless it is, and run ``prompts`` through it.
@@ -167,7 +167,7 @@ class Server:
     """
 
     def __init__(
-        self, folder: Path, log: Path, cache: Path, arguments: Sequence[str] = (), seconds: float = 240
+        self, folder: Path, log: Path, cache: Path, arguments: Sequence[str] = (), seconds: float = 800
     ) -> None:
         self.log = log
         with socket.socket() as free:
