@@ -7,6 +7,9 @@ Names common to all, with K, N, G as in docs/format.md:
     slabs, group_planes: slabs of the weight; planes of a group where ``groups`` is None.
     BITS, SHARE: of a code; how many planes in sequence are sure to lie in one group.
 
+Numbers that would only multiply the compiled variants are not specialized on; with slabs_per_split = 1 as a constant,
+LLVM also unrolls the loop, for minutes.
+
 A plane is 16 slots, what one matrix instruction takes of K.
 """
 
@@ -17,11 +20,24 @@ import triton.language as tl
 
 
 @triton.jit
-def _codes(low, high, plane: tl.constexpr, BITS: tl.constexpr):
-    """int32, in the shape of the words. low, high: the words that hold the plane; high for 3 bits only."""
+def _load_words(words, at, width, inside, BITS: tl.constexpr):
+    """The words of a slab, and for 3 bits those of its high bits. at: of an element from the first of the slab."""
+    low = tl.load(words + at, mask=inside, other=0)
+    high = low
     if BITS == 3:
-        return ((low >> (plane % 16 * 2)) & 3) | (((high >> plane) & 1) << 2)
-    return (low >> (plane * BITS)) & ((1 << BITS) - 1)
+        halfwords = (words + 16 * width).to(tl.pointer_type(tl.int16))
+        high = tl.load(halfwords + at, mask=inside, other=0).to(tl.int32)
+    return low, high
+
+
+@triton.jit
+def _codes(low, high, plane: tl.constexpr, BITS: tl.constexpr):
+    """int32, in the shape of low. low: words of the slab; high: int32, its 16-bit words of high bits, for 3 bits."""
+    if BITS == 3:
+        codes = ((low >> (plane * 2)) & 3) | (((high >> plane) & 1) << 2)
+    else:
+        codes = (low >> (plane * BITS)) & ((1 << BITS) - 1)
+    return codes
 
 
 @triton.jit
@@ -48,7 +64,7 @@ def _scale_and_zero(scales, zeros, groups, plane, group_planes, last_group, n, w
     return scale, zero
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slabs", "slabs_per_split", "group_planes", "last_group"])
 def gemm(
     x,
     words,
@@ -81,8 +97,8 @@ def gemm(
     ``experts[i // BLOCK_M]``, or comes out as zeros where that is negative. Then x is [ceil(rows/top_k), K], row
     ``order[i] // top_k`` being its input; or, SORTED, row i.
     """
-    PLANES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
-    WORDS: tl.constexpr = 48 if BITS == 3 else 16  # rows of words of a slab
+    PLANES: tl.constexpr = 32 // BITS if BITS != 3 else 16
+    WORDS: tl.constexpr = 24 if BITS == 3 else 16  # rows of words of a slab
     tile, split = tl.program_id(0), tl.program_id(2)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = split * slabs_per_split
@@ -112,11 +128,9 @@ def gemm(
     # Weights are the first operand: that one matrix units can take from registers, where the codes are expanded.
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for slab in tl.range(first, last, num_stages=STAGES):
-        tile_words = words + (slab * WORDS + slot).to(tl.int64)[None, :] * width + n[:, None]
-        high = tl.load(tile_words + 32 * width, mask=inside, other=0) if BITS == 3 else None
+        slab_words = words + tl.cast(slab, tl.int64) * WORDS * width
+        low, high = _load_words(slab_words, slot[None, :] * width + n[:, None], width, inside, BITS)
         for plane in tl.static_range(PLANES):
-            if plane % 16 == 0:
-                low = tl.load(tile_words + plane // 16 * 16 * width, mask=inside, other=0)
             if plane % SHARE == 0:
                 scale, zero = _scale_and_zero(
                     scales, zeros, groups, slab * PLANES + plane, group_planes, last_group, n, width, BITS
@@ -134,7 +148,7 @@ def gemm(
     tl.store(y + at, accumulator.to(y.dtype.element_ty), mask=valid[None, :] & (n < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs", "slabs_per_split", "group_planes", "last_group"])
 def gemv(
     x,
     words,
@@ -157,8 +171,8 @@ def gemv(
     STAGES: tl.constexpr,
 ):
     """One tile of one split of y [splits, N]; x [K] in the order of its channels. No matrix unit pays for one row."""
-    PLANES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
-    WORDS: tl.constexpr = 48 if BITS == 3 else 16  # rows of words of a slab
+    PLANES: tl.constexpr = 32 // BITS if BITS != 3 else 16
+    WORDS: tl.constexpr = 24 if BITS == 3 else 16  # rows of words of a slab
     split = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = split * slabs_per_split
@@ -167,11 +181,9 @@ def gemv(
     inside = (n < width)[None, :]
     accumulator = tl.zeros((16, BLOCK_N), tl.float32)
     for slab in tl.range(first, last, num_stages=STAGES):
-        tile_words = words + (slab * WORDS + slot).to(tl.int64)[:, None] * width + n[None, :]
-        high = tl.load(tile_words + 32 * width, mask=inside, other=0) if BITS == 3 else None
+        slab_words = words + tl.cast(slab, tl.int64) * WORDS * width
+        low, high = _load_words(slab_words, slot[:, None] * width + n[None, :], width, inside, BITS)
         for plane in tl.static_range(PLANES):
-            if plane % 16 == 0:
-                low = tl.load(tile_words + plane // 16 * 16 * width, mask=inside, other=0)
             if plane % SHARE == 0:
                 scale, zero = _scale_and_zero(
                     scales, zeros, groups, slab * PLANES + plane, group_planes, last_group, n, width, BITS
@@ -191,7 +203,7 @@ def gemv(
     tl.store(y + split * N + n, result.to(y.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "splits"])
 def add_splits(parts, y, size, splits, BLOCK: tl.constexpr):
     """y [size] = the sum of parts [splits, size], always in the same order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -201,7 +213,7 @@ def add_splits(parts, y, size, splits, BLOCK: tl.constexpr):
     tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gather(x, perm, y, order, experts, rows, top_k, K, slots, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """One row of y [., slots]: x in the order of the slots, padding zero. Experts as in :func:`gemm`."""
     row = tl.program_id(0)
@@ -216,7 +228,7 @@ def gather(x, perm, y, order, experts, rows, top_k, K, slots, BLOCK_M: tl.conste
     tl.store(y + row.to(tl.int64) * slots + slot, value, mask=slot < slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_planes", "last_group"])
 def dequantize(
     words,
     scales,
@@ -234,19 +246,17 @@ def dequantize(
     BLOCK_N: tl.constexpr,
 ):
     """One slab of y [K, N], the output channels from ``start`` on."""
-    PLANES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
-    WORDS: tl.constexpr = 48 if BITS == 3 else 16  # rows of words of a slab
+    PLANES: tl.constexpr = 32 // BITS if BITS != 3 else 16
+    WORDS: tl.constexpr = 24 if BITS == 3 else 16  # rows of words of a slab
     dtype: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     slab = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = start + column
     slot = tl.arange(0, 16)
     inside = (n < width)[None, :]
-    tile_words = words + (slab * WORDS + slot).to(tl.int64)[:, None] * width + n[None, :]
-    high = tl.load(tile_words + 32 * width, mask=inside, other=0) if BITS == 3 else None
+    slab_words = words + tl.cast(slab, tl.int64) * WORDS * width
+    low, high = _load_words(slab_words, slot[:, None] * width + n[None, :], width, inside, BITS)
     for plane in tl.static_range(PLANES):
-        if plane % 16 == 0:
-            low = tl.load(tile_words + plane // 16 * 16 * width, mask=inside, other=0)
         scale, zero = _scale_and_zero(
             scales, zeros, groups, slab * PLANES + plane, group_planes, last_group, n, width, BITS
         )

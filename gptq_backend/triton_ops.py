@@ -73,12 +73,12 @@ def supports(spec: LinearSpec, device: torch.device) -> str | None:
 
 
 def planes(bits: int) -> int:
-    """Planes of 16 slots in a slab: as many as there are codes in its words, 3-bit codes taking 2 + 1 bits of two."""
-    return 32 if bits == 3 else 32 // bits
+    """Planes of 16 slots in a slab: as many as a word has codes (3 bits: 2 bits in a word, 1 in half a word)."""
+    return 16 if bits == 3 else 32 // bits
 
 
 def _interleave(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [blocks, 32/bits, n] -> int32 [blocks, n]; code i of a word in its i-th field."""
+    """uint8 [slabs, planes, n] -> int32 [slabs, n]; plane i in field i of the words."""
     words = codes[:, 0].int()
     for i in range(1, codes.shape[1]):
         words |= codes[:, i].int() << (bits * i)
@@ -86,30 +86,29 @@ def _interleave(codes: Tensor, bits: int) -> Tensor:
 
 
 def _separate(words: Tensor, bits: int) -> Tensor:
-    """Undo :func:`_interleave`."""
-    fields = [(words >> shift) & ((1 << bits) - 1) for shift in range(0, 32, bits)]
-    return torch.stack([field.to(torch.uint8) for field in fields], 1)
+    """Undo :func:`_interleave`. words: of any integer dtype."""
+    shifts = range(0, words.itemsize * 8, bits)
+    return torch.stack([((words >> shift) & ((1 << bits) - 1)).to(torch.uint8) for shift in shifts], 1)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [slots, W] -> int32 [slabs, rows of words, W]."""
     width, count = codes.shape[1], planes(bits)
-    slabs = codes.shape[0] // (count * PLANE)
+    by_plane = codes.view(-1, count, PLANE * width)
     if bits != 3:
-        return _interleave(codes.view(slabs, count, -1), bits).view(slabs, PLANE, width)
-    low = _interleave((codes & 3).view(slabs * 2, 16, -1), 2)
-    high = _interleave((codes >> 2).view(slabs, 32, -1), 1)
-    return torch.cat([low.view(slabs, 2 * PLANE, width), high.view(slabs, PLANE, width)], 1)
+        return _interleave(by_plane, bits).view(-1, PLANE, width)
+    high = _interleave(by_plane >> 2, 1).to(torch.int16).view(torch.int32)
+    return torch.cat([_interleave(by_plane & 3, 2), high], 1).view(-1, PLANE * 3 // 2, width)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
     """Undo :func:`_pack`."""
     slabs, _, width = words.shape
+    flat = words.reshape(slabs, -1)
     if bits != 3:
-        return _separate(words.reshape(slabs, -1), bits).view(-1, width)
-    low = _separate(words[:, : 2 * PLANE].reshape(slabs * 2, -1), 2).view(-1, width)
-    high = _separate(words[:, 2 * PLANE :].reshape(slabs, -1), 1).view(-1, width)
-    return low | (high << 2)
+        return _separate(flat, bits).view(-1, width)
+    low, high = flat.split([PLANE * width, PLANE * width // 2], 1)
+    return (_separate(low, 2) | (_separate(high.contiguous().view(torch.int16), 1) << 2)).view(-1, width)
 
 
 def _pad_columns(rows: Tensor) -> Tensor:
@@ -390,7 +389,7 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
     if x.dtype in _DTYPES and len(rows) < _machine(x.device)[0].dense_rows:
         y = _multiply(rows, w, bias, *_plan(rows, w))
     else:
-        step = max(1, _MAX_DENSE_ELEMENTS // w.in_features)
+        step = max(1, _MAX_DENSE_ELEMENTS // w.in_features // 128) * 128
         parts = [rows @ _dense(w, x.dtype, n, min(n + step, w.out_features)) for n in range(0, w.out_features, step)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if bias is not None:

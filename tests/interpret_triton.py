@@ -78,10 +78,10 @@ def test_groups_of_unequal_sizes() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_many_rows_and_float64_go_through_the_dense_weight(bits: int, monkeypatch) -> None:
-    monkeypatch.setattr(triton_ops, "_MAX_DENSE_ELEMENTS", 90 * 16)
-    weight = random_weight(bits, 90, 40, 32, act_order=True)
+    monkeypatch.setattr(triton_ops, "_MAX_DENSE_ELEMENTS", 90 * 128)
+    weight = random_weight(bits, 90, 150, 32, act_order=True)
     spec, tensors = prepared(weight, kernels.TRITON)
-    bias = torch.randn(40)
+    bias = torch.randn(150)
     for x, limit in ((torch.randn(2, 90, dtype=torch.float64), 1e-14), (torch.randn(600, 90), 1e-6)):
         assert error(kernels.TRITON.apply(spec, tensors, x, bias), exact(weight, x, bias)) < limit
     dense = triton_ops.dequantize(*triton_ops._arguments(spec, tensors), torch.float64)

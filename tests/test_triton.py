@@ -229,13 +229,14 @@ class Compiler:
         signature: dict[str, str] = dict.fromkeys(constants, "constexpr")
         attributes = {}
         for i, (argument, value) in enumerate(zip(kernel.arg_names, arguments)):
+            special = not kernel.params[i].do_not_specialize
             if isinstance(value, Tensor):
                 signature[argument] = f"*{TYPES[value.dtype]}"
-            elif value is None or value == 1:  # Triton makes a constant of every 1
+            elif value is None or (value == 1 and special):  # Triton makes a constant of every 1
                 signature[argument], constants[argument] = "constexpr", value
             else:
                 signature[argument] = "i32"
-            if isinstance(value, Tensor) or (value is not None and value % 16 == 0):
+            if isinstance(value, Tensor) or (value is not None and value % 16 == 0 and special):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, {key: signature[key] for key in kernel.arg_names}, constants, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -274,7 +275,7 @@ def assert_fast(name: str, compiled: Any, dtype: torch.dtype) -> None:
     else:
         assembly = compiled.asm["ptx"]
         assert resources(compiled)["STACK"] == resources(compiled)["LOCAL"] == 0
-        wide = r"cp\.async\.cg\.shared\.global.*16|ld\.global.*\.v4\.b32"
+        wide = r"cp\.async\.cg\.shared\.global[^;]*, 0x10,|ld\.global[^;]*\.v4\.b32"
         matrix = r"wgmma\.mma_async" if compiled.metadata.target.arch == 90 else r"mma\.sync"
     if name in ("gemm", "gemv", "dequantize"):
         assert re.search(wide, assembly), name
