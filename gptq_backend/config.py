@@ -27,7 +27,7 @@ class Tier:
 
 QUALITIES = {
     "fast": Tier(signed_scales=False, search_finalists=1, refine_sweeps=0, distill_epochs=0),
-    "default": Tier(signed_scales=True, search_finalists=8, refine_sweeps=2, distill_epochs=0),
+    "default": Tier(signed_scales=True, search_finalists=4, refine_sweeps=2, distill_epochs=0),
     "best": Tier(signed_scales=True, search_finalists=8, refine_sweeps=4, distill_epochs=2),
 }
 

@@ -55,6 +55,10 @@ def test_enum_values_of_frameworks_are_read() -> None:
         ({"bits": 4, "group_size": 0}, "group_size=0"),
         ({"bits": 4, "group_size": -2}, "group_size=-2.*-1"),
         ({"bits": 4, "group_size": 64.0}, "group_size=64.0 is not an integer"),
+        ({"bits": 4, "quality": "superb"}, "quality='superb'.*'fast', 'default', 'best'"),
+        ({"bits": 4, "search_finalists": 0}, "search_finalists=0"),
+        ({"bits": 4, "refine_sweeps": -1}, "refine_sweeps=-1"),
+        ({"bits": 4, "distill_epochs": -1}, "distill_epochs=-1"),
         ({"bits": 4, "damp_percent": 0}, "damp_percent=0"),
         ({"bits": 4, "damp_percent": 1.5}, "damp_percent=1.5"),
         ({"bits": 4, "keep_edge_blocks": -1}, "keep_edge_blocks"),
@@ -151,3 +155,16 @@ def test_written_dictionary_is_json_and_reads_back(config: QuantizeConfig) -> No
     assert again.to_dict() == config.to_dict()
     assert written["checkpoint_format"] == written["format"] == config.checkpoint_format
     assert written["quant_method"] == "gptq"
+
+
+def test_a_setting_made_by_hand_wins_over_what_the_quality_stands_for() -> None:
+    plain, mixed = QuantizeConfig(quality="fast"), QuantizeConfig(quality="fast", refine_sweeps=3, signed_scales=True)
+    assert (plain.tier.refine_sweeps, plain.tier.signed_scales, plain.tier.search_finalists) == (0, False, 1)
+    assert (mixed.tier.refine_sweeps, mixed.tier.signed_scales, mixed.tier.search_finalists) == (3, True, 1)
+    assert QuantizeConfig(quality="best", distill_epochs=0).tier.distill_epochs == 0
+
+
+def test_quality_and_what_was_set_by_hand_survive_a_file() -> None:
+    config = QuantizeConfig(quality="best", refine_sweeps=1)
+    read = QuantizeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert (read.quality, read.refine_sweeps, read.tier) == ("best", 1, config.tier)

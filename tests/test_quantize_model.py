@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gptq_backend.quantize as driver
-from gptq_backend import CalibrationError, QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
 from gptq_backend.hessian import Hessian
 from tests.toy import VOCABULARY, SparseMlp, samples, toy
 
@@ -155,6 +155,27 @@ def test_rounding_without_calibration_reports_every_layer() -> None:
     report = quantize_model(model, config(lm_head=True))
     assert [entry.method for entry in report.layers] == ["rtn"] * 15
     assert len(quantized_names(model)) == 15
+
+
+def test_the_report_tells_what_each_step_left_of_the_held_out_error() -> None:
+    report = quantize_model(toy(), config(bits=3), samples(64))
+    for entry in report.layers:
+        kept = [step.error for step in entry.steps if step.kept]
+        assert entry.steps[0].name == "loop", entry.name
+        assert kept == sorted(kept, reverse=True), entry.name
+    assert sum(len(entry.steps) > 2 for entry in report.layers) > len(report.layers) / 2
+    assert all(not entry.steps for entry in quantize_model(toy(), config(quality="fast"), samples()).layers)
+
+
+def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
+    settings = config(bits=2, quality="best")
+    with pytest.raises(ConfigError, match="teacher="):
+        quantize_model(toy(), settings, samples())
+    model = toy(dtype=torch.float32)
+    report = quantize_model(model, settings, samples(16), batch_size=2, teacher=lambda: toy(dtype=torch.float32))
+    assert report.distillation is not None
+    assert len(report.distillation.losses) == 2 * 7
+    assert quantize_model(toy(), settings, None).distillation is None  # rounding to nearest has no data for it
 
 
 def test_progress_counts_up_to_the_number_of_layers() -> None:

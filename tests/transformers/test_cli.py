@@ -81,6 +81,9 @@ def test_quantize_writes_a_checkpoint_that_loads_and_both_reports(original: Path
     assert {layer["method"] for layer in report["layers"]} == {"cholesky"}
     assert report["calibration"] == {"file": str(TEXT), "samples": 4, "seqlen": 32, "seed": 0, "tokens": 128}
     assert 0 < report["bytes_after"] < report["bytes_before"]
+    assert report["evaluation"]["windows"] == 4
+    assert 0 < report["evaluation"]["kld"] < 0.1
+    assert all(layer["steps"][0]["name"] == "loop" for layer in report["layers"])
     assert AutoTokenizer.from_pretrained(quantized)("x") == AutoTokenizer.from_pretrained(original)("x")
 
 

@@ -1,0 +1,54 @@
+"""One row of the tables in accuracy.md: quantize on a set of calibration tokens, judge on others, print JSON.
+
+python docs/accuracy.py MODEL wikitext2-valid.txt wikitext2-test.txt --set 0 --config '{"bits": 4, "group_size": 64}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from gptq_backend import QuantizeConfig
+from gptq_transformers import quantize
+from gptq_transformers.evaluate import cut_windows, evaluate, load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("--config", default="{}", help="JSON: fields of QuantizeConfig")
+    parser.add_argument("--set", type=int, default=0, help="which run of 64 x 512 calibration tokens")
+    parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, from the start of the test text")
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokens = torch.tensor(tokenizer(arguments.calibration.read_text())["input_ids"])
+    samples = tokens[arguments.set * 32768 : (arguments.set + 1) * 32768].view(64, 512)
+    config = QuantizeConfig.from_dict(json.loads(arguments.config))
+    with tempfile.TemporaryDirectory() as folder:
+        _, report = quantize(arguments.model, config, samples, output=folder, overwrite=True)
+        judged = cut_windows(arguments.test.read_text(), tokenizer, 1024, arguments.windows)
+        found = evaluate(load_model(folder), judged, load_model(arguments.model))
+    refined = [layer.steps for layer in report.layers if layer.steps]
+    gains = [math.log([step.error for step in steps if step.kept][-1] / steps[0].error) for steps in refined]
+    result = {
+        "config": config.to_dict(),
+        "set": arguments.set,
+        "seconds": report.seconds,
+        "held_out_error_after_refinement": math.exp(sum(gains) / len(gains)) if gains else None,
+        "distillation": report.distillation and dataclasses.asdict(report.distillation),
+        "evaluation": dataclasses.asdict(found),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
