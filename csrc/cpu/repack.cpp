@@ -104,8 +104,8 @@ void unpack_as(const Repack& r, int threads) {
     }
 }
 
-// A product reads thousands of pages of 4 KB, which evict the translations of everything else, the caller's included:
-// whole 2 MB pages inside the words make a model's calls 10 % faster. Advice only, hence no error.
+// Whole pages of 2 MB inside the words: thousands of small ones per product would evict the translations of everything
+// else, the calling Python's included. Advice only, hence no error.
 void advise_huge_pages(void* data, size_t bytes) {
 #ifdef __linux__
     const uintptr_t page = 2 << 20, start = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
