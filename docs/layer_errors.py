@@ -24,6 +24,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "+ 4 finalists": {"refine_sweeps": 0},
     "default": {},
     "best, not distilled": {"quality": "best"},
+    "default, plain order": {"act_group_aware": False},
+    "default, static act-order": {"desc_act": True, "static_groups": True},
+    "default, damping 0.01": {"damp_percent": 0.01},
 }
 
 
@@ -74,7 +77,7 @@ def main() -> None:
             errors.append(float(((difference @ judge) * difference).sum() / ((weight @ judge) * weight).sum()))
         base = base or errors
         mean = math.exp(sum(math.log(error / first) for error, first in zip(errors, base, strict=True)) / len(errors))
-        print(f"{label:20} {mean:.3f} of fast's error", flush=True)
+        print(f"{label:26} {mean:.3f} of fast's error", flush=True)
 
 
 if __name__ == "__main__":
