@@ -4,9 +4,12 @@
 #   make test       the default suite with vLLM, then tests/transformers again under transformers 4.57
 #   make test-all   with the slow tests, and tests/transformers under the newest 5.x too
 #   make lint       ruff, mypy, clang-format
+#   make test-gpu   on a machine with an NVIDIA GPU and nvcc: build in place, then the tests that need the GPU
+#   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again
 #
 # Variables: PYTHON (interpreter), TORCH (pip's arguments for torch), CHECK_TORCH=0 (take a CUDA build without a GPU),
-# VLLM (pip's arguments for vLLM; empty leaves tests/vllm out), PYTEST_ARGS (more arguments for pytest).
+# VLLM (pip's arguments for vLLM; empty leaves tests/vllm out), PYTEST_ARGS (more arguments for pytest), GPU_PYTHON (an
+# interpreter that has torch, pytest, hypothesis and pybind11; nothing is installed), GPU_PEERS (e.g. --peer MODULE:FUNCTION).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -25,7 +28,10 @@ export PYTHONPATH :=
 # Prints results as they come, also into a pipe.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-all lint format clean
+GPU_PYTHON ?= python3
+GPU_PEERS ?=
+
+.PHONY: demo test test-all lint format clean test-gpu bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -102,3 +108,45 @@ $(VENV)/.overlay-5.23: Makefile | $(VENV)/.torch
 	rm -rf $(OVERLAYS)/5.23
 	$(PIP) install --quiet --no-deps --target $(OVERLAYS)/5.23 transformers==5.23.0
 	touch $@
+
+# -- on a machine with a GPU -------------------------------------------------------------------------------------------
+
+GPU_CLI := PYTHONPATH=integrations $(GPU_PYTHON) -m gptq_transformers
+SANITIZER := $(shell command -v compute-sanitizer)
+
+build/.gpu: setup.py $(wildcard csrc/*/*)
+	GPTQ_BACKEND_CUDA=1 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+	mkdir -p build && touch $@
+
+test-gpu: build/.gpu
+	$(GPU_PYTHON) -m pytest -m gpu -q --durations=5 $(PYTEST_ARGS) tests/gpu tests/test_triton.py
+ifneq ($(SANITIZER),)
+	for tool in memcheck racecheck; do \
+		$(SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu -q tests/gpu -k tiny || exit 1; done
+else
+	@echo "compute-sanitizer is not installed: memory accesses were not checked"
+endif
+
+# name: what differs from 4 bits, group 128, symmetric, fp16
+GPU_BENCHES := fp16 bf16 asym act-order g32 2bit 3bit 8bit
+GPU_fp16 := --dtype fp16
+GPU_bf16 := --dtype bf16
+GPU_asym := --dtype fp16 --asym
+GPU_act-order := --dtype fp16 --act-order
+GPU_g32 := --dtype fp16 --group-size 32
+GPU_2bit := --dtype fp16 --bits 2
+GPU_3bit := --dtype fp16 --bits 3
+GPU_8bit := --dtype fp16 --bits 8
+GPU_JSON := $(GPU_BENCHES:%=docs/benchmarks/gpu/%.json)
+
+bench-gpu: $(GPU_JSON) docs/benchmarks/gpu/plans.json
+	$(GPU_PYTHON) -m gptq_backend.bench.summary $^
+
+docs/benchmarks/gpu/plans.json: build/.gpu
+	mkdir -p $(@D)
+	$(GPU_PYTHON) -m gptq_backend.bench.plans $@
+
+docs/benchmarks/gpu/%.json: build/.gpu
+	mkdir -p $(@D)
+	$(GPU_CLI) bench gemm --device cuda --shapes llama2-7b --m 1,4,8,16,32,64,128,256,512,1024,4096 --seconds 0.03 \
+		--backend cuda --backend triton $(GPU_$*) $(GPU_PEERS) --json $@

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cpu, ops, triton_ops
+from . import cpu, cuda, ops, triton_ops
 from .errors import ConfigError
 from .weight import LinearSpec
 
@@ -70,13 +70,14 @@ REFERENCE = Kernel(
 )
 
 CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op)
+CUDA = Kernel("cuda", cuda.supports, cuda.prepare, cuda.unprepare, cuda.apply, cuda.op)
 CPU_W4A8 = Kernel("cpu_w4a8", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply_w4a8, cpu.op_w4a8, opt_in=True)
 TRITON = Kernel(
     "triton", triton_ops.supports, triton_ops.prepare, triton_ops.unprepare, triton_ops.apply, triton_ops.op
 )
 
 # Fastest first. The reference serves everything and therefore comes last.
-KERNELS: list[Kernel] = [CPU_W4A8, CPU, TRITON, REFERENCE]
+KERNELS: list[Kernel] = [CPU_W4A8, CPU, CUDA, TRITON, REFERENCE]
 
 
 def kernel_report(spec: LinearSpec, device: torch.device) -> dict[str, str | None]:

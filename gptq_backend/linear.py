@@ -83,7 +83,7 @@ class QuantLinear(nn.Module):
         return self._kernel.apply(self.spec, parameters, x, bias)
 
     # torch.compiler.disable would import torch._dynamo, which takes as long as torch itself, with this module.
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _forward_unprepared(self, x: Tensor) -> Tensor:
         """First call, or a layer whose weights an accelerate hook brings for this call only."""
         if not _is_offloaded(self):

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import greenlet
-
 
 def wait(key: Hashable) -> None:
     """Called inside a task: pause until every task paused or ended and the driver has served ``key``."""
+    import greenlet
+
     current = greenlet.getcurrent()
     assert current.parent is not None, "wait() outside of run()"
     current.parent.switch(key)
@@ -31,6 +31,8 @@ def run(functions: Sequence[Callable[[], None]], on_stage: Callable[[Any], None]
         on_stage: called with the key at which tasks wait, before those go on.
         rank: keys of lower rank are served first when tasks wait at different ones (data-dependent control flow).
     """
+    import greenlet  # here: kernels and loading do without
+
     tasks = [greenlet.greenlet(function) for function in functions]
     try:
         waiting = {task: task.switch() for task in tasks}

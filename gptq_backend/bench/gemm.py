@@ -182,5 +182,5 @@ def call_overhead(
         Candidate(f"kernel {kernel.name}", [functools.partial(kernel.apply, layer.spec, tensors, x, None)]),
         Candidate("nn.Linear", [functools.partial(plain, x)]),
     ]
-    interleave(candidates, seconds, device)
+    interleave(candidates, seconds, device, launching=True)
     return {candidate.name: quartiles(candidate.samples)[1] * 1e6 for candidate in candidates}

@@ -23,7 +23,8 @@ from .timing import synchronize, threads
 _CPUS = Path("/sys/devices/system/cpu")
 _FALLBACK_CACHE = 32 << 20
 _MIN_STREAMED = 512 << 20
-_MAX_SQUARE = 4096  # largest matrix to multiply
+_GPU_STREAMED = 4 << 30  # read in about a millisecond, beside which a launch is short
+_MAX_SQUARE = 8192  # largest matrix to multiply
 # Of the dozens of flags, those that kernels choose by (x86, then ARM).
 _ISA = {
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_vnni", "avx512_bf16"),
@@ -114,7 +115,8 @@ def measure_ceilings(device: torch.device) -> dict[str, Any]:
 def read_gbps(device: torch.device) -> dict[str, float]:
     """GB/s of each reader, best of several passes over a buffer far larger than the caches."""
     # Written to: memory that never was is one page of zeros, which comes from the cache.
-    buffer = torch.ones(max(_MIN_STREAMED, 8 * last_level_cache()) // 4, device=device)
+    size = max(_MIN_STREAMED, 8 * last_level_cache()) if device.type == "cpu" else _GPU_STREAMED
+    buffer = torch.ones(size // 4, device=device)
     return {name: buffer.nbytes / _best(reader, buffer) / 1e9 for name, reader in _readers(device).items()}
 
 

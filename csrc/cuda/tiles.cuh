@@ -1,0 +1,207 @@
+// How a quantized weight lies in memory, and how a warp turns it into operands of the matrix units. docs/kernels.md
+// draws it.
+//
+//   strip = 16 output channels, tile = a strip x 64 slots, unit = 32 slots, chunk = the slots that share a scale
+//
+// A slot is an input channel after sorting by group; every group is padded to whole chunks and all chunks have the same
+// number of slots. The weight is the left operand of mma.m16n8k16 (rows = output channels), activations are the right
+// one (columns = tokens), so that few tokens waste little. Lane (g, t) = (lane / 4, lane % 4) of a warp holds, of a
+// unit, output channels g and g + 8 by slots 8t..8t+7: which of the 32 slots the instruction calls k = 0, 1, ... is
+// free as long as both operands agree, and this choice makes a lane's activations 16 consecutive bytes.
+#pragma once
+#include "instructions.cuh"
+
+namespace gptq {
+
+constexpr int kStrip = 16;
+constexpr int kTile = 64;
+constexpr int kUnit = 32;
+
+// -- codes -> packed 16-bit floats
+// -------------------------------------------------------------------------------------
+
+// 2^p as two packed floats with p mantissa bits: OR-ing a code into one adds the code's value.
+template <class T>
+struct Magic;
+template <>
+struct Magic<F16> {
+    static constexpr uint32_t bits = 0x64006400;  // 1024
+};
+template <>
+struct Magic<BF16> {
+    static constexpr uint32_t bits = 0x43004300;  // 128
+};
+constexpr uint32_t kFloatMagic = 0x4B000000;  // 2^23
+
+// What `unpack` subtracts to turn a code into code - zero.
+template <int Bits, class T>
+DEVICE uint32_t zero_operand(uint32_t zero) {
+    return Magic<T>::bits + zero * 0x00010001u;
+}
+// 8 bits do not fit beside bf16's 128: they go through float.
+template <>
+DEVICE uint32_t zero_operand<8, BF16>(uint32_t zero) {
+    return kFloatMagic + zero;
+}
+
+// Codes minus zero, exact, as two packed floats: output channel g + 8 * half, slots 8t + 2 * pair + {0, 1} of the unit.
+// words: the lane's of one tile, its codes in the order (half, unit, slot). In a word of b-bit codes, codes 2j and 2j +
+// 1 begin at bits b*j and b*j + 16, so that one shift and one mask yield a pair.
+template <int Bits, class T>
+DEVICE uint32_t unpack(const uint32_t (&words)[Bits], int unit, int half, int pair, uint32_t zero) {
+    const int index = half * 8 + unit * 4 + pair;  // 0..15
+    if constexpr (Bits == 8) {
+        const uint32_t word = words[index / 2];
+        const uint32_t low = index % 2, high = low + 2;
+        if constexpr (std::is_same_v<T, BF16>) {
+            const float first = as_float(permute_bytes(word, kFloatMagic, 0x7440 | low)) - as_float(zero);
+            const float second = as_float(permute_bytes(word, kFloatMagic, 0x7440 | high)) - as_float(zero);
+            return permute_bytes(as_bits(first), as_bits(second), 0x7632);  // below 256: truncation is exact
+        } else {
+            return subtract2<T>(permute_bytes(word, Magic<T>::bits, 0x5050 | high << 8 | low), zero);
+        }
+    } else if constexpr (Bits == 4) {
+        return subtract2<T>(and_or(words[index / 4] >> 4 * (index % 4), 0x000F000F, Magic<T>::bits), zero);
+    } else {
+        uint32_t code = and_or(words[index / 8] >> 2 * (index % 8), 0x00030003, Magic<T>::bits);
+        if constexpr (Bits == 3) code = and_or(rotate_right(words[2], index), 0x00040004, code);
+        return subtract2<T>(code, zero);
+    }
+}
+
+// Words of a lane of one tile, from vectors of at most 16 bytes that are contiguous over the warp.
+template <int Bits, class Load>
+DEVICE void load_words(uint32_t (&words)[Bits], const uint32_t* tile, int lane, Load load) {
+    if constexpr (Bits == 8) {
+        load.template operator()<4>(words, tile + lane * 4);
+        load.template operator()<4>(words + 4, tile + 128 + lane * 4);
+    } else if constexpr (Bits == 3) {
+        load.template operator()<2>(words, tile + lane * 2);
+        load.template operator()<1>(words + 2, tile + 64 + lane);
+    } else {
+        load.template operator()<Bits>(words, tile + lane * Bits);
+    }
+}
+
+// -- scales and zero points of a chunk
+// ---------------------------------------------------------------------------------
+
+// As loaded, so that the load can be under way while the chunk before is multiplied.
+struct RawChunk {
+    uint2 scales;
+    uint32_t zeros;
+};
+
+DEVICE RawChunk load_chunk(const Weight& w, int strip, int chunk, int lane) {
+    RawChunk raw{};
+    const int64_t at = (int64_t(strip) * w.chunks + chunk) * 8 + lane / 4;
+    if (w.scales_dtype == kFloat32)
+        raw.scales = load_cached(static_cast<const uint2*>(w.scales) + at);
+    else
+        raw.scales.x = load_cached(static_cast<const uint32_t*>(w.scales) + at);
+    if (w.zeros) raw.zeros = load_cached(reinterpret_cast<const uint16_t*>(w.zeros) + at);
+    return raw;
+}
+
+// Scales of output channels g and g + 8.
+DEVICE float2 scales_of(const RawChunk& raw, Dtype dtype) {
+    if (dtype == kFloat32) return {as_float(raw.scales.x), as_float(raw.scales.y)};
+    const uint16_t low = raw.scales.x & 0xFFFF, high = raw.scales.x >> 16;
+    if (dtype == kBFloat16) return {bf16_to_float(low), bf16_to_float(high)};
+    return {f16_to_float(low), f16_to_float(high)};
+}
+
+template <int Bits, class T>
+DEVICE void zeros_of(uint32_t (&zeros)[2], const RawChunk& raw, bool stored) {
+    zeros[0] = zero_operand<Bits, T>(stored ? raw.zeros & 0xFF : 1u << (Bits - 1));
+    zeros[1] = zero_operand<Bits, T>(stored ? raw.zeros >> 8 : 1u << (Bits - 1));
+}
+
+// -- a warp's sums
+// -----------------------------------------------------------------------------------------------------
+
+// Sums of a warp over `Strips` strips by `Tokens` * 8 tokens. The products of a chunk are summed as integers times
+// activations, and scaled once: more exact than rounding scaled weights to 16 bits, and cheaper.
+template <int Bits, class T, int Strips, int Tokens>
+struct Sums {
+    float total[Strips][Tokens][4];
+    float part[Strips][Tokens][4];
+    float2 scales[Strips];
+    uint32_t zeros[Strips][2];
+    RawChunk next[Strips];
+    int chunk_end;   // first unit after the current chunk
+    int next_chunk;  // what `next` holds
+
+    // first_unit: of the warp. Follow with one call of `enter`.
+    DEVICE void start(const Weight& w, int first_strip, int first_unit, int lane) {
+        for (int s = 0; s < Strips; ++s)
+            for (int t = 0; t < Tokens; ++t)
+                for (int i = 0; i < 4; ++i) total[s][t][i] = part[s][t][i] = 0.f;
+        for (int s = 0; s < Strips; ++s) {
+            scales[s] = {0.f, 0.f};
+            next[s] = {};
+        }
+        next_chunk = first_unit / w.chunk_units;
+        chunk_end = 0;
+        fetch(w, first_strip, lane);
+    }
+
+    // Before the products of `unit`. following: (unit) -> the warp's first unit at or after it.
+    template <class Following>
+    DEVICE void enter(const Weight& w, int first_strip, int unit, int lane, Following following) {
+        if (unit < chunk_end) return;
+        flush();
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) {
+            scales[s] = scales_of(next[s], w.scales_dtype);
+            zeros_of<Bits, T>(zeros[s], next[s], w.zeros != nullptr);
+        }
+        chunk_end = (next_chunk + 1) * w.chunk_units;
+        const int after = following(chunk_end);
+        for (int end = chunk_end; after >= end; end += w.chunk_units) ++next_chunk;
+        fetch(w, first_strip, lane);
+    }
+
+    // x: (t) -> the lane's 16 bytes of activations of token block t.
+    template <class Activations>
+    DEVICE void multiply(const uint32_t (&words)[Strips][Bits], int unit, Activations x) {
+        uint32_t a[Strips][2][4];
+#pragma unroll
+        for (int s = 0; s < Strips; ++s)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                a[s][i / 4][i % 4] = unpack<Bits, T>(words[s], unit, i % 2, i / 2, zeros[s][i % 2]);
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t) {
+            const uint4 b = x(t);
+#pragma unroll
+            for (int s = 0; s < Strips; ++s) {
+                mma<T>(part[s][t], a[s][0], b.x, b.y);
+                mma<T>(part[s][t], a[s][1], b.z, b.w);
+            }
+        }
+    }
+
+    // Add the current chunk's products to the totals.
+    DEVICE void flush() {
+#pragma unroll
+        for (int s = 0; s < Strips; ++s)
+#pragma unroll
+            for (int t = 0; t < Tokens; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    total[s][t][i] += (i < 2 ? scales[s].x : scales[s].y) * part[s][t][i];
+                    part[s][t][i] = 0.f;
+                }
+    }
+
+  private:
+    DEVICE void fetch(const Weight& w, int first_strip, int lane) {
+        const int chunk = next_chunk < w.chunks ? next_chunk : w.chunks - 1;
+#pragma unroll
+        for (int s = 0; s < Strips; ++s)
+            if (first_strip + s < w.strips) next[s] = load_chunk(w, first_strip + s, chunk, lane);
+    }
+};
+
+}  // namespace gptq
