@@ -74,29 +74,30 @@ void gemm_rows(const Call& c, const Level& level, int threads) {
     int strip_step = few ? 8 : kStripTask;
     while (strip_step > 1 && int64_t(row_tasks) * (w.strips() / strip_step) < 8 * int64_t(threads)) strip_step /= 2;
     const int strip_tasks = (w.strips() + strip_step - 1) / strip_step;
-    const int block_step = few ? std::max(1, w.n_blocks / threads) : w.n_blocks;
-    const int block_tasks = (w.n_blocks + block_step - 1) / block_step;
-    const auto quantize = [&](int task) {
-        const int b0 = task % block_tasks * block_step;
-        level.quantize(c, task / block_tasks, b0, std::min(b0 + block_step, w.n_blocks));
-    };
+    const int tasks = row_tasks * strip_tasks;
+    const auto quantize = [&](int row) { level.quantize(c, row); };
     const auto multiply = [&](int task) {
         // Neighbouring tasks share the weights.
         const int m0 = task % row_tasks * row_step, s0 = task / row_tasks * strip_step;
         level.multiply(c, m0, std::min(m0 + row_step, c.rows), s0, std::min(s0 + strip_step, w.strips()));
     };
-    const int quantize_tasks = c.rows * block_tasks, multiply_tasks = row_tasks * strip_tasks;
-    if (threads == 1 || int64_t(c.rows) * w.slots * w.out_features < kSerialWork) {
-        for (int task = 0; task < quantize_tasks; ++task) quantize(task);
-        for (int task = 0; task < multiply_tasks; ++task) multiply(task);
+    const bool serial = threads == 1 || int64_t(c.rows) * w.slots * w.out_features < kSerialWork;
+    // A few rows take microseconds, like the barrier that sharing them would need.
+    if (serial || few) {
+        for (int row = 0; row < c.rows; ++row) quantize(row);
+    }
+    if (serial) {
+        for (int task = 0; task < tasks; ++task) multiply(task);
         return;
     }
 #pragma omp parallel num_threads(threads)
     {
+        if (!few) {
 #pragma omp for schedule(static)
-        for (int task = 0; task < quantize_tasks; ++task) quantize(task);
-#pragma omp for schedule(dynamic)
-        for (int task = 0; task < multiply_tasks; ++task) multiply(task);
+            for (int row = 0; row < c.rows; ++row) quantize(row);
+        }
+#pragma omp for schedule(dynamic) nowait
+        for (int task = 0; task < tasks; ++task) multiply(task);
     }
 }
 

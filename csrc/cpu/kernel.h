@@ -52,8 +52,8 @@ struct Call {
 // The code that depends on the instruction set.
 struct Level {
     const char* name;
-    // Activations of one row, blocks [b0, b1) -> lanes, x_scales, x_sums.
-    void (*quantize)(const Call&, int row, int b0, int b1);
+    // Activations of one row -> lanes, x_scales, x_sums.
+    void (*quantize)(const Call&, int row);
     // Rows [m0, m1) x strips [s0, s1) of y; at most kRowTask rows and kStripTask strips.
     void (*multiply)(const Call&, int m0, int m1, int s0, int s1);
 };

@@ -226,9 +226,9 @@ GPTQ_INLINE void quantize8(const Call& c, int row, int b, const float* x, int n,
 }
 
 template <class Isa>
-void quantize(const Call& c, int row, int b0, int b1) {
+void quantize(const Call& c, int row) {
     alignas(64) float x[kMaxBlock];
-    for (int b = b0; b < b1; ++b) {
+    for (int b = 0; b < c.weight.n_blocks; ++b) {
         const int k0 = c.weight.blocks[3 * b], n = c.weight.blocks[3 * b + 1] - k0;
         load_block<Isa>(c, row, k0, k0 + n, x);
         uint32_t largest = 0;  // magnitudes order like their bit patterns, infinities and NaN above all
