@@ -20,7 +20,7 @@ PYBIND11_MODULE(_cuda, m) {
     const py::call_guard<py::gil_scoped_release> release;
 
     m.def("unfit", &gptq::unfit);
-    py::class_<gptq::Weight>(m, "Weight")
+    py::class_<gptq::Weight>(m, "Weight", py::module_local())
         .def(py::init([](uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros, int bits,
                          int out_features, int strips, int tiles, int chunks) {
                  return gptq::Weight{at<uint32_t>(words),
