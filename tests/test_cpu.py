@@ -157,6 +157,21 @@ def test_one_outlier_does_not_drown_the_other_blocks() -> None:
 
 
 @native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_outlier_costs_bits_only_where_its_weight_is_zero(dtype: torch.dtype) -> None:
+    weight = random_weight(4, 1024, 512, 128)
+    x = (torch.randn(4, 1024) * 0.1).to(dtype)
+    x[:, 7] = 1000
+    expected = exact(weight, x, None)
+    spec, tensors = prepared(weight)
+    y = kernels.CPU.apply(spec, tensors, x, None)
+    blind = weight.dequantize()[:, 7] == 0
+    assert 0 < blind.sum() < 512
+    assert error(y[:, blind], expected[:, blind]) < 0.05
+    assert error(y[:, ~blind], expected[:, ~blind]) < LIMITS[dtype]
+
+
+@native
 @pytest.mark.parametrize("word_dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("act_order", [False, True])
