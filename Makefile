@@ -9,7 +9,8 @@
 #
 # Variables: PYTHON (interpreter), TORCH (pip's arguments for torch), CHECK_TORCH=0 (take a CUDA build without a GPU),
 # VLLM (pip's arguments for vLLM; empty leaves tests/vllm out), PYTEST_ARGS (more arguments for pytest), GPU_PYTHON (an
-# interpreter that has torch, pytest, hypothesis and pybind11; nothing is installed), GPU_PEERS (e.g. --peer MODULE:FUNCTION).
+# interpreter that has torch, triton, transformers, typer, rich, pybind11, pytest, pytest-timeout and hypothesis; nothing is
+# installed), GPU_PEERS (e.g. --peer MODULE:FUNCTION).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -122,7 +123,7 @@ test-gpu: build/.gpu
 	$(GPU_PYTHON) -m pytest -m gpu -q --durations=5 $(PYTEST_ARGS) tests/gpu tests/test_triton.py
 ifneq ($(SANITIZER),)
 	for tool in memcheck racecheck; do \
-		$(SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu -q tests/gpu -k tiny || exit 1; done
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu -q tests/gpu -k tiny || exit 1; done
 else
 	@echo "compute-sanitizer is not installed: memory accesses were not checked"
 endif

@@ -36,8 +36,8 @@ except ImportError as error:
 
 _STRIP, _TILE, _UNIT = 16, 64, 32
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Largest dense slice that exists at a time: half of an H100's second-level cache in 16 bits.
-_DENSE_ELEMENTS = 1 << 23
+# Largest dense slice that exists at a time. Slices small enough for a second-level cache would leave multiprocessors idle.
+_DENSE_ELEMENTS = 1 << 26
 
 _ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int in_features, int out_features, int bits"
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
@@ -51,7 +51,7 @@ def supports(spec: LinearSpec, device: torch.device) -> str | None:
         return "serves NVIDIA GPUs"
     if _cuda is None:
         return _MISSING
-    if reason := _unfit(device):
+    if reason := _unfit(torch.cuda.current_device() if device.index is None else device.index):
         return reason
     if spec.scales_dtype not in _DTYPES:
         return f"{spec.scales_dtype} scales"
@@ -59,9 +59,10 @@ def supports(spec: LinearSpec, device: torch.device) -> str | None:
 
 
 @functools.cache
-def _unfit(device: torch.device) -> str | None:
-    """Why the extension's machine code does not run on ``device``, or None."""
-    return _cuda.unfit(torch.cuda.current_device() if device.index is None else device.index) or None
+def _unfit(index: int) -> str | None:
+    """Why the extension does not run on a device, or None."""
+    with torch.cuda.device(index):
+        return _cuda.unfit(index) or None
 
 
 # -- layout ------------------------------------------------------------------------------------------------------------
@@ -253,13 +254,15 @@ class Plan:
 # Up to these rows of x: the skinny kernel with 1 and 2 blocks of tokens, the wide kernel. Beyond, the weight is
 # dequantized for cuBLAS. Estimates, not measured: `make bench-gpu` prints what they should be.
 _SKINNY, _SKINNY2, _WIDE = 8, 16, 128
+_SPLIT_COST = 0.02  # share of the time that each further split adds, for partial sums
 
 
 @functools.lru_cache(4096)
-def plan(rows: int, out_features: int, tiles: int, processors: int) -> Plan | None:
+def plan(rows: int, out_features: int, tiles: int, bits: int, processors: int, shared_bytes: int) -> Plan | None:
     """The kernel for x [rows, K]; None: through the dense weight.
 
-    tiles: K / 64, rounded up with each group's padding. processors: multiprocessors of the GPU.
+    tiles: K / 64, rounded up with each group's padding. processors: multiprocessors of the GPU. shared_bytes: shared
+    memory that a block may have.
     """
     strips = math.ceil(out_features / _STRIP)
     if rows <= _SKINNY2:
@@ -269,18 +272,39 @@ def plan(rows: int, out_features: int, tiles: int, processors: int) -> Plan | No
     if rows > _WIDE:
         return None
     tokens = 4 if rows <= 32 else 8
+    while _wide_bytes(bits, tokens) > shared_bytes:
+        tokens //= 2
     blocks = math.ceil(strips / 8) * math.ceil(rows / (tokens * 8))
-    stages = math.ceil(tiles / 2)
-    return Plan(0, tokens, splits=max(1, min(processors // blocks, stages // 4)))
+
+    def waves(splits: int) -> float:
+        """Time in units of a whole sum over K by one block, a multiprocessor having one at a time."""
+        return math.ceil(blocks * splits / processors) / splits * (1 + _SPLIT_COST * (splits - 1))
+
+    return Plan(0, tokens, splits=min(range(1, max(1, min(16, math.ceil(tiles / 2) // 4)) + 1), key=waves))
+
+
+def _wide_bytes(bits: int, tokens: int) -> int:
+    """Shared memory of a block of the wide kernel: three stages of activations and weights (kernels.cuh)."""
+    return 3 * (2 * 64 * tokens * 8 * 2 + 8 * 2 * 128 * bits)
 
 
 @functools.cache
-def _machine(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether there are bf16 matrix units."""
+def machine(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and the shared memory that a block may have."""
     if device.type == "cpu":  # the emulator of the tests
-        return 4, True
+        return 4, 227 << 10
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 8
+    # torch < 2.7 does not tell: what every architecture but 7.5 has.
+    limit = getattr(properties, "shared_memory_per_block_optin", 64 << 10 if properties.major < 8 else 99 << 10)
+    return properties.multi_processor_count, limit
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has matrix units for ``dtype``; the rest goes through the dense weight."""
+    if dtype == torch.bfloat16:
+        return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype == torch.float16
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -354,14 +378,15 @@ def gemm(
             f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point with a last dimension of "
             f"{in_features} on {qweight.device}"
         )
+    if bias is not None and (bias.device != x.device or bias.shape != (out_features,)):
+        raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}, expected ({out_features},) on {x.device}")
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.numel() // in_features
     if not y.numel():
         return y
-    processors, has_bf16 = _machine(x.device)
     how = None
-    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and has_bf16):
-        how = plan(rows, out_features, qweight.shape[1], processors)
+    if _multiplies(x.dtype, x.device):
+        how = plan(rows, out_features, qweight.shape[1], bits, *machine(x.device))
     with _on(x):
         weight = _weight(qweight, scales, zeros, out_features, bits)
         compute = x.dtype if x.dtype in _DTYPES else torch.float32
@@ -371,10 +396,11 @@ def gemm(
         elif x2.data_ptr() % 16:
             x2 = x2.clone()
         if how is None:
-            _through_dense(x2, weight, bias, y.view(rows, out_features))
-            return y
-        if bias is not None and bias.dtype not in _DTYPES:
-            bias = bias.float()
+            compute_y = y.view(rows, out_features).to(compute)
+            _through_dense(x2, weight, bias, compute_y)
+            return compute_y.to(x.dtype).view(y.shape)
+        if bias is not None:
+            bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
         partials = None
         if how.splits > 1:
             partials = torch.empty((how.splits, rows, out_features), dtype=torch.float32, device=x.device)
@@ -398,14 +424,17 @@ def gemm(
     return y
 
 
+@torch.no_grad()
 def _through_dense(x: Tensor, weight: Any, bias: Tensor | None, y: Tensor) -> None:
-    """y [rows, N] = x [rows, columns] W^T + bias, output channels in slices that the second-level cache holds."""
+    """y [rows, N] = x [rows, columns] W^T + bias, in slices of the output channels."""
     step = max(1, _DENSE_ELEMENTS // (x.shape[1] * 128)) * 128
     for first in range(0, y.shape[1], step):
-        channels = min(step, y.shape[1] - first)
-        part = y[:, first : first + channels]
-        torch_part = x @ _dense(weight, x, first, channels, x.shape[1], x.dtype).t()
-        part.copy_(torch_part if bias is None else torch_part + bias[first : first + channels].to(x.dtype))
+        part = y[:, first : first + step]
+        dense = _dense(weight, x, first, part.shape[1], x.shape[1], x.dtype).t()
+        if bias is None:
+            torch.mm(x, dense, out=part)
+        else:
+            torch.addmm(bias[first : first + step].to(x.dtype), x, dense, out=part)
 
 
 def dequantize(
@@ -418,16 +447,17 @@ def dequantize(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``."""
-    slots = qweight.shape[1] * _TILE
+    """Dense weight [N, K] in ``dtype``, as ``nn.Linear.weight``."""
+    columns = in_features if perm is None else perm.shape[0]
     with _on(qweight):
         weight = _weight(qweight, scales, zeros, out_features, bits)
-        dense = _dense(weight, qweight, 0, out_features, slots, dtype if dtype in _DTYPES else torch.float32)
-    if perm is None:
-        return dense[:, :in_features].t().to(dtype)
-    real = (perm >= 0) & (perm < in_features)
-    by_channel = torch.empty((in_features, out_features), dtype=dense.dtype, device=dense.device)
-    return by_channel.index_copy_(0, perm[real].long(), dense.t()[real]).to(dtype)
+        dense = _dense(weight, qweight, 0, out_features, columns, dtype if dtype in _DTYPES else torch.float32)
+    if perm is not None:
+        # Padding lands in one more column, so that nothing has to be counted on the host.
+        channel = torch.where((perm >= 0) & (perm < in_features), perm, in_features).long()
+        by_channel = torch.empty((out_features, in_features + 1), dtype=dense.dtype, device=dense.device)
+        dense = by_channel.index_copy_(1, channel, dense)[:, :in_features]
+    return dense.to(dtype).contiguous()
 
 
 def _gemm_fake(x, qweight, scales, zeros, perm, in_features, out_features, bits, bias):  # type: ignore[no-untyped-def]
@@ -435,7 +465,7 @@ def _gemm_fake(x, qweight, scales, zeros, perm, in_features, out_features, bits,
 
 
 def _dequantize_fake(qweight, scales, zeros, perm, in_features, out_features, bits, dtype):  # type: ignore[no-untyped-def]
-    return scales.new_empty((in_features, out_features), dtype=dtype)
+    return scales.new_empty((out_features, in_features), dtype=dtype)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -449,7 +479,7 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         dense = torch.ops.gptq_backend.cuda_dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
-        grad_x = grad @ dense.t()
+        grad_x = grad @ dense
     if ctx.needs_input_grad[-1]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return (grad_x, *[None] * 7, grad_bias)

@@ -154,7 +154,7 @@ def test_every_code_meets_every_zero(bits: int, dtype: torch.dtype, emulated: Se
         *(tensors.get(name) for name in ("qweight", "scales", "zeros", "perm")),
         columns, outputs, bits, dtype,
     )  # fmt: skip
-    assert torch.equal(dense.float(), expected)
+    assert torch.equal(dense.float(), expected.t())
     if dtype != torch.float32:
         for plan in (Plan(1, 1, 2), Plan(0, 4)):
             assert torch.equal(multiply(spec, tensors, torch.eye(columns, dtype=dtype), None, plan).float(), expected)
@@ -229,11 +229,23 @@ def test_views_that_start_anywhere(emulated: Seed) -> None:
         assert error(kernels.CUDA.apply(spec, tensors, x, None), exact(weight, x, None)) < 5e-4
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_dense_weight_is_that_of_the_layer(act_order: bool, emulated: Seed) -> None:
+    weight = random_weight(3, 100, 40, 32, act_order=act_order)
+    spec, tensors = prepared(weight, kernels.CUDA)
+    layout = [tensors.get(name) for name in ("qweight", "scales", "zeros", "perm")]
+    dense = cuda.dequantize(*layout, spec.in_features, spec.out_features, spec.bits, torch.float32)
+    assert torch.equal(dense, weight.dequantize(torch.float32))
+
+
 def test_wrong_inputs_are_refused(emulated: Seed) -> None:
     spec, tensors = prepared(random_weight(4, 96, 40, 32), kernels.CUDA)
     for x in (torch.ones(3, 95), torch.ones(3, 96, dtype=torch.int32), torch.ones(3, 96, device="meta")):
         with pytest.raises(ValueError, match="expected floating point with a last dimension of 96 on cpu"):
             kernels.CUDA.apply(spec, tensors, x, None)
+    for bias in (torch.ones(39), torch.ones(40, device="meta")):
+        with pytest.raises(ValueError, match="bias is .* expected \\(40,\\) on cpu"):
+            kernels.CUDA.apply(spec, tensors, torch.ones(3, 96), bias)
 
 
 def test_a_plan_without_a_kernel_is_refused(emulated: Seed) -> None:
@@ -243,16 +255,25 @@ def test_a_plan_without_a_kernel_is_refused(emulated: Seed) -> None:
 
 
 @given(
-    rows=st.integers(1, 5000), outputs=st.integers(1, 70000), tiles=st.integers(1, 500), processors=st.integers(1, 200)
+    rows=st.integers(1, 5000),
+    outputs=st.integers(1, 70000),
+    tiles=st.integers(1, 500),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    processors=st.integers(1, 200),
+    shared=st.sampled_from([64, 99, 163, 227]),
 )
-def test_every_plan_has_a_kernel_and_gives_each_block_work(rows, outputs, tiles, processors) -> None:
-    plan = cuda.plan(rows, outputs, tiles, processors)
+def test_every_plan_has_a_kernel_that_fits_and_gives_each_block_work(
+    rows, outputs, tiles, bits, processors, shared
+) -> None:
+    plan = cuda.plan(rows, outputs, tiles, bits, processors, shared << 10)
     if plan is None:
         assert rows > 16
         return
     assert (plan.strips, plan.tokens) in {(1, 1), (2, 1), (2, 2), (0, 2), (0, 4), (0, 8)}
     assert 1 <= plan.splits <= max(1, tiles // 4)
     assert plan.warps * plan.strips * plan.tokens * 512 <= 48 * 1024
+    assert plan.strips or cuda._wide_bytes(bits, plan.tokens) <= shared << 10
+    assert plan.warps <= 8 or (plan.strips, plan.tokens) == (1, 1)
 
 
 # -- machine code ------------------------------------------------------------------------------------------------------
@@ -288,6 +309,15 @@ def test_no_kernel_spills(machine_code: dict[tuple[str, str], str]) -> None:
     for key, code in machine_code.items():
         assert re.search(r"STACK:0 .*LOCAL:0 ", code), (key, code.partition("\n")[0])
         assert not re.search(r"\b(LDL|STL)\b", code), key
+
+
+def test_blocks_find_the_registers_that_they_want(machine_code: dict[tuple[str, str], str]) -> None:
+    """A multiprocessor has 65536; plans give the smallest skinny kernel up to 16 warps, all others 8."""
+    for key, code in machine_code.items():
+        warps = 16 if "skinny" in key[1] and key[1].endswith("ELi1ELi1EEEvNS_7ProductE") else 8
+        registers = re.search(r"REG:(\d+)", code)
+        assert registers
+        assert int(registers[1]) * 32 * warps <= 65536, key
 
 
 def test_weights_arrive_in_wide_loads_and_meet_matrix_units(machine_code: dict[tuple[str, str], str]) -> None:

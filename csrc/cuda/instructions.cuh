@@ -175,13 +175,14 @@ inline void use_device(int device) {
 // Empty, or why the device cannot run Kernel.
 template <auto Kernel>
 std::string unfit_kernel(int device) {
-    use_device(device);
     cudaFuncAttributes attributes;
-    const cudaError_t status = cudaFuncGetAttributes(&attributes, Kernel);
+    cudaError_t status = cudaSetDevice(device);
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, Kernel);
     if (status == cudaSuccess) return "";
     cudaGetLastError();  // clear it
-    return std::string("the CUDA extension was not built for this GPU (") + cudaGetErrorString(status) +
-           "); install again with GPTQ_BACKEND_CUDA_ARCHS set to its architecture";
+    const std::string reason = std::string("the CUDA extension does not run here: ") + cudaGetErrorString(status);
+    if (status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction) return reason;
+    return reason + "; install again with GPTQ_BACKEND_CUDA_ARCHS set to this GPU's architecture";
 }
 
 // One launch on the device in use.

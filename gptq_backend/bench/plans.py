@@ -32,7 +32,8 @@ def choices(rows: int, tiles: int) -> list[cuda.Plan | None]:
     found: list[cuda.Plan | None] = [None]
     if rows <= 64:
         shapes = ((1, 1), (2, 1), (2, 2))
-        found += [cuda.Plan(strips, tokens, warps) for (strips, tokens), warps in itertools.product(shapes, (4, 8, 16))]
+        found += [cuda.Plan(strips, tokens, warps) for (strips, tokens), warps in itertools.product(shapes, (2, 4, 8))]
+        found.append(cuda.Plan(1, 1, 16))  # the others would want more registers than there are
     splits = [count for count in (1, 2, 3, 4, 6, 8, 12, 16) if count <= max(1, tiles // 4)]
     return found + [cuda.Plan(0, tokens, splits=count) for tokens, count in itertools.product((2, 4, 8), splits)]
 
@@ -61,11 +62,10 @@ def measure(problem: Problem, rows: int, device: torch.device, seconds: float = 
     ]
     interleave(candidates, seconds, device)
     times = {one.name: quartiles(one.samples)[1] * 1e6 for one in candidates if one.reason is None}
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     return {
         **dataclasses.asdict(problem),
         "M": rows,
-        "chosen": str(cuda.plan(rows, problem.N, tiles, processors)),
+        "chosen": str(cuda.plan(rows, problem.N, tiles, problem.bits, *cuda.machine(device))),
         "us": dict(sorted(times.items(), key=lambda item: item[1])),
         "failed": {one.name: one.reason for one in candidates if one.reason is not None},
     }

@@ -80,22 +80,29 @@ class Peer:
         return cls(name, function)
 
 
-def rotated_bytes() -> int:
+def rotated_bytes(device: torch.device) -> int:
     """How much a kernel reads before it meets the same copy again."""
+    if device.type == "cuda":
+        return max(_MIN_ROTATED, 3 * torch.cuda.get_device_properties(device).L2_cache_size)
     return max(_MIN_ROTATED, 5 * last_level_cache())
 
 
-def _rotation(name: str, nbytes: int, build: Callable[[int], list[Product]]) -> Rotation:
+def _rotation(name: str, device: torch.device, nbytes: int, build: Callable[[int], list[Product]]) -> Rotation:
     """``build`` makes so many products."""
     try:
-        return Rotation(name, nbytes, build(min(_MAX_COPIES, math.ceil(rotated_bytes() / nbytes))))
+        return Rotation(name, nbytes, build(min(_MAX_COPIES, math.ceil(rotated_bytes(device) / nbytes))))
     except Exception as error:  # a kernel that cannot serve the layer, or foreign code
         return Rotation(name, nbytes, [], explain(error))
 
 
 def ours(weight: Weight, backend: str) -> Rotation:
     """``QuantLinear``, called as a model calls it."""
-    return _rotation(backend, weight.problem.nbytes, lambda copies: [layer(weight, backend) for _ in range(copies)])
+    return _rotation(
+        backend,
+        weight.zeros.device,
+        weight.problem.nbytes,
+        lambda copies: [layer(weight, backend) for _ in range(copies)],
+    )
 
 
 def layer(weight: Weight, backend: str | None) -> QuantLinear:
@@ -115,7 +122,7 @@ def reading(weight: Weight) -> Rotation:
         read_once(buffers[0])
         return [lambda x, buffer=buffer: read_once(buffer) for buffer in buffers]  # type: ignore[misc]
 
-    return dataclasses.replace(_rotation("reading alone", nbytes, build), computes=False)
+    return dataclasses.replace(_rotation("reading alone", weight.zeros.device, nbytes, build), computes=False)
 
 
 def dense(weight: Weight) -> Rotation:
@@ -130,7 +137,7 @@ def dense(weight: Weight) -> Rotation:
         matrices = [matrix, *(matrix.clone() for _ in range(copies - 1))]
         return [functools.partial(linear, weight=each) for each in matrices]
 
-    return _rotation("F.linear", problem.N * problem.K * dtype.itemsize, build)
+    return _rotation("F.linear", weight.zeros.device, problem.N * problem.K * dtype.itemsize, build)
 
 
 def aten(weight: Weight) -> Rotation:
@@ -151,7 +158,7 @@ def aten(weight: Weight) -> Rotation:
 
         return [functools.partial(product, packed=packed.clone(), both=both.clone()) for _ in range(copies)]
 
-    return _rotation("aten int4pack", problem.nbytes, build)
+    return _rotation("aten int4pack", weight.zeros.device, problem.nbytes, build)
 
 
 def peer(weight: Weight, foreign: Peer) -> Rotation:
@@ -177,4 +184,4 @@ def peer(weight: Weight, foreign: Peer) -> Rotation:
 
         return [functools.partial(product, state=each) for each in states]
 
-    return _rotation(foreign.name, problem.nbytes, build)
+    return _rotation(foreign.name, weight.zeros.device, problem.nbytes, build)

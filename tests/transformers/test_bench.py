@@ -52,7 +52,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_MIN_STREAMED", 1 << 20)
     monkeypatch.setattr(machine, "_MAX_SQUARE", 128)
     monkeypatch.setattr(machine, "last_level_cache", lambda: 1 << 16)
-    monkeypatch.setattr(products, "rotated_bytes", lambda: 200_000)
+    monkeypatch.setattr(products, "rotated_bytes", lambda device: 200_000)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,8 @@ def test_errors_of_the_user_are_one_line(tmp_path: Path) -> None:
 def test_no_kernel_is_timed_from_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many copies as promised, in memory of their own, and each is used before any is used again."""
     monkeypatch.undo()
-    assert products.rotated_bytes() >= max(160_000_000, 5 * machine.last_level_cache())
-    monkeypatch.setattr(products, "rotated_bytes", lambda: 1_000_000)
+    assert products.rotated_bytes(CPU) >= max(160_000_000, 5 * machine.last_level_cache())
+    monkeypatch.setattr(products, "rotated_bytes", lambda device: 1_000_000)
     weight = Weight.random(Problem(N=256, K=512), CPU)
 
     def foreign(x: Tensor, *state: Tensor) -> Tensor:
