@@ -36,7 +36,7 @@ except ImportError as error:
 
 _STRIP, _TILE, _UNIT = 16, 64, 32
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Largest dense slice that exists at a time. Slices small enough for a second-level cache would leave multiprocessors idle.
+# Largest dense slice that exists at a time: one that a second-level cache holds would leave multiprocessors idle.
 _DENSE_ELEMENTS = 1 << 26
 
 _ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int in_features, int out_features, int bits"

@@ -340,3 +340,18 @@ def test_weights_arrive_in_wide_loads_and_meet_matrix_units(machine_code: dict[t
             assert re.search(rf"LDG\.E\.(NA\.)?\S*{width}\S*", code), (arch, name)
         checked += 1
     assert checked >= 2 * 4 * 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("arch", ["75", "80", "86", "89", "90a", "100a", "120a"])
+def test_every_architecture_compiles_without_spilling(arch: str, tmp_path: Path) -> None:
+    if not (nvcc := shutil.which("nvcc")):
+        pytest.skip("no nvcc")
+    for source in SOURCES.glob("*.cu"):
+        command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-arch=sm_{arch}", str(source)]
+        done = subprocess.run([*command, "-o", str(tmp_path / "cubin")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
+        assert spills
+        assert set(spills) == {"0"}, (arch, source.name)
