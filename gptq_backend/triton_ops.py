@@ -188,7 +188,7 @@ class Heuristics:
     dense_rows: int = 512
 
 
-_AMPERE = (Tile(1, 128, 4, 3), Tile(16, 128, 4, 4), Tile(32, 128, 4, 4), Tile(64, 128, 4, 3))
+_AMPERE = (Tile(1, 128, 4, 3), Tile(16, 128, 4, 4), Tile(32, 128, 8, 4), Tile(64, 128, 8, 3))
 HEURISTICS = {
     "sm_80": Heuristics(_AMPERE),
     "sm_90": Heuristics((*_AMPERE, Tile(128, 128, 8, 3))),
@@ -198,16 +198,28 @@ HEURISTICS = {
 AUTOTUNE = os.environ.get("GPTQ_BACKEND_TRITON_AUTOTUNE", "0") not in ("", "0")
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A device: what suits it, its multiprocessors, and bytes of shared memory that a program can have."""
+
+    heuristics: Heuristics
+    processors: int
+    shared: int
+
+
 @functools.cache
-def _machine(device: torch.device) -> tuple[Heuristics, int]:
-    """Heuristics of a device, and its number of multiprocessors."""
+def _machine(device: torch.device) -> Machine:
     if device.type == "cpu":  # Triton's interpreter
-        return HEURISTICS["sm_80"], 2
+        return Machine(HEURISTICS["sm_80"], 2, 160 << 10)
     if device.type == "xpu":
-        return HEURISTICS["xpu"], torch.xpu.get_device_properties(device).max_compute_units
+        xpu = torch.xpu.get_device_properties(device)
+        return Machine(HEURISTICS["xpu"], xpu.max_compute_units, xpu.local_mem_size)
     properties = torch.cuda.get_device_properties(device)
-    newest = "gfx942" if torch.version.hip else "sm_90" if properties.major >= 9 else "sm_80"
-    return HEURISTICS[newest], properties.multi_processor_count
+    if torch.version.hip:
+        return Machine(HEURISTICS["gfx942"], properties.multi_processor_count, 64 << 10)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    heuristics = HEURISTICS["sm_90" if properties.major in (9, 10) else "sm_80"]
+    return Machine(heuristics, properties.multi_processor_count, shared)
 
 
 @functools.cache
@@ -221,17 +233,29 @@ def _on(device: torch.device) -> Any:
 
 
 @functools.cache
-def plan(rows: int, columns: int, slabs: int, device: torch.device) -> tuple[Tile, int]:
+def fitting_tiles(bits: int, itemsize: int, device: torch.device) -> tuple[Tile, ...]:
+    """The heuristics' tiles, with as many stages as fit into shared memory. itemsize: bytes of an element of x."""
+    machine, slots = _machine(device), planes(bits) * PLANE
+    tiles = []
+    for tile in machine.heuristics.tiles:
+        stage = slots * (tile.columns * bits // 8 + tile.rows * itemsize)
+        if stages := min(tile.stages, machine.shared // stage):
+            tiles.append(dataclasses.replace(tile, stages=stages))
+    return tuple(tiles)
+
+
+@functools.cache
+def plan(rows: int, columns: int, slabs: int, bits: int, itemsize: int, device: torch.device) -> tuple[Tile, int]:
     """Tile for y [rows, columns], and how many programs share each sum over K."""
-    tiles = _machine(device)[0].tiles
+    tiles = fitting_tiles(bits, itemsize, device)
     tile = next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
     return tile, _splits(_cdiv(rows, tile.rows) * _cdiv(columns, tile.columns), slabs, device)
 
 
 def _splits(programs: int, slabs: int, device: torch.device) -> int:
     """programs: as many as there would be without splitting."""
-    heuristics, processors = _machine(device)
-    wanted = heuristics.programs * processors // programs
+    machine = _machine(device)
+    wanted = machine.heuristics.programs * machine.processors // programs
     return _cdiv(slabs, _cdiv(slabs, min(max(wanted, 1), slabs)))  # none without a slab
 
 
@@ -344,7 +368,7 @@ _tuned: dict[tuple[Any, ...], tuple[Tile, int]] = {}
 
 def _plan(x: Tensor, w: _Layout) -> tuple[Tile, int]:
     """The heuristics' choice, or with GPTQ_BACKEND_TRITON_AUTOTUNE=1 the fastest of its neighbours."""
-    first = plan(x.shape[0], w.out_features, w.slabs, x.device)
+    first = plan(x.shape[0], w.out_features, w.slabs, w.bits, x.itemsize, x.device)
     if not AUTOTUNE or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return first
     key = (x.device, x.dtype, w.bits, w.share, w.slabs, w.out_features, first[0].rows, x.shape[0].bit_length())
@@ -386,7 +410,7 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
     rows = x.reshape(-1, w.in_features).contiguous()
     if not len(rows):
         return x.new_empty((*x.shape[:-1], w.out_features))
-    if x.dtype in _DTYPES and len(rows) < _machine(x.device)[0].dense_rows:
+    if x.dtype in _DTYPES and len(rows) < _machine(x.device).heuristics.dense_rows:
         y = _multiply(rows, w, bias, *_plan(rows, w))
     else:
         step = max(1, _MAX_DENSE_ELEMENTS // w.in_features // 128) * 128
@@ -406,7 +430,7 @@ def dequantize(*layout_and_dtype: Any) -> Tensor:
 
 def moe_rows(rows: int, experts: int, device: torch.device) -> int:
     """Rows of a block for :func:`moe_gemm`. rows: of y, in all."""
-    tiles = [tile for tile in _machine(device)[0].tiles if tile.rows > 1]
+    tiles = [tile for tile in fitting_tiles(3, 4, device) if tile.rows > 1]  # those that fit for all bits and dtypes
     return next((tile.rows for tile in tiles if tile.rows >= rows / experts), tiles[-1].rows)
 
 
@@ -420,7 +444,7 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
     if x.dtype not in _DTYPES:
         raise ValueError(f"x is {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}; cast it")
     rows = order.numel() // experts.numel()
-    tile = next(tile for tile in _machine(x.device)[0].tiles if tile.rows == rows)
+    tile = next(tile for tile in fitting_tiles(w.bits, x.itemsize, x.device) if tile.rows == rows)
     splits = _splits(experts.numel() * _cdiv(w.out_features, tile.columns), w.slabs, x.device)
     return _multiply(x.contiguous(), w, bias, tile, splits, order, experts, top_k)
 

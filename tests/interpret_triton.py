@@ -58,7 +58,7 @@ def test_every_number_of_splits(rows: int) -> None:
     spec, tensors = prepared(weight, kernels.TRITON)
     x = torch.randn(rows, 640)
     layout = triton_ops._Layout(*triton_ops._arguments(spec, tensors))
-    tile, _ = triton_ops.plan(rows, 40, layout.slabs, CPU)
+    tile, _ = triton_ops.plan(rows, 40, layout.slabs, 4, 4, CPU)
     for splits in range(1, layout.slabs + 1):
         y = triton_ops._multiply(x, layout, None, tile, splits)
         assert error(y, exact(weight, x, None)) < 1e-6

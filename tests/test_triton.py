@@ -98,16 +98,37 @@ def test_a_machine_without_triton_is_told_what_to_install(monkeypatch: pytest.Mo
     assert "pip install triton" in str(triton_ops._missing.__wrapped__())
 
 
+# The least shared memory of a device that is served by the row of the heuristics: bytes.
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10, "xpu": 64 << 10}
+
+
+def use_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    machine = triton_ops.Machine(triton_ops.HEURISTICS[name], 132, SHARED[name])
+    monkeypatch.setattr(triton_ops, "_machine", lambda device: machine)
+    for function in ("plan", "fitting_tiles"):
+        monkeypatch.setattr(triton_ops, function, getattr(triton_ops, function).__wrapped__)
+
+
 @pytest.mark.parametrize("machine", triton_ops.HEURISTICS)
 def test_every_split_has_work_and_none_is_lost(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ops, "_machine", lambda device: (triton_ops.HEURISTICS[machine], 132))
+    use_machine(monkeypatch, machine)
     for rows in (1, 2, 16, 17, 100, 511):
         for columns in (1, 100, 4096, 57344):
             for slabs in (1, 2, 7, 32, 86, 224):
-                tile, splits = triton_ops.plan.__wrapped__(rows, columns, slabs, CPU)
+                tile, splits = triton_ops.plan(rows, columns, slabs, 4, 2, CPU)
                 share = -(-slabs // splits)
                 assert (splits - 1) * share < slabs <= splits * share
-                assert tile.rows >= rows or tile == triton_ops.HEURISTICS[machine].tiles[-1]
+                assert tile.rows >= rows or tile.rows == triton_ops.HEURISTICS[machine].tiles[-1].rows
+
+
+@pytest.mark.parametrize("machine", triton_ops.HEURISTICS)
+def test_blocks_of_experts_have_a_tile_in_every_format(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_machine(monkeypatch, machine)
+    for rows in (1, 100, 10000):
+        block = triton_ops.moe_rows(rows, 8, CPU)
+        for bits in (2, 3, 4, 8):
+            for itemsize in (2, 4):
+                assert block in [tile.rows for tile in triton_ops.fitting_tiles(bits, itemsize, CPU)]
 
 
 # -- numbers, in the interpreter ---------------------------------------------------------------------------------------
@@ -218,7 +239,7 @@ class Compiler:
     """Stands in for the module of kernels: compiles what would be launched, for a GPU that is not here."""
 
     def __init__(self, target: str) -> None:
-        self.target, self.compiled = GPUTarget(*TARGETS[target]), {}
+        self.name, self.target, self.compiled = target, GPUTarget(*TARGETS[target]), {}
 
     def __getattr__(self, name: str) -> Any:
         launch = functools.partial(self._compile, name)
@@ -251,7 +272,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str],
     def make(target: str) -> Compiler:
         compiler = Compiler(target)
         monkeypatch.setattr(triton_ops, "_kernels", lambda: compiler)
-        monkeypatch.setattr(triton_ops, "_machine", lambda device: (triton_ops.HEURISTICS[target], 132))
+        use_machine(monkeypatch, target)
         return compiler
 
     return make
@@ -267,8 +288,9 @@ def resources(compiled: Any) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
 
 
-def assert_fast(name: str, compiled: Any, dtype: torch.dtype) -> None:
-    """No register is spilled, weights are loaded 16 bytes at a time, products are those of matrix units."""
+def assert_fast(target: str, name: str, compiled: Any, dtype: torch.dtype) -> None:
+    """It fits, no register is spilled, weights are loaded 16 bytes at a time, products are those of matrix units."""
+    assert compiled.metadata.shared <= SHARED[target]
     if assembly := compiled.asm.get("amdgcn"):
         assert re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly) == ["0", "0"]
         wide, matrix = "_load_dwordx4", "v_mfma"
@@ -293,7 +315,7 @@ def compile_everything(compiler: Compiler, bits: int, dtype: torch.dtype, rows: 
     )
     kernels.TRITON.apply(spec, tensors, torch.empty(600, 1024, dtype=dtype), None)
     for name, compiled in compiler.compiled.items():
-        assert_fast(name, compiled, dtype)
+        assert_fast(compiler.name, name, compiled, dtype)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -307,7 +329,7 @@ def test_compiles_without_spilling(compiler, target: str, bits: int, rows: int, 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.timeout(900)
 def test_every_tile_of_the_heuristics_compiles_without_spilling(compiler, target, bits, dtype) -> None:
     for tile in triton_ops.HEURISTICS[target].tiles:
@@ -324,7 +346,7 @@ def test_experts_compile_without_spilling(compiler, target: str) -> None:
     order, experts = moe.sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 2, 16)
     x = torch.empty(2, 1024, dtype=torch.bfloat16)
     moe.MOE_KERNELS["triton"].multiply(specs[0], stacked, x, order, experts, 2, None)
-    assert_fast("gemm", made.compiled["gemm"], torch.bfloat16)
+    assert_fast(target, "gemm", made.compiled["gemm"], torch.bfloat16)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
