@@ -8,9 +8,11 @@ of checkpoint with other numbers in ``scales``.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 _HELD_OUT = 8  # one batch in so many judges the result
 _ROWS = 512  # positions whose distributions are compared at once
 _SAVE_EVERY = 8  # steps between two writes of the progress
+_LEAST_FACTOR = 0.1  # of a scale; none changes its sign
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class DistillReport:
     kept: bool
 
 
+@torch.enable_grad()
 def distill(
     model: nn.Module,
     teacher: nn.Module,
@@ -64,31 +68,32 @@ def distill(
 ) -> DistillReport:
     """Distil in place. Both models are in memory, with float32 scales and the activations of one batch beside them.
 
+    On a CPU, which emulates the products of 16-bit types, both compute in float32; the teacher ends as it was.
+
     Args:
         model: holds :class:`QuantLinear` layers; called as ``model(input_ids=..., attention_mask=...)``.
         teacher: the original, called likewise.
-        calibration: token id samples (see :func:`calibration.make_batches`); the last eighth of batches is held out.
+        calibration: token id samples (see :func:`calibration.make_batches`); every eighth batch, or the last
+            of fewer, is held out.
         epochs: passes over the rest.
         rate: largest relative change of a scale in one step; falls to zero along a cosine.
         batch_size: sequences per step; None aims at about 2048 tokens.
         seed: of the order of the batches.
         progress_file: written now and then, read if it exists, so that an interrupted run goes on; removed at the end.
+            One of another run (model, data, settings) is overwritten, with a warning.
         on_step: called with the steps done, the steps in all, and the loss.
 
     Raises:
-        CalibrationError: fewer than two batches, or ``progress_file`` belongs to another run.
+        CalibrationError: fewer than two batches.
     """
-    batches = make_batches(calibration, batch_size)
-    if len(batches) < 2:
-        raise CalibrationError("one batch of calibration data, of which distillation holds one out; pass more samples")
-    held_out = batches[-max(1, len(batches) // _HELD_OUT) :]
-    batches = batches[: -len(held_out)]
+    batches, held_out = hold_out(make_batches(calibration, batch_size))
     order = torch.Generator().manual_seed(seed)
     schedule = [int(i) for _ in range(epochs) for i in torch.randperm(len(batches), generator=order)]
-    with _trainable(model) as trained:
+    with _frozen(teacher), _trainable(model) as trained:
         before = _mean_loss(model, teacher, held_out)
         optimizer = trained.optimizer(rate)
-        losses = _resume(progress_file, trained.parameters, optimizer, schedule)
+        digest = "" if progress_file is None else trained.digest(batches, schedule, rate)
+        losses = _resume(progress_file, trained.parameters, optimizer, digest)
         for step in range(len(losses), len(schedule)):
             warm_up = min(1.0, (step + 1) / max(1, len(schedule) // 20))
             for group in optimizer.param_groups:
@@ -96,18 +101,35 @@ def distill(
             optimizer.zero_grad()
             losses.append(_backward(model, teacher, batches[schedule[step]]))
             optimizer.step()
+            trained.clamp()
             if on_step is not None:
                 on_step(step + 1, len(schedule), losses[-1])
             if (step + 1) % _SAVE_EVERY == 0:
-                _save(progress_file, trained.parameters, optimizer, schedule, losses)
+                _save(progress_file, trained.parameters, optimizer, digest, losses)
         trained.round()
         after = _mean_loss(model, teacher, held_out)
         trained.keep = after < before
     if progress_file is not None:
-        Path(progress_file).unlink(missing_ok=True)
+        for leftover in (Path(progress_file), _partial(progress_file)):
+            leftover.unlink(missing_ok=True)
     if not trained.keep:
         logger.warning("distillation did not lower the held-out divergence (%.4f -> %.4f); undone", before, after)
     return DistillReport(before, after, tuple(losses), trained.keep)
+
+
+def hold_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The batches to train on and those that judge: spread evenly, because :func:`make_batches` sorts by length.
+
+    Raises:
+        CalibrationError: fewer than two batches.
+    """
+    if len(batches) < 2:
+        raise CalibrationError(
+            "one batch of calibration data, of which distillation holds one out; pass more samples or a smaller "
+            "batch_size, or set distill_epochs=0"
+        )
+    judges = range(_HELD_OUT - 1, len(batches), _HELD_OUT) or range(len(batches) - 1, len(batches))
+    return [batch for i, batch in enumerate(batches) if i not in judges], [batches[i] for i in judges]
 
 
 class _Dequantize(torch.autograd.Function):
@@ -197,6 +219,23 @@ class _Training:
         groups += [{"params": [vector], "size": float(vector.detach().abs().mean()) or 1.0} for vector in self.vectors]
         return torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
 
+    def clamp(self) -> None:
+        """Keep every scale's sign."""
+        for layer in self.layers.values():
+            layer.change.data.clamp_(min=_LEAST_FACTOR - 1)
+
+    def digest(self, batches: list[Batch], schedule: list[int], rate: float) -> str:
+        """Of all that the course of a training depends on, but for the teacher."""
+        found = hashlib.sha256(repr((schedule, rate)).encode())
+        tensors = [*self.vectors, *(tensor for batch in batches for tensor in batch.values())]
+        for layer in self.layers.values():
+            stored = layer.quantized
+            tensors += [stored.codes, stored.scales, stored.zeros, stored.g_idx]
+        for tensor in tensors:
+            found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
     def round(self) -> None:
         """Everything to what will be stored."""
         for layer in self.layers.values():
@@ -216,13 +255,38 @@ class _Training:
 
 @contextmanager
 def _trainable(model: nn.Module) -> Iterator[_Training]:
-    training = model.training
-    state = _Training(model.eval())
+    with evaluating(model):
+        state = _Training(model)
+        try:
+            yield state
+        finally:
+            state.end()
+
+
+@contextmanager
+def _frozen(teacher: nn.Module) -> Iterator[None]:
+    """In eval mode and, on a CPU, in float32."""
+    narrow = [(p, p.dtype) for p in teacher.parameters() if p.is_floating_point() and p.device.type == "cpu"]
+    with evaluating(teacher):
+        try:
+            for parameter, dtype in narrow:
+                parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+            yield
+        finally:
+            for parameter, dtype in narrow:
+                parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode; afterwards each as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
-        yield state
+        yield
     finally:
-        state.end()
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -245,7 +309,7 @@ def _backward(model: nn.Module, teacher: nn.Module, batch: Batch) -> float:
     with torch.no_grad():
         target = _logits(teacher, batch)
     logits = _logits(model, batch)
-    leaf = logits.detach().requires_grad_()
+    target, leaf = target.to(logits.device), logits.detach().requires_grad_()
     total = 0.0
     for rows in range(0, len(leaf), _ROWS):  # the distributions are larger than everything else
         part = _divergence(leaf[rows : rows + _ROWS], target[rows : rows + _ROWS]) / len(leaf)
@@ -259,37 +323,45 @@ def _backward(model: nn.Module, teacher: nn.Module, batch: Batch) -> float:
 def _mean_loss(model: nn.Module, teacher: nn.Module, batches: list[Batch]) -> float:
     total, tokens = 0.0, 0
     for batch in batches:
-        found, target = _logits(model, batch), _logits(teacher, batch)
+        found = _logits(model, batch)
+        target = _logits(teacher, batch).to(found.device)
         total += sum(_divergence(a, b).item() for a, b in zip(found.split(_ROWS), target.split(_ROWS), strict=True))
         tokens += len(found)
     return total / tokens
+
+
+def _partial(path: str | Path) -> Path:
+    return Path(f"{path}.partial")
 
 
 def _save(
     path: str | Path | None,
     changes: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    schedule: list[int],
+    digest: str,
     losses: list[float],
 ) -> None:
     if path is None:
         return
-    partial = Path(f"{path}.partial")
     state = {"changes": [c.detach() for c in changes], "optimizer": optimizer.state_dict()}
-    torch.save(state | {"schedule": schedule, "losses": losses}, partial)
-    os.replace(partial, path)
+    torch.save(state | {"digest": digest, "losses": losses}, _partial(path))
+    os.replace(_partial(path), path)
 
 
 def _resume(
-    path: str | Path | None, changes: list[nn.Parameter], optimizer: torch.optim.Optimizer, schedule: list[int]
+    path: str | Path | None, changes: list[nn.Parameter], optimizer: torch.optim.Optimizer, digest: str
 ) -> list[float]:
-    """Restore what :func:`_save` wrote; returns the losses so far."""
+    """Restore what :func:`_save` wrote in the same run; returns the losses so far."""
     if path is None or not Path(path).exists():
         return []
-    state = torch.load(path, weights_only=True)
-    shapes = [tuple(change.shape) for change in changes]
-    if state["schedule"] != schedule or [tuple(saved.shape) for saved in state["changes"]] != shapes:
-        raise CalibrationError(f"{path} is the progress of another run (other model, data or epochs); remove it")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        logger.warning("%s cannot be read as the progress of a distillation (%s); starting over", path, error)
+        return []
+    if not isinstance(state, dict) or state.get("digest") != digest:
+        logger.warning("%s is the progress of another run (other model, data or settings); starting over", path)
+        return []
     for change, saved in zip(changes, state["changes"], strict=True):
         change.data.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])

@@ -20,8 +20,8 @@ class Hessian:
     The factor 2/n of the paper's H = 2 X X^T cancels in every use, so it is left out. Rows with a non-finite entry are
     dropped and counted in ``dropped``; ``tokens`` counts the rows used.
 
-    With ``hold_out`` the last eighth of each :meth:`add` is also summed by itself, so that refinements can be fitted to
-    the rest and judged by it.
+    With ``hold_out`` an eighth of the rows (the last of each :meth:`add`, remainders carried) is also
+    summed by itself, so that refinements can be fitted to the rest and judged by it.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class Hessian:
             finite = rows.isfinite().all(dim=1)
             self.dropped += int((~finite).sum())
             rows = rows[finite]
-        self.tokens += rows.shape[0]
+        before, self.tokens = self.tokens, self.tokens + rows.shape[0]
         _accumulate(self._sum, rows)
         if self._held_out is not None:
-            _accumulate(self._held_out, rows[rows.shape[0] - rows.shape[0] // _HELD_OUT :])
+            count = self.tokens // _HELD_OUT - before // _HELD_OUT
+            _accumulate(self._held_out, rows[rows.shape[0] - count :])
 
     def matrix(self, name: str) -> Tensor:
         """[K, K], symmetric.

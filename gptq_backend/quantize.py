@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import lockstep
 from .calibration import Batch, make_batches
 from .config import QuantizeConfig
-from .distill import DistillReport, distill
+from .distill import DistillReport, distill, evaluating, hold_out
 from .errors import CalibrationError, ConfigError
 from .gptq import LayerFactor, prepare_factor, quantize_weight
 from .hessian import Hessian
@@ -114,6 +114,8 @@ def quantize_model(
             f"distill_epochs={epochs} (quality={config.quality!r}) needs the original model beside the quantized one; "
             "pass teacher=, use gptq_transformers.quantize, or set distill_epochs=0"
         )
+    if epochs and batches is not None:
+        hold_out(batches)  # raises where there are too few, before the work
     report = _Run(model, config, batches, block_name, backend, on_layer, on_block).run()
     if epochs and teacher is not None and calibration is not None:
         start = time.perf_counter()
@@ -170,7 +172,7 @@ class _Run:
         start = time.perf_counter()
         if self.structure.head is not None:
             untie(self.structure.head.module)
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             if self.batches is None:
                 self.round_to_nearest()
             else:
@@ -309,7 +311,7 @@ class _Run:
         for entry in same_input:
             if entry.settings == settings:
                 return entry
-        hessian = same_input[0].hessian if same_input else self.hessian([_unpadded(*item) for item in inputs], config)
+        hessian = same_input[0].hessian if same_input else self.hessian([_unpadded(*item) for item in inputs])
         if hessian.dropped:
             logger.warning("%s: dropped %d tokens with NaN or infinite inputs", target.name, hessian.dropped)
         matrix = hessian.matrix(target.name)
@@ -321,10 +323,12 @@ class _Run:
         self.shared.append(shared)
         return shared
 
-    def hessian(self, inputs: list[Tensor], config: QuantizeConfig) -> Hessian:
+    def hessian(self, inputs: list[Tensor]) -> Hessian:
         first = inputs[0]
-        dtype, hold_out = torch.promote_types(first.dtype, torch.float32), config.tier.refine_sweeps > 0
-        hessian = Hessian(first.shape[-1], dtype, first.device, hold_out)
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        # Layers with other settings may share it, so what one of them needs decides.
+        refined = any(target.config.tier.refine_sweeps for target in self.structure.targets)
+        hessian = Hessian(first.shape[-1], dtype, first.device, hold_out=refined)
         for x in inputs:
             hessian.add(x)
         return hessian
@@ -440,14 +444,3 @@ def _check_fits(model: nn.Module, batches: list[Batch]) -> None:
 
 def _stop(*_: Any) -> None:
     raise _Stop
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -110,7 +110,7 @@ def refit_scales(quantized: QuantizedWeight, weight: Tensor, hessian: Tensor) ->
 
     An output channel's scales s minimise ``s^T A s - 2 b^T s`` with ``A_gh = c_g^T H c_h`` and ``b_g = c_g^T H w``,
     where c_g holds the codes of group g minus their zero. A channel for which rounding to the stored dtype spoils the
-    gain keeps its scales, and so does a group whose codes are all at zero.
+    gain, or where a sign would change, keeps its scales, and so does a group whose codes are all at zero.
 
     Args: as :func:`descend`.
     """
@@ -137,7 +137,7 @@ def refit_scales(quantized: QuantizedWeight, weight: Tensor, hessian: Tensor) ->
         ridge = torch.where(empty, 1.0, _RIDGE * diagonal.mean(1, keepdim=True))  # towards the old scales
         new = torch.linalg.solve(normal + torch.diag_embed(ridge), right + ridge * old)
         new = torch.where(empty, old, new.to(quantized.scales.dtype).to(dtype))
-        usable = (new.isfinite() & (new != 0)).all(1, keepdim=True)
+        usable = (new.isfinite() & (new.sign() == old.sign())).all(1, keepdim=True)
         better = _quadratic(normal, right, new) < _quadratic(normal, right, old)
         after[rows] = torch.where(usable & better, new, old)
     return dataclasses.replace(quantized, scales=after.t().contiguous().to(quantized.scales.dtype))

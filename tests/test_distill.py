@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gptq_backend import CalibrationError, QuantizeConfig, QuantLinear, quantize_model
-from gptq_backend.distill import distill
+from gptq_backend.calibration import make_batches
+from gptq_backend.distill import distill, hold_out
 from tests.toy import Toy, samples, toy
 
 
@@ -75,10 +76,69 @@ def test_an_interrupted_run_goes_on_where_it_was(pair: tuple[Toy, Toy], tmp_path
         torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
     assert not file.exists()
+
+
+@pytest.mark.parametrize("other", ["weights", "data", "rate", "seed", "epochs", "empty", "text", "cut"])
+def test_the_progress_of_another_run_is_not_taken(
+    pair: tuple[Toy, Toy], tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    file = tmp_path / "progress.pt"
+
+    def interrupt(done: int, total: int, loss: float) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         run(pair, progress_file=file, on_step=interrupt)
-    with pytest.raises(CalibrationError, match="another run"):
-        run(pair, progress_file=file, epochs=5)
+    partial = tmp_path / "progress.pt.partial"
+    partial.write_bytes(b"left by a run that was killed")
+    student = copy.deepcopy(pair[0])
+    data, settings = samples(16), {"epochs": 4, "rate": 1e-2, "seed": 0}
+    if other == "weights":
+        next(m for m in student.modules() if isinstance(m, QuantLinear)).scales.data.mul_(1.01)
+    elif other == "data":
+        data = samples(16, seed=7)
+    elif other in settings:
+        settings[other] = {"rate": 2e-2, "seed": 1, "epochs": 3}[other]
+    else:
+        written = file.read_bytes()
+        file.write_bytes({"empty": b"", "text": b"notes", "cut": written[: len(written) // 2]}[other])
+    seen: list[int] = []
+    distill(student, pair[1], data, batch_size=2, progress_file=file, on_step=lambda *s: seen.append(s[0]), **settings)  # type: ignore[arg-type]
+    assert seen[0] == 1
+    assert "starting over" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_judges_are_not_the_shortest_batches(pair: tuple[Toy, Toy]) -> None:
+    data = [sample[:length] for length, sample in zip(range(8, 24), samples(16), strict=True)]
+    batches, held_out = hold_out(make_batches(data, 1))
+    assert [batch["input_ids"].shape[1] for batch in held_out] == [16, 8]
+    assert sorted(batch["input_ids"].shape[1] for batch in batches) == [*range(9, 16), *range(17, 24)]
+
+
+def test_neither_no_grad_nor_a_training_teacher_in_16_bits_matters(pair: tuple[Toy, Toy]) -> None:
+    """A teacher in train mode has dropout; one in 16 bits on a CPU is emulated, and noisier than it need be."""
+    teacher = copy.deepcopy(pair[1]).bfloat16()
+    exact = copy.deepcopy(teacher).float()
+    teacher.norm = nn.Sequential(teacher.norm, nn.Dropout(0.9))  # type: ignore[assignment]
+    teacher.train()
+    with torch.no_grad():
+        _, found = run((pair[0], teacher))
+    _, expected = run((pair[0], exact))
+    assert found.losses == expected.losses
+    assert all(module.training for module in teacher.modules())
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
+
+
+def test_no_scale_changes_its_sign(pair: tuple[Toy, Toy]) -> None:
+    student, least = copy.deepcopy(pair[0]), []
+
+    def look(done: int, total: int, loss: float) -> None:
+        least.append(min(float(p.detach().min()) for name, p in student.named_parameters() if name.endswith("change")))
+
+    distill(student, pair[1], samples(16), epochs=4, rate=1.5, batch_size=2, on_step=look)
+    assert -1 < min(least) < -0.5, "the rate is too small for this test"
 
 
 def test_an_error_leaves_the_model_as_it_was(pair: tuple[Toy, Toy]) -> None:

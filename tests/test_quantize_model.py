@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gptq_backend.quantize as driver
 from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend.gptq import prepare_factor
 from gptq_backend.hessian import Hessian
 from tests.toy import VOCABULARY, SparseMlp, samples, toy
 
@@ -167,6 +168,19 @@ def test_the_report_tells_what_each_step_left_of_the_held_out_error() -> None:
     assert all(not entry.steps for entry in quantize_model(toy(), config(quality="fast"), samples()).layers)
 
 
+def test_a_shared_hessian_holds_tokens_out_if_any_of_its_layers_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q comes first and is not refined; k and v share its Hessian and are."""
+    judged = []
+
+    def recorded(matrix: Tensor, config: QuantizeConfig, held_out: Tensor | None) -> Any:
+        judged.append((config.tier.refine_sweeps > 0, held_out is not None))
+        return prepare_factor(matrix, config, held_out)
+
+    monkeypatch.setattr(driver, "prepare_factor", recorded)
+    quantize_model(toy(), config(dynamic={r".*attn\.q": {"refine_sweeps": 0}}), samples())
+    assert set(judged) == {(False, False), (True, True)}
+
+
 def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
     settings = config(bits=2, quality="best")
     with pytest.raises(ConfigError, match="teacher="):
@@ -175,6 +189,10 @@ def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
     report = quantize_model(model, settings, samples(16), batch_size=2, teacher=lambda: toy(dtype=torch.float32))
     assert report.distillation is not None
     assert len(report.distillation.losses) == 2 * 7
+    untouched = toy()
+    with pytest.raises(CalibrationError, match="holds one out"):
+        quantize_model(untouched, settings, samples(2), batch_size=2, teacher=toy)
+    assert not any(isinstance(module, QuantLinear) for module in untouched.modules()), "found out after the work"
     assert quantize_model(toy(), settings, None).distillation is None  # rounding to nearest has no data for it
 
 

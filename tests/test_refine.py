@@ -85,6 +85,14 @@ def test_a_group_whose_codes_are_all_zero_keeps_its_scale() -> None:
     assert result.scales.isfinite().all()
 
 
+def test_a_refit_does_not_change_the_sign_of_a_scale() -> None:
+    start, _, hessian = quantized(4, signed_scales=False)
+    opposite = -start.dequantize(torch.float64)
+    result = refit_scales(start, opposite, hessian)
+    assert float(result.scales.min()) > 0
+    assert loss(result, opposite, hessian) <= loss(start, opposite, hessian)
+
+
 def test_dead_channels_are_rounded_to_nearest_by_the_descent() -> None:
     weight, hessian = layer(seed=2)
     hessian[5], hessian[:, 5] = 0, 0
