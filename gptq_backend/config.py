@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,32 @@ QUALITIES = {
     "fast": Tier(signed_scales=False, search_finalists=1, refine_sweeps=0, distill_epochs=0),
     "default": Tier(signed_scales=True, search_finalists=4, refine_sweeps=2, distill_epochs=0),
     "best": Tier(signed_scales=True, search_finalists=8, refine_sweeps=4, distill_epochs=2),
+}
+
+_Rule = tuple[Callable[[Any], bool], str]  # whether a value is accepted, and what is
+_FLAG: _Rule = (lambda value: isinstance(value, bool), "pass True or False")
+_OPTIONAL_FLAG: _Rule = (lambda value: value is None or isinstance(value, bool), "pass True, False or None")
+
+
+def _integer_from(least: int, optional: bool = True) -> _Rule:
+    expected = f"pass an integer of at least {least}" + " or None" * optional
+    return lambda value: (optional and value is None) or (type(value) is int and value >= least), expected
+
+
+_READ: dict[str, _Rule] = {"sym": _FLAG, "desc_act": _FLAG, "lm_head": _FLAG}
+# What a quantizing run needs and a reader of its result does not.
+_WRITE_ONLY: dict[str, _Rule] = {
+    "static_groups": _FLAG,
+    "act_group_aware": _OPTIONAL_FLAG,
+    "damp_percent": (lambda value: type(value) in (int, float) and 0 < value < 1, "pass a number between 0 and 1"),
+    "true_sequential": _FLAG,
+    "quality": (lambda value: isinstance(value, str) and value in QUALITIES, f"choose one of {tuple(QUALITIES)}"),
+    "scale_search": _FLAG,
+    "signed_scales": _OPTIONAL_FLAG,
+    "search_finalists": _integer_from(1),
+    "refine_sweeps": _integer_from(0),
+    "distill_epochs": _integer_from(0),
+    "keep_edge_blocks": _integer_from(0, optional=False),
 }
 
 # Spellings found in published checkpoints -> ours.
@@ -86,7 +112,8 @@ class QuantizeConfig:
         checkpoint_format: ``gptq`` (zeros stored minus one), ``gptq_v2`` (zeros as they are), ``gptq_p`` (v2 zeros,
             3-bit codes in word-aligned planes).
         pack_dtype: integer type of ``qweight`` in the file.
-        extra: keys of the source dictionary that mean nothing here; kept for writing back.
+        extra: keys of the source dictionary that mean nothing here, and settings of a quantizing run with values that
+            are not known here (see :meth:`from_dict`); kept for writing back.
 
     Raises:
         ConfigError: a value is not supported; the message names the key, the value and the choices.
@@ -121,17 +148,9 @@ class QuantizeConfig:
             raise ConfigError(f"group_size={self.group_size!r} is not an integer; use -1 or a positive integer")
         if self.group_size != -1 and self.group_size <= 0:
             raise ConfigError(f"group_size={self.group_size} is not supported; use -1 or a positive integer")
-        if self.quality not in QUALITIES:
-            raise ConfigError(f"quality={self.quality!r} is not supported; choose one of {tuple(QUALITIES)}")
-        if self.search_finalists is not None and self.search_finalists < 1:
-            raise ConfigError(f"search_finalists={self.search_finalists} must be positive")
-        for name in ("refine_sweeps", "distill_epochs"):
-            if (count := getattr(self, name)) is not None and count < 0:
-                raise ConfigError(f"{name}={count} must not be negative")
-        if not 0 < self.damp_percent < 1:
-            raise ConfigError(f"damp_percent={self.damp_percent!r} must lie between 0 and 1")
-        if self.keep_edge_blocks < 0:
-            raise ConfigError(f"keep_edge_blocks={self.keep_edge_blocks} must not be negative")
+        for name, (accepts, expected) in (_READ | _WRITE_ONLY).items():
+            if not accepts(value := getattr(self, name)):
+                raise ConfigError(f"{name}={value!r} is not supported; {expected}")
         if self.checkpoint_format not in CHECKPOINT_FORMATS:
             hint = " (serialized Marlin cannot be converted back; find the original)" * (
                 "marlin" in str(self.checkpoint_format)
@@ -175,7 +194,8 @@ class QuantizeConfig:
                 continue
             if pattern.startswith("-:"):
                 return None
-            changes = _known(_canonical(overrides))[0]
+            changes, rest = _known(_canonical(overrides))
+            changes["extra"] = {**self.extra, **{key: rest[key] for key in rest if key in _WRITE_ONLY}}
             if changes.get("desc_act"):
                 changes.setdefault("act_group_aware", False)  # they exclude each other; the rule is what was meant
             return dataclasses.replace(self, dynamic=None, **changes)
@@ -183,7 +203,11 @@ class QuantizeConfig:
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> QuantizeConfig:
-        """Read a ``quantization_config`` or ``quantize_config.json`` dictionary of any known dialect."""
+        """Read a ``quantization_config`` or ``quantize_config.json`` dictionary of any known dialect.
+
+        A checkpoint is not refused for how it was made: values of ``quality`` and the like that are not known here go
+        to ``extra``, and :meth:`require_run` raises for them.
+        """
         values = _canonical(source)
         method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "gptq")).lower()
         if method == "marlin" or source.get("is_marlin_format"):
@@ -198,14 +222,18 @@ class QuantizeConfig:
         known, extra = _known(values)
         return cls(**known, extra=extra)
 
+    def require_run(self) -> None:
+        """Raises ConfigError where a setting of a quantizing run has a value that :meth:`from_dict` set aside."""
+        dataclasses.replace(self, **{key: self.extra[key] for key in _WRITE_ONLY if key in self.extra})
+
     def to_dict(self) -> dict[str, Any]:
         """The dictionary written as ``quantization_config``: our keys, both spellings of the format, and ``extra``."""
         out: dict[str, Any] = dict(self.extra)
         for item in dataclasses.fields(self):
-            if item.name != "extra":
+            if item.name != "extra" and item.name not in self.extra:
                 value = getattr(self, item.name)
                 out[item.name] = list(value) if isinstance(value, tuple) else value
-        out["act_group_aware"] = self.group_aware
+        out["act_group_aware"] = self.extra.get("act_group_aware", self.group_aware)
         out["dynamic"] = {k: dict(v) for k, v in self.dynamic.items()} if self.dynamic else None
         modules = self.modules_in_block_to_quantize
         out["modules_in_block_to_quantize"] = [list(modules)] if modules else None
@@ -237,6 +265,9 @@ def _flat(names: Any) -> tuple[str, ...]:
 def _known(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split canonical ``values`` into keyword arguments of QuantizeConfig and the rest."""
     names = {item.name for item in dataclasses.fields(QuantizeConfig)} - {"extra"}
+    flags = {key for key, rule in (_READ | _WRITE_ONLY).items() if rule in (_FLAG, _OPTIONAL_FLAG)}
+    values = {key: bool(value) if key in flags and value in (0, 1) else value for key, value in values.items()}
+    names -= {key for key, (accepts, _) in _WRITE_ONLY.items() if key in values and not accepts(values[key])}
     known = {key: value for key, value in values.items() if key in names}
     if known.get("desc_act") and known.get("act_group_aware"):
         known["act_group_aware"] = False  # stock GPTQConfig resolves the pair this way too

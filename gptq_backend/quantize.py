@@ -157,7 +157,9 @@ class _Run:
         self.model, self.config, self.batches, self.backend = model, config, batches, backend
         self.on_layer, self.on_block = on_layer, on_block
         self.structure = find_structure(model, config, block_name)
+        config.require_run()
         for target in self.structure.targets:
+            target.config.require_run()
             _check_planar(target)
         self.report = QuantizeReport(self.structure.describe(config))
         self.arrived: dict[Target, list[_Input]] = {}  # what the waiting tasks are about to feed each layer

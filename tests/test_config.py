@@ -55,13 +55,7 @@ def test_enum_values_of_frameworks_are_read() -> None:
         ({"bits": 4, "group_size": 0}, "group_size=0"),
         ({"bits": 4, "group_size": -2}, "group_size=-2.*-1"),
         ({"bits": 4, "group_size": 64.0}, "group_size=64.0 is not an integer"),
-        ({"bits": 4, "quality": "superb"}, "quality='superb'.*'fast', 'default', 'best'"),
-        ({"bits": 4, "search_finalists": 0}, "search_finalists=0"),
-        ({"bits": 4, "refine_sweeps": -1}, "refine_sweeps=-1"),
-        ({"bits": 4, "distill_epochs": -1}, "distill_epochs=-1"),
-        ({"bits": 4, "damp_percent": 0}, "damp_percent=0"),
-        ({"bits": 4, "damp_percent": 1.5}, "damp_percent=1.5"),
-        ({"bits": 4, "keep_edge_blocks": -1}, "keep_edge_blocks"),
+        ({"bits": 4, "desc_act": "yes"}, "desc_act='yes'.*True or False"),
         ({"bits": 4, "checkpoint_format": "exl2"}, "exl2.*gptq_v2"),
         ({"bits": 4, "checkpoint_format": "marlin"}, "Marlin"),
         ({"bits": 4, "is_marlin_format": True}, "Marlin"),
@@ -77,6 +71,49 @@ def test_enum_values_of_frameworks_are_read() -> None:
 def test_refusals_name_the_key_the_value_and_the_way_out(source: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantizeConfig.from_dict(source)
+
+
+WRITE_ONLY = [
+    ({"quality": "superb"}, "quality='superb'.*'fast', 'default', 'best'"),
+    ({"quality": ["best"]}, r"quality=\['best'\]"),
+    ({"search_finalists": 0}, "search_finalists=0.*at least 1"),
+    ({"search_finalists": True}, "search_finalists=True"),
+    ({"refine_sweeps": -1}, "refine_sweeps=-1"),
+    ({"refine_sweeps": 1.0}, "refine_sweeps=1.0"),
+    ({"distill_epochs": "2"}, "distill_epochs='2'"),
+    ({"damp_percent": 0}, "damp_percent=0"),
+    ({"damp_percent": 1.5}, "damp_percent=1.5"),
+    ({"damp_percent": "0.01"}, "damp_percent='0.01'"),
+    ({"keep_edge_blocks": -1}, "keep_edge_blocks"),
+    ({"scale_search": "mse"}, "scale_search='mse'.*True or False"),
+    ({"signed_scales": "no"}, "signed_scales='no'.*None"),
+    ({"act_group_aware": "auto"}, "act_group_aware='auto'"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), WRITE_ONLY)
+def test_what_only_a_run_needs_is_refused_for_a_run_but_not_in_a_checkpoint(
+    source: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantizeConfig(**source)
+    read = QuantizeConfig.from_dict({"bits": 3, **source})
+    assert (read.bits, read.tier) == (3, QuantizeConfig().tier)
+    assert {key: read.to_dict()[key] for key in source} == source, "lost when written back"
+    with pytest.raises(ConfigError, match=message):
+        read.require_run()
+    rule = QuantizeConfig.from_dict({"bits": 4, "dynamic": {".*": {"bits": 3, **source}}}).for_module("layer")
+    assert rule is not None
+    assert rule.bits == 3
+    with pytest.raises(ConfigError, match=message):
+        rule.require_run()
+
+
+def test_zero_and_one_are_read_as_flags() -> None:
+    config = QuantizeConfig.from_dict({"bits": 4, "sym": 0, "desc_act": 1})
+    assert (config.sym, config.desc_act) == (False, True)
+    with pytest.raises(ConfigError, match="sym=0"):
+        QuantizeConfig(sym=0)  # type: ignore[arg-type]
 
 
 def test_group_aware_and_desc_act_exclude_each_other() -> None:

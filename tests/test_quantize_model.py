@@ -181,6 +181,12 @@ def test_a_shared_hessian_holds_tokens_out_if_any_of_its_layers_needs_them(monke
     assert set(judged) == {(False, False), (True, True)}
 
 
+def test_a_setting_that_a_reader_would_overlook_stops_a_run() -> None:
+    for source in ({"quality": "superb"}, {"dynamic": {r".*\.o": {"quality": "superb"}}}):
+        with pytest.raises(ConfigError, match="quality='superb'"):
+            quantize_model(toy(), QuantizeConfig.from_dict({"bits": 4, "group_size": 16, **source}), samples())
+
+
 def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
     settings = config(bits=2, quality="best")
     with pytest.raises(ConfigError, match="teacher="):
