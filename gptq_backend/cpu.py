@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import packing
+from .gradients import register_gradients
 from .slots import group_slots, source_channels
 from .weight import LinearSpec, unpack_zeros
 
@@ -237,28 +238,16 @@ def _dequantize_fake(qweight, scales, zeros, perm, blocks, in_features, out_feat
     return scales.new_empty((in_features, out_features), dtype=dtype)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, *tensors, in_features, out_features, bits, _, bias = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.numbers, ctx.bias_dtype = (in_features, out_features, bits), None if bias is None else bias.dtype
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    """Gradients for x and bias; the quantized weight is not trainable. For x as if a8 had not rounded it."""
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        dense = torch.ops.gptq_backend.cpu_dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
-        grad_x = grad @ dense.t()
-    if ctx.needs_input_grad[-1]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, *[None] * 9, grad_bias)
-
-
 _library.impl("cpu_gemm", gemm, "CPU")
 _library.impl("cpu_dequantize", dequantize, "CPU")
 torch.library.register_fake("gptq_backend::cpu_gemm", _gemm_fake, lib=_library)
 torch.library.register_fake("gptq_backend::cpu_dequantize", _dequantize_fake, lib=_library)
-torch.library.register_autograd("gptq_backend::cpu_gemm", _backward, setup_context=_save_for_backward, lib=_library)
+register_gradients(
+    _library,
+    "gptq_backend::cpu_gemm",
+    # As if a8 had not rounded x.
+    lambda *layout: torch.ops.gptq_backend.cpu_dequantize(*layout[:-2], layout[-1]).t(),
+)
 
 
 def _call(function: Any, a8: bool, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import packing
+from .gradients import register_gradients
 from .slots import group_slots, source_channels
 from .weight import LinearSpec, unpack_zeros
 
@@ -468,28 +469,11 @@ def _dequantize_fake(qweight, scales, zeros, perm, in_features, out_features, bi
     return scales.new_empty((out_features, in_features), dtype=dtype)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, *tensors, in_features, out_features, bits, bias = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.numbers, ctx.bias_dtype = (in_features, out_features, bits), None if bias is None else bias.dtype
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    """Gradients for x and bias; the quantized weight is not trainable."""
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        dense = torch.ops.gptq_backend.cuda_dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
-        grad_x = grad @ dense
-    if ctx.needs_input_grad[-1]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, *[None] * 7, grad_bias)
-
-
 _library.impl("cuda_gemm", gemm, "CUDA")
 _library.impl("cuda_dequantize", dequantize, "CUDA")
 torch.library.register_fake("gptq_backend::cuda_gemm", _gemm_fake, lib=_library)
 torch.library.register_fake("gptq_backend::cuda_dequantize", _dequantize_fake, lib=_library)
-torch.library.register_autograd("gptq_backend::cuda_gemm", _backward, setup_context=_save_for_backward, lib=_library)
+register_gradients(_library, "gptq_backend::cuda_gemm", torch.ops.gptq_backend.cuda_dequantize)
 
 
 def _call(function: Any, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gradients import register_gradients
 from .weight import LinearSpec, unpack_codes, unpack_zeros
 
 _ARGS = (
@@ -118,27 +119,8 @@ def _gemm_fake(x, qweight, qzeros, scales, g_idx, in_features, bits, group_size,
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
-def _save_for_gemm_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, qweight, qzeros, scales, g_idx, *numbers, bias = inputs
-    ctx.save_for_backward(qweight, qzeros, scales, g_idx)
-    ctx.numbers, ctx.bias_dtype = numbers, None if bias is None else bias.dtype
-
-
-def _gemm_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    """Gradients for x and bias; the quantized weight is not trainable."""
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        dense = torch.ops.gptq_backend.dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
-        grad_x = grad @ dense.t()
-    if ctx.needs_input_grad[-1]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, *[None] * 9, grad_bias)
-
-
 _library.impl("dequantize", dequantize, "CompositeExplicitAutograd")
 _library.impl("gemm", gemm, "CompositeExplicitAutograd")
 torch.library.register_fake("gptq_backend::dequantize", _dequantize_fake, lib=_library)
 torch.library.register_fake("gptq_backend::gemm", _gemm_fake, lib=_library)
-torch.library.register_autograd(
-    "gptq_backend::gemm", _gemm_backward, setup_context=_save_for_gemm_backward, lib=_library
-)
+register_gradients(_library, "gptq_backend::gemm", lambda *layout: torch.ops.gptq_backend.dequantize(*layout).t())

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import packing
+from .gradients import register_gradients
 from .slots import group_slots, source_channels
 from .weight import LinearSpec, unpack_zeros
 
@@ -462,30 +463,15 @@ def _moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((x.shape[0] * top_k, out_features))
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, *layout, bias = inputs
-    ctx.save_for_backward(*layout[:5])
-    ctx.numbers, ctx.bias_dtype = layout[5:], None if bias is None else bias.dtype
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    """Gradients for x and bias; the quantized weight is not trainable."""
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        dense = torch.ops.gptq_backend.triton_dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
-        grad_x = grad @ dense.t()
-    if ctx.needs_input_grad[-1]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, *[None] * 9, grad_bias)
-
-
 _library.impl("triton_gemm", gemm, "CompositeExplicitAutograd")
 _library.impl("triton_dequantize", dequantize, "CompositeExplicitAutograd")
 _library.impl("triton_moe_gemm", moe_gemm, "CompositeExplicitAutograd")
 torch.library.register_fake("gptq_backend::triton_moe_gemm", _moe_gemm_fake, lib=_library)
 torch.library.register_fake("gptq_backend::triton_gemm", _gemm_fake, lib=_library)
 torch.library.register_fake("gptq_backend::triton_dequantize", _dequantize_fake, lib=_library)
-torch.library.register_autograd("gptq_backend::triton_gemm", _backward, setup_context=_save_for_backward, lib=_library)
+register_gradients(
+    _library, "gptq_backend::triton_gemm", lambda *layout: torch.ops.gptq_backend.triton_dequantize(*layout).t()
+)
 
 
 def _arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
