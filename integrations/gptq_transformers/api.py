@@ -52,7 +52,8 @@ def quantize(
         calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
             ``input_ids`` and ``attention_mask``); None rounds to nearest.
         tokenizer: for texts; default: the one in the model's folder.
-        output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all.
+        output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. A distillation
+            keeps its progress in ``OUTPUT.distill`` beside it, which is removed at the end.
         seqlen: cut texts, joined, into windows of this many tokens; None keeps each text as one sample.
         samples: use this many windows, texts or token id samples, drawn with ``seed``.
         batch_size: sequences per forward pass; None aims at about 2048 tokens.
@@ -97,8 +98,8 @@ def quantize(
             backend=backend,
             on_layer=on_layer,
             on_block=_take_offloading(model),
-            teacher=lambda: original or AutoModelForCausalLM.from_pretrained(path, dtype=_teacher_dtype()),
-            progress_file=None if output is None else f"{output}.distill",
+            teacher=lambda: original or AutoModelForCausalLM.from_pretrained(path, dtype="auto"),
+            progress_file=None if output is None else _progress_file(output),
         )
         attach(model, report.config)
         if folder is not None:
@@ -108,9 +109,10 @@ def quantize(
     return model, report
 
 
-def _teacher_dtype() -> torch.dtype | str:
-    """float32 where the distillation runs on a CPU, which emulates the products of 16-bit types."""
-    return "auto" if torch.cuda.is_available() else torch.float32
+def _progress_file(output: str | Path) -> Path:
+    """``OUT.distill`` beside the folder OUT, which does not exist yet."""
+    folder = Path(output).resolve()
+    return folder.with_name(f"{folder.name}.distill")
 
 
 def _as_config(config: Any) -> QuantizeConfig:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,6 +120,11 @@ def quantize(
             "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read) or --rtn "
             "(round to nearest, no text needed, less accurate)"
         )
+    if rtn and (quality is Quality.best or distill_epochs):
+        raise typer.BadParameter(
+            "--quality best and --distill-epochs train on calibration text, and --rtn has none; pass --calibration "
+            "FILE instead of --rtn, or leave them out"
+        )
     config = QuantizeConfig(
         bits=bits,
         group_size=group_size,
@@ -162,7 +169,7 @@ def _run_quantize(
     require_model(model)
     texts = None if calibration is None else terminal.read_calibration(calibration)
     with terminal.LayerProgress(console) as progress, terminal.loading(model):
-        _, result = run(
+        result = run(  # without the model, whose memory the comparison needs
             model,
             config,
             texts,
@@ -171,37 +178,56 @@ def _run_quantize(
             batch_size=batch_size,
             overwrite=overwrite,
             on_layer=progress.on_layer,
-        )
+        )[1]
     used = None
     if calibration is not None:
         tokens = max((layer.tokens for layer in result.layers), default=0)
         used = {"file": str(calibration), **window, "tokens": tokens}
-    evaluation = _compare(out, model, texts, window, kld_windows) if texts is not None and kld_windows else None
-    report = make_report(result, result.config, model, out, used, evaluation)
-    try:
-        _, page = write_reports(report, out)
+    report = make_report(result, result.config, model, out, used)
+    with _reporting(out):
+        _, page = write_reports(report, out)  # before the comparison, which can fail
+    if texts is not None and kld_windows:
+        report["evaluation"] = _compare(out, model, texts, window, kld_windows)
+    with _reporting(out):
+        write_reports(report, out)
         terminal.write_json(json_target, report)
+    if json_target != "-":
+        _print_quantized(report, page)
+
+
+@contextmanager
+def _reporting(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         reason = terminal.explain(error)
         if reason is None:
             raise
         raise GPTQError(f"the checkpoint in {out} is complete, but a report could not be written: {reason}") from error
-    if json_target != "-":
-        _print_quantized(report, page)
 
 
 def _compare(out: Path, model: str, texts: list[str], window: dict[str, int], windows: int) -> dict[str, Any] | None:
-    """The evaluation of the finished checkpoint on windows that calibration did not draw; None if there are none."""
+    """The evaluation of the finished checkpoint on windows that calibration did not draw.
+
+    None, with a warning, if there are none or it fails: the checkpoint is complete.
+    """
     from gptq_backend.calibration import set_aside
 
     from .evaluate import evaluate as run
     from .evaluate import load_model
 
-    left = set_aside(texts, _tokenizer(str(out)), **window, count=windows)
-    if not left:
-        logger.warning("no window of the calibration text was left to measure the KL divergence on")
+    if window["seqlen"] < 2:
+        logger.warning("windows of one token predict nothing; the KL divergence was not measured")
         return None
-    return dataclasses.asdict(run(load_model(out), left, load_model(model)))
+    try:
+        left = set_aside(texts, _tokenizer(str(out)), **window, count=windows)
+        if not left:
+            logger.warning("no window of the calibration text was left to measure the KL divergence on")
+            return None
+        return dataclasses.asdict(run(load_model(out), left, load_model(model)))
+    except GPTQError as error:
+        logger.warning("the checkpoint is complete, but it could not be compared with %s: %s", model, error)
+        return None
 
 
 def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
@@ -221,6 +247,9 @@ def _print_quantized(report: dict[str, Any], page: Path) -> None:
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     typer.echo(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    if (found := report["distillation"]) is not None:
+        undone = "" if found["kept"] else ", no better and undone"
+        typer.echo(f"distillation: held-out KL divergence {found['before']:.4f} -> {found['after']:.4f}{undone}")
     if (found := report["evaluation"]) is not None:
         error = "" if found["kld_stderr"] is None else f" ± {found['kld_stderr']:.4f}"
         text = f"{found['windows']} windows of the calibration text that were not used"

@@ -57,7 +57,6 @@ def make_report(
     model: str,
     output: Path,
     calibration: Mapping[str, Any] | None,
-    evaluation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything known about one quantization, as JSON values.
 
@@ -67,8 +66,10 @@ def make_report(
         model: folder or name of the original.
         output: the folder that was written.
         calibration: where the calibration tokens came from; None for round-to-nearest.
-        evaluation: of the quantized model against the original, if one was made (fields of ``evaluate.Evaluation``).
+
+    Its ``evaluation`` is None; the caller may put the fields of an ``evaluate.Evaluation`` there.
     """
+    distilled = report.distillation
     layers = [dataclasses.asdict(layer) for layer in report.layers]
     for layer in layers:
         asked = (config.for_module(layer["name"]) or config).damp_percent
@@ -83,7 +84,8 @@ def make_report(
         "modules": len(layers),
         "mean_relative_loss": statistics.fmean(errors) if errors else None,
         "worst_module": max(layers, key=lambda layer: layer["relative_loss"])["name"] if layers else None,
-        "evaluation": None if evaluation is None else dict(evaluation),
+        "distillation": distilled and {key: getattr(distilled, key) for key in ("before", "after", "kept")},
+        "evaluation": None,
         "seconds": report.seconds,
         "bytes_before": weights_size(model),
         "bytes_after": weights_size(output),
@@ -233,6 +235,9 @@ def _cards(report: Mapping[str, Any]) -> str:
     if (found := report["evaluation"]) is not None:
         error = "" if found["kld_stderr"] is None else f" ± {found['kld_stderr']:.4f}"
         cards.insert(2, (f"{found['kld']:.4f}{error}", "KL divergence, nats"))
+    if (found := report["distillation"]) is not None:
+        label = "held-out KL divergence, distilled" + ("" if found["kept"] else "; undone")
+        cards.insert(2, (f"{found['before']:.4f} → {found['after']:.4f}", label))
     return "".join(f'<div class="card"><b>{escape(value)}</b><span>{label}</span></div>' for value, label in cards)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPTQConfig, LlamaConfig
 
 from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
 from gptq_transformers import from_quantized, quantize
+from gptq_transformers.api import _progress_file
 
 CONFIG = QuantizeConfig(group_size=32)
 
@@ -167,3 +168,8 @@ def test_an_output_that_cannot_be_written_stops_the_run_before_it_starts(source,
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         quantize(source, CONFIG, samples, output=tmp_path / "file" / "out", on_layer=lambda *_: pytest.fail("started"))
+
+
+@pytest.mark.parametrize("end", ["", "/", "/."])
+def test_progress_lies_beside_the_output_however_it_is_spelled(tmp_path, end):
+    assert _progress_file(f"{tmp_path}/out{end}") == tmp_path.resolve() / "out.distill"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from gptq_backend import LayerReport, kernels
+from gptq_backend import CheckpointError, LayerReport, kernels
 from gptq_transformers import cli, terminal
 from gptq_transformers.cli import app
 
@@ -235,6 +235,41 @@ def test_a_report_that_cannot_be_written_leaves_the_checkpoint(
     last = result.stderr.splitlines()[-1]
     assert f"the checkpoint in {tmp_path / 'out'} is complete, but a report could not be written: no space" in last
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_comparison_that_fails_is_a_warning_and_the_reports_are_there(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        assert (tmp_path / "out" / "quantize_report.json").is_file(), "an interruption would leave no report"
+        raise CheckpointError("no logits")
+
+    monkeypatch.setattr("gptq_transformers.evaluate.evaluate", fail)
+    result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--quality", "fast")
+    assert result.exit_code == 0, result.output
+    assert "could not be compared" in result.stderr
+    assert "no logits" in result.stderr
+    assert json.loads((tmp_path / "out" / "quantize_report.json").read_text())["evaluation"] is None
+
+
+def test_the_reports_tell_how_the_distillation_went(original: Path, tmp_path: Path) -> None:
+    options = ["--quality", "fast", "--distill-epochs", "1", "--batch-size", "1", "--kld-windows", "0"]
+    result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "quantize_report.json").read_text())["distillation"]
+    assert sorted(found) == ["after", "before", "kept"]
+    assert found["kept"] == (found["after"] < found["before"])
+    shown = f"{found['before']:.4f} -> {found['after']:.4f}"
+    assert f"distillation: held-out KL divergence {shown}" in result.stdout
+    assert shown.replace("->", "→") in (tmp_path / "out" / "quantize_report.html").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("options", [["--quality", "best"], ["--distill-epochs", "1"]])
+def test_rounding_to_nearest_refuses_to_be_distilled(original: Path, tmp_path: Path, options: list[str]) -> None:
+    result = _run("quantize", original, tmp_path / "out", "--rtn", *options)
+    assert result.exit_code == 2
+    assert "--rtn has none" in " ".join(result.stderr.split())
 
 
 def test_quantize_does_not_warn_of_slow_kernels(
