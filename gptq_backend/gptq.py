@@ -78,7 +78,8 @@ def _without_dead_channels(hessian: Tensor) -> Tensor:
 
 def _working_dtype(tensor: Tensor) -> torch.dtype:
     """float64 on a CPU, where it costs little: a float32 loop rounds near-ties the other way now and then, and the rest
-    of that output channel is then another solution, on every machine a different one. GPUs lack the units for it.
+    of that output channel is then another solution, on every machine a different one. GPUs lack the units for it. The
+    ranking of finalists and the refinement are in float32: slower parts, whose choices do not pile up like that.
     """
     return torch.float64 if tensor.device.type == "cpu" else torch.promote_types(tensor.dtype, torch.float32)
 
@@ -95,7 +96,7 @@ def quantize_weight(
     """Quantize one weight.
 
     Args:
-        weight: [N, K], any float type; the computation runs in float64 on a CPU, at least in float32 elsewhere.
+        weight: [N, K], any float type; the column loop runs in float64 on a CPU, all else at least in float32.
         shared: order and factor of the layer's input, or None to round to nearest without calibration.
         config: settings of this layer.
         tokens: calibration tokens behind the Hessian, to report the loss per token.
