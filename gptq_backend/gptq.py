@@ -79,7 +79,7 @@ def _without_dead_channels(hessian: Tensor) -> Tensor:
 def _working_dtype(tensor: Tensor) -> torch.dtype:
     """float64 on a CPU, where it costs little: a float32 loop rounds near-ties the other way now and then, and the rest
     of that output channel is then another solution, on every machine a different one. GPUs lack the units for it. The
-    ranking of finalists and the refinement are in float32: slower parts, whose choices do not pile up like that.
+    ranking of finalists and the refinement are in float32, for speed: their near-ties can still fall either way.
     """
     return torch.float64 if tensor.device.type == "cpu" else torch.promote_types(tensor.dtype, torch.float32)
 
