@@ -52,6 +52,8 @@ def supports(spec: LinearSpec, device: torch.device) -> str | None:
         return "serves NVIDIA GPUs"
     if _cuda is None:
         return _MISSING
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if reason := _unfit(torch.cuda.current_device() if device.index is None else device.index):
         return reason
     if spec.scales_dtype not in _DTYPES:

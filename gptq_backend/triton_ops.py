@@ -63,6 +63,8 @@ def supports(spec: LinearSpec, device: torch.device) -> str | None:
         return "serves GPUs"
     if reason := _missing():
         return reason
+    if not torch.get_device_module(device).is_available():
+        return f"torch sees no {device.type} device"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"Triton needs compute capability 8.0, {torch.cuda.get_device_name(device)} is older"
     if spec.scales_dtype not in _DTYPES:

@@ -214,6 +214,13 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(plan: Plan | None, emu
     assert torch.equal(dirty[keep], clean[keep])
 
 
+def test_a_machine_without_a_gpu_is_told_so(emulated: Seed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    spec, _ = prepared(random_weight(4, 96, 40, 32), kernels.REFERENCE)
+    assert cuda.supports(spec, torch.device("cuda")) == "torch sees no CUDA device"
+    assert cuda.supports(spec, torch.device("cpu")) == "serves NVIDIA GPUs"
+
+
 @pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96)])
 def test_no_rows(shape: tuple[int, ...], emulated: Seed) -> None:
     spec, tensors = prepared(random_weight(4, 96, 40, 32), kernels.CUDA)

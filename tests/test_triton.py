@@ -87,6 +87,12 @@ def test_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cuda", "xpu"):
         assert triton_ops.supports(spec, torch.device(device)) == "triton is not there"
     monkeypatch.setattr(triton_ops, "_missing", lambda: None)
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+    for device in ("cuda", "xpu"):
+        assert triton_ops.supports(spec, torch.device(device)) == f"torch sees no {device} device"
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert "needs compute capability 8.0, Tesla T4" in str(triton_ops.supports(spec, torch.device("cuda")))
