@@ -140,8 +140,12 @@ GPU_3bit := --dtype fp16 --bits 3
 GPU_8bit := --dtype fp16 --bits 8
 GPU_JSON := $(GPU_BENCHES:%=docs/benchmarks/gpu/%.json)
 
-bench-gpu: $(GPU_JSON) docs/benchmarks/gpu/plans.json
-	$(GPU_PYTHON) -m gptq_backend.bench.summary $^
+bench-gpu: docs/benchmarks/gpu/llama2-7b.json $(GPU_JSON) docs/benchmarks/gpu/plans.json
+	$(GPU_PYTHON) -m gptq_backend.bench.summary $(GPU_JSON)
+
+docs/benchmarks/gpu/llama2-7b.json: build/.gpu
+	mkdir -p $(@D)
+	PYTHONPATH=integrations $(GPU_PYTHON) -m gptq_transformers.bench_shape $@ --compile
 
 docs/benchmarks/gpu/plans.json: build/.gpu
 	mkdir -p $(@D)

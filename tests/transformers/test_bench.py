@@ -287,3 +287,15 @@ def test_lengths_beyond_the_model_are_refused_before_generating() -> None:
     result = _bench("model", CHECKPOINTS / "llama-4-32-sym", "--prompt", "100000", "--dtype", "fp32")
     assert result.exit_code == 1
     assert "exceed the model's" in result.stderr.splitlines()[-1]
+
+
+def test_a_shape_without_a_checkpoint_is_measured(tmp_path: Path) -> None:
+    from gptq_transformers import bench_shape
+
+    target = tmp_path / "tiny.json"
+    options = "--shape tiny --device cpu --dtype fp32 --prompt 4 --new-tokens 3 --repeats 1"
+    bench_shape.main([str(target), *options.split()])
+    found = json.loads(target.read_text())
+    assert found["bytes"]["4-bit"] < 0.6 * found["bytes"]["16-bit"]  # the embeddings are not quantized
+    assert {(row["model"], row["quantized"]) for row in found["rows"]} == {("4-bit", True), ("16-bit", False)}
+    assert all(row["tokens_per_second"] > 0 for row in found["rows"])
