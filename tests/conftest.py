@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +12,9 @@ import hypothesis
 import pytest
 import torch
 
+# A shell starts background jobs deaf to Ctrl-C, which tests of Ctrl-C would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tensors here are tiny: a second thread only adds waiting, most of all on a busy machine.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
