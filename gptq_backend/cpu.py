@@ -1,13 +1,10 @@
 """The ``cpu`` and ``cpu_w4a8`` rows of the kernel table: C++ kernels (csrc/cpu), the layout in docs/kernels.md.
 
-Prepared tensors, with K, N, G as in docs/format.md and "slots" for input channels sorted by group and padded, so that
-act-order, ragged groups and slices of either are one case:
+Prepared tensors, with K, N, G as in docs/format.md and "slots" as in slots.py:
 
     qweight int32 [ceil(N/16), slots*bits/32, 16]; scales [ceil(N/16), G, 16] in the checkpoint's dtype;
     zeros uint8 [ceil(N/16), G, 16] unless all are 2**(bits-1); perm int32 [slots], the channel of each slot (>= K for
     padding), unless slot = channel; blocks int32 [blocks, 3]: first slot, end slot, group.
-
-``qzeros`` and ``g_idx`` are kept as they were: they are small, and the way back is exact.
 """
 
 from __future__ import annotations
@@ -21,11 +18,9 @@ import torch
 from torch import Tensor
 
 from . import packing
-from .gradients import register_gradients
-from .slots import group_slots, source_channels
+from .operators import check_input, define_operators
+from .slots import Tensors, group_slots, kept, pack_channels, source_channels, stored
 from .weight import LinearSpec, unpack_zeros
-
-Tensors = dict[str, Tensor]
 
 _cpu: Any
 try:
@@ -38,10 +33,10 @@ _STRIP = 16
 _MAX_BLOCK = 128
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor blocks, int in_features, int out_features"
-_library = torch.library.Library("gptq_backend", "FRAGMENT")
-_library.define(f"cpu_gemm(Tensor x, {_ARGS}, int bits, bool a8, Tensor? bias) -> Tensor")
-_library.define(f"cpu_dequantize({_ARGS}, int bits, ScalarType dtype) -> Tensor")
+_LAYOUT = (
+    "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor blocks, "
+    "int in_features, int out_features, int bits, bool a8"
+)
 
 
 def supports(spec: LinearSpec, device: torch.device) -> str | None:
@@ -116,28 +111,20 @@ def prepare(spec: LinearSpec, tensors: Tensors) -> Tensors:
         prepared["zeros"] = _strips(unpack_zeros(spec, tensors["qzeros"]))
     if perm is not None:
         prepared["perm"] = perm
-    return prepared | {name: tensors[name] for name in ("qzeros", "g_idx") if name in tensors}
+    return prepared | kept(tensors)
 
 
 def unprepare(spec: LinearSpec, prepared: Tensors) -> Tensors:
     """The checkpoint tensors again, bit for bit."""
-    rows = spec.shapes["qweight"][0]
     if spec.bits == 3:
         codes = torch.empty((source_channels(spec), spec.out_features), dtype=torch.uint8)
         _repack(_cpu.unpack, codes, prepared["qweight"], prepared.get("perm"), spec.bits)
-        if spec.planar:
-            codes = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % 32))
-        words = packing.pack(codes, 3, spec.planar)
+        words = pack_channels(spec, codes)
     else:
-        count = math.ceil(rows * spec.word_dtype.itemsize / 4)
+        count = math.ceil(spec.shapes["qweight"][0] * spec.word_dtype.itemsize / 4)
         words = torch.empty((count, spec.out_features), dtype=torch.int32)
         _repack(_cpu.unpack, words, prepared["qweight"], prepared.get("perm"), spec.bits)
-    tensors = {
-        "qweight": packing.from_int32_words(words, spec.word_dtype, 0, rows),
-        "qzeros": prepared["qzeros"],
-        "scales": _rows(prepared["scales"], spec.out_features),
-    }
-    return tensors | ({"g_idx": prepared["g_idx"]} if "g_idx" in prepared else {})
+    return stored(spec, words, _rows(prepared["scales"], spec.out_features), prepared)
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -162,17 +149,12 @@ def gemm(
     two of them). Other arguments: see the module.
 
     Raises:
-        ValueError: x is not a floating-point CPU tensor with K columns.
+        ValueError: see ``check_input``.
     """
+    check_input(x, qweight.device, in_features, out_features, bias)
     dtype = _DTYPES.get(x.dtype)
-    if not x.is_cpu or not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point with a last dimension of "
-            f"{in_features} on the CPU"
-        )
     if dtype is None:
-        layout = (qweight, scales, zeros, perm, blocks, in_features, out_features, bits)
-        y = x @ dequantize(*layout, x.dtype)
+        y = x @ dequantize(qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8, x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
@@ -212,9 +194,10 @@ def dequantize(
     in_features: int,
     out_features: int,
     bits: int,
+    a8: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``."""
+    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``; a8 concerns activations only."""
     codes = torch.empty((in_features, out_features), dtype=torch.uint8)
     _repack(_cpu.unpack, codes, qweight, perm, bits)
     first, end, group = blocks.long().unbind(1)
@@ -230,23 +213,9 @@ def dequantize(
     return dense.mul_(_rows(scales, out_features).to(dtype)[index])
 
 
-def _gemm_fake(x, qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8, bias):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _dequantize_fake(qweight, scales, zeros, perm, blocks, in_features, out_features, bits, dtype):  # type: ignore[no-untyped-def]
-    return scales.new_empty((in_features, out_features), dtype=dtype)
-
-
-_library.impl("cpu_gemm", gemm, "CPU")
-_library.impl("cpu_dequantize", dequantize, "CPU")
-torch.library.register_fake("gptq_backend::cpu_gemm", _gemm_fake, lib=_library)
-torch.library.register_fake("gptq_backend::cpu_dequantize", _dequantize_fake, lib=_library)
-register_gradients(
-    _library,
-    "gptq_backend::cpu_gemm",
-    # As if a8 had not rounded x.
-    lambda *layout: torch.ops.gptq_backend.cpu_dequantize(*layout[:-2], layout[-1]).t(),
+_library = torch.library.Library("gptq_backend", "FRAGMENT")
+define_operators(
+    _library, "cpu_", _LAYOUT, gemm, dequantize, features=lambda *layout: (layout[5], layout[6]), dispatch="CPU"
 )
 
 

@@ -1,14 +1,6 @@
-"""The ``cuda`` row of the kernel table: CUDA C++ kernels for NVIDIA GPUs (csrc/cuda), the layout in docs/kernels.md.
+"""The ``cuda`` row of the kernel table: CUDA C++ kernels for NVIDIA GPUs (csrc/cuda).
 
-Prepared tensors, with K, N, G as in docs/format.md and "slots" as in slots.py:
-
-    qweight int32 [ceil(N/16), tiles, 32*bits]: a tile is 16 output channels by 64 slots; scales in the checkpoint's
-    dtype [ceil(N/16), chunks, 16], and zeros uint8 alike unless all are 2**(bits-1): a chunk is the slots that share a
-    scale, and all chunks have the same number of slots; perm int32 [slots], the channel of each slot (>= K for the bits
-    that only fill the checkpoint's last words, negative for padding), unless slot = channel.
-
-``qzeros`` and ``g_idx`` are kept as they were, and so are the scales (``stored_scales``) in the rare case of a group
-without channels: they are small, and the way back is exact.
+Which kernel multiplies, and how it cuts the work, is a :class:`Plan`; the weight is as cuda_layout.py prepares it.
 """
 
 from __future__ import annotations
@@ -22,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packing
-from .gradients import register_gradients
-from .slots import group_slots, source_channels
-from .weight import LinearSpec, unpack_zeros
-
-Tensors = dict[str, Tensor]
+from .cuda_layout import STRIP
+from .operators import check_input, define_operators
+from .slots import Tensors
+from .weight import LinearSpec
 
 _cuda: Any
 try:
@@ -35,15 +25,11 @@ try:
 except ImportError as error:
     _cuda, _MISSING = None, f"the CUDA extension is not there ({error}); install again on a machine with nvcc"
 
-_STRIP, _TILE, _UNIT = 16, 64, 32
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Largest dense slice that exists at a time: one that a second-level cache holds would leave multiprocessors idle.
 _DENSE_ELEMENTS = 1 << 26
 
-_ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int in_features, int out_features, int bits"
-_library = torch.library.Library("gptq_backend", "FRAGMENT")
-_library.define(f"cuda_gemm(Tensor x, {_ARGS}, Tensor? bias) -> Tensor")
-_library.define(f"cuda_dequantize({_ARGS}, ScalarType dtype) -> Tensor")
+_LAYOUT = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int in_features, int out_features, int bits"
 
 
 def supports(spec: LinearSpec, device: torch.device) -> str | None:
@@ -66,172 +52,6 @@ def _unfit(index: int) -> str | None:
     """Why the extension does not run on a device, or None."""
     with torch.cuda.device(index):
         return _cuda.unfit(index) or None
-
-
-# -- layout ------------------------------------------------------------------------------------------------------------
-
-
-def _planes(bits: int) -> tuple[tuple[int, int], ...]:
-    """(width, lowest bit) of the parts of a code that lie in separate words."""
-    return ((2, 0), (1, 2)) if bits == 3 else ((bits, 0),)
-
-
-def _shifts(width: int, device: torch.device) -> Tensor:
-    """Where each code of a word begins: one shift and one mask then yield two 16-bit lanes (tiles.cuh)."""
-    code = torch.arange(32 // width, device=device)
-    # The 1-bit plane meets the other at bit 2.
-    return (width * (code // 2) + 16 * (code % 2) + (2 if width == 1 else 0)) % 32
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [slots, N], both whole tiles -> int32 [strips, tiles, 32*bits]."""
-    slots, channels = codes.shape
-    # slot = (tile, unit 2, t 4, c 8), channel = (strip, half 2, g 8) -> lane (g, t), its codes ordered (half, unit, c)
-    lanes = codes.view(slots // _TILE, 2, 4, 8, channels // _STRIP, 2, 8).permute(4, 0, 6, 2, 5, 1, 3)
-    lanes = lanes.reshape(channels // _STRIP, slots // _TILE, 32, 32)
-    parts = []
-    for width, low in _planes(bits):
-        fields = (lanes >> low & (1 << width) - 1).unflatten(-1, (width, 32 // width)).int()
-        words = (fields << _shifts(width, codes.device).int()).sum(-1, dtype=torch.int32)
-        # Vectors of at most four words, each contiguous over the lanes.
-        parts.append(words.unflatten(-1, (-1, min(width, 4))).transpose(-2, -3).flatten(-3))
-    return torch.cat(parts, -1)
-
-
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """Undo :func:`_pack`."""
-    strips, tiles, _ = words.shape
-    lanes = torch.zeros((strips, tiles, 32, 32), dtype=torch.uint8, device=words.device)
-    first = 0
-    for width, low in _planes(bits):
-        vector = min(width, 4)
-        part = words[..., first : first + 32 * width].reshape(strips, tiles, width // vector, 32, vector)
-        fields = part.transpose(-2, -3).flatten(-2).unsqueeze(-1) >> _shifts(width, words.device).int()
-        lanes |= ((fields & (1 << width) - 1) << low).flatten(-2).to(torch.uint8)
-        first += 32 * width
-    codes = lanes.view(strips, tiles, 8, 4, 2, 2, 8).permute(1, 5, 3, 6, 0, 4, 2)
-    return codes.reshape(tiles * _TILE, strips * _STRIP)
-
-
-def _strips(rows: Tensor) -> Tensor:
-    """[chunks, N] -> [ceil(N/16), chunks, 16], channels g and g + 8 adjacent, padded with zeros."""
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _STRIP))
-    return padded.view(len(rows), -1, 2, 8).permute(1, 0, 3, 2).flatten(2).contiguous()
-
-
-def _rows(strips: Tensor, width: int) -> Tensor:
-    """Undo :func:`_strips`."""
-    return strips.unflatten(2, (8, 2)).permute(1, 0, 3, 2).reshape(strips.shape[1], -1)[:, :width].contiguous()
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """The slots of a layer, in chunks of one size.
-
-    Args:
-        perm: as above.
-        sizes: int64 [G], slots of each group.
-        count: of all slots.
-        chunk: slots that share a scale.
-    """
-
-    perm: Tensor | None
-    sizes: Tensor
-    count: int
-    chunk: int
-
-    @property
-    def groups(self) -> Tensor:
-        """int64 [chunks]: the group of each, -1 for padding."""
-        index = torch.repeat_interleave(torch.arange(len(self.sizes)), self.sizes // self.chunk)
-        return torch.nn.functional.pad(index, (0, self.count // self.chunk - len(index)), value=-1)
-
-
-def _layout(spec: LinearSpec, g_idx: Tensor | None) -> _Slots:
-    """Slots of ``spec``, in the chunks that take the fewest bytes. g_idx: int [K] on the CPU, or None."""
-    if g_idx is None:
-        largest, choices = min(spec.group_size, spec.in_features), set()
-    else:  # groups may differ in size: then smaller chunks, with repeated scales, waste fewer slots
-        largest, choices = int(torch.bincount(g_idx.long()).max()), {32, 64, 128}
-    choices |= {math.ceil(largest / multiple) * multiple for multiple in (_UNIT, _TILE)}
-
-    def slots(chunk: int) -> _Slots:
-        perm, sizes, count = group_slots(spec, g_idx, chunk, math.lcm(chunk, _TILE))
-        if perm is None and spec.in_features % 8:  # rows of x would not be aligned
-            channel = torch.arange(count, dtype=torch.int32)
-            perm = torch.where(channel < source_channels(spec), channel, -1)
-        return _Slots(perm, sizes, count, chunk)
-
-    def size(layout: _Slots) -> float:
-        return layout.count * spec.bits / 8 + layout.count / layout.chunk * (
-            spec.scales_dtype.itemsize + (not spec.sym)
-        )
-
-    return min((slots(chunk) for chunk in sorted(choices, reverse=True)), key=size)
-
-
-def prepare(spec: LinearSpec, tensors: Tensors) -> Tensors:
-    """Checkpoint tensors -> the tensors above, on the same device."""
-    device = tensors["qweight"].device
-    layout = _layout(spec, tensors["g_idx"].cpu() if spec.act_order else None)
-    groups, perm = layout.groups.to(device), None if layout.perm is None else layout.perm.to(device)
-
-    def by_chunk(rows: Tensor) -> Tensor:
-        return _strips(torch.where(groups.unsqueeze(1) >= 0, rows[groups.clamp(min=0)], rows.new_zeros(())))
-
-    words = packing.to_int32_words(tensors["qweight"], 0)
-    parts = []
-    for columns in _slices(spec, layout.count):
-        codes = packing.unpack(words[:, columns], spec.bits, source_channels(spec), spec.planar)
-        if perm is None:
-            codes = torch.nn.functional.pad(codes, (0, 0, 0, layout.count - len(codes)))
-        else:
-            codes = codes[perm.clamp(min=0).long()] * (perm >= 0).unsqueeze(1)
-        parts.append(_pack(torch.nn.functional.pad(codes, (0, -codes.shape[1] % _STRIP)), spec.bits))
-    prepared = {"qweight": torch.cat(parts), "scales": by_chunk(tensors["scales"])}
-    if not spec.sym:
-        prepared["zeros"] = by_chunk(unpack_zeros(spec, tensors["qzeros"]))
-    if perm is not None:
-        prepared["perm"] = perm
-    if not bool(layout.sizes.all()):
-        prepared["stored_scales"] = tensors["scales"]
-    return prepared | {name: tensors[name] for name in ("qzeros", "g_idx") if name in tensors}
-
-
-def unprepare(spec: LinearSpec, prepared: Tensors) -> Tensors:
-    """The checkpoint tensors again, bit for bit."""
-    channels, perm = source_channels(spec), prepared.get("perm")
-    words = prepared["qweight"]
-    parts = []
-    for columns in _slices(spec, words.shape[1] * _TILE):
-        strips = slice(columns.start // _STRIP, math.ceil(columns.stop / _STRIP))
-        codes = _unpack(words[strips], spec.bits)[:, : columns.stop - columns.start]
-        if perm is not None:
-            real = perm >= 0
-            codes = torch.empty_like(codes[:channels]).index_copy_(0, perm[real].long(), codes[real])
-        codes = codes[:channels]
-        if spec.planar and spec.bits == 3:
-            codes = torch.nn.functional.pad(codes, (0, 0, 0, -channels % 32))
-        parts.append(packing.pack(codes, spec.bits, spec.planar))
-    scales = prepared.get("stored_scales")
-    if scales is None:
-        by_chunk = _rows(prepared["scales"], spec.out_features)
-        g_idx = prepared["g_idx"].cpu() if spec.act_order else None
-        groups = _layout(spec, g_idx).groups
-        first = torch.cat([torch.ones(1, dtype=torch.bool), groups[1:] != groups[:-1]]) & (groups >= 0)
-        scales = by_chunk[first.to(by_chunk.device)]
-    tensors = {
-        "qweight": packing.from_int32_words(torch.cat(parts, 1), spec.word_dtype, 0, spec.shapes["qweight"][0]),
-        "qzeros": prepared["qzeros"],
-        "scales": scales,
-    }
-    return tensors | ({"g_idx": prepared["g_idx"]} if "g_idx" in prepared else {})
-
-
-def _slices(spec: LinearSpec, slots: int) -> list[slice]:
-    """Output channels in whole strips, few enough that repacking them takes little memory."""
-    step = max(1, (1 << 24) // (slots * _STRIP)) * _STRIP
-    return [slice(n, min(n + step, spec.out_features)) for n in range(0, spec.out_features, step)]
 
 
 # -- how to multiply ---------------------------------------------------------------------------------------------------
@@ -267,7 +87,7 @@ def plan(rows: int, out_features: int, tiles: int, bits: int, processors: int, s
     tiles: K / 64, rounded up with each group's padding. processors: multiprocessors of the GPU. shared_bytes: shared
     memory that a block may have.
     """
-    strips = math.ceil(out_features / _STRIP)
+    strips = math.ceil(out_features / STRIP)
     if rows <= _SKINNY2:
         # Enough warps to keep loads under way everywhere: a block's share K when there are few blocks.
         one = strips < 6 * processors and rows <= _SKINNY
@@ -374,15 +194,9 @@ def gemm(
     weight rounded to the dtype of x (float64: to float32) and cuBLAS.
 
     Raises:
-        ValueError: x is not a floating-point tensor with K columns on the device of the weight.
+        ValueError: see ``check_input``.
     """
-    if x.device != qweight.device or not x.is_floating_point() or x.shape[-1] != in_features:
-        raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)} on {x.device}, expected floating point with a last dimension of "
-            f"{in_features} on {qweight.device}"
-        )
-    if bias is not None and (bias.device != x.device or bias.shape != (out_features,)):
-        raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}, expected ({out_features},) on {x.device}")
+    check_input(x, qweight.device, in_features, out_features, bias)
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.numel() // in_features
     if not y.numel():
@@ -450,7 +264,7 @@ def dequantize(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Dense weight [N, K] in ``dtype``, as ``nn.Linear.weight``."""
+    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``, which is how it lies in memory."""
     columns = in_features if perm is None else perm.shape[0]
     with _on(qweight):
         weight = _weight(qweight, scales, zeros, out_features, bits)
@@ -460,22 +274,20 @@ def dequantize(
         channel = torch.where((perm >= 0) & (perm < in_features), perm, in_features).long()
         by_channel = torch.empty((out_features, in_features + 1), dtype=dense.dtype, device=dense.device)
         dense = by_channel.index_copy_(1, channel, dense)[:, :in_features]
-    return dense.to(dtype).contiguous()
+    return dense.to(dtype).contiguous().t()
 
 
-def _gemm_fake(x, qweight, scales, zeros, perm, in_features, out_features, bits, bias):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _dequantize_fake(qweight, scales, zeros, perm, in_features, out_features, bits, dtype):  # type: ignore[no-untyped-def]
-    return scales.new_empty((out_features, in_features), dtype=dtype)
-
-
-_library.impl("cuda_gemm", gemm, "CUDA")
-_library.impl("cuda_dequantize", dequantize, "CUDA")
-torch.library.register_fake("gptq_backend::cuda_gemm", _gemm_fake, lib=_library)
-torch.library.register_fake("gptq_backend::cuda_dequantize", _dequantize_fake, lib=_library)
-register_gradients(_library, "gptq_backend::cuda_gemm", torch.ops.gptq_backend.cuda_dequantize)
+_library = torch.library.Library("gptq_backend", "FRAGMENT")
+define_operators(
+    _library,
+    "cuda_",
+    _LAYOUT,
+    gemm,
+    dequantize,
+    features=lambda *layout: (layout[4], layout[5]),
+    dispatch="CUDA",
+    by_output=True,
+)
 
 
 def _call(function: Any, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, ops, triton_ops
+from . import cpu, cuda, cuda_layout, ops, triton_layout, triton_ops
 from .errors import ConfigError
+from .slots import Tensors
 from .weight import LinearSpec
 
 logger = logging.getLogger(__name__)
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,10 @@ REFERENCE = Kernel(
 )
 
 CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op)
-CUDA = Kernel("cuda", cuda.supports, cuda.prepare, cuda.unprepare, cuda.apply, cuda.op)
+CUDA = Kernel("cuda", cuda.supports, cuda_layout.prepare, cuda_layout.unprepare, cuda.apply, cuda.op)
 CPU_W4A8 = Kernel("cpu_w4a8", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply_w4a8, cpu.op_w4a8, opt_in=True)
 TRITON = Kernel(
-    "triton", triton_ops.supports, triton_ops.prepare, triton_ops.unprepare, triton_ops.apply, triton_ops.op
+    "triton", triton_ops.supports, triton_layout.prepare, triton_layout.unprepare, triton_ops.apply, triton_ops.op
 )
 
 # Fastest first. The reference serves everything and therefore comes last.

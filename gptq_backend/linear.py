@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .kernels import Kernel, Tensors, select_kernel
+from .kernels import Kernel, select_kernel
+from .slots import Tensors
 from .weight import LinearSpec, QuantizedWeight, decode, encode, resolve
 
 

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, triton_ops
+from . import cpu, triton_ops, triton_plan
+from .slots import Tensors
 from .weight import LinearSpec
-
-Tensors = dict[str, Tensor]
 
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
 _library.define(
@@ -150,5 +149,5 @@ def _cpu_multiply(
 # By the name of the row of the kernel table that prepared the experts.
 MOE_KERNELS = {
     "cpu": MoeKernel(lambda rows, experts, device: 1, _cpu_multiply),
-    "triton": MoeKernel(triton_ops.moe_rows, triton_ops.moe_op),
+    "triton": MoeKernel(triton_plan.moe_rows, triton_ops.moe_op),
 }

@@ -13,19 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gradients import register_gradients
+from .operators import check_input, define_operators
 from .weight import LinearSpec, unpack_codes, unpack_zeros
 
-_ARGS = (
+_LAYOUT = (
     "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, "
     "int in_features, int bits, int group_size, int zero_offset, bool planar"
 )
 # Largest dense slice that exists at a time: 64 MiB in float32.
 _MAX_DENSE_ELEMENTS = 1 << 24
-
-_library = torch.library.Library("gptq_backend", "DEF")
-_library.define(f"dequantize({_ARGS}, ScalarType dtype) -> Tensor")
-_library.define(f"gemm(Tensor x, {_ARGS}, Tensor? bias) -> Tensor")
 
 
 def _spec(
@@ -92,10 +88,7 @@ def gemm(
     16-bit inputs are multiplied in float32 on a CPU (which also is faster where it lacks 16-bit units) and in their
     own dtype elsewhere. Output channels are done in slices, so that the dense weight never exists as a whole.
     """
-    if x.shape[-1:] != (in_features,) or not x.is_floating_point():
-        raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)}, expected floating point with a last dimension of {in_features}"
-        )
+    check_input(x, qweight.device, in_features, scales.shape[1], bias)
     spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
     compute = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     rows = x.reshape(-1, in_features).to(compute)
@@ -111,16 +104,12 @@ def gemm(
     return y.to(x.dtype).view(*x.shape[:-1], spec.out_features)
 
 
-def _dequantize_fake(qweight, qzeros, scales, g_idx, in_features, bits, group_size, zero_offset, planar, dtype):  # type: ignore[no-untyped-def]
-    return scales.new_empty((in_features, scales.shape[1]), dtype=dtype)
-
-
-def _gemm_fake(x, qweight, qzeros, scales, g_idx, in_features, bits, group_size, zero_offset, planar, bias):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], scales.shape[1]))
-
-
-_library.impl("dequantize", dequantize, "CompositeExplicitAutograd")
-_library.impl("gemm", gemm, "CompositeExplicitAutograd")
-torch.library.register_fake("gptq_backend::dequantize", _dequantize_fake, lib=_library)
-torch.library.register_fake("gptq_backend::gemm", _gemm_fake, lib=_library)
-register_gradients(_library, "gptq_backend::gemm", lambda *layout: torch.ops.gptq_backend.dequantize(*layout).t())
+_library = torch.library.Library("gptq_backend", "DEF")
+define_operators(
+    _library,
+    "",
+    _LAYOUT,
+    gemm,
+    dequantize,
+    features=lambda qweight, qzeros, scales, g_idx, in_features, *_: (in_features, scales.shape[1]),
+)

@@ -1,7 +1,8 @@
-"""Input channels sorted by group and padded: the order of K in the layouts of all kernels.
+"""Input channels sorted by group and padded: the order of K in the layouts of all kernels, and the way there and back.
 
 Every group is padded to whole runs of slots, so that act-order, ragged groups and slices of either are one case: a run
-of slots lies in one group.
+of slots lies in one group. Prepared layers keep ``qzeros`` and ``g_idx`` as they were: they are small, and the way back
+is exact.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+from . import packing
 from .weight import LinearSpec
+
+Tensors = dict[str, Tensor]
 
 
 def source_channels(spec: LinearSpec) -> int:
@@ -50,3 +54,39 @@ def group_slots(spec: LinearSpec, g_idx: Tensor | None, run: int, multiple: int)
     perm[(sizes.cumsum(0) - sizes)[index[order]] + rank] = order.int()
     perm[used : used + channels - spec.in_features] = torch.arange(spec.in_features, channels, dtype=torch.int32)
     return perm, sizes, slots
+
+
+def codes_by_slot(spec: LinearSpec, words: Tensor, perm: Tensor | None, slots: int) -> Tensor:
+    """uint8 [slots, N], padding 0. words: int32 [rows, N], of ``qweight``; perm and slots: of :func:`group_slots`."""
+    codes = packing.unpack(words, spec.bits, source_channels(spec), spec.planar)
+    if perm is None:
+        return torch.nn.functional.pad(codes, (0, 0, 0, slots - len(codes)))
+    return codes[perm.clamp(min=0).long()] * (perm >= 0).unsqueeze(1)
+
+
+def codes_by_channel(spec: LinearSpec, codes: Tensor, perm: Tensor | None) -> Tensor:
+    """Undo :func:`codes_by_slot`, up to the words -> uint8 [source channels, N]."""
+    channels = source_channels(spec)
+    if perm is None:
+        return codes[:channels]
+    real = perm >= 0
+    return torch.empty_like(codes[:channels]).index_copy_(0, perm[real].long(), codes[real])
+
+
+def pack_channels(spec: LinearSpec, codes: Tensor) -> Tensor:
+    """uint8 [source channels, N] -> int32 words [rows, N]."""
+    if spec.planar and spec.bits == 3:  # the file may end within the last run of 32
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % 32))
+    return packing.pack(codes, spec.bits, spec.planar)
+
+
+def kept(tensors: Tensors) -> Tensors:
+    """What a prepared layer holds as it was in the checkpoint."""
+    return {name: tensors[name] for name in ("qzeros", "g_idx") if name in tensors}
+
+
+def stored(spec: LinearSpec, words: Tensor, scales: Tensor, prepared: Tensors) -> Tensors:
+    """The checkpoint's tensors. words: int32 [>= rows, N]; scales: [G, N]; prepared: with what :func:`kept` gave."""
+    qweight = packing.from_int32_words(words, spec.word_dtype, 0, spec.shapes["qweight"][0])
+    tensors = kept(prepared)
+    return {"qweight": qweight, "qzeros": tensors.pop("qzeros"), "scales": scales} | tensors

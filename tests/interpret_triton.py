@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptq_backend import QuantizedWeight, kernels, triton_ops
+from gptq_backend import QuantizedWeight, kernels, triton_ops, triton_plan
 from tests.test_cpu import LIMITS, error, exact, prepared
 from tests.test_triton import CPU, IDS, check_experts, check_opcheck
 from tests.test_weight import random_weight
@@ -58,7 +58,7 @@ def test_every_number_of_splits(rows: int) -> None:
     spec, tensors = prepared(weight, kernels.TRITON)
     x = torch.randn(rows, 640)
     layout = triton_ops._Layout(*triton_ops._arguments(spec, tensors))
-    tile, _ = triton_ops.plan(rows, 40, layout.slabs, 4, 4, CPU)
+    tile, _ = triton_plan.plan(rows, 40, layout.slabs, 4, 4, CPU)
     for splits in range(1, layout.slabs + 1):
         y = triton_ops._multiply(x, layout, None, tile, splits)
         assert error(y, exact(weight, x, None)) < 1e-6

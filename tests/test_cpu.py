@@ -203,10 +203,10 @@ def test_bits_that_fill_the_last_word_survive() -> None:
 @pytest.mark.parametrize("sym", [False, True])
 def test_operators_pass_opcheck(act_order: bool, sym: bool) -> None:
     _, t = prepared(random_weight(4, 90, 33, 30, act_order=act_order, sym=sym))
-    layout = (t["qweight"], t["scales"], t.get("zeros"), t.get("perm"), t["blocks"], 90, 33, 4)
+    layout = (t["qweight"], t["scales"], t.get("zeros"), t.get("perm"), t["blocks"], 90, 33, 4, False)
     x = torch.randn(2, 3, 90, requires_grad=True)
     bias = torch.randn(33, requires_grad=True)
-    torch.library.opcheck(torch.ops.gptq_backend.cpu_gemm.default, (x, *layout, False, bias))
+    torch.library.opcheck(torch.ops.gptq_backend.cpu_gemm.default, (x, *layout, bias))
     torch.library.opcheck(torch.ops.gptq_backend.cpu_dequantize.default, (*layout, torch.float32))
 
 
@@ -269,7 +269,7 @@ def test_bias_that_is_a_view() -> None:
 )
 def test_x_that_cannot_be_read_is_refused(x: Tensor) -> None:
     spec, tensors = prepared(random_weight(4, 64, 32, 32))
-    with pytest.raises(ValueError, match="expected floating point with a last dimension of 64 on the CPU"):
+    with pytest.raises(ValueError, match="expected floating point with a last dimension of 64 on cpu"):
         kernels.CPU.apply(spec, tensors, x, None)
 
 

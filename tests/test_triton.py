@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptq_backend import Kernel, kernels, moe, triton_ops
+from gptq_backend import Kernel, kernels, moe, triton_layout, triton_ops, triton_plan
 from gptq_backend.weight import encode, resolve
 from tests.test_cpu import LIMITS, error, exact, native, prepared
 from tests.test_weight import random_weight
@@ -48,7 +48,7 @@ def test_repacking_is_undone_bit_for_bit(word_dtype: torch.dtype, bits: int, act
         spec, tensors = encode(weight, "gptq", word_dtype)
         spec = resolve(spec, tensors, "layer")
         before = {name: tensor.clone() for name, tensor in tensors.items()}
-        after = triton_ops.unprepare(spec, triton_ops.prepare(spec, tensors))
+        after = triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))
         assert after.keys() == before.keys()
         for name, tensor in before.items():
             assert after[name].dtype == tensor.dtype
@@ -58,7 +58,9 @@ def test_repacking_is_undone_bit_for_bit(word_dtype: torch.dtype, bits: int, act
 def test_planes_of_3_bits_are_repacked_and_undone() -> None:
     spec, tensors = encode(random_weight(3, 96, 32, 32), "gptq_p")
     spec = resolve(spec, tensors, "layer")
-    assert torch.equal(triton_ops.unprepare(spec, triton_ops.prepare(spec, tensors))["qweight"], tensors["qweight"])
+    assert torch.equal(
+        triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))["qweight"], tensors["qweight"]
+    )
 
 
 def test_bits_that_fill_the_last_word_survive() -> None:
@@ -66,7 +68,7 @@ def test_bits_that_fill_the_last_word_survive() -> None:
     spec = resolve(spec, tensors, "layer")
     tensors["qweight"][-1] |= 0x7F << 24
     before = tensors["qweight"].clone()
-    assert torch.equal(triton_ops.unprepare(spec, triton_ops.prepare(spec, tensors))["qweight"], before)
+    assert torch.equal(triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))["qweight"], before)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -107,36 +109,36 @@ def test_a_machine_without_triton_is_told_what_to_install(monkeypatch: pytest.Mo
 # The least shared memory of a device that is served by the row of the heuristics: bytes.
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10, "xpu": 64 << 10}
 
-UNCACHED = {name: getattr(triton_ops, name).__wrapped__ for name in ("plan", "fitting_tiles")}
+UNCACHED = {name: getattr(triton_plan, name).__wrapped__ for name in ("plan", "fitting_tiles")}
 
 
 def use_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    machine = triton_ops.Machine(triton_ops.HEURISTICS[name], 132, SHARED[name])
-    monkeypatch.setattr(triton_ops, "_machine", lambda device: machine)
+    machine = triton_plan.Machine(triton_plan.HEURISTICS[name], 132, SHARED[name])
+    monkeypatch.setattr(triton_plan, "machine", lambda device: machine)
     for name, function in UNCACHED.items():
-        monkeypatch.setattr(triton_ops, name, function)
+        monkeypatch.setattr(triton_plan, name, function)
 
 
-@pytest.mark.parametrize("machine", triton_ops.HEURISTICS)
+@pytest.mark.parametrize("machine", triton_plan.HEURISTICS)
 def test_every_split_has_work_and_none_is_lost(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_machine(monkeypatch, machine)
     for rows in (1, 2, 16, 17, 100, 511):
         for columns in (1, 100, 4096, 57344):
             for slabs in (1, 2, 7, 32, 86, 224):
-                tile, splits = triton_ops.plan(rows, columns, slabs, 4, 2, CPU)
+                tile, splits = triton_plan.plan(rows, columns, slabs, 4, 2, CPU)
                 share = -(-slabs // splits)
                 assert (splits - 1) * share < slabs <= splits * share
-                assert tile.rows >= rows or tile.rows == triton_ops.HEURISTICS[machine].tiles[-1].rows
+                assert tile.rows >= rows or tile.rows == triton_plan.HEURISTICS[machine].tiles[-1].rows
 
 
-@pytest.mark.parametrize("machine", triton_ops.HEURISTICS)
+@pytest.mark.parametrize("machine", triton_plan.HEURISTICS)
 def test_blocks_of_experts_have_a_tile_in_every_format(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_machine(monkeypatch, machine)
     for rows in (1, 100, 10000):
-        block = triton_ops.moe_rows(rows, 8, CPU)
+        block = triton_plan.moe_rows(rows, 8, CPU)
         for bits in (2, 3, 4, 8):
             for itemsize in (2, 4):
-                assert block in [tile.rows for tile in triton_ops.fitting_tiles(bits, itemsize, CPU)]
+                assert block in [tile.rows for tile in triton_plan.fitting_tiles(bits, itemsize, CPU)]
 
 
 # -- numbers, in the interpreter ---------------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ def test_compiles_without_spilling(compiler, target: str, bits: int, rows: int, 
 )
 @pytest.mark.timeout(900)
 def test_every_tile_of_the_heuristics_compiles_without_spilling(compiler, target, bits, dtype) -> None:
-    for tile in triton_ops.HEURISTICS[target].tiles:
+    for tile in triton_plan.HEURISTICS[target].tiles:
         for sym, act_order in ((True, False), (False, True)):
             compile_everything(compiler(target), bits, dtype, tile.rows, sym=sym, act_order=act_order)
 
