@@ -6,13 +6,12 @@ rounded column. docs/algorithm.md maps the paper's equations to these lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from .columns import Grid, round_columns, rounding_costs
 from .config import QuantizeConfig
 from .errors import CalibrationError
 from .hessian import Factor, factor
@@ -165,31 +164,31 @@ class _ColumnLoop:
         pivots = upper.diagonal()
         self.cost = pivots.square().reciprocal()  # a rounding error e of column k costs (e / U_kk)^2: eq. 2
         self.spread = upper / pivots.unsqueeze(1)  # what an error of column k adds to the columns after it: eq. 3
-        self.groups_in_order: list[int] = order.g_idx[order.perm].tolist()
-        self.grids: dict[int, Grid] = {}
+        self.groups = order.g_idx[order.perm]
+        self.groups_in_order: list[int] = self.groups.tolist()
+        count = max(self.groups_in_order) + 1
+        self.grids = Grid(*(self.rest.new_empty(count, self.rest.shape[1]) for _ in range(4)))  # fields [G, N]
 
     def run(self) -> QuantizedWeight:
         if self.order.static:
-            in_order = self.order.g_idx[self.order.perm]
-            for group in range(int(in_order.max()) + 1):
-                self.fit(group, (in_order == group).nonzero().flatten())
+            for group in range(len(self.grids.scale)):
+                self.fit(group, (self.groups == group).nonzero().flatten())
         for first, stop in self.panels():
             group = self.groups_in_order[first]
-            if group not in self.grids:  # its columns are consecutive and have every earlier error in them
+            if not self.order.static and (first == 0 or self.groups_in_order[first - 1] != group):
+                # Its columns are consecutive and have every earlier error in them.
                 length = self.groups_in_order.count(group)
                 self.fit(group, torch.arange(first, first + length, device=self.rest.device))
-            errors = self.round_panel(first, stop)
+            panel = slice(first, stop)
+            errors = self.rest[panel]
+            round_columns(errors, self.spread[panel, panel], self.grids, self.groups[panel], self.centred[panel])
             # Lazy batch update, eq. 4: everything after the panel at once.
-            self.rest[stop:].addmm_(self.spread[first:stop, stop:].t(), errors, alpha=-1)
-        grids = [self.grids[group] for group in range(len(self.grids))]
-        scales = torch.stack([grid.scale for grid in grids])
-        zeros = torch.stack([grid.zero for grid in grids])
+            self.rest[stop:].addmm_(self.spread[panel, stop:].t(), errors, alpha=-1)
         centred = torch.empty_like(self.centred)
         centred[self.order.perm] = self.centred
-        codes = centred.add_(zeros[self.order.g_idx.long()]).to(torch.uint8)
-        return QuantizedWeight(
-            codes, scales.to(self.scales_dtype), zeros.to(torch.uint8), self.order.g_idx, self.config.bits
-        )
+        codes = centred.add_(self.grids.zero[self.order.g_idx.long()]).to(torch.uint8)
+        scales, zeros = self.grids.scale.to(self.scales_dtype), self.grids.zero.to(torch.uint8)
+        return QuantizedWeight(codes, scales, zeros, self.order.g_idx, self.config.bits)
 
     def panels(self) -> list[tuple[int, int]]:
         """(first, stop) of runs of columns: at most _PANEL, and of one group unless the grids are static."""
@@ -200,46 +199,12 @@ class _ColumnLoop:
                 edges.append(i)
         return list(zip(edges, [*edges[1:], len(groups)], strict=True))
 
-    def round_panel(self, first: int, stop: int) -> Tensor:
-        """Round columns [first, stop) one by one -> their errors, [stop - first, N]."""
-        block, spread = self.rest[first:stop], self.spread[first:stop, first:stop]
-        centred, errors = self.centred[first:stop], torch.empty_like(block)
-        for i in range(stop - first):
-            grid = self.grids[self.groups_in_order[first + i]]
-            grid.round(block[i], centred[i], errors[i])
-            if i + 1 < stop - first:
-                block[i + 1 :].addr_(spread[i, i + 1 :], errors[i], alpha=-1)
-        return errors
-
     def fit(self, group: int, positions: Tensor) -> None:
         """Set the grid of ``group`` from the current values of the columns at ``positions``."""
         inside = self.spread[positions][:, positions]
-        self.grids[group] = fit_grid(self.rest[positions], self.cost[positions], self.config, self.scales_dtype, inside)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A uniform grid per output channel.
-
-    Args:
-        scale: [N], not 0, representable in the stored dtype.
-        zero: [N], an integer in [0, 2**bits).
-        low, high: [N], the range of code - zero.
-    """
-
-    scale: Tensor
-    zero: Tensor
-    low: Tensor
-    high: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Grid:
-        return Grid(function(self.scale), function(self.zero), function(self.low), function(self.high))
-
-    def round(self, values: Tensor, centred: Tensor, error: Tensor) -> None:
-        """values [..., N]: write code - zero to ``centred`` and value - dequantized value to ``error``."""
-        torch.div(values, self.scale, out=centred).round_()
-        torch.clamp(centred, self.low, self.high, out=centred)
-        torch.addcmul(values, centred, self.scale, value=-1, out=error)
+        grid = fit_grid(self.rest[positions], self.cost[positions], self.config, self.scales_dtype, inside)
+        for fields, field in zip(vars(self.grids).values(), vars(grid).values()):
+            fields[group] = field
 
 
 def fit_grid(
@@ -267,11 +232,7 @@ def fit_grid(
     if finalists > 1:  # a choice among grids, each exact in float32
         columns, cost = columns.float(), cost.float()
         candidates = candidates.map(Tensor.float)
-    code, error = torch.empty_like(columns), torch.empty_like(columns)
-    totals = torch.empty_like(candidates.scale)
-    for i in range(len(totals)):
-        candidates.map(partial(torch.select, dim=0, index=i)).round(columns, code, error)
-        torch.mv(error.square_().t(), cost, out=totals[i])
+    totals = rounding_costs(columns, cost, candidates)
     if finalists > 1 and spread is not None:
         best = totals.sort(dim=0, stable=True).indices[:finalists]
         candidates = candidates.map(lambda field: field.gather(0, best))
@@ -302,16 +263,20 @@ def _concatenate(grids: list[Grid]) -> Grid:
 def _cost_with_feedback(columns: Tensor, cost: Tensor, spread: Tensor, grids: Grid) -> Tensor:
     """[candidates, N]: what the column loop would make of the group under each of ``grids``."""
     total = torch.zeros_like(grids.scale)
-    for first in range(0, columns.shape[1], _SEARCH_ROWS):
-        part = slice(first, first + _SEARCH_ROWS)
-        flat = grids.map(lambda field, part=part: field[:, part].flatten())  # type: ignore[misc]
-        rest = columns[:, part].repeat(1, len(total))  # [g, candidates * _SEARCH_ROWS]
-        code, error, price = torch.empty_like(rest[0]), torch.empty_like(rest[0]), torch.zeros_like(rest[0])
-        for i, weight in enumerate(cost.tolist()):
-            flat.round(rest[i], code, error)
-            rest[i + 1 :].addr_(spread[i, i + 1 :], error, alpha=-1)
-            price.addcmul_(error, error, value=weight)
-        total[:, part] = price.view(len(total), -1)
+    one_group = torch.zeros(len(columns), dtype=torch.int32, device=columns.device)
+    on_cpu = columns.device.type == "cpu"
+    for part in torch.arange(columns.shape[1]).split(_SEARCH_ROWS if on_cpu else columns.shape[1]):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        flat = grids.map(lambda field, rows=rows: field[:, rows].reshape(1, -1))  # type: ignore[misc]
+        errors = columns[:, rows].repeat(1, len(total))  # [g, candidates * rows]
+        round_columns(errors, spread, flat, one_group)
+        if on_cpu:
+            price = torch.zeros_like(errors[0])
+            for error, weight in zip(errors, cost.tolist()):
+                price.addcmul_(error, error, value=weight)
+        else:
+            price = cost @ errors.square_()
+        total[:, rows] = price.view(len(total), -1)
     return total
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .columns import Grid, round_columns
 from .weight import QuantizedWeight
 
 _PANEL = 32  # columns between two products with the whole Hessian
@@ -82,24 +83,17 @@ def descend(quantized: QuantizedWeight, weight: Tensor, hessian: Tensor) -> Quan
     index = quantized.g_idx.long()
     target = weight.t().to(hessian.dtype).contiguous()  # [K, N], as all below
     scales, zeros = quantized.scales.to(hessian.dtype), quantized.zeros.to(hessian.dtype)
-    low, high = -zeros, (1 << quantized.bits) - 1 - zeros
+    grids = Grid(scales, zeros, -zeros, (1 << quantized.bits) - 1 - zeros)
     centred = quantized.codes.to(hessian.dtype) - zeros[index]
     values = centred * scales[index]
     difference = values - target
-    groups = index.tolist()
-    inverse_diagonal = hessian.diagonal().reciprocal().tolist()
-    change = torch.empty_like(target[0])
-    for first in range(0, len(groups), _PANEL):
+    inverse_diagonal = hessian.diagonal().reciprocal()
+    for first in range(0, len(index), _PANEL):
         panel = slice(first, first + _PANEL)
         gradient = hessian[panel] @ difference
-        inside = hessian[panel, panel]
-        for i, k in enumerate(range(first, first + len(inside))):
-            group, code = groups[k], centred[k]
-            torch.add(values[k], gradient[i], alpha=-inverse_diagonal[k], out=code)
-            torch.clamp(code.div_(scales[group]).round_(), low[group], high[group], out=code)
-            torch.mul(code, scales[group], out=change).sub_(values[k])
-            gradient[i + 1 :].addr_(inside[i, i + 1 :], change)
-            values[k] += change
+        start = values[panel], inverse_diagonal[panel]
+        round_columns(gradient, hessian[panel, panel], grids, quantized.g_idx[panel], centred[panel], start)
+        values[panel] -= gradient  # now the errors, counted from the values
         torch.sub(values[panel], target[panel], out=difference[panel])
     codes = centred.add_(zeros[index]).to(torch.uint8)
     return dataclasses.replace(quantized, codes=codes)

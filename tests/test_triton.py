@@ -1,7 +1,7 @@
 """The Triton kernels, without a GPU: exact in Triton's interpreter, compiled for the GPUs that they are for.
 
 The interpreter has to be on before triton is imported, and the compiler cannot run with it: the tests of numbers are in
-interpret_triton.py and run in a process of their own.
+interpret_triton.py and interpret_columns.py and run in a process of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import Kernel, kernels, moe, triton_layout, triton_ops, triton_plan
+from gptq_backend.columns import Grid
 from gptq_backend.weight import encode, resolve
 from tests.test_cpu import LIMITS, error, exact, native, prepared
 from tests.test_weight import random_weight
@@ -31,9 +32,10 @@ triton = pytest.importorskip("triton", reason="triton is not installed; it is pa
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from gptq_backend import triton_kernels  # noqa: E402
+from gptq_backend import triton_columns, triton_kernels  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+INTERPRETED = ("tests/interpret_triton.py", "tests/interpret_columns.py")
 CPU = torch.device("cpu")
 
 # -- the layout, in plain torch ----------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def test_blocks_of_experts_have_a_tile_in_every_format(machine: str, monkeypatch
 
 def test_the_interpreter_agrees() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpret_triton.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -248,15 +250,16 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", t
 class Compiler:
     """Stands in for the module of kernels: compiles what would be launched, for a GPU that is not here."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, module: Any = triton_kernels) -> None:
         self.name, self.target, self.compiled = target, GPUTarget(*TARGETS[target]), {}
+        self.kernels = {name: kernel for name, kernel in vars(module).items() if hasattr(kernel, "arg_names")}
 
     def __getattr__(self, name: str) -> Any:
         launch = functools.partial(self._compile, name)
         return type("Grid", (), {"__getitem__": lambda self, grid: launch})()
 
     def _compile(self, name: str, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
-        kernel = getattr(triton_kernels, name)
+        kernel = self.kernels[name]
         signature: dict[str, str] = dict.fromkeys(constants, "constexpr")
         attributes = {}
         for i, (argument, value) in enumerate(zip(kernel.arg_names, arguments)):
@@ -360,6 +363,29 @@ def test_experts_compile_without_spilling(compiler, target: str) -> None:
     x = torch.empty(2, 1024, dtype=torch.bfloat16)
     moe.MOE_KERNELS["triton"].multiply(specs[0], stacked, x, order, experts, 2, None)
     assert_fast(target, "gemm", made.compiled["gemm"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("descent", [False, True])
+def test_the_column_loop_compiles_without_spilling(target, descent, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = Compiler(target, triton_columns)
+    for name in ("round_panel", "rounding_cost"):
+        monkeypatch.setattr(triton_columns, name, getattr(made, name))
+    count, width = (32, 256) if descent else (128, 256)
+    rest, one = torch.empty(count, width), torch.ones(3, width)
+    grids, groups = Grid(one, one, one, one), torch.zeros(count, dtype=torch.int32)
+    start = (rest.clone(), rest[:, 0].clone()) if descent else None
+    triton_columns.round_columns(rest, torch.zeros(count, count), grids, groups, rest.clone(), start)
+    triton_columns.rounding_costs(rest, rest[:, 0].clone(), grids)
+    assert made.compiled.keys() == {"round_panel", "rounding_cost"}
+    for compiled in made.compiled.values():
+        if assembly := compiled.asm.get("amdgcn"):
+            assert re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly) == ["0", "0"]
+        else:
+            used = resources(compiled)
+            assert used["STACK"] == used["LOCAL"] == 0
+        assert compiled.metadata.shared <= SHARED[target]
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
