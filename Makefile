@@ -9,8 +9,8 @@
 #
 # Variables: PYTHON (interpreter), TORCH (pip's arguments for torch), CHECK_TORCH=0 (take a CUDA build without a GPU),
 # VLLM (pip's arguments for vLLM; empty leaves tests/vllm out), PYTEST_ARGS (more arguments for pytest), GPU_PYTHON (an
-# interpreter that has torch, triton, transformers, typer, rich, pybind11, pytest, pytest-timeout and hypothesis; nothing is
-# installed), GPU_PEERS (e.g. --peer MODULE:FUNCTION).
+# interpreter that has torch, triton, transformers, typer, rich, greenlet, pybind11, pytest, pytest-timeout and hypothesis;
+# nothing is installed), GPU_PEERS (e.g. --peer MODULE:FUNCTION).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CalibrationError
 
@@ -120,3 +120,22 @@ def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[
 
 def _fields(fields: Mapping[str, Any]) -> list[str]:
     return ["input_ids"] + (["attention_mask"] if fields.get("attention_mask") is not None else [])
+
+
+def check_fits(model: nn.Module, batches: list[Batch]) -> None:
+    """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
+    getter = getattr(model, "get_input_embeddings", None)
+    vocabulary = getattr(getter() if getter else None, "num_embeddings", None)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for batch in batches:
+        ids = batch["input_ids"]
+        if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise CalibrationError(
+                f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
+                f"{vocabulary} entries; tokenize with the model's own tokenizer"
+            )
+        if longest is not None and ids.shape[1] > longest:
+            raise CalibrationError(
+                f"a calibration sample has {ids.shape[1]} tokens, but the model takes at most {longest} "
+                "(max_position_embeddings); pass a smaller seqlen"
+            )

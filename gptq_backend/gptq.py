@@ -16,6 +16,7 @@ from .config import QuantizeConfig
 from .errors import CalibrationError
 from .hessian import Factor, factor
 from .ordering import ColumnOrder, column_order
+from .phases import timed
 from .refine import Step, refine
 from .weight import QuantizedWeight
 
@@ -60,6 +61,7 @@ class QuantizedLayer:
     steps: tuple[Step, ...] = ()
 
 
+@timed("factor")
 def prepare_factor(hessian: Tensor, config: QuantizeConfig, held_out: Tensor | None = None) -> LayerFactor:
     """Order the columns and factor H [K, K]. Channels that calibration never excited get a unit diagonal."""
     hessian = _without_dead_channels(hessian)
@@ -138,6 +140,7 @@ def quantize_weight(
     )
 
 
+@timed("refine")
 def _refine(
     quantized: QuantizedWeight, weight: Tensor, shared: LayerFactor, config: QuantizeConfig
 ) -> tuple[QuantizedWeight, tuple[Step, ...]]:
@@ -169,6 +172,7 @@ class _ColumnLoop:
         count = max(self.groups_in_order) + 1
         self.grids = Grid(*(self.rest.new_empty(count, self.rest.shape[1]) for _ in range(4)))  # fields [G, N]
 
+    @timed("column loop")
     def run(self) -> QuantizedWeight:
         if self.order.static:
             for group in range(len(self.grids.scale)):
@@ -207,6 +211,7 @@ class _ColumnLoop:
             fields[group] = field
 
 
+@timed("search")
 def fit_grid(
     columns: Tensor, cost: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype, spread: Tensor | None = None
 ) -> Grid:

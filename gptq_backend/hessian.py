@@ -10,6 +10,7 @@ from torch import Tensor
 from .errors import CalibrationError
 
 _TILE = 256  # columns per block row when only the upper triangle is accumulated
+_GPU_TILE = 1024  # enough work for all of its processors
 _HELD_OUT = 8  # one row in so many is held out
 _DAMP_LEVELS = 3  # each three times the one before
 
@@ -38,8 +39,10 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """x: float [..., K]."""
-        rows = x.detach().reshape(-1, self._sum.shape[0]).to(self._sum)
-        if not rows.sum().isfinite():  # cheaper than a look at each entry
+        rows = x.detach().reshape(-1, self._sum.shape[0])
+        if not _tensor_cores(rows, self._sum):
+            rows = rows.to(self._sum)
+        if not rows.sum(dtype=self._sum.dtype).isfinite():  # cheaper than a look at each entry
             finite = rows.isfinite().all(dim=1)
             self.dropped += int((~finite).sum())
             rows = rows[finite]
@@ -67,11 +70,23 @@ class Hessian:
         return None if self._held_out is None or not self._held_out.any() else _symmetric(self._held_out)
 
 
+def _tensor_cores(rows: Tensor, total: Tensor) -> bool:
+    """Whether torch multiplies these 16-bit rows as they are, with sums in float32."""
+    if not (rows.is_cuda and total.dtype == torch.float32 and rows.dtype in (torch.float16, torch.bfloat16)):
+        return False
+    return torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8
+
+
 def _accumulate(total: Tensor, rows: Tensor) -> None:
     """Add rows^T rows to the block upper triangle of ``total``; the rest follows by symmetry."""
-    for first in range(0, rows.shape[1], _TILE):
-        stop = first + _TILE
-        total[first:stop, first:].addmm_(rows[:, first:stop].t(), rows[:, first:])
+    tile = _TILE if rows.device.type == "cpu" else _GPU_TILE
+    for first in range(0, rows.shape[1], tile):
+        stop = first + tile
+        left, right, block = rows[:, first:stop].t(), rows[:, first:], total[first:stop, first:]
+        if rows.dtype == total.dtype:
+            block.addmm_(left, right)
+        else:  # of addmm, early versions cannot add 16-bit products to float32
+            block.add_(torch.mm(left, right, out_dtype=total.dtype))
 
 
 def _symmetric(upper: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .kernels import Kernel, select_kernel
+from .phases import timed
 from .slots import Tensors
 from .weight import LinearSpec, QuantizedWeight, decode, encode, resolve
 
@@ -51,6 +52,7 @@ class QuantLinear(nn.Module):
         self._set({key: torch.empty(shape, dtype=dtypes[key], device=device) for key, shape in spec.shapes.items()})
 
     @classmethod
+    @timed("pack")
     def from_weight(
         cls,
         weight: QuantizedWeight,
@@ -59,15 +61,23 @@ class QuantLinear(nn.Module):
         word_dtype: torch.dtype = torch.int32,
         name: str = "linear",
         backend: str | None = None,
+        device: torch.device | None = None,
     ) -> QuantLinear:
-        """A prepared layer that holds ``weight``; bias: [N] or None, kept in its dtype."""
+        """A prepared layer that holds ``weight``; bias: [N] or None, kept in its dtype.
+
+        With a ``device`` other than that of the weight, codes are packed before they move, and it is prepared when it
+        is first used there.
+        """
         spec, tensors = encode(weight, checkpoint_format, word_dtype)
         if bias is not None:
             spec = dataclasses.replace(spec, has_bias=True, bias_dtype=bias.dtype)
             tensors["bias"] = bias.detach()
         layer = cls(spec, name, backend, device="meta")
-        layer._set(tensors)
-        return layer.prepare()
+        if device is None or device == weight.codes.device:
+            layer._set(tensors)
+            return layer.prepare()
+        layer._set({key: tensor.to(device) for key, tensor in tensors.items()})
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [..., K] -> [..., N] in the dtype of x."""

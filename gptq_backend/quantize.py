@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from . import lockstep
-from .calibration import Batch, make_batches
+from .calibration import Batch, check_fits, make_batches
 from .config import QuantizeConfig
 from .distill import DistillReport, distill, evaluating, hold_out
-from .errors import CalibrationError, ConfigError
+from .errors import ConfigError
 from .gptq import LayerFactor, prepare_factor, quantize_weight
 from .hessian import Hessian
 from .linear import QuantLinear
+from .phases import timed
+from .placement import Placement, tensors_of
 from .refine import Step
 from .structure import Block, Target, dense_weight, find_structure, is_conv1d, replace_module, untie
 
@@ -89,6 +91,7 @@ def quantize_model(
     on_block: Callable[[nn.Module], None] | None = None,
     teacher: Callable[[], nn.Module] | None = None,
     progress_file: str | Path | None = None,
+    device: torch.device | str | None = None,
 ) -> QuantizeReport:
     """Replace the linear layers of ``model``'s blocks by :class:`QuantLinear`, in place.
 
@@ -103,6 +106,8 @@ def quantize_model(
         on_block: called with each block before it is first used, to bring its weights.
         teacher: gives the original model, for ``config.distill_epochs``; called after everything else is done.
         progress_file: for :func:`distill.distill`.
+        device: where to compute, e.g. ``cuda``: blocks are moved there for their turn and back; a distillation moves
+            both models there as a whole. None computes where the weights are.
 
     Raises:
         ConfigError, CalibrationError: see their messages. The model is then partly quantized: load it again.
@@ -116,12 +121,19 @@ def quantize_model(
         )
     if epochs and batches is not None:
         hold_out(batches)  # raises where there are too few, before the work
-    report = _Run(model, config, batches, block_name, backend, on_layer, on_block).run()
+    report = _Run(model, config, batches, block_name, backend, on_layer, on_block, device).run()
     if epochs and teacher is not None and calibration is not None:
         start = time.perf_counter()
+        home = next(model.parameters()).device
         report.distillation = distill(
-            model, teacher(), calibration, epochs=epochs, batch_size=batch_size, progress_file=progress_file
+            model.to(device or home),
+            teacher().to(device or home),
+            calibration,
+            epochs=epochs,
+            batch_size=batch_size,
+            progress_file=progress_file,
         )
+        model.to(home)
         report.seconds += time.perf_counter() - start
     return report
 
@@ -153,6 +165,7 @@ class _Run:
         backend: str | None,
         on_layer: Progress | None,
         on_block: Callable[[nn.Module], None] | None,
+        device: torch.device | str | None,
     ) -> None:
         self.model, self.config, self.batches, self.backend = model, config, batches, backend
         self.on_layer, self.on_block = on_layer, on_block
@@ -168,7 +181,7 @@ class _Run:
         self.pending: list[tuple[Target, _Shared | None]] = []
         self.second_pass = False  # the current block runs again, quantized (true_sequential=False)
         self.current: Block | None = None
-        self.dtypes: dict[nn.Parameter, torch.dtype] = {}
+        self.placement = Placement(device)
 
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
@@ -187,30 +200,31 @@ class _Run:
             self.enter(block)
             self.leave()
         if self.structure.head is not None:
+            self.placement.bring(tensors_of(self.structure.head.module))
             self.quantize(self.structure.head, None)
             self.install(self.structure.head)
 
     def calibrate(self, batches: list[Batch]) -> None:
-        _check_fits(self.model, batches)
+        check_fits(self.model, batches)
         ranks: dict[Any, int] = {}
         for block in self.structure.blocks:
             for key in (block, *(target for target in block.targets), (block, "end")):
                 ranks[key] = len(ranks)
         if self.structure.head is not None:
             ranks[self.structure.head] = len(ranks)
-        inside = {id(parameter) for block in self.structure.blocks for parameter in block.module.parameters()}
-        outside = [parameter for parameter in self.model.parameters() if id(parameter) not in inside]
-        self.to_compute_dtype(outside)
+        inside = {id(tensor) for block in self.structure.blocks for tensor in tensors_of(block.module)}
+        outside = [tensor for tensor in tensors_of(self.model) if id(tensor) not in inside]
+        self.placement.bring(outside)
         with self.hooks():
             lockstep.run([self.task(batch) for batch in batches], self.stage, ranks.__getitem__)
         self.leave()
         if self.structure.head is not None:
             self.install(self.structure.head)
-        self.restore_dtype(outside)
+        self.placement.send_back(outside)
 
     def task(self, batch: Batch) -> Callable[[], None]:
         parameter = next(self.model.parameters())
-        device = parameter.device if not parameter.is_meta else torch.device("cpu")
+        device = self.placement.device or (parameter.device if not parameter.is_meta else torch.device("cpu"))
         inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
         accepted = inspect.signature(self.model.forward).parameters
         if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
@@ -262,9 +276,11 @@ class _Run:
                 x = next(iter((*args, *kwargs.values())))
                 self.arrived.setdefault(target, []).append((x, _MASK.get()))
                 lockstep.wait(target)
+                self.placement.fetch(x)
 
         return target.module.register_forward_pre_hook(wait, with_kwargs=True)
 
+    @timed("other")
     def stage(self, key: Block | Target | tuple[Block, str]) -> None:
         if isinstance(key, Block):
             self.leave()
@@ -285,7 +301,7 @@ class _Run:
     def enter(self, block: Block) -> None:
         if self.on_block is not None:
             self.on_block(block.module)
-        self.to_compute_dtype(block.module.parameters())
+        self.placement.bring(tensors_of(block.module))
         self.current, self.second_pass = block, False
 
     def leave(self) -> None:
@@ -298,7 +314,7 @@ class _Run:
                     logger.warning("%s: no calibration token reached it; rounded to nearest", target.name)
                 self.quantize(target, None)
             self.install(target)
-        self.restore_dtype(self.current.module.parameters())
+        self.placement.send_back(tensors_of(self.current.module))
         self.shared.clear()
         self.current = None
 
@@ -314,6 +330,7 @@ class _Run:
             if entry.settings == settings:
                 return entry
         hessian = same_input[0].hessian if same_input else self.hessian([_unpadded(*item) for item in inputs])
+        self.placement.park([x for x, _ in inputs])
         if hessian.dropped:
             logger.warning("%s: dropped %d tokens with NaN or infinite inputs", target.name, hessian.dropped)
         matrix = hessian.matrix(target.name)
@@ -325,6 +342,7 @@ class _Run:
         self.shared.append(shared)
         return shared
 
+    @timed("hessian")
     def hessian(self, inputs: list[Tensor]) -> Hessian:
         first = inputs[0]
         dtype = torch.promote_types(first.dtype, torch.float32)
@@ -347,10 +365,11 @@ class _Run:
         module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense
         bias = module.bias
         if bias is not None:
-            bias = bias.detach().to(self.dtypes.get(bias, bias.dtype))  # type: ignore[operator,call-overload]
+            bias = bias.detach().to(self.placement.home(bias)[1])  # type: ignore[operator,arg-type]
         words = getattr(torch, config.pack_dtype)
+        home, _ = self.placement.home(module.weight)  # type: ignore[arg-type]
         quantized = QuantLinear.from_weight(
-            layer.weight, bias, config.checkpoint_format, words, target.name, self.backend
+            layer.weight, bias, config.checkpoint_format, words, target.name, self.backend, home
         )
         self.done[module] = quantized
         entry = LayerReport(
@@ -380,19 +399,7 @@ class _Run:
 
     def install(self, target: Target) -> None:
         replace_module(self.model, target.name, self.done[target.module])
-        target.module.weight.data = torch.empty(0)  # freed although hooks hold the module
-
-    def to_compute_dtype(self, parameters: Any) -> None:
-        """16-bit weights to float32 on a CPU: more accurate, and faster where it lacks 16-bit units."""
-        for parameter in parameters:
-            if parameter.is_floating_point() and parameter.device.type == "cpu":
-                self.dtypes[parameter] = parameter.dtype
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-    def restore_dtype(self, parameters: Any) -> None:
-        for parameter in parameters:
-            if parameter in self.dtypes:
-                parameter.data = parameter.data.to(self.dtypes.pop(parameter))
+        self.placement.forget(target.module.parameters())  # hooks hold the module
 
 
 @dataclass
@@ -423,25 +430,6 @@ def _check_planar(target: Target) -> None:
             f"{target.name} is [{rows}, {columns}], but checkpoint_format='gptq_p' packs 3-bit codes in runs of 32; "
             "use 'gptq_v2', or skip the layer with a dynamic rule"
         )
-
-
-def _check_fits(model: nn.Module, batches: list[Batch]) -> None:
-    """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
-    getter = getattr(model, "get_input_embeddings", None)
-    vocabulary = getattr(getter() if getter else None, "num_embeddings", None)
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    for batch in batches:
-        ids = batch["input_ids"]
-        if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise CalibrationError(
-                f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
-                f"{vocabulary} entries; tokenize with the model's own tokenizer"
-            )
-        if longest is not None and ids.shape[1] > longest:
-            raise CalibrationError(
-                f"a calibration sample has {ids.shape[1]} tokens, but the model takes at most {longest} "
-                "(max_position_embeddings); pass a smaller seqlen"
-            )
 
 
 def _stop(*_: Any) -> None:

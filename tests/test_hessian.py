@@ -42,6 +42,28 @@ def test_16_bit_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
     assert torch.allclose(hessian.matrix("layer"), torch.full((2, 2), 1e6), rtol=1e-4)
 
 
+def test_tensor_cores_get_16_bit_rows_and_add_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; here with a stand-in for the product, which CPUs lack."""
+    seen = set()
+
+    def multiply(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        seen.update((left.dtype, right.dtype))
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    x = torch.randn(40, 300).bfloat16()
+    x[3, 7] = float("inf")
+    expected = Hessian(300, hold_out=True)
+    expected.add(x)
+    monkeypatch.setattr(hessian_module, "_tensor_cores", lambda rows, total: True)
+    monkeypatch.setattr(torch, "mm", multiply)
+    hessian = Hessian(300, hold_out=True)
+    hessian.add(x)
+    assert seen == {torch.bfloat16}
+    assert (hessian.tokens, hessian.dropped) == (39, 1)
+    torch.testing.assert_close(hessian.matrix("layer"), expected.matrix("layer"))
+    torch.testing.assert_close(hessian.held_out(), expected.held_out())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_damaged_rows_are_dropped_and_counted(bad: float) -> None:
     x = torch.randn(10, 4)

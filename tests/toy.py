@@ -77,9 +77,10 @@ class Toy(nn.Module):
             self.lm_head.weight = self.embed.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        mask = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()
+        length, device = input_ids.shape[1], input_ids.device
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         if attention_mask is not None:
-            mask = mask & attention_mask.bool()[:, None] | torch.eye(input_ids.shape[1], dtype=torch.bool)
+            mask = mask & attention_mask.bool()[:, None] | torch.eye(length, dtype=torch.bool, device=device)
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, mask)

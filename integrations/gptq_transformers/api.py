@@ -42,6 +42,7 @@ def quantize(
     backend: str | None = None,
     overwrite: bool = False,
     on_layer: Progress | None = None,
+    device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
     """Quantize a causal language model.
 
@@ -60,6 +61,7 @@ def quantize(
         backend: kernel of the resulting layers.
         overwrite: let ``output`` replace a folder that exists.
         on_layer: called with each layer's report, how many are done, and how many there are.
+        device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
 
     Returns:
         The quantized model and the report.
@@ -100,6 +102,7 @@ def quantize(
             on_block=_take_offloading(model),
             teacher=lambda: original or AutoModelForCausalLM.from_pretrained(path, dtype="auto"),
             progress_file=None if output is None else _progress_file(output),
+            device=device,
         )
         attach(model, report.config)
         if folder is not None:

@@ -111,6 +111,7 @@ def quantize(
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
     ] = 4,
+    device: Annotated[str, typer.Option(help="Where to compute, a block at a time, e.g. cpu or cuda:0.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")] = False,
     json_target: terminal.Json = None,
 ) -> None:
@@ -146,7 +147,7 @@ def quantize(
         checkpoint_format=checkpoint_format.value,
     )
     window = {"samples": samples, "seqlen": seqlen, "seed": seed}
-    _run_quantize(model, out, config, calibration, window, batch_size, kld_windows, overwrite, json_target)
+    _run_quantize(model, out, config, calibration, window, batch_size, kld_windows, device, overwrite, json_target)
 
 
 def _run_quantize(
@@ -157,16 +158,18 @@ def _run_quantize(
     window: dict[str, int],
     batch_size: int | None,
     kld_windows: int,
+    device: str,
     overwrite: bool,
     json_target: str | None,
 ) -> None:
     from .api import quantize as run
-    from .evaluate import require_model
+    from .evaluate import require_device, require_model
 
     console = terminal.stderr_console()
     terminal.set_up_logging(console, ignore="gptq_backend.kernels")  # the layers only get packed here
     terminal.check_json_target(json_target)
     require_model(model)
+    require_device(device)
     texts = None if calibration is None else terminal.read_calibration(calibration)
     with terminal.LayerProgress(console) as progress, terminal.loading(model):
         result = run(  # without the model, whose memory the comparison needs
@@ -178,6 +181,7 @@ def _run_quantize(
             batch_size=batch_size,
             overwrite=overwrite,
             on_layer=progress.on_layer,
+            device=device,
         )[1]
     used = None
     if calibration is not None:
@@ -187,7 +191,7 @@ def _run_quantize(
     with _reporting(out):
         _, page = write_reports(report, out)  # before the comparison, which can fail
     if texts is not None and kld_windows:
-        report["evaluation"] = _compare(out, model, texts, window, kld_windows)
+        report["evaluation"] = _compare(out, model, texts, window, kld_windows, device)
     with _reporting(out):
         write_reports(report, out)
         terminal.write_json(json_target, report)
@@ -206,7 +210,9 @@ def _reporting(out: Path) -> Iterator[None]:
         raise GPTQError(f"the checkpoint in {out} is complete, but a report could not be written: {reason}") from error
 
 
-def _compare(out: Path, model: str, texts: list[str], window: dict[str, int], windows: int) -> dict[str, Any] | None:
+def _compare(
+    out: Path, model: str, texts: list[str], window: dict[str, int], windows: int, device: str
+) -> dict[str, Any] | None:
     """The evaluation of the finished checkpoint on windows that calibration did not draw.
 
     None, with a warning, if there are none or it fails: the checkpoint is complete.
@@ -224,7 +230,7 @@ def _compare(out: Path, model: str, texts: list[str], window: dict[str, int], wi
         if not left:
             logger.warning("no window of the calibration text was left to measure the KL divergence on")
             return None
-        return dataclasses.asdict(run(load_model(out), left, load_model(model)))
+        return dataclasses.asdict(run(load_model(out, device=device), left, load_model(model, device=device)))
     except GPTQError as error:
         logger.warning("the checkpoint is complete, but it could not be compared with %s: %s", model, error)
         return None

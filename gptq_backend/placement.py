@@ -1,0 +1,67 @@
+"""Where a calibration run computes, and where its tensors are when it is not their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# Waiting inputs that take more than this on a GPU make room for their layer's factor, in host memory.
+_PARK_BYTES = 4 << 30
+
+
+class Placement:
+    """Brings parameters and buffers to the device and dtype to compute in, and back.
+
+    On a CPU, 16-bit parameters are computed in float32: more accurate, and faster where it lacks 16-bit units.
+
+    Args:
+        device: where to compute; None means where each tensor is.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = None if device is None else torch.device(device)
+        self._homes: dict[Tensor, tuple[torch.device, torch.dtype]] = {}
+
+    def bring(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            device, dtype = self.device or tensor.device, tensor.dtype
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and device.type == "cpu":
+                dtype = torch.promote_types(dtype, torch.float32)
+            self._homes[tensor] = self.home(tensor)
+            tensor.data = tensor.data.to(device, dtype)
+
+    def send_back(self, tensors: Iterable[Tensor]) -> None:
+        """Those that were not brought stay."""
+        for tensor in tensors:
+            if tensor in self._homes:
+                tensor.data = tensor.data.to(*self._homes.pop(tensor))
+
+    def home(self, tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype that the tensor has outside of the run."""
+        return self._homes.get(tensor, (tensor.device, tensor.dtype))
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """They are not needed any more: their memory is freed, whoever holds them."""
+        for tensor in tensors:
+            self._homes.pop(tensor, None)
+            tensor.data = tensor.data.new_empty(0)
+
+    def park(self, inputs: list[Tensor]) -> None:
+        """Move large inputs to host memory until :meth:`fetch`; the tensor objects stay the same."""
+        if self.device is None or sum(x.nbytes for x in inputs) <= _PARK_BYTES:
+            return
+        for x in inputs:
+            host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+            x.data = host.copy_(x, non_blocking=True)
+
+    def fetch(self, x: Tensor) -> None:
+        """Undo :meth:`park`."""
+        if self.device is not None:
+            x.data = x.data.to(self.device, non_blocking=True)
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
