@@ -278,7 +278,7 @@ def dequantize(
 
 
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
-define_operators(
+_op = define_operators(
     _library,
     "cuda_",
     _LAYOUT,
@@ -305,4 +305,4 @@ def _call(function: Any, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: T
 
 
 apply: Any = functools.partial(_call, gemm)
-op: Any = functools.partial(_call, torch.ops.gptq_backend.cuda_gemm)
+op: Any = functools.partial(_call, _op)

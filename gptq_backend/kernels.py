@@ -65,7 +65,7 @@ REFERENCE = Kernel(
     prepare=lambda spec, tensors: tensors,
     unprepare=lambda spec, prepared: prepared,
     apply=functools.partial(_reference, ops.gemm),
-    op=lambda spec, prepared, x, bias: _reference(torch.ops.gptq_backend.gemm, spec, prepared, x, bias),
+    op=functools.partial(_reference, ops.op),
 )
 
 CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op)

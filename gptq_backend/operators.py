@@ -18,8 +18,13 @@ def define_operators(
     features: Callable[..., tuple[int, int]],
     dispatch: str = "CompositeExplicitAutograd",
     by_output: bool = False,
-) -> None:
-    """Register ``gptq_backend::{prefix}gemm`` and ``gptq_backend::{prefix}dequantize`` with all that torch wants.
+    register_inference: Callable[[str], None] | None = None,
+) -> Callable[..., Tensor]:
+    """Register the operators of a kernel, with all that torch wants of them.
+
+    ``gptq_backend::{prefix}gemm`` has gradients with respect to x and bias (the quantized weight is not trainable), by
+    ``gptq_backend::{prefix}dequantize``. ``gptq_backend::{prefix}gemm_inference`` is the same product without them:
+    torch calls Python twice more for an operator whose gradients are defined in Python, in compiled graphs too.
 
     Args:
         library: of the namespace gptq_backend.
@@ -29,14 +34,21 @@ def define_operators(
         features: ``(*layout) -> (K, N)``.
         dispatch: key that both are registered for.
         by_output: the result of ``dequantize`` lies in memory as [N, K].
+        register_inference: gives the operator of that name another implementation than ``gemm``.
 
-    The gradients are those with respect to x and bias; the quantized weight is not trainable.
+    Returns:
+        ``gemm`` through whichever of the two operators suffices.
     """
     product, dense = f"gptq_backend::{prefix}gemm", f"gptq_backend::{prefix}dequantize"
-    library.define(f"{prefix}gemm(Tensor x, {layout}, Tensor? bias) -> Tensor")
+    for name in ("gemm", "gemm_inference"):
+        library.define(f"{prefix}{name}(Tensor x, {layout}, Tensor? bias) -> Tensor")
     library.define(f"{prefix}dequantize({layout}, ScalarType dtype) -> Tensor")
     library.impl(f"{prefix}gemm", gemm, dispatch)
     library.impl(f"{prefix}dequantize", dequantize, dispatch)
+    if register_inference is None:
+        library.impl(f"{prefix}gemm_inference", gemm, dispatch)
+    else:
+        register_inference(f"{prefix}gemm_inference")
 
     def fake_gemm(x: Tensor, *arguments: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], features(*arguments[:-1])[1]))
@@ -49,6 +61,7 @@ def define_operators(
         return weight[0].new_empty((inputs, outputs), dtype=dtype)
 
     torch.library.register_fake(product, fake_gemm, lib=library)
+    torch.library.register_fake(f"{product}_inference", fake_gemm, lib=library)
     torch.library.register_fake(dense, fake_dequantize, lib=library)
 
     def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -69,6 +82,13 @@ def define_operators(
         return (grad_x, *[None] * len(ctx.weight), grad_bias)
 
     torch.library.register_autograd(product, backward, setup_context=save, lib=library)
+    with_gradients = getattr(torch.ops.gptq_backend, f"{prefix}gemm").default
+    without = getattr(torch.ops.gptq_backend, f"{prefix}gemm_inference").default
+
+    def op(*arguments: Any) -> Tensor:
+        return (with_gradients if torch.is_grad_enabled() else without)(*arguments)
+
+    return op
 
 
 def check_input(x: Tensor, device: torch.device, in_features: int, out_features: int, bias: Tensor | None) -> None:

@@ -105,7 +105,7 @@ def gemm(
 
 
 _library = torch.library.Library("gptq_backend", "DEF")
-define_operators(
+op = define_operators(
     _library,
     "",
     _LAYOUT,

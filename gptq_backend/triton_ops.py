@@ -252,7 +252,7 @@ def _moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
 
 
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
-define_operators(_library, "triton_", _LAYOUT, gemm, dequantize, features=lambda *layout: (layout[5], layout[6]))
+_op = define_operators(_library, "triton_", _LAYOUT, gemm, dequantize, features=lambda *layout: (layout[5], layout[6]))
 _library.define(
     f"triton_moe_gemm(Tensor x, {_LAYOUT}, Tensor order, Tensor experts, int top_k, Tensor? bias) -> Tensor"
 )
@@ -272,7 +272,7 @@ def apply(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -
 
 def op(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
     """See ``Kernel``."""
-    return torch.ops.gptq_backend.triton_gemm(x, *_arguments(spec, prepared), bias)
+    return _op(x, *_arguments(spec, prepared), bias)
 
 
 def moe_op(

@@ -199,6 +199,55 @@ def test_bits_that_fill_the_last_word_survive() -> None:
 
 
 @native
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float64])
+def test_the_operator_in_cpp_is_the_one_in_python(x_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> None:
+    _, t = prepared(random_weight(4, 90, 33, 30, act_order=True, sym=False))
+    layout = (t["qweight"], t["scales"], t["zeros"], t["perm"], t["blocks"], 90, 33, 4, False)
+    flat = torch.randn(12 * 90 + 1, dtype=torch.float64).to(x_dtype)
+    bias = None if bias_dtype is None else torch.randn(66, dtype=bias_dtype)[::2]
+    for x in (
+        flat[:90],
+        flat[:-1].view(3, 4, 90),
+        flat[1:].view(12, 90)[::2],
+        flat[:-1].view(90, 12).t(),
+        flat[:0].view(0, 90),
+        flat[:0].view(2, 0, 90),
+    ):
+        expected = cpu.gemm(x, *layout, bias)
+        y = torch.ops.gptq_backend.cpu_gemm_inference(x, *layout, bias)
+        assert torch.equal(y, expected)
+        assert (y.dtype, y.stride()) == (expected.dtype, expected.stride())
+        if bias is not None:
+            assert torch.equal(
+                torch.ops.gptq_backend.cpu_gemm_inference(x, *layout, bias.contiguous()),
+                expected,
+            )
+
+
+@native
+def test_a_wrong_input_of_the_operator_in_cpp_is_an_error() -> None:
+    _, t = prepared(random_weight(4, 64, 32, 32))
+    layout = (t["qweight"], t["scales"], None, None, t["blocks"], 64, 32, 4, False)
+    for x in (torch.ones(3, 63), torch.ones(3, 64, dtype=torch.int32), torch.tensor(1.0)):
+        with pytest.raises((RuntimeError, ValueError)):
+            torch.ops.gptq_backend.cpu_gemm_inference(x, *layout, None)
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.ops.gptq_backend.cpu_gemm_inference(torch.ones(3, 64), *layout, torch.ones(31))
+
+
+@native
+def test_an_older_torch_keeps_the_operator_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Extension:
+        @staticmethod
+        def torch_functions() -> list[str]:
+            return ["aoti_torch_get_dim", "no_such_function"]
+
+    monkeypatch.setattr(cpu, "_cpu", Extension)
+    assert cpu._torch_functions() == {}
+
+
+@native
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sym", [False, True])
 def test_operators_pass_opcheck(act_order: bool, sym: bool) -> None:
@@ -207,6 +256,7 @@ def test_operators_pass_opcheck(act_order: bool, sym: bool) -> None:
     x = torch.randn(2, 3, 90, requires_grad=True)
     bias = torch.randn(33, requires_grad=True)
     torch.library.opcheck(torch.ops.gptq_backend.cpu_gemm.default, (x, *layout, bias))
+    torch.library.opcheck(torch.ops.gptq_backend.cpu_gemm_inference.default, (x.detach(), *layout, bias.detach()))
     torch.library.opcheck(torch.ops.gptq_backend.cpu_dequantize.default, (*layout, torch.float32))
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "gemm.h"
+#include "torch_op.h"
 
 namespace py = pybind11;
 using gptq::Dtype;
@@ -62,6 +63,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("gemm", &gemm, release);
     m.def("pack", &repack<gptq::pack>, release);
     m.def("unpack", &repack<gptq::unpack>, release);
+    m.def("torch_functions", &gptq::torch_functions);
+    m.def("register_with_torch", &gptq::register_with_torch);
     m.def(
         "read_bandwidth",
         [](uintptr_t data, size_t bytes, int passes, int threads) {
