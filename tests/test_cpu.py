@@ -385,7 +385,7 @@ sys.path.insert(0, {str(tmp_path)!r} + "/gptq_backend")
 import torch, _cpu
 sys.modules["gptq_backend._cpu"] = _cpu
 import pytest
-tests = "any_shape or int8_act or undone or not_finite"
+tests = "any_shape or int8_act or undone or not_finite or operator_in_cpp"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", tests]))
 """
     done = subprocess.run(
