@@ -34,7 +34,8 @@ class Row:
     """One kernel on one problem; the figures after ``error`` are missing when there is a ``reason``.
 
     Args:
-        kernel: row of the kernel table, ``F.linear``, ``aten int4pack``, a peer, or ``reading alone`` (CPU).
+        kernel: row of the kernel table, ``F.linear``, ``aten int4pack``, a peer, ``reading alone``,
+            ``reading in a layer``.
         N, K, M: ``y[M, N] = x[M, K] @ W[N, K].T``. The next arguments: see :class:`Problem`.
         copies, rotated_bytes: of the weight, which the calls go through in turn.
         error: norm-relative distance from float64, on a sample of the outputs.
@@ -99,7 +100,7 @@ def run(
     weight = Weight.random(problem, device)
     rotations = [
         *(products.ours(weight, backend) for backend in backends or [select_kernel(problem.spec, device).name]),
-        *([products.reading(weight)] if device.type == "cpu" else []),
+        *(products.reading(weight) if device.type == "cpu" else []),
         products.dense(weight),
         products.aten(weight),
         *(products.peer(weight, foreign) for foreign in peers),

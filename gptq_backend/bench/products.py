@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..errors import ConfigError
@@ -112,17 +112,38 @@ def layer(weight: Weight, backend: str | None) -> QuantLinear:
     return made.prepare()
 
 
-def reading(weight: Weight) -> Rotation:
-    """Reading as many bytes on a CPU, and nothing else: the roof of few rows, in the same minute as they."""
+class _Reader(nn.Module):
+    """As much of a layer as any must be: a module that reads its weight and makes room for the result."""
+
+    def __init__(self, buffer: Tensor, out_features: int) -> None:
+        super().__init__()
+        self.buffer, self.out_features = buffer, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        read_once(self.buffer)
+        return x.new_empty((x.shape[0], self.out_features))
+
+
+def reading(weight: Weight) -> list[Rotation]:
+    """Reading as many bytes on a CPU, and nothing else: the roof of few rows, in the same minute as they. By itself,
+    and in a module, which finds Python and torch evicted from the caches at each call as every layer does.
+    """
     nbytes = weight.problem.nbytes
 
-    def build(copies: int) -> list[Product]:
+    def build(in_layer: bool, copies: int) -> list[Product]:
         # Written to, see machine.read_gbps.
         buffers = [torch.ones(nbytes, dtype=torch.uint8) for _ in range(copies)]
         read_once(buffers[0])
+        if in_layer:
+            return [_Reader(buffer, weight.problem.N) for buffer in buffers]
         return [lambda x, buffer=buffer: read_once(buffer) for buffer in buffers]  # type: ignore[misc]
 
-    return dataclasses.replace(_rotation("reading alone", weight.zeros.device, nbytes, build), computes=False)
+    return [
+        dataclasses.replace(
+            _rotation(name, weight.zeros.device, nbytes, functools.partial(build, in_layer)), computes=False
+        )
+        for name, in_layer in (("reading alone", False), ("reading in a layer", True))
+    ]
 
 
 def dense(weight: Weight) -> Rotation:
