@@ -141,12 +141,18 @@ GPU_3bit := --dtype fp16 --bits 3
 GPU_8bit := --dtype fp16 --bits 8
 GPU_JSON := $(GPU_BENCHES:%=docs/benchmarks/gpu/%.json)
 
-bench-gpu: docs/benchmarks/gpu/llama2-7b.json $(GPU_JSON) docs/benchmarks/gpu/plans.json
+GPU_QUANTIZE := docs/benchmarks/gpu/quantize-llama2-7b.json docs/benchmarks/gpu/quantize-llama2-70b.json
+
+bench-gpu: docs/benchmarks/gpu/llama2-7b.json $(GPU_QUANTIZE) $(GPU_JSON) docs/benchmarks/gpu/plans.json
 	$(GPU_PYTHON) -m gptq_backend.bench.summary $(GPU_JSON)
 
 docs/benchmarks/gpu/llama2-7b.json: build/.gpu
 	mkdir -p $(@D)
 	PYTHONPATH=integrations $(GPU_PYTHON) -m gptq_transformers.bench_shape $@ --compile
+
+docs/benchmarks/gpu/quantize-%.json: build/.gpu
+	mkdir -p $(@D)
+	$(GPU_CLI) bench quantize --shape $* --device cuda --json $@
 
 docs/benchmarks/gpu/plans.json: build/.gpu
 	mkdir -p $(@D)

@@ -89,6 +89,7 @@ def quantize_model(
     backend: str | None = None,
     on_layer: Progress | None = None,
     on_block: Callable[[nn.Module], None] | None = None,
+    on_done: Callable[[str, nn.Module], None] | None = None,
     teacher: Callable[[], nn.Module] | None = None,
     progress_file: str | Path | None = None,
     device: torch.device | str | None = None,
@@ -104,6 +105,7 @@ def quantize_model(
         backend: kernel of the resulting layers.
         on_layer: called with each layer's report, how many are done, and how many there are.
         on_block: called with each block before it is first used, to bring its weights.
+        on_done: called with name and module of each block when its layers are quantized and nothing reads it any more.
         teacher: gives the original model, for ``config.distill_epochs``; called after everything else is done.
         progress_file: for :func:`distill.distill`.
         device: where to compute, e.g. ``cuda``: blocks are moved there for their turn and back; a distillation moves
@@ -121,7 +123,7 @@ def quantize_model(
         )
     if epochs and batches is not None:
         hold_out(batches)  # raises where there are too few, before the work
-    report = _Run(model, config, batches, block_name, backend, on_layer, on_block, device).run()
+    report = _Run(model, config, batches, block_name, backend, on_layer, on_block, on_done, device).run()
     if epochs and teacher is not None and calibration is not None:
         start = time.perf_counter()
         home = next(model.parameters()).device
@@ -165,10 +167,11 @@ class _Run:
         backend: str | None,
         on_layer: Progress | None,
         on_block: Callable[[nn.Module], None] | None,
+        on_done: Callable[[str, nn.Module], None] | None,
         device: torch.device | str | None,
     ) -> None:
         self.model, self.config, self.batches, self.backend = model, config, batches, backend
-        self.on_layer, self.on_block = on_layer, on_block
+        self.on_layer, self.on_block, self.on_done = on_layer, on_block, on_done
         self.structure = find_structure(model, config, block_name)
         config.require_run()
         for target in self.structure.targets:
@@ -316,6 +319,8 @@ class _Run:
             self.install(target)
         self.placement.send_back(tensors_of(self.current.module))
         self.shared.clear()
+        if self.on_done is not None:
+            self.on_done(self.current.name, self.current.module)
         self.current = None
 
     def factor(self, target: Target, inputs: list[_Input]) -> _Shared | None:

@@ -5,27 +5,25 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.calibration import draw, tokenize
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.quantize import Progress
 from gptq_backend.reader import checkpoint_files, read_manifest, read_settings
-from gptq_backend.structure import find_structure
 from gptq_backend.writer import atomic_folder
 
 from .config import GPTQConfig
 from .experts import unfuse_experts
 from .quantizer import attach
+from .streaming import BlockWriter, load_streamed, take_offloading
 
 
 def quantize(
@@ -48,7 +46,7 @@ def quantize(
 
     Args:
         model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the blocks'
-            16-bit weights are read one block at a time.
+            16-bit weights are read one block at a time, and written, if there is an ``output``, a file at a time.
         config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
         calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
             ``input_ids`` and ``attention_mask``); None rounds to nearest.
@@ -85,13 +83,16 @@ def quantize(
             if seqlen is not None:
                 raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
             calibration = draw(calibration, samples, seed)
-        model = _load_streamed(path, config, scratch) if isinstance(model_or_path, str | Path) else model_or_path
+        model = load_streamed(path, config, scratch) if isinstance(model_or_path, str | Path) else model_or_path
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
         unfuse_experts(model)
         original = None
         if calibration is not None and config.tier.distill_epochs and not isinstance(model_or_path, str | Path):
             original = copy.deepcopy(model)
+        writer = None
+        if folder is not None and isinstance(model_or_path, str | Path) and not config.tier.distill_epochs:
+            writer = BlockWriter.of(model, folder)
         report = quantize_model(
             model,
             config,
@@ -99,14 +100,18 @@ def quantize(
             batch_size=batch_size,
             backend=backend,
             on_layer=on_layer,
-            on_block=_take_offloading(model),
+            on_block=take_offloading(model),
+            on_done=None if writer is None else writer.add,
             teacher=lambda: original or AutoModelForCausalLM.from_pretrained(path, dtype="auto"),
             progress_file=None if output is None else _progress_file(output),
             device=device,
         )
         attach(model, report.config)
         if folder is not None:
-            model.save_pretrained(folder)
+            if writer is None:
+                model.save_pretrained(folder)
+            else:
+                writer.save(model)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     return model, report
@@ -138,57 +143,6 @@ def _load_tokenizer(path: str | Path, required: bool) -> Any:
                 f"no tokenizer could be loaded from {path} ({str(error).splitlines()[0]}); pass tokenizer= or token ids"
             ) from None
         return None
-
-
-def _load_streamed(path: str | Path, config: QuantizeConfig, scratch: str) -> PreTrainedModel:
-    """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
-
-    Fused experts have to be split in memory, so such a model is loaded as a whole.
-    """
-    model_config = AutoConfig.from_pretrained(path)
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model_config)
-    device_map = None
-    if not unfuse_experts(skeleton):
-        blocks = {block.name for block in find_structure(skeleton, QuantizeConfig()).blocks}
-        device_map = _device_map(skeleton, "", blocks)
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
-
-
-def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str]:
-    """Blocks on disk, all that is beside them in memory, with as few entries as that takes."""
-    if name in blocks:
-        return {name: "disk"}
-    if not any(block.startswith(f"{name}.") for block in blocks) and name:
-        return {name: "cpu"}
-    prefix = f"{name}." if name else ""
-    own = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
-    device_map = {prefix + key: "cpu" for key in own}
-    for child_name, child in module.named_children():
-        device_map.update(_device_map(child, prefix + child_name, blocks))
-    return device_map
-
-
-def _take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
-    """Free ``model`` of accelerate's hooks -> a function that brings a block's offloaded weights for good."""
-    hooks = {}
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for item in getattr(hook, "hooks", [hook]):
-            if getattr(item, "offload", False):
-                hooks[module] = item
-    remove_hook_from_submodules(model)
-    if hasattr(model, "hf_device_map"):
-        del model.hf_device_map
-
-    def materialize(block: nn.Module) -> None:
-        for module in block.modules():
-            if module in hooks:
-                hooks.pop(module).pre_forward(module)
-
-    return materialize
 
 
 def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""The command line: ``gptq-backend bench gemm`` and ``bench model``. See docs/cli.md."""
+"""The command line: ``gptq-backend bench gemm``, ``bench model`` and ``bench quantize``. See docs/cli.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gptq_backend import ConfigError
+from gptq_backend import ConfigError, QuantizeConfig
 from gptq_backend.bench import gemm, machine
 from gptq_backend.bench.layers import DTYPES, Problem
 from gptq_backend.bench.products import Peer
@@ -20,7 +20,9 @@ from gptq_backend.bench.timing import threads
 
 from . import terminal
 
-app = typer.Typer(help="Measure speed: one layer's product, or a whole model's generation.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure speed: of a layer's product, a model's generation, or quantizing.", no_args_is_help=True
+)
 
 Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda:0.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")]
@@ -229,3 +231,54 @@ def _print_model(rows: Sequence[Any], result: dict[str, Any]) -> None:
             typer.echo(f"{path}, {phase}, per step: {'; '.join(parts)}")
     if overhead := result.get("call_overhead_us"):
         typer.echo("a call on a 16x16 layer: " + ", ".join(f"{name} {us:.1f} us" for name, us in overhead.items()))
+
+
+@app.command("quantize")
+def bench_quantize(
+    shape: Annotated[str, typer.Option(help="Of the model: llama2-7b, llama2-70b or tiny.")] = "llama2-7b",
+    blocks: Annotated[int, typer.Option(min=2, help="So many of its blocks are quantized.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration tokens (random ones).")] = 128,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 2048,
+    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
+    quality: Annotated[str, typer.Option(help="fast or default; best needs a real model.")] = "default",
+    dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
+    device: Device = "cpu",
+    thread_count: Threads = None,
+    json_target: terminal.Json = None,
+) -> None:
+    """Time by phase and memory of quantizing blocks with random weights, and the time of the whole model from it."""
+    from . import bench_quantize as bench
+    from .evaluate import require_device
+
+    console = terminal.stderr_console()
+    terminal.set_up_logging(console, ignore="gptq_backend.kernels")
+    terminal.check_json_target(json_target)
+    require_device(device)
+    if shape not in bench.SHAPES or dtype not in DTYPES or quality not in ("fast", "default"):
+        raise ConfigError(
+            f"--shape {shape} --dtype {dtype} --quality {quality}: expected one of {', '.join(bench.SHAPES)}; of "
+            f"{', '.join(DTYPES)}; and of fast, default"
+        )
+    config = QuantizeConfig(bits=bits, group_size=group_size, quality=quality)
+    where = torch.device(device)
+    with threads(thread_count), console.status("quantizing", spinner="line"):
+        described = machine.describe_machine(where, shlex.join(["gptq-backend", *sys.argv[1:]]))
+        result = bench.run(shape, config, blocks, samples, seqlen, where, dtype)
+    terminal.write_json(json_target, {"machine": described, **dataclasses.asdict(result)})
+    if json_target != "-":
+        _print_quantize(result)
+
+
+def _print_quantize(result: Any) -> None:
+    names = list(dict.fromkeys(itertools.chain(*result.phases)))
+    titles = ["before", *(f"block {i}" for i in range(len(result.phases) - 1))]
+    typer.echo("\nseconds       " + "".join(f"{title:>10}" for title in titles))
+    for name in names:
+        typer.echo(f"{name:<14}" + "".join(f"{lap.get(name, 0):>10.3f}" for lap in result.phases))
+    typer.echo(f"{'all':<14}" + "".join(f"{sum(lap.values()):>10.3f}" for lap in result.phases))
+    typer.echo(
+        f"{result.all_blocks} blocks of {result.shape} with {result.tokens} tokens: {result.whole:.1f} s (computed)"
+    )
+    if result.peak_bytes is not None:
+        typer.echo(f"memory at most {result.peak_bytes / 1e9:.2f} GB")

@@ -26,6 +26,13 @@ from . import bench_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama2-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,

@@ -14,8 +14,10 @@ pytest.importorskip("transformers")
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from gptq_backend import QuantizeConfig
 from gptq_backend.bench import machine, products, timing
 from gptq_backend.bench.layers import Problem, Weight
+from gptq_transformers import bench_quantize
 from gptq_transformers.cli import app
 
 CPU = torch.device("cpu")
@@ -299,3 +301,34 @@ def test_a_shape_without_a_checkpoint_is_measured(tmp_path: Path) -> None:
     assert found["bytes"]["4-bit"] < 0.6 * found["bytes"]["16-bit"]  # the embeddings are not quantized
     assert {(row["model"], row["quantized"]) for row in found["rows"]} == {("4-bit", True), ("16-bit", False)}
     assert all(row["tokens_per_second"] > 0 for row in found["rows"])
+
+
+def test_quantizing_accounts_for_every_second_and_every_block(tmp_path: Path) -> None:
+    arguments = ["--shape", "tiny", "--samples", "4", "--seqlen", "32", "--group-size", "32", "--quality", "default"]
+    result = _bench("quantize", *arguments, "--json", str(tmp_path / "out.json"))
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    before, first, second = found["phases"]
+    every = {"forward", "hessian", "factor", "search", "column loop", "refine", "pack", "write", "other"}
+    assert first.keys() == second.keys() == every
+    assert all(seconds > 0 for seconds in second.values())
+    whole = sum(before.values()) + sum(first.values()) + sum(second.values())
+    assert found["whole"] == pytest.approx(whole)  # the shape has two blocks
+    assert (found["tokens"], found["all_blocks"], found["config"]["group_size"]) == (128, 2, 32)
+    assert found["peak_bytes"] > 10**7
+    assert "2 blocks of tiny with 128 tokens" in result.output
+
+
+def test_the_whole_is_the_first_block_and_the_mean_of_the_others_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_quantize.SHAPES, "tall", {**bench_quantize.SHAPES["tiny"], "num_hidden_layers": 9})
+    config = QuantizeConfig(group_size=32, quality="fast")
+    found = bench_quantize.run("tall", config, 3, 2, 16, CPU)
+    before, first, *later = [sum(lap.values()) for lap in found.phases]
+    assert found.whole == pytest.approx(before + first + 8 * sum(later) / 2)
+
+
+@pytest.mark.parametrize("wrong", [["--blocks", "3"], ["--shape", "huge"], ["--quality", "best"], ["--dtype", "int8"]])
+def test_quantizing_what_cannot_be_is_refused(wrong: list[str]) -> None:
+    result = _bench("quantize", "--shape", "tiny", "--samples", "1", "--seqlen", "8", *wrong)
+    assert result.exit_code == 1
+    assert "expected" in result.output

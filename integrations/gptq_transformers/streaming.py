@@ -1,0 +1,129 @@
+"""A large model's way through a small memory: blocks are read when their turn comes and written when it is over."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from gptq_backend import ConfigError, QuantizeConfig
+from gptq_backend.phases import timed
+from gptq_backend.structure import find_structure
+from gptq_backend.writer import Shards
+
+from .experts import unfuse_experts
+
+_SHARD_BYTES = 10**9  # what may wait in memory for its file to be written
+
+
+def load_streamed(path: str | Path, config: QuantizeConfig, scratch: str) -> PreTrainedModel:
+    """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
+
+    Fused experts have to be split in memory, so such a model is loaded as a whole.
+    """
+    model_config = AutoConfig.from_pretrained(path)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model_config)
+    device_map = None
+    if not unfuse_experts(skeleton):
+        blocks = {block.name for block in find_structure(skeleton, QuantizeConfig()).blocks}
+        device_map = _device_map(skeleton, "", blocks)
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
+
+
+def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str]:
+    """Blocks on disk, all that is beside them in memory, with as few entries as that takes."""
+    if name in blocks:
+        return {name: "disk"}
+    if not any(block.startswith(f"{name}.") for block in blocks) and name:
+        return {name: "cpu"}
+    prefix = f"{name}." if name else ""
+    own = [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]
+    device_map = {prefix + key: "cpu" for key in own}
+    for child_name, child in module.named_children():
+        device_map.update(_device_map(child, prefix + child_name, blocks))
+    return device_map
+
+
+def take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
+    """Free ``model`` of accelerate's hooks -> a function that brings a block's offloaded weights for good."""
+    hooks = {}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for item in getattr(hook, "hooks", [hook]):
+            if getattr(item, "offload", False):
+                hooks[module] = item
+    remove_hook_from_submodules(model)
+    if hasattr(model, "hf_device_map"):
+        del model.hf_device_map
+
+    def materialize(block: nn.Module) -> None:
+        for module in block.modules():
+            if module in hooks:
+                hooks.pop(module).pre_forward(module)
+
+    return materialize
+
+
+class BlockWriter:
+    """Writes finished blocks into the shards of a checkpoint, a file whenever enough of them wait.
+
+    A written block stays usable: its tensors become maps of the file, which take memory only while they are read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shards = folder, Shards(folder, _SHARD_BYTES)
+        self.waiting: list[tuple[str, nn.Module]] = []
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, folder: Path) -> BlockWriter | None:
+        """None where only ``save_pretrained`` knows what to write: other names in the file, tensors that blocks share.
+
+        None on Windows too, which does not rename files that are mapped.
+        """
+        renamed = getattr(model, "_weight_conversions", None) or getattr(model, "_checkpoint_conversion_mapping", None)
+        if renamed or os.name == "nt":
+            return None
+        blocks = [block.module for block in find_structure(model, QuantizeConfig()).blocks]
+        held = list(itertools.chain.from_iterable(block.state_dict(keep_vars=True).values() for block in blocks))
+        return cls(folder) if len(set(map(id, held))) == len(held) else None
+
+    @timed("write")
+    def add(self, name: str, block: nn.Module) -> None:
+        """Take the finished block that the model calls ``name``."""
+        self.waiting.append((name, block))
+        written = self.shards.add({f"{name}.{key}": tensor for key, tensor in block.state_dict().items()})
+        if written is None:
+            return
+        stored = load_file(written)
+        for earlier, module in self.waiting[:-1]:
+            prefix = f"{earlier}."
+            mapped = {key.removeprefix(prefix): stored[key] for key in stored if key.startswith(prefix)}
+            module.load_state_dict(mapped, assign=True)
+        del self.waiting[:-1]
+
+    @timed("write")
+    def save(self, model: PreTrainedModel) -> None:
+        """Write what is left and the other files of ``model``."""
+        if not self.shards.files:
+            model.save_pretrained(self.folder)
+            return
+        written = set(itertools.chain.from_iterable(self.shards.files.values()))
+        rest = {key: tensor for key, tensor in model.state_dict().items() if key not in written}
+        quantizer, model.hf_quantizer = model.hf_quantizer, None  # with it, only a whole state dict is written
+        try:
+            model.save_pretrained(self.folder, state_dict=rest, max_shard_size=1 << 50)
+        finally:
+            model.hf_quantizer = quantizer
+        last = self.folder / "model.safetensors"
+        self.shards.adopt(last, load_file(last))
+        self.shards.finish()
