@@ -143,7 +143,7 @@ GPU_JSON := $(GPU_BENCHES:%=docs/benchmarks/gpu/%.json)
 
 GPU_QUANTIZE := docs/benchmarks/gpu/quantize-llama2-7b.json docs/benchmarks/gpu/quantize-llama2-70b.json
 
-bench-gpu: docs/benchmarks/gpu/llama2-7b.json $(GPU_QUANTIZE) $(GPU_JSON) docs/benchmarks/gpu/plans.json
+bench-gpu: docs/benchmarks/gpu/llama2-7b.json $(GPU_JSON) docs/benchmarks/gpu/plans.json $(GPU_QUANTIZE)
 	$(GPU_PYTHON) -m gptq_backend.bench.summary $(GPU_JSON)
 
 docs/benchmarks/gpu/llama2-7b.json: build/.gpu
