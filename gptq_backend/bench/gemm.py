@@ -89,6 +89,7 @@ def run(
     backends: Sequence[str] = (),
     peers: Sequence[Peer] = (),
     seconds: float = 1.0,
+    copies: int | None = None,
 ) -> Iterator[list[Row]]:
     """For each M of ``tokens`` the rows of one problem: our kernels, torch's, the peers.
 
@@ -96,8 +97,9 @@ def run(
         ceilings: see ``machine.measure_ceilings``.
         backends: rows of the kernel table; none of them means the one that auto selects.
         seconds: time per row.
+        copies: of each weight; None for as many as no cache holds.
     """
-    weight = Weight.random(problem, device)
+    weight = Weight.random(problem, device, copies)
     rotations = [
         *(products.ours(weight, backend) for backend in backends or [select_kernel(problem.spec, device).name]),
         *(products.reading(weight) if device.type == "cpu" else []),

@@ -68,14 +68,16 @@ class Weight:
     Args:
         tensors: as a checkpoint of format ``gptq_v2`` holds them.
         zeros: uint8 [G, N], which ``tensors`` also has, packed.
+        copies: that take turns in a measurement; None for as many as no cache holds.
     """
 
     problem: Problem
     tensors: dict[str, Tensor]
     zeros: Tensor
+    copies: int | None = None
 
     @classmethod
-    def random(cls, problem: Problem, device: torch.device) -> Weight:
+    def random(cls, problem: Problem, device: torch.device, copies: int | None = None) -> Weight:
         """Scales are exact in float16 and in bfloat16, and such that outputs are near 1 for inputs near 1."""
         shapes, bits = problem.spec.shapes, problem.bits
         qweight = torch.randint(-(2**31), 2**31, shapes["qweight"], dtype=torch.int32, device=device)
@@ -94,7 +96,7 @@ class Weight:
         if problem.act_order:
             order = torch.randperm(problem.K, device=device)
             tensors["g_idx"] = (order // problem.group_size).int()
-        return cls(problem, tensors, zeros)
+        return cls(problem, tensors, zeros, copies)
 
     def columns(self, index: Tensor | slice) -> QuantizedWeight:
         """The weight of some output channels."""

@@ -87,10 +87,11 @@ def rotated_bytes(device: torch.device) -> int:
     return max(_MIN_ROTATED, 5 * last_level_cache())
 
 
-def _rotation(name: str, device: torch.device, nbytes: int, build: Callable[[int], list[Product]]) -> Rotation:
+def _rotation(name: str, weight: Weight, nbytes: int, build: Callable[[int], list[Product]]) -> Rotation:
     """``build`` makes so many products."""
+    copies = weight.copies or min(_MAX_COPIES, math.ceil(rotated_bytes(weight.zeros.device) / nbytes))
     try:
-        return Rotation(name, nbytes, build(min(_MAX_COPIES, math.ceil(rotated_bytes(device) / nbytes))))
+        return Rotation(name, nbytes, build(copies))
     except Exception as error:  # a kernel that cannot serve the layer, or foreign code
         return Rotation(name, nbytes, [], explain(error))
 
@@ -99,7 +100,7 @@ def ours(weight: Weight, backend: str) -> Rotation:
     """``QuantLinear``, called as a model calls it."""
     return _rotation(
         backend,
-        weight.zeros.device,
+        weight,
         weight.problem.nbytes,
         lambda copies: [layer(weight, backend) for _ in range(copies)],
     )
@@ -139,9 +140,7 @@ def reading(weight: Weight) -> list[Rotation]:
         return [lambda x, buffer=buffer: read_once(buffer) for buffer in buffers]  # type: ignore[misc]
 
     return [
-        dataclasses.replace(
-            _rotation(name, weight.zeros.device, nbytes, functools.partial(build, in_layer)), computes=False
-        )
+        dataclasses.replace(_rotation(name, weight, nbytes, functools.partial(build, in_layer)), computes=False)
         for name, in_layer in (("reading alone", False), ("reading in a layer", True))
     ]
 
@@ -158,7 +157,7 @@ def dense(weight: Weight) -> Rotation:
         matrices = [matrix, *(matrix.clone() for _ in range(copies - 1))]
         return [functools.partial(linear, weight=each) for each in matrices]
 
-    return _rotation("F.linear", weight.zeros.device, problem.N * problem.K * dtype.itemsize, build)
+    return _rotation("F.linear", weight, problem.N * problem.K * dtype.itemsize, build)
 
 
 def aten(weight: Weight) -> Rotation:
@@ -179,7 +178,7 @@ def aten(weight: Weight) -> Rotation:
 
         return [functools.partial(product, packed=packed.clone(), both=both.clone()) for _ in range(copies)]
 
-    return _rotation("aten int4pack", weight.zeros.device, problem.nbytes, build)
+    return _rotation("aten int4pack", weight, problem.nbytes, build)
 
 
 def peer(weight: Weight, foreign: Peer) -> Rotation:
@@ -205,4 +204,4 @@ def peer(weight: Weight, foreign: Peer) -> Rotation:
 
         return [functools.partial(product, state=each) for each in states]
 
-    return _rotation(foreign.name, weight.zeros.device, problem.nbytes, build)
+    return _rotation(foreign.name, weight, problem.nbytes, build)

@@ -49,6 +49,9 @@ def bench_gemm(
         list[str] | None,
         typer.Option(metavar="MODULE:FUNCTION", help="Also time f(x, q, scales, zeros, group_size) (repeatable)."),
     ] = None,
+    in_cache: Annotated[
+        bool, typer.Option("--in-cache", help="One copy of each weight: what is left when a small one costs no memory.")
+    ] = False,
     seconds: Annotated[float, typer.Option(help="Time per row.")] = 1.0,
     device: Device = "cpu",
     thread_count: Threads = None,
@@ -73,13 +76,13 @@ def bench_gemm(
     tokens = _numbers("--m", m)
     gemm.check_backends(backend or [])
     peers = [Peer.load(name) for name in peer or []]
-    where, rows = torch.device(device), []
+    where, rows, copies = torch.device(device), [], 1 if in_cache else None
     with threads(thread_count):
         result = _measure_machine(where, json_target, console)
         for problem in problems:
             if json_target != "-":
                 typer.echo(_gemm_heading(problem))
-            done = gemm.run(problem, tokens, result["ceilings"], where, backend or [], peers, seconds)
+            done = gemm.run(problem, tokens, result["ceilings"], where, backend or [], peers, seconds, copies)
             for count in tokens:
                 with console.status(f"{problem.N}x{problem.K}, M={count}", spinner="line"):
                     found = next(done)

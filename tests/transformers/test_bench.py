@@ -122,6 +122,11 @@ def test_json_has_the_machine_the_ceilings_and_every_row() -> None:
             assert row["ratio_bf16"] == pytest.approx(ratio)
 
 
+def test_one_copy_of_a_weight_stays_in_the_cache() -> None:
+    (row, *_) = _gemm("--shape", "64x64", "--m", "1", "--group-size", "32", "--in-cache")["rows"]
+    assert (row["copies"], row["rotated_bytes"]) == (1, 64 * 64 // 2 + 2 * 64 * 2)
+
+
 def test_a_peer_that_computes_something_else_is_reported_with_its_error(peer_rows: dict[str, dict]) -> None:
     assert peer_rows["wrong"]["error"] > 0.5
     assert peer_rows["wrong"]["us"] > 0
