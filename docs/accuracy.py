@@ -1,4 +1,4 @@
-"""One row of the tables in accuracy.md: quantize on a set of calibration tokens, judge on others, print JSON.
+"""One row of the table in accuracy.md: quantize on a set of calibration tokens, judge on others, print JSON.
 
 python docs/accuracy.py MODEL wikitext2-valid.txt wikitext2-test.txt --set 0 --config '{"bits": 4, "group_size": 64}'
 """
@@ -32,7 +32,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokens = torch.tensor(tokenizer(arguments.calibration.read_text())["input_ids"])
     samples = tokens[arguments.set * 32768 : (arguments.set + 1) * 32768].view(64, 512)
-    config = QuantizeConfig.from_dict(json.loads(arguments.config))
+    asked = json.loads(arguments.config)
+    config = QuantizeConfig.from_dict(asked)
     with tempfile.TemporaryDirectory() as folder:
         _, report = quantize(arguments.model, config, samples, output=folder, overwrite=True)
         judged = cut_windows(arguments.test.read_text(), tokenizer, 1024, arguments.windows)
@@ -40,6 +41,8 @@ def main() -> None:
     refined = [layer.steps for layer in report.layers if layer.steps]
     gains = [math.log([step.error for step in steps if step.kept][-1] / steps[0].error) for steps in refined]
     result = {
+        "model": Path(arguments.model).name,
+        "asked": asked,
         "config": config.to_dict(),
         "set": arguments.set,
         "seconds": report.seconds,

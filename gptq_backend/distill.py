@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calibration import Batch, make_batches
-from .errors import CalibrationError
+from .errors import CalibrationError, ConfigError
 from .linear import QuantLinear
 from .structure import replace_module
 from .weight import QuantizedWeight
@@ -85,8 +85,10 @@ def distill(
 
     Raises:
         CalibrationError: fewer than two batches.
+        ConfigError: ``progress_file`` is a directory.
     """
     batches, held_out = hold_out(make_batches(calibration, batch_size))
+    check_progress_file(progress_file)
     order = torch.Generator().manual_seed(seed)
     schedule = [int(i) for _ in range(epochs) for i in torch.randperm(len(batches), generator=order)]
     with _frozen(teacher), _trainable(model) as trained:
@@ -115,6 +117,12 @@ def distill(
     if not trained.keep:
         logger.warning("distillation did not lower the held-out divergence (%.4f -> %.4f); undone", before, after)
     return DistillReport(before, after, tuple(losses), trained.keep)
+
+
+def check_progress_file(path: str | Path | None) -> None:
+    """Raises ConfigError where a directory is in the way."""
+    if path is not None and Path(path).is_dir():
+        raise ConfigError(f"{path} is a directory, where the progress of the distillation would be kept; move it away")
 
 
 def hold_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

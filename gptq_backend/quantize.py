@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import lockstep
 from .calibration import Batch, check_fits, make_batches
 from .config import QuantizeConfig
-from .distill import DistillReport, distill, evaluating, hold_out
+from .distill import DistillReport, check_progress_file, distill, evaluating, hold_out
 from .errors import ConfigError
 from .gptq import LayerFactor, prepare_factor, quantize_weight
 from .hessian import Hessian
@@ -115,14 +115,20 @@ def quantize_model(
         ConfigError, CalibrationError: see their messages. The model is then partly quantized: load it again.
     """
     batches = None if calibration is None else make_batches(calibration, batch_size)
-    epochs = config.tier.distill_epochs if calibration is not None else 0
-    if epochs and teacher is None:
-        raise ConfigError(
-            f"distill_epochs={epochs} (quality={config.quality!r}) needs the original model beside the quantized one; "
-            "pass teacher=, use gptq_transformers.quantize, or set distill_epochs=0"
-        )
-    if epochs and batches is not None:
-        hold_out(batches)  # raises where there are too few, before the work
+    epochs = config.tier.distill_epochs
+    if epochs:  # all that would fail after the work
+        asked = f"distill_epochs={epochs} (quality={config.quality!r})"
+        if batches is None:
+            raise ConfigError(
+                f"{asked} trains on calibration data, and there are none; pass calibration, or set distill_epochs=0"
+            )
+        if teacher is None:
+            raise ConfigError(
+                f"{asked} needs the original model beside the quantized one; "
+                "pass teacher=, use gptq_transformers.quantize, or set distill_epochs=0"
+            )
+        hold_out(batches)
+        check_progress_file(progress_file)
     report = _Run(model, config, batches, block_name, backend, on_layer, on_block, on_done, device).run()
     if epochs and teacher is not None and calibration is not None:
         start = time.perf_counter()

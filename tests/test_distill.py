@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_backend import CalibrationError, QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
 from gptq_backend.calibration import make_batches
 from gptq_backend.distill import distill, hold_out
 from tests.toy import Toy, samples, toy
@@ -158,3 +158,8 @@ def test_an_error_leaves_the_model_as_it_was(pair: tuple[Toy, Toy]) -> None:
 def test_one_batch_is_too_little(pair: tuple[Toy, Toy]) -> None:
     with pytest.raises(CalibrationError, match="holds one out"):
         distill(copy.deepcopy(pair[0]), pair[1], samples(2), batch_size=2)
+
+
+def test_a_directory_in_place_of_the_progress_is_found_before_the_work(pair: tuple[Toy, Toy], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a directory"):
+        run(pair, progress_file=tmp_path, on_step=lambda *_: pytest.fail("started"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,7 +188,7 @@ def test_a_setting_that_a_reader_would_overlook_stops_a_run() -> None:
             quantize_model(toy(), QuantizeConfig.from_dict({"bits": 4, "group_size": 16, **source}), samples())
 
 
-def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
+def test_best_distils_against_the_teacher_and_refuses_to_go_without(tmp_path: Path) -> None:
     settings = config(bits=2, quality="best")
     with pytest.raises(ConfigError, match="teacher="):
         quantize_model(toy(), settings, samples())
@@ -198,8 +199,11 @@ def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
     untouched = toy()
     with pytest.raises(CalibrationError, match="holds one out"):
         quantize_model(untouched, settings, samples(2), batch_size=2, teacher=toy)
+    with pytest.raises(ConfigError, match="trains on calibration data"):
+        quantize_model(untouched, settings, None, teacher=toy)
+    with pytest.raises(ConfigError, match="is a directory"):
+        quantize_model(untouched, settings, samples(16), batch_size=2, teacher=toy, progress_file=tmp_path)
     assert not any(isinstance(module, QuantLinear) for module in untouched.modules()), "found out after the work"
-    assert quantize_model(toy(), settings, None).distillation is None  # rounding to nearest has no data for it
 
 
 def test_progress_counts_up_to_the_number_of_layers() -> None:

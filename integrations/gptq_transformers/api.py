@@ -49,7 +49,7 @@ def quantize(
             16-bit weights are read one block at a time, and written, if there is an ``output``, a file at a time.
         config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
         calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
-            ``input_ids`` and ``attention_mask``); None rounds to nearest.
+            ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot distil).
         tokenizer: for texts; default: the one in the model's folder.
         output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. A distillation
             keeps its progress in ``OUTPUT.distill`` beside it, which is removed at the end.
