@@ -39,14 +39,14 @@ def main() -> None:
         judged = cut_windows(arguments.test.read_text(), tokenizer, 1024, arguments.windows)
         found = evaluate(load_model(folder), judged, load_model(arguments.model))
     refined = [layer.steps for layer in report.layers if layer.steps]
-    gains = [math.log([step.error for step in steps if step.kept][-1] / steps[0].error) for steps in refined]
+    gains = [math.log(steps[-1].error / steps[0].error) for steps in refined]
     result = {
         "model": Path(arguments.model).name,
         "asked": asked,
         "config": config.to_dict(),
         "set": arguments.set,
         "seconds": report.seconds,
-        "held_out_error_after_refinement": math.exp(sum(gains) / len(gains)) if gains else None,
+        "error_after_refinement": math.exp(sum(gains) / len(gains)) if gains else None,
         "distillation": report.distillation and dataclasses.asdict(report.distillation),
         "evaluation": dataclasses.asdict(found),
     }

@@ -27,11 +27,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default, plain order": {"act_group_aware": False},
     "default, static act-order": {"desc_act": True, "static_groups": True},
     "default, damping 0.01": {"damp_percent": 0.01},
+    "default, damping 0.15": {"damp_percent": 0.15},
 }
 
 
 def hessians(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Hessian]:
-    found = {name: Hessian(model.get_submodule(name).in_features, hold_out=True) for name in names}  # type: ignore[arg-type]
+    found = {name: Hessian(model.get_submodule(name).in_features) for name in names}  # type: ignore[arg-type]
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: found[name].add(args[0]))
         for name in names
@@ -53,15 +54,17 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 20])
+    parser.add_argument("--samples", type=int, default=64, help="calibrate on so many x 512 tokens")
     parser.add_argument("--rows", type=int, default=96, help="output channels of each layer to quantize")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     kinds = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     names = [f"model.layers.{block}.{kind}" for block in arguments.blocks for kind in kinds]
-    texts = (arguments.calibration.read_text(), arguments.test.read_text())
+    texts = ((arguments.calibration, arguments.samples), (arguments.test, 64))
     seen, other = (
-        hessians(model, names, torch.tensor(tokenizer(text)["input_ids"][: 64 * 512]).view(64, 512)) for text in texts
+        hessians(model, names, torch.tensor(tokenizer(file.read_text())["input_ids"][: count * 512]).view(count, 512))
+        for file, count in texts
     )
     base: list[float] = []
     for label, settings in SETTINGS.items():
@@ -71,7 +74,7 @@ def main() -> None:
         errors = []
         for name in names:
             weight = model.get_submodule(name).weight.detach()[: arguments.rows].double()  # type: ignore[operator,union-attr]
-            shared = prepare_factor(seen[name].matrix(name), config, seen[name].held_out())
+            shared = prepare_factor(seen[name].matrix(name), config, seen[name].tokens)
             difference = quantize_weight(weight, shared, config).weight.dequantize(torch.float64) - weight
             judge = other[name].matrix(name).double()
             errors.append(float(((difference @ judge) * difference).sum() / ((weight @ judge) * weight).sum()))

@@ -91,7 +91,8 @@ class QuantizeConfig:
             groups stay contiguous and ``g_idx`` stays trivial.
         act_group_aware: order whole groups, and columns inside each, by the Hessian diagonal; ``g_idx`` stays trivial
             (arXiv 2505.14638). ``None`` means "unless ``desc_act`` or ``static_groups``".
-        damp_percent: share of the mean Hessian diagonal added to it before factoring.
+        damp_percent: share of the mean Hessian diagonal added to it before factoring; with few calibration tokens more
+            is added (see :func:`hessian.damping`).
         true_sequential: each layer sees inputs produced by the already quantized layers of its own block.
         quality: "fast" (GPTQ with a short scale search), "default" (what lowers each layer's error at little cost) or
             "best" (also distils against the original). It fills in those of the next settings that are None.
@@ -100,8 +101,7 @@ class QuantizeConfig:
             GPTQ tensors; False is for readers that insist on positive scales.
         search_finalists: for so many of the best candidates of the scale search, the group is rounded with error
             feedback before one is chosen.
-        refine_sweeps: after the column loop, refit the scales and descend over the codes so often, while the error on
-            held-out tokens falls.
+        refine_sweeps: after the column loop, refit the scales and descend over the codes so often.
         distill_epochs: at the end, train scales and norms against the original for so many passes over the calibration
             data (see :func:`distill.distill`); needs the original beside the quantized model.
         lm_head: also quantize the output embedding.

@@ -6,6 +6,7 @@ rounded column. docs/algorithm.md maps the paper's equations to these lines.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from .columns import Grid, round_columns, rounding_costs
 from .config import QuantizeConfig
 from .errors import CalibrationError
-from .hessian import Factor, factor
+from .hessian import Factor, damping, factor
 from .ordering import ColumnOrder, column_order
 from .phases import timed
 from .refine import Step, refine
@@ -35,13 +36,11 @@ class LayerFactor:
         order: the column order.
         factor: U in that order.
         hessian: the undamped H in the original order; channels that calibration never excited have a diagonal of 1.
-        held_out: H of the held-out tokens, which are in ``hessian`` as well; None if there are none.
     """
 
     order: ColumnOrder
     factor: Factor
     hessian: Tensor
-    held_out: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class QuantizedLayer:
         weight: the result.
         loss: ``tr(D H D^T)`` for D = quantized - original weight, per calibration token and output channel.
         relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error.
-        steps: what the column loop and each refinement left of the error on the held-out tokens.
+        steps: the relative loss after the column loop and after each refinement; empty if there was none.
     """
 
     weight: QuantizedWeight
@@ -62,19 +61,17 @@ class QuantizedLayer:
 
 
 @timed("factor")
-def prepare_factor(hessian: Tensor, config: QuantizeConfig, held_out: Tensor | None = None) -> LayerFactor:
-    """Order the columns and factor H [K, K]. Channels that calibration never excited get a unit diagonal."""
-    hessian = _without_dead_channels(hessian)
-    order = column_order(hessian.diagonal(), config)
-    in_order = hessian[order.perm][:, order.perm].to(_working_dtype(hessian))
-    return LayerFactor(order, factor(in_order, config.damp_percent), hessian, held_out)
+def prepare_factor(hessian: Tensor, config: QuantizeConfig, tokens: float = math.inf) -> LayerFactor:
+    """Order the columns and factor H [K, K] of so many tokens; fewer mean more damping (:func:`hessian.damping`).
 
-
-def _without_dead_channels(hessian: Tensor) -> Tensor:
+    Channels that calibration never excited get a unit diagonal.
+    """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal <= 0] = 1
-    return hessian
+    order = column_order(diagonal, config)
+    in_order = hessian[order.perm][:, order.perm].to(_working_dtype(hessian))
+    return LayerFactor(order, factor(in_order, damping(config.damp_percent, len(hessian), tokens)), hessian)
 
 
 def _working_dtype(tensor: Tensor) -> torch.dtype:
@@ -123,13 +120,14 @@ def quantize_weight(
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; skip the layer with a dynamic rule")
     steps: tuple[Step, ...] = ()
-    if shared is not None and config.tier.refine_sweeps:
-        quantized, steps = _refine(quantized, weight, shared, config)
+    hessian = None if shared is None else shared.hessian.to(weight.dtype)
+    if shared is not None and hessian is not None and config.tier.refine_sweeps:
+        damp_percent = shared.factor.damp_percent
+        quantized, steps = refine(quantized, weight, hessian, damp_percent, config.tier.refine_sweeps)
     difference = quantized.dequantize(weight.dtype) - weight
-    if shared is None:
+    if hessian is None:
         loss, energy = difference.square().sum(), weight.square().sum()
     else:
-        hessian = shared.hessian.to(weight.dtype)
         loss = (difference @ hessian).mul_(difference).sum()
         energy = (weight @ hessian).mul_(weight).sum()
     return QuantizedLayer(
@@ -138,18 +136,6 @@ def quantize_weight(
         relative_loss=float(loss / energy) if float(energy) > 0 else 0.0,
         steps=steps,
     )
-
-
-@timed("refine")
-def _refine(
-    quantized: QuantizedWeight, weight: Tensor, shared: LayerFactor, config: QuantizeConfig
-) -> tuple[QuantizedWeight, tuple[Step, ...]]:
-    """Refine on the tokens that are not held out, damped like the factor, judged by those that are."""
-    fitted = shared.hessian if shared.held_out is None else _without_dead_channels(shared.hessian - shared.held_out)
-    fitted = fitted.to(weight.dtype, copy=True)
-    fitted.diagonal().add_(shared.factor.damp_percent * fitted.diagonal().mean())
-    judge = (shared.hessian if shared.held_out is None else shared.held_out).to(weight.dtype)
-    return refine(quantized, weight, fitted, judge, config.tier.refine_sweeps)
 
 
 class _ColumnLoop:

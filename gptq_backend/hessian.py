@@ -11,8 +11,8 @@ from .errors import CalibrationError
 
 _TILE = 256  # columns per block row when only the upper triangle is accumulated
 _GPU_TILE = 1024  # enough work for all of its processors
-_HELD_OUT = 8  # one row in so many is held out
 _DAMP_LEVELS = 3  # each three times the one before
+_NOISE = 0.5  # damping for K tokens of K channels
 
 
 class Hessian:
@@ -20,20 +20,10 @@ class Hessian:
 
     The factor 2/n of the paper's H = 2 X X^T cancels in every use, so it is left out. Rows with a non-finite entry are
     dropped and counted in ``dropped``; ``tokens`` counts the rows used.
-
-    With ``hold_out`` an eighth of the rows (the last of each :meth:`add`, remainders carried) is also
-    summed by itself, so that refinements can be fitted to the rest and judged by it.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        hold_out: bool = False,
-    ) -> None:
+    def __init__(self, channels: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros((channels, channels), dtype=dtype, device=device)
-        self._held_out = torch.zeros_like(self._sum) if hold_out else None
         self.tokens = 0
         self.dropped = 0
 
@@ -46,11 +36,8 @@ class Hessian:
             finite = rows.isfinite().all(dim=1)
             self.dropped += int((~finite).sum())
             rows = rows[finite]
-        before, self.tokens = self.tokens, self.tokens + rows.shape[0]
+        self.tokens += rows.shape[0]
         _accumulate(self._sum, rows)
-        if self._held_out is not None:
-            count = self.tokens // _HELD_OUT - before // _HELD_OUT
-            _accumulate(self._held_out, rows[rows.shape[0] - count :])
 
     def matrix(self, name: str) -> Tensor:
         """[K, K], symmetric.
@@ -63,11 +50,7 @@ class Hessian:
                 f"{name}: all {self.dropped} calibration tokens gave NaN or infinite inputs; the model overflows "
                 "before this layer: load it in float32, or check that its weights are intact"
             )
-        return _symmetric(self._sum)
-
-    def held_out(self) -> Tensor | None:
-        """[K, K] of the held-out tokens alone; None if none were held out."""
-        return None if self._held_out is None or not self._held_out.any() else _symmetric(self._held_out)
+        return self._sum.triu() + self._sum.triu(1).t()
 
 
 def _tensor_cores(rows: Tensor, total: Tensor) -> bool:
@@ -89,8 +72,13 @@ def _accumulate(total: Tensor, rows: Tensor) -> None:
             block.add_(torch.mm(left, right, out_dtype=total.dtype))
 
 
-def _symmetric(upper: Tensor) -> Tensor:
-    return upper.triu() + upper.triu(1).t()
+def damping(damp_percent: float, channels: int, tokens: float) -> float:
+    """The share of the mean diagonal to add to a Hessian of so many channels that so many tokens made.
+
+    What was asked for, and more where tokens are few: a direction that they happen not to excite looks free, and errors
+    moved there come back on other text (docs/accuracy.md has the figures).
+    """
+    return damp_percent + _NOISE * channels / tokens
 
 
 @dataclass(frozen=True)
@@ -100,7 +88,7 @@ class Factor:
     Args:
         upper: [K, K] upper triangular U with ``U^T U = H^-1`` (the damped H).
         damp_percent: the damping that was used.
-        method: how the factorization succeeded: "cholesky", "cholesky float64" or "diagonal".
+        method: how the factorization succeeded: "cholesky", "cholesky damped more", "cholesky float64" or "diagonal".
     """
 
     upper: Tensor
@@ -128,6 +116,7 @@ def factor(hessian: Tensor, damp_percent: float) -> Factor:
             eye = torch.eye(root.shape[0], dtype=dtype, device=root.device)
             upper = torch.linalg.solve_triangular(root, eye, upper=True).to(hessian.dtype)
             if upper.isfinite().all():
-                return Factor(upper, damp, "cholesky" if dtype == hessian.dtype else "cholesky float64")
+                method = "cholesky" if damp == damp_percent else "cholesky damped more"
+                return Factor(upper, damp, method if dtype == hessian.dtype else "cholesky float64")
     diagonal = hessian.diagonal() + damp_percent * mean
     return Factor(diagonal.rsqrt().diag(), damp_percent, "diagonal")

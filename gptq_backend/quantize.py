@@ -333,9 +333,8 @@ class _Run:
         """The factor of a layer's input, shared with earlier layers of the block that read the same tensors."""
         self.shared = [entry for entry in self.shared if any(ref() is not None for ref in entry.inputs)]
         config = target.config
-        refined = config.tier.refine_sweeps > 0
         order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)
-        settings = (*order, config.damp_percent, refined)
+        settings = (*order, config.damp_percent)
         same_input = [entry for entry in self.shared if entry.made_from(inputs)]
         for entry in same_input:
             if entry.settings == settings:
@@ -347,8 +346,7 @@ class _Run:
         matrix = hessian.matrix(target.name)
         if not hessian.tokens:
             return None
-        held_out = hessian.held_out() if refined else None
-        layer = prepare_factor(matrix, config, held_out)
+        layer = prepare_factor(matrix, config, hessian.tokens)
         shared = _Shared([weakref.ref(x) for x, _ in inputs], settings, layer, hessian)
         self.shared.append(shared)
         return shared
@@ -357,9 +355,7 @@ class _Run:
     def hessian(self, inputs: list[Tensor]) -> Hessian:
         first = inputs[0]
         dtype = torch.promote_types(first.dtype, torch.float32)
-        # Layers with other settings may share it, so what one of them needs decides.
-        refined = any(target.config.tier.refine_sweeps for target in self.structure.targets)
-        hessian = Hessian(first.shape[-1], dtype, first.device, hold_out=refined)
+        hessian = Hessian(first.shape[-1], dtype, first.device)
         for x in inputs:
             hessian.add(x)
         return hessian
@@ -396,11 +392,10 @@ class _Run:
             seconds=time.perf_counter() - start,
             steps=layer.steps,
         )
-        if shared and (entry.method != "cholesky" or entry.damp_percent != config.damp_percent):
+        if shared and entry.method != "cholesky":
             logger.warning(
-                "%s: the Hessian could not be factored with damp_percent=%g; used %s with %g",
+                "%s: the Hessian could not be factored as it was; used %s with a damping of %g",
                 target.name,
-                config.damp_percent,
                 entry.method,
                 entry.damp_percent,
             )

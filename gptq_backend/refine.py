@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .columns import Grid, round_columns
+from .phases import timed
 from .weight import QuantizedWeight
 
 _PANEL = 32  # columns between two products with the whole Hessian
@@ -28,44 +29,42 @@ class Step:
 
     Args:
         name: "loop" or "sweep N".
-        error: share of the layer's output energy on held-out tokens that is error.
-        kept: whether the result was taken.
+        error: share of the layer's output energy on the calibration tokens that is error.
     """
 
     name: str
     error: float
-    kept: bool
 
 
+@timed("refine")
 def refine(
-    quantized: QuantizedWeight, weight: Tensor, hessian: Tensor, held_out: Tensor, sweeps: int
+    quantized: QuantizedWeight, weight: Tensor, hessian: Tensor, damp_percent: float, sweeps: int
 ) -> tuple[QuantizedWeight, tuple[Step, ...]]:
-    """Alternate :func:`refit_scales` and :func:`descend` while the held-out error falls.
+    """Alternate :func:`refit_scales` and :func:`descend` on the damped Hessian.
 
     Args:
         quantized: the start.
-        weight: [N, K], in the dtype of both Hessians.
-        hessian: [K, K], what to lower the error of: symmetric, damped, without the held-out tokens.
-        held_out: [K, K] of the held-out tokens.
+        weight: [N, K], in the dtype of the Hessian.
+        hessian: [K, K], symmetric, undamped.
+        damp_percent: share of its mean diagonal that is added to it. It alone keeps the sweeps from fitting the
+            calibration tokens better and others worse.
         sweeps: how often.
 
     Returns:
-        The best and the steps, the given start first; at most the last was not kept.
+        The result and the steps, the given start first.
     """
-    energy = (weight @ held_out).mul_(weight).sum()
+    damped = hessian.clone()
+    damped.diagonal().add_(damp_percent * damped.diagonal().mean())
+    energy = (weight @ hessian).mul_(weight).sum()
 
-    def error(candidate: QuantizedWeight) -> float:
-        difference = candidate.dequantize(weight.dtype) - weight
-        return float((difference @ held_out).mul_(difference).sum() / energy) if float(energy) > 0 else 0.0
+    def error() -> float:
+        difference = quantized.dequantize(weight.dtype) - weight
+        return float((difference @ hessian).mul_(difference).sum() / energy) if float(energy) > 0 else 0.0
 
-    steps = [Step("loop", error(quantized), True)]
+    steps = [Step("loop", error())]
     for number in range(1, sweeps + 1):
-        candidate = descend(refit_scales(quantized, weight, hessian), weight, hessian)
-        step = Step(f"sweep {number}", error(candidate), False)
-        if not step.error < steps[-1].error:
-            return quantized, (*steps, step)  # the next sweep would start from the same place
-        quantized = candidate
-        steps.append(dataclasses.replace(step, kept=True))
+        quantized = descend(refit_scales(quantized, weight, damped), weight, damped)
+        steps.append(Step(f"sweep {number}", error()))
     return quantized, tuple(steps)
 
 

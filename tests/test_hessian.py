@@ -23,16 +23,6 @@ def test_equals_the_sum_of_outer_products(channels: int) -> None:
     assert (hessian.tokens, hessian.dropped) == (17, 0)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7, 8, 30])
-def test_an_eighth_is_held_out_however_few_rows_come_at_once(rows: int) -> None:
-    hessian = Hessian(1, hold_out=True)
-    for _ in range(24):
-        hessian.add(torch.ones(rows, 1))
-    held_out = hessian.held_out()
-    assert held_out is not None
-    assert int(held_out) == 3 * rows
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
     """Ten thousand squares in fp16 would stop growing, or overflow."""
@@ -119,7 +109,7 @@ def test_retry_raises_the_damping_and_reports_it() -> None:
     matrix = torch.eye(50)
     matrix[3, 3] = -0.02
     result = factor(matrix, 0.01)
-    assert result.method == "cholesky"
+    assert result.method == "cholesky damped more"
     assert result.damp_percent == pytest.approx(0.03)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import gptq_backend.quantize as driver
 from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
-from gptq_backend.gptq import prepare_factor
 from gptq_backend.hessian import Hessian
 from tests.toy import VOCABULARY, SparseMlp, samples, toy
 
@@ -159,27 +158,21 @@ def test_rounding_without_calibration_reports_every_layer() -> None:
     assert len(quantized_names(model)) == 15
 
 
-def test_the_report_tells_what_each_step_left_of_the_held_out_error() -> None:
+def test_the_report_tells_what_each_step_left_of_the_error() -> None:
     report = quantize_model(toy(), config(bits=3), samples(64))
     for entry in report.layers:
-        kept = [step.error for step in entry.steps if step.kept]
-        assert entry.steps[0].name == "loop", entry.name
-        assert kept == sorted(kept, reverse=True), entry.name
-    assert sum(len(entry.steps) > 2 for entry in report.layers) > len(report.layers) / 2
+        assert [step.name for step in entry.steps] == ["loop", "sweep 1", "sweep 2"], entry.name
+        assert entry.steps[-1].error < entry.steps[0].error, entry.name
+        assert entry.steps[-1].error == pytest.approx(entry.relative_loss, rel=1e-4), entry.name
     assert all(not entry.steps for entry in quantize_model(toy(), config(quality="fast"), samples()).layers)
 
 
-def test_a_shared_hessian_holds_tokens_out_if_any_of_its_layers_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """q comes first and is not refined; k and v share its Hessian and are."""
-    judged = []
-
-    def recorded(matrix: Tensor, config: QuantizeConfig, held_out: Tensor | None) -> Any:
-        judged.append((config.tier.refine_sweeps > 0, held_out is not None))
-        return prepare_factor(matrix, config, held_out)
-
-    monkeypatch.setattr(driver, "prepare_factor", recorded)
-    quantize_model(toy(), config(dynamic={r".*attn\.q": {"refine_sweeps": 0}}), samples())
-    assert set(judged) == {(False, False), (True, True)}
+def test_few_tokens_are_damped_more_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    few, many = (quantize_model(toy(), config(damp_percent=0.01), samples(count)).layers for count in (1, 64))
+    for one, other in zip(few, many, strict=True):
+        assert one.damp_percent - 0.01 == pytest.approx(64 * (other.damp_percent - 0.01)), one.name
+        assert other.damp_percent > 0.01
+    assert not caplog.records
 
 
 def test_a_setting_that_a_reader_would_overlook_stops_a_run() -> None:

@@ -72,9 +72,7 @@ def make_report(
     distilled = report.distillation
     layers = [dataclasses.asdict(layer) for layer in report.layers]
     for layer in layers:
-        asked = (config.for_module(layer["name"]) or config).damp_percent
-        helped = layer["damp_percent"] != asked or layer["method"] != "cholesky"
-        layer["needed_help"] = calibration is not None and helped
+        layer["needed_help"] = calibration is not None and layer["method"] != "cholesky"
     errors = [layer["relative_loss"] for layer in layers if math.isfinite(layer["relative_loss"])]
     return {
         "model": str(model),
@@ -160,8 +158,8 @@ def render_html(report: Mapping[str, Any]) -> str:
 <div class="grid cards">{_cards(report)}</div>
 <h2>Error per module</h2>
 <p>Share of the {energy} energy that is error, one bar per block. Every panel has a scale of its own; hold the pointer
-over a bar for its module. The tables' column "held out" is the error on tokens kept aside: after the column loop, then
-after each refinement that was kept.</p>{legend}
+over a bar for its module. The tables' column "steps" is the error after the column loop, then after each refinement.
+</p>{legend}
 <div class="grid panels">{panels}</div>
 <h2>Worst modules</h2>
 {_table(sorted(layers, key=lambda layer: -layer["relative_loss"])[:10])}
@@ -222,7 +220,7 @@ def _describe(report: Mapping[str, Any]) -> str:
 def _cards(report: Mapping[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     damping = sorted({layer["damp_percent"] for layer in report["layers"]})
-    shown = ", ".join(f"{value:g}" for value in damping[:3]) + (" ..." if len(damping) > 3 else "")
+    shown = ", ".join(f"{value:.3g}" for value in damping[:3]) + (" ..." if len(damping) > 3 else "")
     methods = sorted({layer["method"] for layer in report["layers"]})
     cards = [
         (str(report["modules"]), "modules quantized"),
@@ -256,7 +254,7 @@ def _panel(kind: str, layers: Sequence[Mapping[str, Any]]) -> str:
     for i, (layer, error) in enumerate(zip(layers, errors, strict=True)):
         height = max(plot * error / top, 0.8)
         tip = f"{layer['name']}: {percent(layer['relative_loss'])}, {layer['bits']} bits, {layer['method']}"
-        tip += f", damping {layer['damp_percent']:g}, {layer['tokens']} tokens, {layer['seconds']:.2f} s"
+        tip += f", damping {layer['damp_percent']:.3g}, {layer['tokens']} tokens, {layer['seconds']:.2f} s"
         odd = ' class="odd"' if layer["needed_help"] else ""
         parts.append(
             f'<rect{odd} x="{_LEFT + i * step + gap / 2:.2f}" y="{base - height:.2f}" width="{step - gap:.2f}" '
@@ -276,7 +274,7 @@ def _panel(kind: str, layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(layers: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("module", "error", "bits", "group", "method", "held out", "damping", "tokens", "dropped", "seconds")
+    heads = ("module", "error", "bits", "group", "method", "steps", "damping", "tokens", "dropped", "seconds")
     rows = []
     for layer in layers:
         cells = (
@@ -285,8 +283,8 @@ def _table(layers: Sequence[Mapping[str, Any]]) -> str:
             layer["bits"],
             layer["group_size"],
             layer["method"],
-            " → ".join(percent(step["error"]) for step in layer["steps"] if step["kept"]),
-            f"{layer['damp_percent']:g}",
+            " → ".join(percent(step["error"]) for step in layer["steps"]),
+            f"{layer['damp_percent']:.3g}",
             layer["tokens"],
             layer["dropped_tokens"],
             f"{layer['seconds']:.2f}",
