@@ -145,9 +145,8 @@ def render_html(report: Mapping[str, Any]) -> str:
     helped = sum(layer["needed_help"] for layer in layers)
     legend = ""
     if helped:
-        legend = (
-            f'<p><span class="key"></span>{helped} of {len(layers)} modules needed more damping or another method.</p>'
-        )
+        found = f"{helped} of {len(layers)} modules could not be factored at once: more damping or another method."
+        legend = f'<p><span class="key"></span>{found}</p>'
     panels = "\n".join(_panel(kind, members) for kind, members in by_kind(layers).items())
     name = Path(report["model"]).name or report["model"]
     return f"""<!doctype html>
