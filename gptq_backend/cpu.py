@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ def supports(spec: LinearSpec, device: torch.device) -> str | None:
     if spec.scales_dtype not in _DTYPES:
         return f"{spec.scales_dtype} scales"
     return None
+
+
+def in_huge_pages(empty: Tensor) -> Tensor:
+    """A tensor to which nothing was written yet, in pages of 2 MB where it is large, on a CPU, and Linux allows it."""
+    if empty.is_cpu and _cpu is not None:
+        _cpu.advise_huge_pages(empty.data_ptr(), empty.nbytes)
+    return empty
 
 
 # -- layout ------------------------------------------------------------------------------------------------------------
@@ -153,18 +161,51 @@ def gemm(
         ValueError: see ``check_input``.
     """
     check_input(x, qweight.device, in_features, out_features, bias)
-    dtype = _DTYPES.get(x.dtype)
-    if dtype is None:
+    if x.dtype not in _DTYPES:
         y = x @ dequantize(qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8, x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    layout = (qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8)
+    _multiply(_cpu.gemm, x, x.numel() // in_features, layout, bias, y)
+    return y
+
+
+def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
+    """Each row of x times the weights of its expert: see ``moe.MoeKernel``.
+
+    After the layout, whose tensors have a leading dimension, come ids [rows], the number of experts, top_k and bias.
+
+    Raises:
+        ValueError: see ``check_input``; or x is float64, or the shapes of x, ids and bias do not fit together.
+    """
+    *layout, ids, experts, top_k, bias = layout_and_more
+    qweight, in_features, out_features = layout[0], layout[5], layout[6]
+    check_input(x, qweight.device, in_features, out_features, None)
+    rows, parts = ids.numel(), qweight.shape[0] // experts
+    if x.dtype not in _DTYPES or x.shape[0] * top_k != rows or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)} and ids is {ids.dtype} {tuple(ids.shape)}, expected 16 bits or float32 "
+            f"and int32 or int64 [x.shape[0] * {top_k}]"
+        )
+    if bias is not None and bias.shape != (qweight.shape[0], out_features):
+        raise ValueError(f"bias is {tuple(bias.shape)}, expected ({qweight.shape[0]}, {out_features})")
+    y = x.new_empty((rows, parts * out_features))
+    ids = ids.contiguous()
+    _multiply(_cpu.moe_gemm, x, rows, layout, bias, y, ids.data_ptr(), ids.itemsize, experts, parts, top_k)
+    return y
+
+
+def _multiply(
+    function: Any, x: Tensor, rows: int, layout: Sequence[Any], bias: Tensor | None, y: Tensor, *more: int
+) -> None:
+    qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8 = layout
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
-    _cpu.gemm(
+    function(
         x.data_ptr(),
-        dtype,
-        x.numel() // in_features,
+        _DTYPES[x.dtype],
+        rows,
         qweight.data_ptr(),
         scales.data_ptr(),
         _DTYPES[scales.dtype],
@@ -174,16 +215,16 @@ def gemm(
         bits,
         in_features,
         out_features,
-        qweight.shape[1] * 32 // bits,
-        scales.shape[1],
-        blocks.shape[0],
+        qweight.shape[-2] * 32 // bits,
+        scales.shape[-2],
+        blocks.shape[-2],
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _DTYPES[bias.dtype],
         y.data_ptr(),
         a8,
         torch.get_num_threads(),
+        *more,
     )
-    return y
 
 
 def dequantize(
@@ -214,6 +255,11 @@ def dequantize(
     return dense.mul_(_rows(scales, out_features).to(dtype)[index])
 
 
+def _moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
+    qweight, out_features, ids, experts = (arguments[i] for i in (0, 6, 9, 10))
+    return x.new_empty((ids.numel(), qweight.shape[0] // experts * out_features))
+
+
 def _torch_functions() -> dict[str, int]:
     """Addresses of what csrc/cpu/torch_op.cpp calls; none where torch lacks one of them, as before 2.10."""
     if _cpu is None:
@@ -238,6 +284,15 @@ _op = define_operators(
     dispatch="CPU",
     register_inference=(lambda name: _cpu.register_with_torch(name, _FUNCTIONS)) if _FUNCTIONS else None,
 )
+_library.define(f"cpu_moe_gemm(Tensor x, {_LAYOUT}, Tensor ids, int experts, int top_k, Tensor? bias) -> Tensor")
+_library.impl("cpu_moe_gemm", moe_gemm, "CPU")
+torch.library.register_fake("gptq_backend::cpu_moe_gemm", _moe_gemm_fake, lib=_library)
+
+
+def arguments(spec: LinearSpec, prepared: Tensors, a8: bool) -> tuple[Any, ...]:
+    """The layout, as the operators take it."""
+    tensors = (prepared["qweight"], prepared["scales"], prepared.get("zeros"), prepared.get("perm"), prepared["blocks"])
+    return (*tensors, spec.in_features, spec.out_features, spec.bits, a8)
 
 
 _infer = torch.ops.gptq_backend.cpu_gemm_inference.default if _FUNCTIONS else gemm
@@ -245,19 +300,7 @@ _infer = torch.ops.gptq_backend.cpu_gemm_inference.default if _FUNCTIONS else ge
 
 def _call(function: Any, a8: bool, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
     check_input(x, prepared["qweight"].device, spec.in_features, spec.out_features, bias)  # C++ says less
-    return function(
-        x,
-        prepared["qweight"],
-        prepared["scales"],
-        prepared.get("zeros"),
-        prepared.get("perm"),
-        prepared["blocks"],
-        spec.in_features,
-        spec.out_features,
-        spec.bits,
-        a8,
-        bias,
-    )
+    return function(x, *arguments(spec, prepared, a8), bias)
 
 
 apply: Any = functools.partial(_call, _infer, False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, cuda_layout, ops, triton_layout, triton_ops
+from . import cpu, cuda, cuda_layout, moe, ops, triton_layout, triton_ops
 from .errors import ConfigError
 from .slots import Tensors
 from .weight import LinearSpec
@@ -30,6 +30,7 @@ class Kernel:
         apply: ``(spec, prepared, x [..., K], bias [N] | None) -> y [..., N]`` in the dtype of x.
         op: the same call through ``torch.ops``, used while tracing or when a gradient is needed.
         opt_in: less exact than the others, hence never chosen unless asked for by name.
+        moe: the grouped product for experts, where there is one.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Kernel:
     apply: Callable[[LinearSpec, Tensors, Tensor, Tensor | None], Tensor]
     op: Callable[[LinearSpec, Tensors, Tensor, Tensor | None], Tensor]
     opt_in: bool = False
+    moe: moe.MoeKernel | None = None
 
 
 def _reference(
@@ -68,11 +70,19 @@ REFERENCE = Kernel(
     op=functools.partial(_reference, ops.op),
 )
 
-CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op)
+CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op, moe=moe.CPU)
 CUDA = Kernel("cuda", cuda.supports, cuda_layout.prepare, cuda_layout.unprepare, cuda.apply, cuda.op)
-CPU_W4A8 = Kernel("cpu_w4a8", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply_w4a8, cpu.op_w4a8, opt_in=True)
+CPU_W4A8 = Kernel(
+    "cpu_w4a8", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply_w4a8, cpu.op_w4a8, opt_in=True, moe=moe.CPU_W4A8
+)
 TRITON = Kernel(
-    "triton", triton_ops.supports, triton_layout.prepare, triton_layout.unprepare, triton_ops.apply, triton_ops.op
+    "triton",
+    triton_ops.supports,
+    triton_layout.prepare,
+    triton_layout.unprepare,
+    triton_ops.apply,
+    triton_ops.op,
+    moe=moe.TRITON,
 )
 
 # Fastest first. The reference serves everything and therefore comes last.
@@ -84,15 +94,19 @@ def kernel_report(spec: LinearSpec, device: torch.device) -> dict[str, str | Non
     return {kernel.name: kernel.supports(spec, device) for kernel in KERNELS if not kernel.opt_in}
 
 
-def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = None) -> Kernel:
+def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = None, expert: bool = False) -> Kernel:
     """The fastest row that serves ``spec`` on ``device``, or the row called ``name`` ("auto" and None choose).
+
+    expert: the layer is one of the experts of a mixture, for which a row with a grouped product is faster than any
+    without.
 
     Raises:
         ConfigError: no row of that name, or it cannot serve the layer (with its reason).
     """
     if name in (None, "auto"):
         reasons = kernel_report(spec, device)
-        chosen = next(kernel for kernel in KERNELS if kernel.name in reasons and reasons[kernel.name] is None)
+        serving = [kernel for kernel in KERNELS if kernel.name in reasons and reasons[kernel.name] is None]
+        chosen = next((kernel for kernel in serving if expert and kernel.moe), serving[0])
         if chosen is REFERENCE:
             why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
             _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())

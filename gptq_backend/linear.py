@@ -44,6 +44,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.stored_spec = self.spec = spec
         self.name, self.backend = name, backend
+        self._expert = False
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self._kernel: Kernel | None = None
         if not spec.has_bias:
@@ -103,23 +104,34 @@ class QuantLinear(nn.Module):
         kernel = select_kernel(spec, x.device, self.backend)
         return kernel.op(spec, kernel.prepare(spec, self._stored()), x, self.bias)
 
-    def prepare(self) -> QuantLinear:
+    def prepare(self, expert: bool | None = None) -> QuantLinear:
         """Check the loaded values, choose a kernel for the device that they are on, and repack. Idempotent.
+
+        Args:
+            expert: see ``select_kernel``; None leaves what was said before.
 
         Raises:
             CheckpointError: damaged values (see :func:`weight.resolve`), or parameters that were never loaded.
             ConfigError: the requested backend does not exist or cannot serve the layer.
         """
+        if expert is not None and expert != self._expert:
+            self._expert = expert
+            if self._kernel is not None and self._kernel is not self._select(self.spec):
+                self.unprepare()
         if self._kernel is not None:
             return self
         stored = self._stored()
         if any(tensor.is_meta for tensor in stored.values()):
             raise CheckpointError(f"{self.name}: its weights were never loaded; load a state dict first")
         self.spec = resolve(self.stored_spec, stored, self.name)
-        kernel = select_kernel(self.spec, stored["qweight"].device, self.backend)
+        kernel = self._select(self.spec)
         self._set(kernel.prepare(self.spec, stored))
         self._kernel = kernel
         return self
+
+    def _select(self, spec: LinearSpec) -> Kernel:
+        device: Any = self._parameters["qweight"].device  # type: ignore[union-attr]
+        return select_kernel(spec, device, self.backend, self._expert)
 
     def unprepare(self) -> QuantLinear:
         """Return to the checkpoint's tensors, bit for bit."""
@@ -128,6 +140,16 @@ class QuantLinear(nn.Module):
             self._kernel = None
             self._set(stored)
         return self
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """The row of the kernel table that serves it; None before :meth:`prepare`."""
+        return self._kernel
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take equal tensors in the place of prepared ones, for example slices of a stack of several layers'."""
+        for key, tensor in tensors.items():
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
     def quantized_weight(self) -> QuantizedWeight:
         """The layer's weight as the hub value."""

@@ -1,23 +1,22 @@
-"""Grouped products for a mixture of experts: every row of x times the weight of its own expert, in one call.
+"""Grouped products for a mixture of experts: every row of x times the weights of its own expert, in one call.
 
-Per layer: ``stack`` the prepared tensors of one projection of all experts. Per forward pass: ``sort_by_expert`` once,
-then ``MoeKernel.multiply`` for each projection::
+Per layer, once: ``stack`` the prepared tensors of a projection of all experts. Per forward pass::
 
-    moe = MOE_KERNELS[kernel.name]                              # kernel: the row that prepared the experts
-    order, experts = sort_by_expert(ids, E, moe.rows(ids.numel(), E, x.device))     # ids [T, k]
-    hidden = moe.multiply(spec, w1, x, order, experts, k, None)          # x [T, K] -> [T*k, N]
-    y = moe.multiply(spec2, w2, act(hidden), order, experts, 1, None).view(T, k, -1)
+    routing = Routing(ids, E)                                                  # ids [T, k], the expert of each slot
+    hidden = kernel.moe.apply(spec, w1, x, routing, k, None)                   # x [T, K] -> [T*k, N]
+    y = kernel.moe.apply(spec2, w2, act(hidden), routing, 1, None).view(T, k, -1)
 
-Nothing depends on the values of ``ids`` but those of y, so all of it can be captured in a CUDA graph. There is no
-gradient: whoever needs one calls the experts' own operators.
+A stack of two or more projections of E experts each, the first one's first (gate, up), gives their products side by
+side. Nothing but the values of y depends on those of ``ids``, so all of it can be captured in a CUDA graph. There is no
+gradient: whoever needs one calls the experts' own operators, for example by :func:`one_by_one`.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,11 +25,44 @@ from . import cpu, triton_ops, triton_plan
 from .slots import Tensors
 from .weight import LinearSpec
 
-_library = torch.library.Library("gptq_backend", "FRAGMENT")
-_library.define(
-    "cpu_moe_gemm(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor blocks, "
-    "int in_features, int out_features, int bits, Tensor order, Tensor experts, int top_k, Tensor? bias) -> Tensor"
-)
+if TYPE_CHECKING:
+    from .kernels import Kernel
+
+
+class Routing:
+    """Which expert each row of y belongs to; the projections of a layer share it.
+
+    Args:
+        ids: int [...], one per row; outside of 0..experts-1 for none: such rows come out as zeros.
+        experts: E.
+    """
+
+    def __init__(self, ids: Tensor, experts: int) -> None:
+        ids = ids.flatten()
+        self.ids, self.experts = ids if ids.dtype in (torch.int32, torch.int64) else ids.long(), experts
+        self._blocks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._runs: list[tuple[int, Tensor]] | None = None
+
+    def blocks(self, block: int, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """:func:`sort_by_expert`, with ``parts`` rows in the place of each, of the experts e, E + e, and so on."""
+        if (block, parts) not in self._blocks:
+            if parts == 1:
+                self._blocks[block, 1] = sort_by_expert(self.ids, self.experts, block)
+            else:
+                order, experts = self.blocks(block)
+                of_part = [torch.where(experts < 0, -1, experts + part * self.experts) for part in range(parts)]
+                orders = [order * parts + part for part in range(parts)]
+                self._blocks[block, parts] = torch.cat(orders), torch.cat(of_part)
+        return self._blocks[block, parts]
+
+    def runs(self) -> list[tuple[int, Tensor]]:
+        """(expert, int64 row numbers in ascending order) of every expert that has rows. Waits for the device."""
+        if self._runs is None:
+            known = torch.where((self.ids < 0) | (self.ids >= self.experts), self.experts, self.ids)
+            counts = torch.bincount(known, minlength=self.experts + 1).tolist()
+            rows = known.argsort(stable=True).split(counts)
+            self._runs = [(expert, rows[expert]) for expert in range(self.experts) if counts[expert]]
+        return self._runs
 
 
 @dataclass(frozen=True)
@@ -38,26 +70,79 @@ class MoeKernel:
     """What a row of the kernel table offers for experts.
 
     Args:
-        rows: ``(rows of y, E, device) -> block``, the argument of :func:`sort_by_expert` that suits the kernel.
-        multiply: ``(spec, stacked, x, order, experts, top_k, bias [E, N] | None) -> y [rows of x * top_k, N]``. Row r
-            of y is row ``r // top_k`` of x times the weight of r's expert; zeros where r has none.
+        tensors: names of the prepared tensors that are multiplied with; the others need not be stacked.
+        apply: ``(spec, stacked, x [rows / top_k, K], routing, top_k, bias [P*E, N] | None) -> y [rows, P*N]``: row r of
+            y is row ``r // top_k`` of x times the weights of r's expert, side by side where there are several
+            projections, or zeros. x: 16 bits or float32.
+        op: the same call through ``torch.ops``, used while tracing.
     """
 
-    rows: Callable[[int, int, torch.device], int]
-    multiply: Callable[[LinearSpec, Tensors, Tensor, Tensor, Tensor, int, Tensor | None], Tensor]
+    tensors: tuple[str, ...]
+    apply: Callable[[LinearSpec, Tensors, Tensor, Routing, int, Tensor | None], Tensor]
+    op: Callable[[LinearSpec, Tensors, Tensor, Routing, int, Tensor | None], Tensor]
 
 
-def stack(specs: Sequence[LinearSpec], prepared: Sequence[Tensors]) -> Tensors | None:
-    """Experts' prepared tensors with a leading dimension E; None where experts differ in more than their values."""
+def obstacle(
+    kernels: Sequence[Kernel],
+    specs: Sequence[LinearSpec],
+    prepared: Sequence[Tensors],
+    biases: Sequence[Tensor | None],
+) -> str | None:
+    """What keeps weights, one per expert and projection, from being stacked; None where only their values differ."""
+    rows = sorted({kernel.name for kernel in kernels})
+    grouped = kernels[0].moe
+    if len(rows) > 1:
+        return f"are served by the kernels {' and '.join(rows)}"
+    if grouped is None:
+        return f"are served by the kernel {rows[0]!r}, which has no grouped product"
+    for what in ("in_features", "out_features", "bits", "group_size", "scales_dtype"):
+        if len(found := {getattr(spec, what) for spec in specs}) > 1:
+            return f"differ in {what}: {' and '.join(sorted(map(str, found)))}"
+    if len({None if bias is None else bias.dtype for bias in biases}) > 1:
+        return "differ in their biases"
+    for name in grouped.tensors:
+        if len({tensors[name].shape if name in tensors else None for tensors in prepared}) > 1:
+            return f"differ in the shape of {name} (zeros, or the order of their input channels)"
+    return None
 
-    def form(spec: LinearSpec, tensors: Tensors) -> object:
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        return spec.in_features, spec.out_features, spec.bits, spec.group_size, shapes
 
-    first, *others = map(form, specs, prepared)
-    if any(other != first for other in others):
-        return None
-    return {name: torch.stack([tensors[name] for tensors in prepared]) for name in prepared[0]}
+def stack(kernel: Kernel, prepared: Sequence[Tensors]) -> Tensors:
+    """Prepared tensors between which there is no :func:`obstacle`, with a leading dimension."""
+    assert kernel.moe is not None
+    stacked = {}
+    for name in kernel.moe.tensors:
+        if name in prepared[0]:
+            tensors = [each[name] for each in prepared]
+            out = cpu.in_huge_pages(tensors[0].new_empty((len(tensors), *tensors[0].shape)))
+            stacked[name] = torch.stack(tensors, out=out)
+    return stacked
+
+
+def one_by_one(
+    experts: Sequence[Callable[[Tensor], Tensor]], out_features: int, x: Tensor, routing: Routing, top_k: int
+) -> Tensor:
+    """What ``MoeKernel.apply`` computes, by a call for each expert; for weights that cannot be stacked.
+
+    Each expert that has rows is called with them, in their order; while a CUDA graph is captured, in which nothing may
+    depend on where rows go, every expert with all.
+
+    Args:
+        experts: functions of x [., K] -> [., N].
+        out_features: N.
+        x, routing, top_k: as for ``MoeKernel.apply``.
+    """
+    y = x.new_zeros((routing.ids.numel(), out_features))
+    if _capturing(x):
+        for expert, multiply in enumerate(experts):
+            y = torch.where((routing.ids == expert)[:, None], multiply(x).repeat_interleave(top_k, 0), y)
+        return y
+    for expert, rows in routing.runs():
+        y[rows] = experts[expert](x[rows // top_k])
+    return y
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def sort_by_expert(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
@@ -89,65 +174,26 @@ def sort_by_expert(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tenso
     return padded_order, torch.where(expert >= experts, -1, expert).int()
 
 
-def _cpu_moe_gemm(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    blocks: Tensor,
-    in_features: int,
-    out_features: int,
-    bits: int,
-    order: Tensor,
-    experts: Tensor,
-    top_k: int,
-    bias: Tensor | None,
-) -> Tensor:
-    """One product for each expert that has rows. Arguments: see cpu.py, with a leading dimension E; MoeKernel."""
-    y = x.new_zeros((x.shape[0] * top_k, out_features))
-    start = 0
-    for expert, run in itertools.groupby(experts.tolist()):
-        end = start + len(list(run)) * (order.numel() // experts.numel())
-        rows = order[start:end].long()
-        rows, start = rows[rows < len(y)], end
-        if expert < 0 or not len(rows):
-            continue
-        y[rows] = cpu.gemm(
-            x[rows // top_k],
-            qweight[expert],
-            scales[expert],
-            None if zeros is None else zeros[expert],
-            None if perm is None else perm[expert],
-            blocks[expert],
-            in_features,
-            out_features,
-            bits,
-            False,
-            None if bias is None else bias[expert],
-        )
-    return y
+# -- the rows of the kernel table --------------------------------------------------------------------------------------
 
 
-def _cpu_moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
-    out_features, top_k = arguments[6], arguments[10]
-    return x.new_empty((x.shape[0] * top_k, out_features))
+def _cpu_row(a8: bool) -> MoeKernel:
+    def call(
+        function: Any, spec: LinearSpec, stacked: Tensors, x: Tensor, routing: Routing, top_k: int, bias: Tensor | None
+    ) -> Tensor:
+        return function(x, *cpu.arguments(spec, stacked, a8), routing.ids, routing.experts, top_k, bias)
+
+    functions = (cpu.moe_gemm, torch.ops.gptq_backend.cpu_moe_gemm)
+    names = ("qweight", "scales", "zeros", "perm", "blocks")
+    return MoeKernel(names, *(functools.partial(call, function) for function in functions))
 
 
-_library.impl("cpu_moe_gemm", _cpu_moe_gemm, "CPU")
-torch.library.register_fake("gptq_backend::cpu_moe_gemm", _cpu_moe_gemm_fake, lib=_library)
+def _triton(spec: LinearSpec, stacked: Tensors, x: Tensor, routing: Routing, top_k: int, bias: Tensor | None) -> Tensor:
+    parts = stacked["qweight"].shape[0] // routing.experts
+    order, experts = routing.blocks(triton_plan.moe_rows(routing.ids.numel(), routing.experts, x.device), parts)
+    y = triton_ops.moe_op(spec, stacked, x, order, experts, top_k * parts, bias)
+    return y.view(-1, parts * spec.out_features)
 
 
-def _cpu_multiply(
-    spec: LinearSpec, stacked: Tensors, x: Tensor, order: Tensor, experts: Tensor, top_k: int, bias: Tensor | None
-) -> Tensor:
-    tensors = (stacked["qweight"], stacked["scales"], stacked.get("zeros"), stacked.get("perm"), stacked["blocks"])
-    numbers = (spec.in_features, spec.out_features, spec.bits)
-    return torch.ops.gptq_backend.cpu_moe_gemm(x, *tensors, *numbers, order, experts, top_k, bias)
-
-
-# By the name of the row of the kernel table that prepared the experts.
-MOE_KERNELS = {
-    "cpu": MoeKernel(lambda rows, experts, device: 1, _cpu_multiply),
-    "triton": MoeKernel(triton_plan.moe_rows, triton_ops.moe_op),
-}
+CPU, CPU_W4A8 = _cpu_row(a8=False), _cpu_row(a8=True)
+TRITON = MoeKernel(("qweight", "scales", "zeros", "perm", "groups"), _triton, _triton)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptq_backend import QuantizedWeight, kernels, triton_ops, triton_plan
+from gptq_backend import QuantizedWeight, kernels, moe, triton_ops, triton_plan
 from tests.test_cpu import LIMITS, error, exact, prepared
-from tests.test_triton import CPU, IDS, check_experts, check_opcheck
+from tests.test_moe import CPU, IDS, check_experts, check_opcheck
 from tests.test_weight import random_weight
 
 # N, K and group sizes that no tile divides, and some that it does.
@@ -138,8 +138,9 @@ def test_autotuning_tries_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("bits", "dtype"), [(3, torch.float32), (4, torch.float16)])
 def test_experts(bits: int, act_order: bool, dtype: torch.dtype, ids: Tensor) -> None:
-    check_experts(kernels.TRITON, bits, act_order, dtype, ids.shape[1], ids)
+    check_experts(kernels.TRITON, bits, act_order, dtype, ids, parts=2 if act_order else 1)
 
 
 def test_experts_pass_opcheck() -> None:
-    check_opcheck(kernels.TRITON, torch.ops.gptq_backend.triton_moe_gemm.default)
+    order, experts = moe.sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 4, 16)
+    check_opcheck(kernels.TRITON, torch.ops.gptq_backend.triton_moe_gemm.default, order, experts, 2)

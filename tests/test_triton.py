@@ -18,14 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from gptq_backend import Kernel, kernels, moe, triton_layout, triton_ops, triton_plan
+from gptq_backend import kernels, moe, triton_layout, triton_ops, triton_plan
 from gptq_backend.columns import Grid
 from gptq_backend.weight import encode, resolve
-from tests.test_cpu import LIMITS, error, exact, native, prepared
+from tests.test_cpu import LIMITS, error, exact, prepared
+from tests.test_moe import check_experts, stacked
 from tests.test_weight import random_weight
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it is part of the test extra")
@@ -165,82 +164,6 @@ def test_x_that_cannot_be_read_is_refused() -> None:
             kernels.TRITON.apply(spec, tensors, x, None)
 
 
-# -- experts -----------------------------------------------------------------------------------------------------------
-
-
-@given(rows=st.integers(0, 70), experts=st.integers(1, 9), block=st.sampled_from([1, 2, 16]), seed=st.integers(0, 9))
-def test_sorted_rows_are_all_there_once_in_blocks_of_one_expert(rows: int, experts: int, block: int, seed: int) -> None:
-    ids = torch.randint(-1, experts + 2, (rows,), generator=torch.Generator().manual_seed(seed))
-    order, of_block = moe.sort_by_expert(ids, experts, block)
-    assert len(order) == len(of_block) * block
-    real = order < rows
-    assert torch.equal(order[real].sort().values, torch.arange(rows, dtype=torch.int32))
-    known = torch.where((ids < 0) | (ids >= experts), -1, ids)
-    assert torch.equal(known[order[real].long()].int(), of_block.repeat_interleave(block)[real])
-
-
-def check_experts(
-    kernel: Kernel, bits: int, act_order: bool, dtype: torch.dtype, top_k: int, ids: Tensor, device: torch.device = CPU
-) -> None:
-    """Against a plain loop in float64. ids: [T, top_k]."""
-    weights = [random_weight(bits, 90, 40, 32, seed, act_order=act_order) for seed in range(3)]
-    specs, layouts = zip(*(prepared(weight, kernel) for weight in weights))
-    stacked = moe.stack(specs, layouts)
-    assert stacked is not None
-    x, bias = torch.randn(len(ids), 90).to(dtype), torch.randn(3, 40).to(dtype)
-    grouped = moe.MOE_KERNELS[kernel.name]
-    stacked = {name: tensor.to(device) for name, tensor in stacked.items()}
-    order, experts = moe.sort_by_expert(ids.to(device), 3, grouped.rows(ids.numel(), 3, device))
-    y = grouped.multiply(specs[0], stacked, x.to(device), order, experts, top_k, bias.to(device)).cpu()
-    expected = torch.zeros(ids.numel(), 40, dtype=torch.float64)
-    for row, expert in enumerate(ids.flatten().tolist()):
-        if 0 <= expert < 3:
-            expected[row] = exact(weights[expert], x[row // top_k], bias[expert])
-    assert y.shape == expected.shape
-    assert y.dtype == dtype
-    assert error(y, expected) < LIMITS[dtype]
-
-
-IDS = [
-    torch.tensor([[0, 2], [2, 1], [-1, 2], [1, 0], [3, 3]]),  # experts of another rank come out as zeros
-    torch.full((20, 1), 1),  # one has all of them
-    torch.tensor([[2]]),
-]
-
-
-@native
-@pytest.mark.parametrize("ids", IDS, ids=lambda ids: str(tuple(ids.shape)))
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_on_a_cpu(bits: int, act_order: bool, dtype: torch.dtype, ids: Tensor) -> None:
-    check_experts(kernels.CPU, bits, act_order, dtype, ids.shape[1], ids)
-
-
-@native
-def test_experts_on_a_cpu_pass_opcheck() -> None:
-    check_opcheck(kernels.CPU, torch.ops.gptq_backend.cpu_moe_gemm.default)
-
-
-def check_opcheck(kernel: Kernel, operator: Any) -> None:
-    specs, layouts = zip(*(prepared(random_weight(4, 64, 20, 32, seed), kernel) for seed in range(2)))
-    stacked = moe.stack(specs, layouts)
-    assert stacked is not None
-    if kernel is kernels.TRITON:
-        layout = triton_ops._arguments(specs[0], stacked)
-    else:
-        layout = (*(stacked.get(name) for name in ("qweight", "scales", "zeros", "perm", "blocks")), 64, 20, 4)
-    order, experts = moe.sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 2, 16)
-    torch.library.opcheck(operator, (torch.randn(2, 64), *layout, order, experts, 2, torch.randn(2, 20)))
-
-
-def test_experts_that_differ_are_not_stacked() -> None:
-    same = [prepared(random_weight(4, 64, 20, 32, seed), kernels.TRITON) for seed in range(2)]
-    other = prepared(random_weight(4, 64, 20, 32, act_order=True), kernels.TRITON)
-    assert moe.stack(*zip(*same)) is not None
-    assert moe.stack(*zip(*same, other)) is None
-
-
 # -- compiled for GPUs -------------------------------------------------------------------------------------------------
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -356,12 +279,9 @@ def test_every_tile_of_the_heuristics_compiles_without_spilling(compiler, target
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_experts_compile_without_spilling(compiler, target: str) -> None:
     made = compiler(target)
-    specs, layouts = zip(*(prepared(random_weight(4, 1024, 256, 128, i), kernels.TRITON) for i in range(2)))
-    stacked = moe.stack(specs, layouts)
-    assert stacked is not None
-    order, experts = moe.sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 2, 16)
+    specs, _, stack = stacked(kernels.TRITON, [random_weight(4, 1024, 256, 128, i) for i in range(2)])
     x = torch.empty(2, 1024, dtype=torch.bfloat16)
-    moe.MOE_KERNELS["triton"].multiply(specs[0], stacked, x, order, experts, 2, None)
+    kernels.TRITON.moe.apply(specs[0], stack, x, moe.Routing(torch.tensor([[0, 1], [1, 0]]), 2), 2, None)
     assert_fast(target, "gemm", made.compiled["gemm"], torch.bfloat16)
 
 
@@ -429,4 +349,4 @@ def test_gpu_repeats_bit_for_bit_and_is_captured() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gpu_experts(act_order: bool) -> None:
-    check_experts(kernels.TRITON, 4, act_order, torch.bfloat16, 2, torch.randint(-1, 4, (50, 2)), torch.device("cuda"))
+    check_experts(kernels.TRITON, 4, act_order, torch.bfloat16, torch.randint(-1, 4, (50, 2)), 2, torch.device("cuda"))

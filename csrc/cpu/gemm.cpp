@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -65,26 +66,56 @@ constexpr int kRowsAtATime = 480;
 // Below this many multiplications waking a second thread costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
-void gemm_rows(const Call& c, const Level& level, int threads) {
-    const Weight& w = c.weight;
-    const bool few = c.rows * c.planes <= kMaxFused;
-    const int row_step = few ? c.rows : kRowTask;
-    const int row_tasks = (c.rows + row_step - 1) / row_step;
-    // Strips of a task: enough tasks that no thread waits long for another's last one.
-    int strip_step = few ? 8 : kStripTask;
-    while (strip_step > 1 && int64_t(row_tasks) * (w.strips() / strip_step) < 8 * int64_t(threads)) strip_step /= 2;
-    const int strip_tasks = (w.strips() + strip_step - 1) / strip_step;
-    const int tasks = row_tasks * strip_tasks;
-    const auto quantize = [&](int row) { level.quantize(c, row); };
-    const auto multiply = [&](int task) {
-        // Neighbouring tasks share the weights.
-        const int m0 = task % row_tasks * row_step, s0 = task / row_tasks * strip_step;
-        level.multiply(c, m0, std::min(m0 + row_step, c.rows), s0, std::min(s0 + strip_step, w.strips()));
+// How a call is cut into tasks, and the numbers of its first task and first row among those of all calls.
+struct Cut {
+    int row_step, row_tasks, strip_step, first_task, first_row;
+};
+
+// The one whose numbers `task` (a row) is among.
+int find(const std::vector<Cut>& cuts, int Cut::* first, int number) {
+    const auto after = std::upper_bound(cuts.begin(), cuts.end(), number,
+                                        [&](int value, const Cut& cut) { return value < cut.*first; });
+    return int(after - cuts.begin()) - 1;
+}
+
+// Multiplies all calls, as if they were one. Calls with the `lanes` of the one before share its activations.
+void multiply_all(const std::vector<Call>& calls, int threads) {
+    const Level& isa = level();
+    std::vector<Cut> cuts;
+    int rows = 0, tasks = 0;
+    int64_t work = 0;
+    bool few = true;
+    for (size_t i = 0; i < calls.size(); ++i) {
+        const Call& c = calls[i];
+        const int strips = c.weight.strips();
+        const bool fused = c.rows * c.planes <= kMaxFused;
+        const int row_step = fused ? c.rows : kRowTask, row_tasks = (c.rows + row_step - 1) / row_step;
+        // Strips of a task: enough tasks that no thread waits long for another's last one.
+        int step = fused ? 8 : kStripTask;
+        while (step > 1 && int64_t(calls.size()) * row_tasks * (strips / step) < 8 * int64_t(threads)) step /= 2;
+        cuts.push_back({row_step, row_tasks, step, tasks, rows});
+        tasks += row_tasks * ((strips + step - 1) / step);
+        if (!i || c.lanes != calls[i - 1].lanes) rows += c.rows;
+        work += int64_t(c.rows) * c.weight.slots * c.weight.out_features;
+        few = few && rows * c.planes <= kMaxFused;
+    }
+    const auto quantize = [&](int row) {
+        const int i = find(cuts, &Cut::first_row, row);
+        isa.quantize(calls[i], row - cuts[i].first_row);
     };
-    const bool serial = threads == 1 || int64_t(c.rows) * w.slots * w.out_features < kSerialWork;
+    const auto multiply = [&](int task) {
+        const int i = find(cuts, &Cut::first_task, task);
+        const Call& c = calls[i];
+        const Cut& cut = cuts[i];
+        task -= cut.first_task;
+        // Neighbouring tasks share the weights.
+        const int m0 = task % cut.row_tasks * cut.row_step, s0 = task / cut.row_tasks * cut.strip_step;
+        isa.multiply(c, m0, std::min(m0 + cut.row_step, c.rows), s0, std::min(s0 + cut.strip_step, c.weight.strips()));
+    };
+    const bool serial = threads == 1 || work < kSerialWork;
     // A few rows take microseconds, like the barrier that sharing them would need.
     if (serial || few) {
-        for (int row = 0; row < c.rows; ++row) quantize(row);
+        for (int row = 0; row < rows; ++row) quantize(row);
     }
     if (serial) {
         for (int task = 0; task < tasks; ++task) multiply(task);
@@ -94,11 +125,61 @@ void gemm_rows(const Call& c, const Level& level, int threads) {
     {
         if (!few) {
 #pragma omp for schedule(static)
-            for (int row = 0; row < c.rows; ++row) quantize(row);
+            for (int row = 0; row < rows; ++row) quantize(row);
         }
 #pragma omp for schedule(dynamic) nowait
         for (int task = 0; task < tasks; ++task) multiply(task);
     }
+}
+
+// Whether one weight meets the integers that were made for the other.
+bool share_activations(const Call& a, const Call& b) {
+    return a.x_rows == b.x_rows && a.rows == b.rows && !a.weight.perm && !b.weight.perm;
+}
+
+// Gives the calls, of which a weight differs from another in its values only, room for their activations.
+void run(std::vector<Call>& calls, int threads) {
+    thread_local Scratch<uint32_t> lanes;
+    thread_local Scratch<float> scales;
+    thread_local Scratch<int32_t> sums;
+    const size_t stride = calls[0].lane_stride(), blocks = calls[0].weight.n_blocks;
+    size_t rows = 0, next = 0;
+    for (const Call& c : calls) rows += size_t(c.rows) * c.planes;
+    uint32_t* const all_lanes = lanes.reserve(rows * stride);
+    float* const all_scales = scales.reserve(rows * blocks);
+    int32_t* const all_sums = sums.reserve(rows * blocks);
+    for (size_t i = 0; i < calls.size(); ++i) {
+        Call& c = calls[i];
+        if (i && share_activations(calls[i - 1], c)) next -= size_t(c.rows) * c.planes;
+        c.lanes = all_lanes + next * stride;
+        c.x_scales = all_scales + next * blocks;
+        c.x_sums = all_sums + next * blocks;
+        next += size_t(c.rows) * c.planes;
+    }
+    multiply_all(calls, threads);
+}
+
+int planes(const Call& c) {
+    return c.dtype == Dtype::f32 && !c.a8 ? 2 : 1;
+}
+
+const void* after(const void* p, size_t bytes) {
+    return p ? static_cast<const char*>(p) + bytes : nullptr;
+}
+
+int size_of(Dtype dtype) {
+    return dtype == Dtype::f32 ? 4 : 2;
+}
+
+// Number i of a stack of weights.
+Weight weight_at(Weight w, size_t i) {
+    const size_t scales = size_t(w.strips()) * w.groups * kStrip;
+    w.words += i * w.strips() * (size_t(w.slots) * w.bits / 32) * kStrip;
+    w.scales = after(w.scales, i * scales * size_of(w.scales_dtype));
+    if (w.zeros) w.zeros += i * scales;
+    if (w.perm) w.perm += i * w.slots;
+    w.blocks += i * w.n_blocks * 3;
+    return w;
 }
 
 }  // namespace
@@ -115,24 +196,65 @@ const Level& level() {
 }
 
 void gemm(Call c, int threads) {
-    thread_local Scratch<uint32_t> lanes;
-    thread_local Scratch<float> scales;
-    thread_local Scratch<int32_t> sums;
-    const Level& isa = level();
-    c.planes = c.dtype == Dtype::f32 && !c.a8 ? 2 : 1;
-    const size_t rows = size_t(std::min(c.rows, kRowsAtATime)) * c.planes;
-    c.lanes = lanes.reserve(rows * c.lane_stride());
-    c.x_scales = scales.reserve(rows * c.weight.n_blocks);
-    c.x_sums = sums.reserve(rows * c.weight.n_blocks);
-    const int size = c.dtype == Dtype::f32 ? 4 : 2;
-    const char* x = static_cast<const char*>(c.x);
+    c.planes = planes(c);
+    const int all = c.rows, size = size_of(c.dtype);
+    const void* x = c.x;
     char* y = static_cast<char*>(c.y);
-    for (int m = 0, all = c.rows; m < all; m += kRowsAtATime) {
+    for (int m = 0; m < all; m += kRowsAtATime) {
         c.rows = std::min(kRowsAtATime, all - m);
-        c.x = x + size_t(m) * c.weight.in_features * size;
+        c.x = after(x, size_t(m) * c.weight.in_features * size);
         c.y = y + size_t(m) * c.weight.out_features * size;
-        gemm_rows(c, isa, std::max(1, threads));
+        std::vector<Call> one = {c};
+        run(one, threads);
     }
+}
+
+void moe_gemm(Call c, const Experts& e, int threads) {
+    c.planes = planes(c);
+    const int rows = c.rows;
+    const auto id = [&](int row) {
+        const int64_t value = e.id_size == 8 ? reinterpret_cast<const int64_t*>(e.ids)[row]
+                                             : reinterpret_cast<const int32_t*>(e.ids)[row];
+        return value < 0 || value >= e.count ? e.count : int(value);
+    };
+    // A counting sort. Those of no expert come last.
+    std::vector<int> ends(e.count + 1);
+    for (int row = 0; row < rows; ++row) ++ends[id(row)];
+    for (int i = 1; i <= e.count; ++i) ends[i] += ends[i - 1];
+    std::vector<int32_t> x_rows(rows), y_rows(size_t(rows) * e.parts);
+    for (int row = rows; row-- > 0;) {
+        const int at = --ends[id(row)];  // from here on where the expert's rows begin
+        x_rows[at] = row / e.top_k;
+        for (int part = 0; part < e.parts; ++part) y_rows[size_t(part) * rows + at] = row * e.parts + part;
+    }
+    const size_t y_bytes = size_t(c.weight.out_features) * size_of(c.dtype);
+    for (int i = ends[e.count]; i < rows; ++i) {
+        std::memset(static_cast<char*>(c.y) + y_rows[i] * y_bytes, 0, y_bytes * e.parts);
+    }
+    std::vector<Call> calls;
+    int pending = 0;
+    for (int i = 0; i < e.count; ++i) {
+        for (int m = ends[i]; m < ends[i + 1]; m += kRowsAtATime) {
+            const int count = std::min(kRowsAtATime, ends[i + 1] - m);
+            if (pending && pending + count > kRowsAtATime) {
+                run(calls, threads);
+                calls.clear();
+                pending = 0;
+            }
+            pending += count;
+            for (int part = 0; part < e.parts; ++part) {
+                const size_t number = size_t(part) * e.count + i;
+                Call one = c;
+                one.weight = weight_at(c.weight, number);
+                one.bias = after(c.bias, number * c.weight.out_features * size_of(c.bias_dtype));
+                one.x_rows = &x_rows[m];
+                one.y_rows = &y_rows[size_t(part) * rows + m];
+                one.rows = count;
+                calls.push_back(one);
+            }
+        }
+    }
+    if (!calls.empty()) run(calls, threads);
 }
 
 double read_bandwidth(const void* data, size_t bytes, int passes, int threads) {

@@ -17,6 +17,15 @@ const Level& level();
 // Fills in the workspace of `call` and computes y on `threads` threads.
 void gemm(Call call, int threads);
 
+// The experts of a layer: `parts` weights for each, as tensors with a leading dimension [parts][count].
+struct Experts {
+    uintptr_t ids;  // address of [rows] of id_size bytes: the expert of each row, outside of 0..count-1 for none
+    int id_size, count, parts, top_k;
+};
+// Row r of y [rows][parts][out_features], r < call.rows, is row r / top_k of x times the weights of r's expert, or
+// zeros. `call` describes the first weight, its bias likewise.
+void moe_gemm(Call call, const Experts& experts, int threads);
+
 // Checkpoint words <-> the layout of Weight::words. `source` holds rows of out_features words of `word_bits` (8 or 32)
 // bits; a row holds word_bits / field_bits input channels, lowest bits first. `perm` as in Weight, or null.
 struct Repack {
@@ -27,6 +36,10 @@ struct Repack {
 };
 void pack(const Repack&, int threads);
 void unpack(const Repack&, int threads);  // channels that no slot names come out as zero
+
+// Asks for whole pages of 2 MB inside some memory, before it is written to: thousands of small ones per product would
+// evict the translations of everything else, the calling Python's included. Advice only, hence no error.
+void advise_huge_pages(void* data, size_t bytes);
 
 // Bytes per second of `passes` reads of `bytes` bytes: the roof that the benchmark holds the kernels against.
 double read_bandwidth(const void* data, size_t bytes, int passes, int threads);

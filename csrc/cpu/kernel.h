@@ -33,7 +33,9 @@ struct Weight {
 // fp32 rows take two int16 "planes" (x = hi + lo), which behave as two rows until the very end.
 struct Call {
     Weight weight;
-    const void* x;  // [rows][in_features] of dtype
+    const void* x;          // [rows][in_features] of dtype
+    const int32_t* x_rows;  // [rows] which row of x each is, or null: as they come
+    const int32_t* y_rows;  // likewise of y
     Dtype dtype;
     int rows;
     const void* bias;  // [out_features] of bias_dtype, or null

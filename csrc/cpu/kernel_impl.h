@@ -144,6 +144,7 @@ GPTQ_INLINE void gather(const void* x, int channels, const int32_t* perm, void* 
 template <class Isa>
 GPTQ_INLINE void load_block(const Call& c, int row, int k0, int k1, float* out) {
     const int size = size_of(c.dtype), n = k1 - k0, width = c.weight.in_features;
+    if (c.x_rows) row = c.x_rows[row];
     const char* x = static_cast<const char*>(c.x) + size_t(row) * width * size;
     alignas(64) uint32_t raw[kMaxBlock];
     if (c.weight.perm) {
@@ -287,6 +288,7 @@ GPTQ_INLINE void finish(const Call& c, int m, int strip, const float* sums, int 
         to_float<Isa>(c.bias_dtype, static_cast<const char*>(c.bias) + size_t(n0) * size_of(c.bias_dtype), bias, n);
         for (int i = 0; i < kStrip; ++i) y[i] += bias[i];
     }
+    if (c.y_rows) m = c.y_rows[m];
     from_float<Isa>(c.dtype, y, static_cast<char*>(c.y) + (size_t(m) * c.weight.out_features + n0) * size_of(c.dtype),
                     n);
 }

@@ -16,9 +16,11 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Experts: none, or the members of gptq::Experts.
+template <class... Experts>
 void gemm(uintptr_t x, int dtype, int rows, uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros,
           uintptr_t perm, uintptr_t blocks, int bits, int in_features, int out_features, int slots, int groups,
-          int n_blocks, uintptr_t bias, int bias_dtype, uintptr_t y, bool a8, int threads) {
+          int n_blocks, uintptr_t bias, int bias_dtype, uintptr_t y, bool a8, int threads, Experts... experts) {
     gptq::Call call{};
     call.weight = {at<uint32_t>(words),
                    at<void>(scales),
@@ -39,7 +41,11 @@ void gemm(uintptr_t x, int dtype, int rows, uintptr_t words, uintptr_t scales, i
     call.bias_dtype = Dtype(bias_dtype);
     call.y = at<void>(y);
     call.a8 = a8;
-    gptq::gemm(call, threads);
+    if constexpr (sizeof...(Experts) == 0) {
+        gptq::gemm(call, threads);
+    } else {
+        gptq::moe_gemm(call, gptq::Experts{experts...}, threads);
+    }
 }
 
 template <void (*Function)(const gptq::Repack&, int)>
@@ -60,9 +66,11 @@ PYBIND11_MODULE(_cpu, m) {
     const py::call_guard<py::gil_scoped_release> release;
     m.def("levels", &gptq::levels);
     m.def("level", [] { return gptq::level().name; });
-    m.def("gemm", &gemm, release);
+    m.def("gemm", &gemm<>, release);
+    m.def("moe_gemm", &gemm<uintptr_t, int, int, int, int>, release);
     m.def("pack", &repack<gptq::pack>, release);
     m.def("unpack", &repack<gptq::unpack>, release);
+    m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { gptq::advise_huge_pages(at<void>(data), bytes); });
     m.def("torch_functions", &gptq::torch_functions);
     m.def("register_with_torch", &gptq::register_with_torch);
     m.def(

@@ -104,8 +104,8 @@ void unpack_as(const Repack& r, int threads) {
     }
 }
 
-// Whole pages of 2 MB inside the words: thousands of small ones per product would evict the translations of everything
-// else, the calling Python's included. Advice only, hence no error.
+}  // namespace
+
 void advise_huge_pages(void* data, size_t bytes) {
 #ifdef __linux__
     const uintptr_t page = 2 << 20, start = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
@@ -115,8 +115,6 @@ void advise_huge_pages(void* data, size_t bytes) {
     (void)data, (void)bytes;
 #endif
 }
-
-}  // namespace
 
 void pack(const Repack& r, int threads) {
     advise_huge_pages(r.words, size_t(r.weight->strips()) * (r.weight->slots / 32) * r.weight->bits * kStrip * 4);
