@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoEQuantConfig, RoutedExperts
@@ -17,22 +17,20 @@ from vllm.model_executor.layers.fused_moe.activation import (
 from vllm.utils.torch_utils import LayerName, LayerNameType, direct_register_custom_op
 
 from gptq_backend import ConfigError
+from gptq_backend.moe import Routing
 
 from .checkpoint import Use
+from .experts import Experts
 from .linear import announce
 from .params import Arrivals, add_parameters, missing, remove_parameters
 from .pieces import AnyPiece
-from .segments import Segments
 
 if TYPE_CHECKING:
     from .config import GPTQBackendConfig
 
 
 class GPTQMoEMethod(FusedMoEMethodBase):
-    """Experts of which at least one projection is quantized; each has a spec of its own.
-
-    Tokens are sorted by expert, so that each expert that got any multiplies all of its tokens in one call.
-    """
+    """Experts of which at least one projection is quantized; each may have a spec of its own."""
 
     def __init__(self, config: GPTQBackendConfig, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
@@ -72,13 +70,10 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         remove_parameters(layer, "w2_{}")
         backend = self.config.backend
         for name, shards in (("w13", incoming.first_shards), ("w2", ("w2",))):
-            experts = nn.ModuleList(
-                Segments([incoming.piece(expert, shard) for shard in shards], incoming.dtype, backend)
-                for expert in range(layer.local_num_experts)
-            )
+            pieces = ([incoming.piece(i, shard) for shard in shards] for i in range(layer.local_num_experts))
+            experts = Experts(pieces, incoming.dtype, backend, " and ".join(shards))
             layer.add_module(name, experts)
-            for segments in experts:
-                announce(segments)
+            announce(experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         """Settings of the activation; vLLM has no description for weights as mixed as these may be."""
@@ -97,7 +92,8 @@ class GPTQMoEMethod(FusedMoEMethodBase):
     ) -> Tensor:
         """x: float [T, H]; topk_weights: float [T, k]; topk_ids: int [T, k] -> [T, H] of this rank's experts."""
         if torch.compiler.is_compiling():
-            # How many tokens an expert gets is data. Around the loop there is one operator for the graph to call.
+            # How many tokens an expert gets is data, and matters where experts are multiplied one by one. Around all
+            # of it there is one operator for the graph to call.
             return torch.ops.gptq_vllm.experts(x, topk_weights, topk_ids, _encoded(layer.layer_name))
         return run_experts(layer, x, topk_weights, topk_ids)
 
@@ -112,45 +108,13 @@ def run_experts(layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids:
                 f"not for {topk_ids.shape[1]}"
             )
         x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return (_all_experts if capturing else _chosen_experts)(layer, x, topk_weights, ids)
-
-
-def _chosen_experts(layer: RoutedExperts, x: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-    """Each expert that got tokens, once, on all of them. ids: [T, k] of this rank's experts, or -1."""
-    tokens, k = ids.shape
-    flat = ids.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat + 1, minlength=layer.local_num_experts + 1).tolist()
-    first = counts[0]  # -1 sorts first; these rows stay zero
-    rows = x[order // k]
-    results = torch.zeros_like(rows)
-    for expert, count in enumerate(counts[1:]):
-        if count:
-            results[first : first + count] = _expert(layer, expert, rows[first : first + count])
-            first += count
-    by_slot = torch.empty_like(results)
-    by_slot[order] = results
-    weighted = by_slot.view(tokens, k, -1).float() * topk_weights.float().unsqueeze(-1)
-    return weighted.sum(1).to(x.dtype)
-
-
-def _all_experts(layer: RoutedExperts, x: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-    """Every expert on every token: what a CUDA graph can hold, in which nothing may depend on where tokens go."""
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in range(layer.local_num_experts):
-        weight = (topk_weights.float() * (ids == expert)).sum(1, keepdim=True)
-        total += weight * _expert(layer, expert, x)
-    return total.to(x.dtype)
-
-
-def _expert(layer: RoutedExperts, expert: int, x: Tensor) -> Tensor:
-    """x: [t, H] -> [t, H], or this rank's part of it."""
-    hidden = layer.w13[expert](x)
+    routing = Routing(ids, layer.local_num_experts)
+    hidden = layer.w13(x, routing, ids.shape[1])
     width = hidden.shape[1] // 2 if layer.activation.is_gated else hidden.shape[1]
     activated = hidden.new_empty(hidden.shape[0], width)
     apply_moe_activation(layer.activation, activated, hidden, activation_config=layer.quant_method.activation_config)
-    return layer.w2[expert](activated)
+    by_slot = layer.w2(activated, routing, 1).view(*ids.shape, -1)
+    return (by_slot.float() * topk_weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
 
 class _IncomingExperts:

@@ -22,6 +22,7 @@ from .segments import Segments
 
 if TYPE_CHECKING:
     from .config import GPTQBackendConfig
+    from .experts import Experts
 
 
 @register_weight_loader_v2_supported_method
@@ -174,7 +175,7 @@ def _outputs(layer: nn.Module, names: list[str], index: int) -> int | None:
     return getattr(layer, "org_vocab_size", None) or getattr(layer, "output_size", None)
 
 
-def announce(segments: Segments) -> None:
+def announce(weight: Segments | Experts) -> None:
     """Tell vLLM's cache of compiled graphs apart what it does not see: which kernels serve which formats.
 
     A graph calls the operators of the kernels that were chosen on this machine, with sizes that differ between
@@ -183,4 +184,4 @@ def announce(segments: Segments) -> None:
     config = get_current_vllm_config_or_none()
     if config is not None and isinstance(config.additional_config, dict):
         seen = config.additional_config.get("gptq_backend", "")
-        config.additional_config["gptq_backend"] = hashlib.sha256((seen + segments.describe()).encode()).hexdigest()
+        config.additional_config["gptq_backend"] = hashlib.sha256((seen + weight.describe()).encode()).hexdigest()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptq_backend import select_kernel
+from gptq_backend import Kernel, select_kernel
 
 from .pieces import AnyPiece, DensePiece, Piece, joined
 
@@ -19,15 +20,15 @@ class QuantizedSegment(nn.Module):
     Args:
         piece: on the device to run on.
         backend: row of the kernel table, or None for the fastest that fits.
+        expert: see ``select_kernel``.
     """
 
-    def __init__(self, piece: Piece, backend: str | None) -> None:
+    def __init__(self, piece: Piece, backend: str | None, expert: bool = False) -> None:
         super().__init__()
         self.spec, tensors = piece.stored()
         self.out_features = self.spec.out_features
-        self.kernel = select_kernel(self.spec, piece.qweight.device, backend)
-        for key, tensor in self.kernel.prepare(self.spec, tensors).items():
-            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+        self._backend = backend
+        self._prepare(select_kernel(self.spec, piece.qweight.device, backend, expert), tensors)
         self.extra_bias = None if piece.bias is None else nn.Parameter(piece.bias, requires_grad=False)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,6 +38,21 @@ class QuantizedSegment(nn.Module):
         # Outside of a trace the kernel is called without the detour through torch's dispatcher.
         call = self.kernel.op if torch.compiler.is_compiling() else self.kernel.apply
         return call(self.spec, self._parameters, x, bias)  # type: ignore[arg-type]
+
+    def serve_alone(self) -> None:
+        """Take back what being an expert had to do with the choice of the kernel."""
+        kernel = select_kernel(self.spec, self.qweight.device, self._backend)  # type: ignore[arg-type]
+        if kernel is not self.kernel:
+            held: Any = {key: value for key, value in self._parameters.items() if key != "extra_bias"}
+            stored = self.kernel.unprepare(self.spec, held)
+            for key in held:
+                del self._parameters[key]
+            self._prepare(kernel, stored)
+
+    def _prepare(self, kernel: Kernel, stored: dict[str, Tensor]) -> None:
+        self.kernel = kernel
+        for key, tensor in kernel.prepare(self.spec, stored).items():
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -69,18 +85,21 @@ class Segments(nn.Module):
         pieces: in the order of the outputs, on the device to run on. Neighbours are joined where one call can do.
         dtype: of the model, for what is not quantized.
         backend: row of the kernel table, or None for the fastest that fits.
+        expert: see ``select_kernel``.
     """
 
-    def __init__(self, pieces: Sequence[AnyPiece], dtype: torch.dtype, backend: str | None) -> None:
+    def __init__(
+        self, pieces: Sequence[AnyPiece], dtype: torch.dtype, backend: str | None, expert: bool = False
+    ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(
-            QuantizedSegment(piece, backend) if isinstance(piece, Piece) else DenseSegment(piece, dtype)
+            QuantizedSegment(piece, backend, expert) if isinstance(piece, Piece) else DenseSegment(piece, dtype)
             for piece in joined(pieces)
         )
         ends = [0]
         for part in self.parts:
             ends.append(ends[-1] + part.out_features)  # type: ignore[operator]
-        self._ends = tuple(ends)
+        self._ends, self.out_features = tuple(ends), ends[-1]
         # Looking up children and calling them as modules would cost as much as a small product.
         self._forwards = tuple(part.forward for part in self.parts)
 
@@ -92,6 +111,12 @@ class Segments(nn.Module):
         for i, multiply in enumerate(self._forwards):
             outputs.append(multiply(x, None if bias is None else bias[self._ends[i] : self._ends[i + 1]]))
         return torch.cat(outputs, dim=-1)
+
+    def serve_alone(self) -> None:
+        """See :meth:`QuantizedSegment.serve_alone`."""
+        for part in self.parts:
+            if isinstance(part, QuantizedSegment):
+                part.serve_alone()
 
     @property
     def first(self) -> Tensor:

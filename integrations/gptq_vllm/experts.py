@@ -1,0 +1,102 @@
+"""One projection of all experts of a layer: a grouped product where they have the same form, else one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+
+from gptq_backend.moe import Routing, obstacle, one_by_one, stack
+
+from .pieces import AnyPiece
+from .segments import QuantizedSegment, Segments
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class Experts(nn.Module):
+    """``y[r] = x[r // top_k] @ W[expert of r].T + bias[expert of r]``.
+
+    Args:
+        pieces: of each expert in turn, see :class:`Segments`.
+        dtype, backend: likewise.
+        name: of the projection, for the log.
+    """
+
+    def __init__(
+        self, pieces: Iterable[Sequence[AnyPiece]], dtype: torch.dtype, backend: str | None, name: str
+    ) -> None:
+        super().__init__()
+        each = [Segments(of_one, dtype, backend, expert=True) for of_one in pieces]
+        self.out_features = each[0].out_features
+        self.descriptions = sorted({segments.describe() for segments in each})
+        why = _obstacle(each)
+        if why is None:
+            self.each = None
+            self.parts = nn.ModuleList(GroupedSegment(parts) for parts in zip(*(one.parts for one in each)))
+            kernels = {part.kernel.name for part in self.parts}
+            logger.info_once("experts, %s: one grouped product of the kernel %s", name, " and ".join(sorted(kernels)))
+        else:
+            for segments in each:
+                segments.serve_alone()
+            self.each = nn.ModuleList(each)
+            logger.warning_once("experts, %s: they %s, and are multiplied one by one, which is slower", name, why)
+
+    def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:
+        """x: float [rows / top_k, K] -> [rows, N] in the dtype of x; rows of no expert are zeros."""
+        if self.each is not None:
+            return one_by_one([one.forward for one in self.each], self.out_features, x, routing, top_k)
+        outputs = [part(x, routing, top_k) for part in self.parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def describe(self) -> str:
+        """See :meth:`Segments.describe`."""
+        return f"{'grouped' if self.each is None else 'one by one'}: {' | '.join(self.descriptions)}"
+
+
+class GroupedSegment(nn.Module):
+    """A segment of all experts: their tensors with a leading dimension, which are its parameters.
+
+    Args:
+        parts: that of each expert, between which there is no obstacle.
+    """
+
+    def __init__(self, parts: Sequence[QuantizedSegment]) -> None:
+        super().__init__()
+        self.spec, self.kernel = parts[0].spec, parts[0].kernel
+        stacked = stack(self.kernel, [part._parameters for part in parts])  # type: ignore[misc]
+        for key, tensor in stacked.items():
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+        biases = [part.extra_bias for part in parts if part.extra_bias is not None]
+        self.extra_bias = nn.Parameter(torch.stack(biases), requires_grad=False) if biases else None
+
+    def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:
+        """See :meth:`Experts.forward`."""
+        call = self.kernel.moe.op if torch.compiler.is_compiling() else self.kernel.moe.apply  # type: ignore[union-attr]
+        return call(self.spec, self._parameters, x, routing, top_k, self.extra_bias)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return (
+            f"{len(self.qweight)} experts, {spec.in_features}, {spec.out_features}, bits={spec.bits}, "  # type: ignore[arg-type]
+            f"group_size={spec.group_size}, sym={spec.sym}, act_order={spec.act_order}, kernel={self.kernel.name}"
+        )
+
+
+def _obstacle(each: Sequence[Segments]) -> str | None:
+    if len({tuple(part.out_features for part in one.parts) for one in each}) > 1:
+        return "differ in the projections that can be joined"
+    for parts in zip(*(one.parts for one in each)):
+        if not all(isinstance(part, QuantizedSegment) for part in parts):
+            return "are not all quantized"
+        why = obstacle(
+            [part.kernel for part in parts],
+            [part.spec for part in parts],
+            [part._parameters for part in parts],
+            [part.extra_bias for part in parts],
+        )
+        if why is not None:
+            return why
+    return None

@@ -1,0 +1,66 @@
+"""Experts, grouped or not, meet their own tokens; no engine is started."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from gptq_backend import QuantizedWeight
+from gptq_backend.moe import Routing
+from gptq_vllm.experts import Experts
+from gptq_vllm.pieces import DensePiece
+from tests.vllm.test_pieces import K, N, piece, weight
+
+IDS = torch.tensor([[0, 2], [2, 1], [-1, 2], [1, -1]], dtype=torch.int32)  # -1: on another rank
+
+
+def check(experts: Experts, dense: list[torch.Tensor]) -> None:
+    """dense: [N, K] of each expert."""
+    x = torch.randn(len(IDS), K)
+    y = experts(x, Routing(IDS, 3), 2)
+    for row, expert in enumerate(IDS.flatten().tolist()):
+        expected = torch.zeros(y.shape[1]) if expert < 0 else dense[expert] @ x[row // 2]
+        torch.testing.assert_close(y[row], expected, atol=1e-3, rtol=1e-4)
+
+
+FORMS: dict[str, tuple[Callable[[int], QuantizedWeight], Callable[[int], QuantizedWeight], int]] = {
+    "w1 and w3 alike": (lambda i: weight(4, sym=True), lambda i: weight(4, sym=True), 1),
+    "w3 in other bits": (lambda i: weight(4), lambda i: weight(8), 2),
+    "an order of its own for each": (lambda i: weight(3, act_order=True), lambda i: weight(3, act_order=True), 2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_of_one_form_are_not_grouped_or_mixed_up(form: str) -> None:
+    first, second, parts = FORMS[form]
+    hubs = [(first(i), second(i)) for i in range(3)]
+    experts = Experts([[piece(a), piece(b)] for a, b in hubs], torch.float32, None, "w1 and w3")
+    assert experts.each is None
+    assert len(experts.parts) == parts
+    assert "grouped" in experts.describe()
+    assert sum(parameter.nbytes for parameter in experts.parameters()) < 3 * 2 * K * N * 1.5
+    check(experts, [torch.cat([a.dequantize(), b.dequantize()]) for a, b in hubs])
+
+
+def test_experts_of_two_forms_are_grouped_or_it_is_not_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    hubs = [weight(4), weight(4), weight(8)]
+    experts = Experts([[piece(hub)] for hub in hubs], torch.float32, None, "w2")
+    assert experts.each is not None
+    assert "one by one" in experts.describe()
+    assert "differ in bits: 4 and 8" in caplog.text
+    check(experts, [hub.dequantize() for hub in hubs])
+
+
+def test_a_dense_expert_is_lost() -> None:
+    hubs, dense = [weight(4), weight(4)], torch.randn(N, K)
+    experts = Experts([[piece(hubs[0])], [DensePiece(dense)], [piece(hubs[1])]], torch.float32, None, "down")
+    assert experts.each is not None
+    check(experts, [hubs[0].dequantize(), dense, hubs[1].dequantize()])
