@@ -16,6 +16,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from gptq_backend import GPTQError, QuantLinear
 from gptq_backend.bench.timing import quartiles, synchronize
 
+from .experts import ExpertList
+
 
 @dataclass(frozen=True)
 class Row:
@@ -183,7 +185,8 @@ def random_prompt(model: nn.Module, batch: int, prompt: int, new_tokens: int) ->
 def profile(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, dict[str, Any]]:
     """Where the time of one eager ``generate`` goes: ``{phase: {kind: {share, ms_per_step, calls_per_step}}}``.
 
-    Kinds are QuantLinear, Linear (``lm_head`` among them) and rest. Looking costs about a microsecond a call.
+    Kinds are QuantLinear, Linear (``lm_head`` among them), ExpertList with all that is inside, and rest. Looking costs
+    about a microsecond a call.
 
     Args:
         prompt: int [B, T].
@@ -205,9 +208,12 @@ def profile(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, dict
     runner = _Runner("", model)
     runner.generate(prompt, 2)
     with contextlib.ExitStack() as stack:
+        experts = [module for module in model.modules() if isinstance(module, ExpertList)]
+        inside = {child for each in experts for child in each.modules() if child is not each}
         for module in model.modules():
-            kind = next((each.__name__ for each in (QuantLinear, nn.Linear) if isinstance(module, each)), None)
-            if kind is not None:
+            kinds = (QuantLinear, nn.Linear, ExpertList)
+            kind = next((each.__name__ for each in kinds if isinstance(module, each)), None)
+            if kind is not None and module not in inside:
                 stack.enter_context(_forward(module, watched(kind, module.forward)))
         start, first, *_, last = runner.generate(prompt, new_tokens)
     phases = {"prefill": (start, first, 1), "decode": (first, last, new_tokens - 1)}

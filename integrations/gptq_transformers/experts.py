@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend.errors import ConfigError
+from gptq_backend.moe import Routing
 from gptq_backend.structure import replace_module
+
+from .grouped import GroupedExperts
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +88,8 @@ class ExpertList(nn.Module):
         for i, expert in enumerate(experts):
             self.add_module(str(i), expert)
         self.training = fused.training
+        self._grouped: GroupedExperts | None = None
 
-    # The loop depends on the data, so a graph would break at every expert; break once around all of them.
-    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs; an expert without tokens does not run.
 
@@ -99,9 +101,27 @@ class ExpertList(nn.Module):
         Returns:
             [T, H] in the dtype of ``hidden_states``.
         """
+        if self._grouped is None or not (torch.compiler.is_compiling() or self._grouped.current()):
+            self.group()
+        grouped: Any = self._grouped
+        if not grouped.serve(hidden_states):
+            return self._by_expert(hidden_states, top_k_index, top_k_weights)
+        routing = Routing(top_k_index, self.num_experts)
+        outputs = [y for call in grouped.before for y in call(hidden_states, routing, top_k_index.shape[1])]
+        y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0])
+        y = y.view(*top_k_index.shape, y.shape[-1])
+        weights = top_k_weights.float()
+        if "post_expert_norm" in self._modules:  # it need not take zeros to zeros
+            weights = weights.masked_fill((top_k_index < 0) | (top_k_index >= self.num_experts), 0)
+        return (y.float() * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+    # The loop depends on the data, so a graph would break at every expert; break once around all of them.
+    @torch.compiler.disable
+    def _by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What :meth:`forward` says, one expert after the other; works for layers of any kind."""
         output = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
-            if index >= self.num_experts:
+            if not 0 <= index < self.num_experts:
                 continue
             # In ascending token order: calibration may tell the rows of padding only while rows are in place.
             tokens, slots = torch.where(top_k_index == index)
@@ -113,7 +133,19 @@ class ExpertList(nn.Module):
         """Expert ``index`` applied to x [T, H] -> [T, H]."""
         *before, down = self._modules[str(index)].values()  # type: ignore[union-attr,operator]
         outputs = [projection(x) for projection in before]
-        y = down(self._activate(outputs))
+        return self._after(down(self._activate(outputs)))
+
+    @torch.compiler.disable
+    def group(self) -> list[str]:
+        """Multiply all experts in one call, where they allow it -> the obstacles, where they do not."""
+        self._grouped = GroupedExperts([self._modules[str(i)] for i in range(self.num_experts)])  # type: ignore[misc]
+        return self._grouped.obstacles
+
+    def ungroup(self) -> None:
+        """Forget what :meth:`group` found; the next call finds it again."""
+        self._grouped = None
+
+    def _after(self, y: Tensor) -> Tensor:
         norm = self._modules.get("post_expert_norm")
         return y if norm is None else norm(y)
 
@@ -125,6 +157,19 @@ class ExpertList(nn.Module):
             return self.act_fn(outputs[0]) * outputs[1]  # type: ignore[operator]
         joined = torch.cat(outputs, -1) if self._concatenated else torch.stack(outputs, -1).flatten(-2)
         return apply_gate(self, joined)
+
+    # Layers that change one after the other would each keep their old stack alive, and group() has to look again.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertList:
+        self.ungroup()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.ungroup()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_grouped": None}
 
     @property
     def _concatenated(self) -> bool:
@@ -155,6 +200,20 @@ def unfuse_experts(model: nn.Module) -> list[str]:
     for name, layout in found.items():
         replace_module(model, name, _unfused(model.get_submodule(name), layout, name, conversions))
     return list(found)
+
+
+def group_experts(model: nn.Module) -> None:
+    """Let the quantized experts of ``model`` be multiplied by grouped products, and log where they are not."""
+    obstacles = {name: module.group() for name, module in model.named_modules() if isinstance(module, ExpertList)}
+    apart = {name: why for name, why in obstacles.items() if why}
+    if apart:
+        name, why = next(iter(apart.items()))
+        logger.warning(
+            "the experts of %d of %d layers are multiplied one by one, which is slower; %s: %s",
+            *(len(apart), len(obstacles), name, "; ".join(why)),
+        )
+    elif obstacles:
+        logger.info("the experts of %d layers are multiplied by grouped products", len(obstacles))
 
 
 def replace_fused_experts(model: nn.Module, quantized_modules: Iterable[str]) -> list[str]:

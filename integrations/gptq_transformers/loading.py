@@ -112,6 +112,8 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
         _restore_dtypes(name, layer, plan.manifest)
         for parameter in layer.parameters():
             parameter.requires_grad_(False)  # transformers makes new ones, with gradients for floats
+    experts.group_experts(model)
+    for _, layer in quant_linears(model):
         if not any(parameter.is_meta for parameter in layer.parameters()):
             layer.prepare()
     for key, parameter in model.named_parameters():

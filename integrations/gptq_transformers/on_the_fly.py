@@ -66,6 +66,7 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
     # Blocks kept in 16 bits are described by rules now, for other readers of the checkpoint.
     config.dynamic, config.keep_edge_blocks = report.config.dynamic, report.config.keep_edge_blocks
     loading.untie_quantized(model)
+    experts.group_experts(model)
 
 
 def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:

@@ -145,6 +145,9 @@ class GPTQBackendQuantizer(HfQuantizer):
         """Replace the quantized layers by ordinary ones, in ``dtype`` (default: the model's), in place."""
         dtype = dtype or model.dtype
         classes = loading.restored_classes(model)
+        for module in model.modules():
+            if isinstance(module, experts.ExpertList):
+                module.ungroup()  # its stacks would stay, and with them all that was replaced
         for name, layer in list(loading.quant_linears(model)):
             if any(parameter.is_meta for parameter in layer.parameters()):
                 raise ConfigError(
@@ -190,6 +193,7 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     model.config.quantization_config = quantizer.quantization_config
     loading.untie_quantized(model)
     loading.allow_casting(model)
+    experts.group_experts(model)
 
 
 def _as_class(linear: nn.Linear, wanted: type[nn.Module] | None) -> nn.Module:

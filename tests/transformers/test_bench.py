@@ -290,6 +290,18 @@ def test_looking_leaves_the_model_as_it_was() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_the_time_of_grouped_experts_is_that_of_the_rest() -> None:
+    from gptq_transformers import bench_model
+    from gptq_transformers.evaluate import load_model
+    from gptq_transformers.experts import ExpertList
+
+    model = load_model(CHECKPOINTS / "qwen3_moe-4-32")
+    layers = sum(isinstance(module, ExpertList) for module in model.modules())
+    for kinds in bench_model.profile(model, bench_model.random_prompt(model, 1, 4, 3), 3).values():
+        assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1)
+        assert not layers or kinds["ExpertList"]["calls_per_step"] == layers
+
+
 def test_lengths_beyond_the_model_are_refused_before_generating() -> None:
     result = _bench("model", CHECKPOINTS / "llama-4-32-sym", "--prompt", "100000", "--dtype", "fp32")
     assert result.exit_code == 1

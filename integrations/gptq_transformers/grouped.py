@@ -1,0 +1,127 @@
+"""The experts of a layer multiplied in one call per projection, where all are quantized and have the same form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import getitem, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_backend import Kernel, QuantLinear
+from gptq_backend.moe import Routing, obstacle, one_by_one, stack
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class GroupedExperts:
+    """How the projections of a layer's experts are multiplied, found out once.
+
+    The tensors of layers that have the same form become slices of one stack, so that each layer still serves by itself:
+    to be saved, moved and dequantized, and for gradients. Whoever changes one of them afterwards, or puts another
+    module in its place, ends :meth:`current`.
+
+    Args:
+        experts: the projections of each, in the order gate, up, down, or up, down.
+
+    Attributes:
+        obstacles: for each projection that cannot be grouped, why.
+    """
+
+    def __init__(self, experts: Sequence[nn.ModuleDict]) -> None:
+        self.obstacles: list[str] = []
+        self.before: list[_Call] = []
+        self.after: list[_Call] = []
+        names = [*experts[0]]
+        columns = {name: [expert[name] for expert in experts] for name in names}
+        self._grouped = all(isinstance(layer, QuantLinear) for column in columns.values() for layer in column)
+        if self._grouped:
+            self.before = self._calls({name: columns[name] for name in names[:-1]})
+            self.after = self._calls({names[-1]: columns[names[-1]]})
+            self._grouped = len(self.obstacles) < len(names)
+        else:
+            self.obstacles.append("they are not all quantized")
+        # What current() compares, in loops that take microseconds.
+        layers: list[Any] = [layer for column in columns.values() for layer in column]
+        self._layers, self._places = layers, [expert._modules for _ in names for expert in experts]
+        self._names = [name for name in names for _ in experts]
+        self._parameters = [layer._parameters for layer in layers] if self._grouped else []
+        self._qweights = [parameters["qweight"] for parameters in self._parameters]
+        self._biases = [bias for parameters in self._parameters if (bias := parameters.get("bias")) is not None]
+        self._hooks = [hooks for layer in layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
+
+    def _calls(self, columns: dict[str, list[Any]]) -> list[_Call]:
+        """One product for all columns, or one for each."""
+        layers = [layer for column in columns.values() for layer in column]
+        why = _obstacle(layers)
+        if why is None:
+            return [_Stack(layers, len(columns))]
+        if len(columns) > 1:
+            return [call for name, column in columns.items() for call in self._calls({name: column})]
+        for layer in layers:
+            if not layer._parameters["qweight"].is_meta:
+                layer.prepare(expert=False)
+        self.obstacles.append(f"{', '.join(columns)}: they {why}")
+
+        @torch.compiler.disable  # how many rows a layer gets is data
+        def multiply(x: Tensor, routing: Routing, top_k: int) -> list[Tensor]:
+            return [one_by_one(layers, layers[0].out_features, x, routing, top_k)]
+
+        return [multiply]
+
+    def current(self) -> bool:
+        """Whether the layers are still in their places and hold what they held."""
+        held = [parameters["qweight"] for parameters in self._parameters]
+        return all(map(is_, held, self._qweights)) and all(
+            map(is_, map(getitem, self._places, self._names), self._layers)
+        )
+
+    def serve(self, x: Tensor) -> bool:
+        """Whether a projection is grouped, and nothing needs the layers to be called: no gradient, no hook."""
+        return (
+            self._grouped
+            and x.dtype in _DTYPES
+            and not (torch.is_grad_enabled() and (x.requires_grad or any(b.requires_grad for b in self._biases)))
+            and (torch.compiler.is_compiling() or not any(self._hooks))
+        )
+
+
+class _Stack:
+    """``y[r] = x[r // top_k] @ W[expert of r].T + bias[expert of r]`` for each of some projections.
+
+    Args:
+        layers: of all experts, those of the first projection first; prepared, without an obstacle.
+        projections: how many.
+    """
+
+    def __init__(self, layers: Sequence[QuantLinear], projections: int) -> None:
+        kernel: Any = layers[0].kernel
+        self._moe, self._spec, self._projections = kernel.moe, layers[0].spec, projections
+        self._tensors = stack(kernel, [layer._parameters for layer in layers])  # type: ignore[misc]
+        for i, layer in enumerate(layers):
+            layer.hold({key: tensor[i] for key, tensor in self._tensors.items()})
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self._bias = torch.stack([bias.detach() for bias in biases]) if biases else None
+        for i, bias in enumerate(biases):
+            layers[i].bias = nn.Parameter(self._bias[i], bias.requires_grad)  # type: ignore[index]
+
+    def __call__(self, x: Tensor, routing: Routing, top_k: int) -> list[Tensor]:
+        call = self._moe.op if torch.compiler.is_compiling() or type(x) is not Tensor else self._moe.apply
+        y = call(self._spec, self._tensors, x, routing, top_k, self._bias)
+        return [y] if self._projections == 1 else list(y.chunk(self._projections, -1))
+
+
+# x [rows / top_k, K] -> [rows, N] of each of its projections; rows of no expert are zeros.
+_Call = Callable[[Tensor, Routing, int], list[Tensor]]
+
+
+def _obstacle(layers: Sequence[QuantLinear]) -> str | None:
+    """What keeps layers from being stacked, or None; prepares those that it can."""
+    if any(layer._parameters["qweight"].is_meta for layer in layers):  # type: ignore[union-attr]
+        return "are offloaded"
+    if len({layer._parameters["qweight"].device for layer in layers}) > 1:  # type: ignore[union-attr]
+        return "are on several devices"
+    kernels: list[Kernel] = [layer.prepare(expert=True).kernel for layer in layers]  # type: ignore[misc]
+    prepared = [layer._parameters for layer in layers]
+    return obstacle(kernels, [layer.spec for layer in layers], prepared, [layer.bias for layer in layers])  # type: ignore[misc]
