@@ -121,9 +121,9 @@ def quantize_weight(
         raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; skip the layer with a dynamic rule")
     steps: tuple[Step, ...] = ()
     hessian = None if shared is None else shared.hessian.to(weight.dtype)
-    if shared is not None and hessian is not None and config.tier.refine_sweeps:
-        damp_percent = shared.factor.damp_percent
-        quantized, steps = refine(quantized, weight, hessian, damp_percent, config.tier.refine_sweeps)
+    sweeps = config.tier.refine_sweeps
+    if shared is not None and hessian is not None and sweeps and shared.factor.method != "diagonal":  # then indefinite
+        quantized, steps = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
     difference = quantized.dequantize(weight.dtype) - weight
     if hessian is None:
         loss, energy = difference.square().sum(), weight.square().sum()

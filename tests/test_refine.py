@@ -111,6 +111,15 @@ def test_refining_lowers_the_error_that_its_steps_tell() -> None:
     assert steps[0].error > steps[1].error > steps[2].error
 
 
+def test_a_hessian_that_cannot_be_factored_is_not_refined_on() -> None:
+    weight, hessian = layer(seed=4)
+    hessian[0, 1] = hessian[1, 0] = 1e3 * hessian.diagonal().max()
+    config = QuantizeConfig(bits=4, group_size=24)
+    shared = prepare_factor(hessian, config)
+    assert shared.factor.method == "diagonal"
+    assert not quantize_weight(weight, shared, config).steps
+
+
 def test_few_tokens_are_not_fitted_at_the_cost_of_others() -> None:
     """Half as many tokens as channels: judged by the distribution that they were drawn from."""
     ratios: dict[str, list[float]] = {"refined": [], "not damped more": []}
