@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import CheckpointError, ConfigError, QuantLinear
+from gptq_backend import CheckpointError, ConfigError, QuantLinear, kernels
 from gptq_backend.weight import encode
 from tests.test_weight import random_weight
 
@@ -236,3 +236,15 @@ def test_input_of_a_wrong_width_or_type_is_named() -> None:
         original(torch.randn(2, original.in_features // 2))
     with pytest.raises(ValueError, match="int64"):
         original(torch.ones(2, original.in_features, dtype=torch.long))
+
+
+def test_an_expert_changes_rows_and_not_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose fastest row has no grouped product, as NVIDIA GPUs are."""
+    fastest = dataclasses.replace(kernels.REFERENCE, name="fastest")
+    grouped = dataclasses.replace(kernels.TRITON, supports=lambda spec, device: None)
+    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, kernels.REFERENCE])
+    layer = QuantLinear.from_weight(random_weight(4, 64, 32, 16))
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    for expert, row in ((None, fastest), (True, grouped), (None, grouped), (False, fastest)):
+        assert layer.prepare(expert).kernel is row
+        assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from gptq_backend import QuantizedWeight
+from gptq_backend import QuantizedWeight, kernels
 from gptq_backend.moe import Routing
 from gptq_vllm.experts import Experts
 from gptq_vllm.pieces import DensePiece
@@ -57,6 +58,18 @@ def test_experts_of_two_forms_are_grouped_or_it_is_not_said(
     assert "one by one" in experts.describe()
     assert "differ in bits: 4 and 8" in caplog.text
     check(experts, [hub.dequantize() for hub in hubs])
+
+
+def test_experts_apart_keep_the_row_that_only_grouped_ones_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose fastest row has no grouped product, as NVIDIA GPUs are."""
+    fastest = dataclasses.replace(kernels.REFERENCE, name="fastest")
+    grouped = dataclasses.replace(kernels.CPU, name="grouped")
+    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, kernels.REFERENCE])
+    alike, apart = [weight(4), weight(4), weight(4)], [weight(4), weight(4), weight(8)]
+    for hubs, row in ((alike, "grouped"), (apart, "fastest")):
+        experts = Experts([[piece(hub)] for hub in hubs], torch.float32, None, "w2")
+        assert {part.kernel.name for part in experts.modules() if hasattr(part, "kernel")} == {row}
+        check(experts, [hub.dequantize() for hub in hubs])
 
 
 def test_a_dense_expert_is_lost() -> None:
