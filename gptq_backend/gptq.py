@@ -7,6 +7,7 @@ rounded column. docs/algorithm.md maps the paper's equations to these lines.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,7 @@ def quantize_weight(
     tokens: int = 1,
     scales_dtype: torch.dtype = torch.float16,
     name: str = "layer",
+    rounded: QuantizedWeight | None = None,
 ) -> QuantizedLayer:
     """Quantize one weight.
 
@@ -100,6 +102,7 @@ def quantize_weight(
         tokens: calibration tokens behind the Hessian, to report the loss per token.
         scales_dtype: dtype the scales are stored in; they are rounded to it before anything is optimised against them.
         name: the module, for messages.
+        rounded: what :func:`round_weights` made of the weight already.
 
     Raises:
         CalibrationError: the weight is not finite, or too large for ``scales_dtype``.
@@ -108,15 +111,8 @@ def quantize_weight(
         raise CalibrationError(
             f"{name}.weight: has NaN or infinite entries; the model's file is damaged, fetch it again"
         )
-    exact = weight.to(_working_dtype(weight))
-    if shared is None:
-        plain = column_order(torch.ones_like(exact[0]), config)
-        order = ColumnOrder(plain.g_idx.long().argsort(stable=True), plain.g_idx, static=False)
-        upper = torch.eye(weight.shape[1], dtype=exact.dtype, device=weight.device)
-    else:
-        order, upper = shared.order, shared.factor.upper.to(exact.dtype)
+    quantized = rounded or round_weights([weight], shared, config, scales_dtype)[0]
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    quantized = _ColumnLoop(exact, order, upper, config, scales_dtype).run()
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; skip the layer with a dynamic rule")
     steps: tuple[Step, ...] = ()
@@ -136,6 +132,35 @@ def quantize_weight(
         relative_loss=float(loss / energy) if float(energy) > 0 else 0.0,
         steps=steps,
     )
+
+
+@torch.no_grad()
+def round_weights(
+    weights: Sequence[Tensor],
+    shared: LayerFactor | None,
+    config: QuantizeConfig,
+    scales_dtype: torch.dtype = torch.float16,
+) -> list[QuantizedWeight]:
+    """The column loop alone, over the output channels of several layers with one input at once.
+
+    Args:
+        weights: [N, K] each; otherwise as for :func:`quantize_weight`.
+    """
+    exact = torch.cat([weight.to(_working_dtype(weight)) for weight in weights])
+    if shared is None:
+        plain = column_order(torch.ones_like(exact[0]), config)
+        order = ColumnOrder(plain.g_idx.long().argsort(stable=True), plain.g_idx, static=False)
+        upper = torch.eye(exact.shape[1], dtype=exact.dtype, device=exact.device)
+    else:
+        order, upper = shared.order, shared.factor.upper.to(exact.dtype)
+    quantized = _ColumnLoop(exact, order, upper, config, scales_dtype).run()
+    if len(weights) == 1:
+        return [quantized]
+    sizes, fields = [len(weight) for weight in weights], (quantized.codes, quantized.scales, quantized.zeros)
+    return [
+        QuantizedWeight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), order.g_idx, config.bits)
+        for codes, scales, zeros in zip(*(field.split(sizes, dim=1) for field in fields))
+    ]
 
 
 class _ColumnLoop:

@@ -32,6 +32,7 @@ from .linear import QuantLinear
 from .phases import timed
 from .placement import Placement, tensors_of
 from .refine import Step
+from .stacking import Stacks
 from .structure import Block, Target, dense_weight, find_structure, is_conv1d, replace_module, untie
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ class _Run:
         self.second_pass = False  # the current block runs again, quantized (true_sequential=False)
         self.current: Block | None = None
         self.placement = Placement(device)
+        self.stacks = Stacks()
 
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
@@ -311,6 +313,7 @@ class _Run:
         if self.on_block is not None:
             self.on_block(block.module)
         self.placement.bring(tensors_of(block.module))
+        self.stacks.enter(block)
         self.current, self.second_pass = block, False
 
     def leave(self) -> None:
@@ -367,7 +370,9 @@ class _Run:
         weight = dense_weight(module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         tokens = shared.hessian.tokens if shared else 0
-        layer = quantize_weight(weight, shared.factor if shared else None, config, tokens, name=target.name)
+        rounded = self.stacks.take(target, weight, shared.factor) if shared else None
+        factor = shared.factor if shared else None
+        layer = quantize_weight(weight, factor, config, tokens, name=target.name, rounded=rounded)
         dense = layer.weight.dequantize(weight.dtype).to(module.weight.dtype)  # type: ignore[arg-type]
         module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense
         bias = module.bias

@@ -48,7 +48,7 @@ def test_a_model_goes_to_the_gpu_block_by_block_and_comes_back(kwargs, parked, m
     if parked:
         monkeypatch.setattr(placement, "_PARK_BYTES", 0)
     config, data = QuantizeConfig(group_size=16, lm_head=True), samples(16)
-    expected, model = toy(dtype=torch.float32, **kwargs), toy(dtype=torch.float32, **kwargs)
+    expected, model = (toy(dtype=torch.float32, blocks=3, **kwargs) for _ in range(2))
     before = quantize_model(expected, config, data)
     report = quantize_model(model, config, data, device="cuda")
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
