@@ -70,8 +70,11 @@ def round_columns(
         return
     codes = torch.empty_like(rest[0]).expand_as(rest) if centred is None else centred
     shares = [] if start is None else start[1].tolist()
+    grid, last = grids, -1
     for i, group in enumerate(groups.tolist()):
-        grid, code, error = grids.map(partial(torch.select, dim=0, index=group)), codes[i], rest[i]
+        if group != last:
+            grid, last = grids.map(partial(torch.select, dim=0, index=group)), group
+        code, error = codes[i], rest[i]
         if start is None:
             grid.round(error, code, error)
         else:

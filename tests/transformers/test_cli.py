@@ -166,6 +166,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
         (["eval", original, "--text", TEXT, "--seqlen", "65"], "exceed the model's 64 positions"),
         (["eval", quantized, "--text", TEXT, "--seqlen", "32", "--backend", "nothing"], "nothing"),
         (["eval", original, "--text", TEXT, "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["quantize", original, out, "--rtn", "--device", "abacus"], "device 'abacus' cannot be used here"),
         (["eval", original, "--text", TEXT, "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["inspect", original], "no quantization settings"),
         (["inspect", tmp_path / "none"], "is not a folder"),
