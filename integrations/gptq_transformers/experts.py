@@ -108,8 +108,7 @@ class ExpertList(nn.Module):
             return self._by_expert(hidden_states, top_k_index, top_k_weights)
         routing = Routing(top_k_index, self.num_experts)
         outputs = [y for call in grouped.before for y in call(hidden_states, routing, top_k_index.shape[1])]
-        y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0])
-        y = y.view(*top_k_index.shape, y.shape[-1])
+        y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0]).unflatten(0, top_k_index.shape)
         weights = top_k_weights.float()
         if "post_expert_norm" in self._modules:  # it need not take zeros to zeros
             weights = weights.masked_fill((top_k_index < 0) | (top_k_index >= self.num_experts), 0)
@@ -138,7 +137,8 @@ class ExpertList(nn.Module):
     @torch.compiler.disable
     def group(self) -> list[str]:
         """Multiply all experts in one call, where they allow it -> the obstacles, where they do not."""
-        self._grouped = GroupedExperts([self._modules[str(i)] for i in range(self.num_experts)])  # type: ignore[misc]
+        with torch.inference_mode(False):  # inference tensors could never be trained with again
+            self._grouped = GroupedExperts([self._modules[str(i)] for i in range(self.num_experts)])  # type: ignore[misc]
         return self._grouped.obstacles
 
     def ungroup(self) -> None:

@@ -113,7 +113,7 @@ def run_experts(layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids:
     width = hidden.shape[1] // 2 if layer.activation.is_gated else hidden.shape[1]
     activated = hidden.new_empty(hidden.shape[0], width)
     apply_moe_activation(layer.activation, activated, hidden, activation_config=layer.quant_method.activation_config)
-    by_slot = layer.w2(activated, routing, 1).view(*ids.shape, -1)
+    by_slot = layer.w2(activated, routing, 1).unflatten(0, ids.shape)
     return (by_slot.float() * topk_weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
 

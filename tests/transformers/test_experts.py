@@ -394,8 +394,9 @@ def check_grouped(experts: ExpertList, grouped: bool = True) -> Tensor:
 def test_grouped_experts_compute_what_each_computes_alone(name: str) -> None:
     _, experts = rounded(name)
     assert experts.group() == []
-    check_grouped(experts)
     torch.testing.assert_close(check_grouped(copy.deepcopy(experts)), check_grouped(experts))
+    with torch.no_grad():
+        assert experts(*(tensor[:0] for tensor in routed())).shape == (0, 64)
 
 
 @needs_fused
@@ -439,6 +440,9 @@ def test_what_cannot_be_grouped_is_multiplied_apart_and_it_is_said(
 def test_gradients_go_through_the_layers_own_operators() -> None:
     _, experts = rounded()
     x, index, weights = routed()
+    experts.ungroup()
+    with torch.inference_mode():
+        check_grouped(experts)  # what is made here must not be an inference tensor
     x.requires_grad_()
     y = experts(x, index, weights)
     y.sum().backward()
