@@ -20,8 +20,8 @@ def settings(run: dict[str, Any]) -> str:
 
 def main() -> None:
     runs = [(Path(name).name, json.loads(Path(name).read_text())) for name in sys.argv[1:]]
-    print("| model | bits | settings | set | mean KLD | 99th percentile | top-1 | perplexity | seconds | file |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| model | bits | settings | set | mean KLD | 99th percentile | top-1 | perplexity | file |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, run in sorted(runs, key=lambda item: (item[1]["model"], -item[1]["config"]["bits"], item[0])):
         found = run["evaluation"]
         cells = (
@@ -33,7 +33,6 @@ def main() -> None:
             f"{found['kld_p99']:.2f}",
             f"{found['top1_agreement']:.1%}",
             f"{found['perplexity']:.2f}",
-            f"{run['seconds']:.0f}",
             f"`{name}`",
         )
         print("| " + " | ".join(map(str, cells)) + " |")
