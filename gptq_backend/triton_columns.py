@@ -6,13 +6,14 @@ nothing in the walk over the columns waits for another warp. Float32; in the int
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .triton_plan import on_device
 
 _PANEL = 128  # columns of a program, of which a thread has 64 elements
 _BLOCK = 16  # output channels of a program
@@ -31,7 +32,7 @@ def round_columns(
     count, width = rest.shape
     fields = (grids.scale, grids.low, grids.high)
     assert all(tensor.is_contiguous() for tensor in (rest, *fields))
-    with _on(rest.device):
+    with on_device(rest.device):
         for first in range(0, count, _PANEL):
             panel = slice(first, min(first + _PANEL, count))
             size = panel.stop - first
@@ -53,16 +54,11 @@ def rounding_costs(columns: Tensor, cost: Tensor, grids: Any) -> Tensor:
     totals = torch.empty_like(grids.scale)
     fields = (grids.scale, grids.low, grids.high)
     assert all(tensor.is_contiguous() for tensor in (columns, *fields))
-    with _on(columns.device):
+    with on_device(columns.device):
         rounding_cost[triton.cdiv(width, _WIDE), len(totals)](
             columns, cost, *fields, totals, count, width, ROWS=16, BLOCK=_WIDE, num_warps=2
         )
     return totals
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 @triton.jit

@@ -5,7 +5,6 @@ The weight is as triton_layout.py prepares it. triton is imported with the first
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -21,7 +20,7 @@ from . import triton_plan
 from .operators import check_input, define_operators
 from .slots import Tensors
 from .triton_layout import PLANE, planes
-from .triton_plan import Tile, cdiv
+from .triton_plan import Tile, cdiv, on_device
 from .weight import LinearSpec
 
 # Try the neighbours of a plan and keep the fastest.
@@ -67,11 +66,6 @@ def supports(spec: LinearSpec, device: torch.device) -> str | None:
 @functools.cache
 def _kernels() -> Any:
     return importlib.import_module(".triton_kernels", __package__)
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ def _multiply(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    with _on(x.device):
+    with on_device(x.device):
         if tile.rows == 1:
             numbers = (w.in_features, w.out_features, *slabs, *w.sizes)
             kernels.gemv[columns, splits](x, *tensors, w.perm, w.groups, bias, parts, *numbers, **options)
@@ -165,7 +159,7 @@ def _multiply(
 def _dense(w: _Layout, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     """[K, stop - start]: output channels of the dense weight."""
     y = torch.empty((w.in_features, stop - start), dtype=dtype, device=w.qweight.device)
-    with _on(y.device):
+    with on_device(y.device):
         _kernels().dequantize[w.slabs, cdiv(stop - start, 128)](
             *(w.qweight, w.scales, w.zeros, w.perm, w.groups, y, w.in_features, stop - start, start, *w.sizes),
             BITS=w.bits,
