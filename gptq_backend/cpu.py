@@ -182,10 +182,11 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
     qweight, in_features, out_features = layout[0], layout[5], layout[6]
     check_input(x, qweight.device, in_features, out_features, None)
     rows, parts = ids.numel(), qweight.shape[0] // experts
-    if x.dtype not in _DTYPES or x.shape[0] * top_k != rows or ids.dtype not in (torch.int32, torch.int64):
+    fits = x.dtype in _DTYPES and x.dim() == 2 and x.shape[0] * top_k == rows
+    if not fits or ids.dtype not in (torch.int32, torch.int64) or not ids.is_cpu:
         raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)} and ids is {ids.dtype} {tuple(ids.shape)}, expected 16 bits or float32 "
-            f"and int32 or int64 [x.shape[0] * {top_k}]"
+            f"x is {x.dtype} {tuple(x.shape)} and ids is {ids.dtype} {tuple(ids.shape)} on {ids.device}, expected "
+            f"16 bits or float32 [rows, {in_features}] and int32 or int64 [rows * {top_k}] on the CPU"
         )
     if bias is not None and bias.shape != (qweight.shape[0], out_features):
         raise ValueError(f"bias is {tuple(bias.shape)}, expected ({qweight.shape[0]}, {out_features})")
@@ -295,15 +296,18 @@ def arguments(spec: LinearSpec, prepared: Tensors, a8: bool) -> tuple[Any, ...]:
     return (*tensors, spec.in_features, spec.out_features, spec.bits, a8)
 
 
-_infer = torch.ops.gptq_backend.cpu_gemm_inference.default if _FUNCTIONS else gemm
+def _infer(*arguments: Any) -> Tensor:
+    try:
+        return torch.ops.gptq_backend.cpu_gemm_inference.default(*arguments)
+    except RuntimeError:
+        return gemm(*arguments)  # says what is wrong, which is lost on the way through C++
 
 
 def _call(function: Any, a8: bool, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
-    check_input(x, prepared["qweight"].device, spec.in_features, spec.out_features, bias)  # C++ says less
     return function(x, *arguments(spec, prepared, a8), bias)
 
 
-apply: Any = functools.partial(_call, _infer, False)
+apply: Any = functools.partial(_call, _infer if _FUNCTIONS else gemm, False)
 op: Any = functools.partial(_call, _op, False)
-apply_w4a8: Any = functools.partial(_call, _infer, True)
+apply_w4a8: Any = functools.partial(_call, _infer if _FUNCTIONS else gemm, True)
 op_w4a8: Any = functools.partial(_call, _op, True)

@@ -45,6 +45,7 @@ class QuantLinear(nn.Module):
         self.stored_spec = self.spec = spec
         self.name, self.backend = name, backend
         self._expert = False
+        self.changes = 0  # of parameters, by assignment
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self._kernel: Kernel | None = None
         if not spec.has_bias:
@@ -145,6 +146,11 @@ class QuantLinear(nn.Module):
     def kernel(self) -> Kernel | None:
         """The row of the kernel table that serves it; None before :meth:`prepare`."""
         return self._kernel
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of ``nn.Module``; whoever made something of the parameters sees by ``changes`` that it is outdated."""
+        self.changes += 1
+        super().register_parameter(name, param)
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Take equal tensors in the place of prepared ones, for example slices of a stack of several layers'."""

@@ -51,7 +51,10 @@ def define_operators(
         register_inference(f"{prefix}gemm_inference")
 
     def fake_gemm(x: Tensor, *arguments: Any) -> Tensor:
-        return x.new_empty((*x.shape[:-1], features(*arguments[:-1])[1]))
+        *weight, bias = arguments
+        inputs, outputs = features(*weight)
+        check_input(x, weight[0].device, inputs, outputs, bias)
+        return x.new_empty((*x.shape[:-1], outputs))
 
     def fake_dequantize(*arguments: Any) -> Tensor:
         *weight, dtype = arguments

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,15 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
 def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder`` that takes its place on success and vanishes on any exception.
 
+    A process that is killed leaves it: ``.NAME.*.partial``.
+
     Raises:
         CheckpointError: as :func:`check_output`, or its parent cannot be written, or the disk is full (whatever library
             found out).
     """
     check_output(folder, overwrite)
     path = Path(folder).resolve()
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -69,6 +72,9 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+        for parent in made:  # from the inside out, those that are still empty
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def write_checkpoint(

@@ -170,7 +170,7 @@ def test_what_the_kernel_would_read_beyond_is_refused() -> None:
         with pytest.raises(ValueError, match="expected"):
             multiply(bad, *layout, ids, 2, 2, bias)
     for bad_ids in (ids.short(), ids[:1], ids.float()):
-        with pytest.raises(ValueError, match="expected 16 bits or float32 and int32 or int64"):
+        with pytest.raises(ValueError, match="expected 16 bits or float32 .* and int32 or int64"):
             multiply(x, *layout, bad_ids, 2, 2, bias)
     for bad_bias in (bias[:1], bias[0], bias[:, :19]):
         with pytest.raises(ValueError, match=r"expected \(2, 20\)"):

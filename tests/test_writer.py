@@ -19,7 +19,7 @@ def leftovers(parent):
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), OSError(errno.EIO, "broken")])
 def test_failure_leaves_no_trace(tmp_path, error):
-    with pytest.raises(type(error)), atomic_folder(tmp_path / "out") as folder:
+    with pytest.raises(type(error)), atomic_folder(tmp_path / "new" / "parents" / "out") as folder:
         (folder / "half").write_text("written")
         raise error
     assert leftovers(tmp_path) == []

@@ -3,6 +3,7 @@
 #include "torch_op.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "gemm.h"
@@ -60,7 +61,10 @@ void each_function(Visit visit) {
 }
 
 void check(int32_t code) {
-    if (code) throw std::runtime_error("a function of torch's C interface failed");
+    if (!code) return;
+    throw std::runtime_error(
+        "gptq_backend::cpu_gemm_inference: torch could not do what this product needs; "
+        "torch.ops.gptq_backend.cpu_gemm with the same arguments says why");
 }
 
 // A tensor that somebody else owns, or none.
@@ -134,16 +138,23 @@ class Arguments {
     bool handed_on_ = false;
 };
 
-Handle empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+// A tensor that nobody else owns, until it is released.
+struct Delete {
+    void operator()(TensorObject* handle) const { torch.aoti_torch_delete_tensor_object(handle); }
+};
+using Owned = std::unique_ptr<TensorObject, Delete>;
+
+Owned empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
     Handle handle;
     check(torch.aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                          torch.aoti_torch_device_type_cpu(), 0, &handle));
-    return handle;
+    return Owned(handle);
 }
 
-Value multiply(Arguments& in) {
+// Null for what needs a conversion, or is wrong.
+Owned multiply(const Arguments& in) {
     const Tensor x(in[in.kX]), words(in[in.kWords]), scales(in[in.kScales]), zeros(in.optional(in.kZeros)),
         perm(in.optional(in.kPerm)), blocks(in[in.kBlocks]), bias(in.optional(in.kBias));
     Call call{};
@@ -157,7 +168,7 @@ Value multiply(Arguments& in) {
     if (bias.handle) {
         simple &= bias.fits(w.out_features) && bias.dim == 1 && bias.contiguous() && bias.find_dtype(&call.bias_dtype);
     }
-    if (!simple) return 0;
+    if (!simple) return nullptr;
     w.words = static_cast<uint32_t*>(words.data);
     w.scales = scales.data;
     w.zeros = static_cast<uint8_t*>(zeros.data);
@@ -170,25 +181,24 @@ Value multiply(Arguments& in) {
     call.rows = 1;
     for (int64_t i = 0; i + 1 < x.dim; ++i) call.rows *= int(sizes[i]);
     sizes.back() = w.out_features;
-    const Value y = reinterpret_cast<Value>(empty(sizes, x.torch_dtype));
+    Owned y = empty(sizes, x.torch_dtype);
     call.x = x.data;
     call.bias = bias.data;
-    call.y = Tensor(y).data;
+    call.y = Tensor(reinterpret_cast<Value>(y.get())).data;
     uint32_t threads;
     check(torch.torch_get_num_threads(&threads));
     gemm(call, int(threads));
     return y;
 }
 
-// What needs a conversion or an error message is left to the operator in Python.
 void kernel(Value* stack, uint64_t, uint64_t) {
-    Value y;
+    Owned y;
     {
         Arguments arguments(stack);
         y = multiply(arguments);
         if (!y) return arguments.hand_on("gptq_backend::cpu_gemm");
     }
-    stack[0] = y;
+    stack[0] = reinterpret_cast<Value>(y.release());
 }
 
 }  // namespace

@@ -101,7 +101,7 @@ class ExpertList(nn.Module):
         Returns:
             [T, H] in the dtype of ``hidden_states``.
         """
-        if self._grouped is None or not (torch.compiler.is_compiling() or self._grouped.current()):
+        if self._grouped is None or not self._grouped.current():
             self.group()
         grouped: Any = self._grouped
         if not grouped.serve(hidden_states):

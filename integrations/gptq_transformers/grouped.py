@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import getitem, is_
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,14 +42,11 @@ class GroupedExperts:
             self._grouped = len(self.obstacles) < len(names)
         else:
             self.obstacles.append("they are not all quantized")
-        # What current() compares, in loops that take microseconds.
-        layers: list[Any] = [layer for column in columns.values() for layer in column]
-        self._layers, self._places = layers, [expert._modules for _ in names for expert in experts]
-        self._names = [name for name in names for _ in experts]
-        self._parameters = [layer._parameters for layer in layers] if self._grouped else []
-        self._qweights = [parameters["qweight"] for parameters in self._parameters]
-        self._biases = [bias for parameters in self._parameters if (bias := parameters.get("bias")) is not None]
-        self._hooks = [hooks for layer in layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
+        self._held = [
+            _Held(expert._modules, name, layer, getattr(layer, "changes", 0))
+            for name in names
+            for expert, layer in zip(experts, columns[name], strict=True)
+        ]
 
     def _calls(self, columns: dict[str, list[Any]]) -> list[_Call]:
         """One product for all columns, or one for each."""
@@ -71,20 +68,36 @@ class GroupedExperts:
         return [multiply]
 
     def current(self) -> bool:
-        """Whether the layers are still in their places and hold what they held."""
-        held = [parameters["qweight"] for parameters in self._parameters]
-        return all(map(is_, held, self._qweights)) and all(
-            map(is_, map(getitem, self._places, self._names), self._layers)
-        )
+        """Whether the layers are still in their places and hold what they held; a graph is guarded by the same."""
+        for held in self._held:
+            if held.place[held.name] is not held.layer or getattr(held.layer, "changes", 0) != held.changes:
+                return False
+        return True
 
     def serve(self, x: Tensor) -> bool:
         """Whether a projection is grouped, and nothing needs the layers to be called: no gradient, no hook."""
-        return (
-            self._grouped
-            and x.dtype in _DTYPES
-            and not (torch.is_grad_enabled() and (x.requires_grad or any(b.requires_grad for b in self._biases)))
-            and (torch.compiler.is_compiling() or not any(self._hooks))
-        )
+        if not self._grouped or x.dtype not in _DTYPES:
+            return False
+        gradients = torch.is_grad_enabled()
+        if gradients and x.requires_grad:
+            return False
+        for held in self._held:
+            layer: Any = held.layer
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                return False
+            if gradients and layer.bias is not None and layer.bias.requires_grad:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A layer where it was found: ``place[name]``, and how often it had changed."""
+
+    place: dict[str, Any]
+    name: str
+    layer: nn.Module
+    changes: int
 
 
 class _Stack:

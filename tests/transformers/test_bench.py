@@ -19,6 +19,7 @@ from gptq_backend.bench import machine, products, timing
 from gptq_backend.bench.layers import Problem, Weight
 from gptq_transformers import bench_quantize
 from gptq_transformers.cli import app
+from tests.transformers.checkpoints import VERSION_4
 
 CPU = torch.device("cpu")
 PEERS = """
@@ -290,6 +291,7 @@ def test_looking_leaves_the_model_as_it_was() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.skipif(VERSION_4, reason="transformers 4 keeps the experts apart, and nothing is grouped")
 def test_the_time_of_grouped_experts_is_that_of_the_rest() -> None:
     from gptq_transformers import bench_model
     from gptq_transformers.evaluate import load_model
@@ -299,7 +301,7 @@ def test_the_time_of_grouped_experts_is_that_of_the_rest() -> None:
     layers = sum(isinstance(module, ExpertList) for module in model.modules())
     for kinds in bench_model.profile(model, bench_model.random_prompt(model, 1, 4, 3), 3).values():
         assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1)
-        assert not layers or kinds["ExpertList"]["calls_per_step"] == layers
+        assert layers and kinds["ExpertList"]["calls_per_step"] == layers
 
 
 def test_lengths_beyond_the_model_are_refused_before_generating() -> None:

@@ -150,6 +150,30 @@ def test_a_graph_holds_the_grouped_experts_unbroken() -> None:
 
 
 @needs_fused
+def test_a_graph_is_not_run_with_layers_that_changed() -> None:
+    _, experts = rounded()
+    _, other = rounded(bits=8)
+    compiled = torch.compile(experts, backend="eager")
+
+    def check() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*routed()), experts._by_expert(*routed()), atol=1e-6, rtol=1e-5)
+
+    check()
+    layer = experts.get_submodule("1.down_proj")
+    layer.scales = torch.nn.Parameter(3 * layer.scales, requires_grad=False)
+    check()
+    experts.get_submodule("2").up_proj = other.get_submodule("2.up_proj").dequantize()
+    check()
+    experts.get_submodule("2").up_proj = other.get_submodule("2.up_proj")
+    check()
+    seen = []
+    experts.get_submodule("3.gate_proj").register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    check()
+    assert len(seen) == 2  # compiled, and one by one
+
+
+@needs_fused
 def test_stacks_are_freed_with_the_quantized_layers() -> None:
     model, experts = rounded()
     tensors = weakref.ref(experts._grouped.after[0]._tensors["qweight"])
