@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,17 @@ from .kernels import Kernel, select_kernel
 from .phases import timed
 from .slots import Tensors
 from .weight import LinearSpec, QuantizedWeight, decode, encode, resolve
+
+# Held while tensors change their layout, as several threads may call a layer for the first time at once. One for all
+# layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it.
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def changing_layout() -> Iterator[None]:
+    """One thread at a time, and no inference tensors, which could never be trained with."""
+    with _LOCK, torch.inference_mode(False):
+        yield
 
 
 class QuantLinear(nn.Module):
@@ -105,8 +118,10 @@ class QuantLinear(nn.Module):
         kernel = select_kernel(spec, x.device, self.backend)
         return kernel.op(spec, kernel.prepare(spec, self._stored()), x, self.bias)
 
+    @changing_layout()
     def prepare(self, expert: bool | None = None) -> QuantLinear:
-        """Check the loaded values, choose a kernel for the device that they are on, and repack. Idempotent.
+        """Check the loaded values, choose a kernel for the device that they are on, and repack. Idempotent; threads may
+        call it, or the layer, at the same time.
 
         Args:
             expert: see ``select_kernel``; None leaves what was said before.
@@ -134,6 +149,7 @@ class QuantLinear(nn.Module):
         device: Any = self._parameters["qweight"].device  # type: ignore[union-attr]
         return select_kernel(spec, device, self.backend, self._expert)
 
+    @changing_layout()
     def unprepare(self) -> QuantLinear:
         """Return to the checkpoint's tensors, bit for bit."""
         if self._kernel is not None:

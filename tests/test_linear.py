@@ -6,14 +6,17 @@ import copy
 import dataclasses
 import io
 import pickle
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, ConfigError, QuantLinear, kernels
-from gptq_backend.weight import encode
+from gptq_backend.weight import LinearSpec, encode
 from tests.test_weight import random_weight
 
 
@@ -194,6 +197,37 @@ def test_memory_is_the_stored_bytes() -> None:
     held = sum(parameter.nbytes for parameter in model.parameters())
     assert held <= 1.1 * model.stored_spec.nbytes
     assert not list(model.buffers())
+
+
+def test_threads_that_call_a_layer_for_the_first_time_do_not_repack_it_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = layer(), torch.randn(3, 64)
+    expected, together, repacked = copy.deepcopy(model)(x), threading.Barrier(4), []
+
+    def prepare(spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        repacked.append(spec)
+        time.sleep(0.05)
+        return row.prepare(spec, tensors)
+
+    def call(_: int) -> Tensor:
+        together.wait()
+        return model(x)
+
+    row = kernels.select_kernel(model.spec, x.device)
+    monkeypatch.setattr(kernels, "KERNELS", [dataclasses.replace(row, prepare=prepare)])
+    with ThreadPoolExecutor(4) as threads:
+        assert all(torch.equal(y, expected) for y in threads.map(call, range(4)))
+    assert len(repacked) == 1
+
+
+@pytest.mark.parametrize("again", [QuantLinear.prepare, lambda model: model.unprepare().prepare()])
+def test_a_layer_first_called_in_inference_mode_can_be_trained_through(
+    again: Callable[[QuantLinear], QuantLinear],
+) -> None:
+    model, x = layer(), torch.randn(3, 64, requires_grad=True)
+    with torch.inference_mode():
+        again(model)(x)
+    model(x).sum().backward()
+    assert x.grad is not None
 
 
 def test_inference_and_gradient_paths_agree() -> None:

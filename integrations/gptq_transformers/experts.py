@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend.errors import ConfigError
+from gptq_backend.linear import changing_layout
 from gptq_backend.moe import Routing
 from gptq_backend.structure import replace_module
 
@@ -135,9 +136,10 @@ class ExpertList(nn.Module):
         return self._after(down(self._activate(outputs)))
 
     @torch.compiler.disable
+    @changing_layout()
     def group(self) -> list[str]:
         """Multiply all experts in one call, where they allow it -> the obstacles, where they do not."""
-        with torch.inference_mode(False):  # inference tensors could never be trained with again
+        if self._grouped is None or not self._grouped.current():
             self._grouped = GroupedExperts([self._modules[str(i)] for i in range(self.num_experts)])  # type: ignore[misc]
         return self._grouped.obstacles
 
