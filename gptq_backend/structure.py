@@ -99,30 +99,48 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | None = None) -> Structure:
-    """Blocks and layers of ``model`` that ``config`` selects.
+def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn.Module]:
+    """The repeated blocks of ``model`` in order, by full name.
 
-    The blocks are the children of the outermost ``nn.ModuleList`` that holds most linear weights (or of the module
-    called ``block_name``). Routers stay in 16 bits: linear layers that are direct children of a module that also has a
-    child ``experts``.
+    They are the children of the outermost ``nn.ModuleList`` that holds most linear weights, or of the module called
+    ``block_name``.
 
     Raises:
-        ConfigError: no repeated blocks, or no layer left to quantize.
+        ConfigError: no repeated blocks.
     """
-    list_name, blocks = _block_list(model, block_name)
+    if block_name is None:
+        block_name = _heaviest_list(model)
+    try:
+        children = model.get_submodule(block_name)._modules
+    except AttributeError:
+        raise ConfigError(f"block_name_to_quantize={block_name!r} is not a module of the model") from None
+    prefix = f"{block_name}." if block_name else ""
+    # named_children() would skip a block that was there before.
+    return {prefix + name: block for name, block in children.items() if block is not None}
+
+
+def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | None = None) -> Structure:
+    """Blocks and layers of ``model`` that ``config`` selects; the blocks are those of :func:`find_blocks`.
+
+    Routers stay in 16 bits: linear layers that are direct children of a module that also has a child ``experts``.
+
+    Raises:
+        ConfigError: no repeated blocks, no layer left to quantize, or one that shares its weight with another.
+    """
+    blocks = find_blocks(model, block_name)
     last = len(blocks) - config.keep_edge_blocks
     found = []
-    for i, block in enumerate(blocks):
+    for i, (name, block) in enumerate(blocks.items()):
         inside = config.keep_edge_blocks <= i < last
-        targets = _targets(f"{list_name}.{i}", block, config) if inside else ()
-        found.append(Block(f"{list_name}.{i}", block, targets))
-    _check_wanted(blocks, config)
+        found.append(Block(name, block, _targets(name, block, config) if inside else ()))
+    _check_wanted([*blocks.values()], config)
     structure = Structure(tuple(found), _head(model, config) if config.lm_head else None)
     if not structure.targets:
         raise ConfigError(
-            f"no layer is left to quantize in the {len(blocks)} blocks of {list_name!r}; check dynamic, "
+            f"no layer is left to quantize in the blocks {', '.join(blocks)}; check dynamic, "
             "modules_in_block_to_quantize and keep_edge_blocks"
         )
+    _check_shared(structure)
     return structure
 
 
@@ -132,12 +150,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _block_list(model: nn.Module, block_name: str | None) -> tuple[str, list[nn.Module]]:
-    if block_name is not None:
-        try:
-            return block_name, list(model.get_submodule(block_name).children())
-        except AttributeError:
-            raise ConfigError(f"block_name_to_quantize={block_name!r} is not a module of the model") from None
+def _heaviest_list(model: nn.Module) -> str:
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
@@ -149,7 +162,7 @@ def _block_list(model: nn.Module, block_name: str | None) -> tuple[str, list[nn.
             f"{type(model).__name__} has no list of repeated blocks with linear layers; name the list with "
             "block_name_to_quantize"
         )
-    return best, list(lists[best])
+    return best
 
 
 def _linear_elements(module: nn.Module) -> int:
@@ -184,6 +197,25 @@ def _check_wanted(blocks: list[nn.Module], config: QuantizeConfig) -> None:
                 f"modules_in_block_to_quantize names {name!r}, which no block has; its linear layers are "
                 f"{', '.join(sorted(present))}"
             )
+
+
+def _check_shared(structure: Structure) -> None:
+    """Raises ConfigError where a weight to quantize is in several places, of which each has inputs of its own."""
+    owners: dict[int, list[str]] = {}
+    for block in structure.blocks:
+        for name, module in block.module.named_modules(prefix=block.name, remove_duplicate=False):
+            # Not by attribute: a parametrized layer makes its weight anew for everyone who asks.
+            if is_linear(module) and (weight := module._parameters.get("weight")) is not None:
+                owners.setdefault(id(weight), []).append(name)
+    wanted = {target.name for target in structure.targets}
+    shared = [names for names in owners.values() if len(names) > 1 and wanted.intersection(names)]
+    if shared:
+        first, second = shared[0][:2]
+        rules: dict[str, Any] = {f"-:{re.escape(name)}$": {} for name in (first, second)}
+        raise ConfigError(
+            f"{first} and {second} share one weight ({len(shared)} weights are shared), and each would be quantized "
+            f"for its own inputs; give each a copy, or keep all of them in 16 bits with dynamic rules like {rules}"
+        )
 
 
 def _head(model: nn.Module, config: QuantizeConfig) -> Target | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -140,6 +144,45 @@ def test_nothing_to_quantize_is_an_error_that_says_what_to_check(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         find_structure(model, QuantizeConfig(**settings), block_name)  # type: ignore[arg-type]
+
+
+def shared_module() -> list[nn.Module]:
+    return [Block()] * 2
+
+
+def shared_parameter() -> list[nn.Module]:
+    blocks = [Block(), Block()]
+    blocks[1].attn["qkv"].weight = blocks[0].attn["qkv"].weight
+    return blocks
+
+
+def two_names_in_a_block() -> list[nn.Module]:
+    block = Block()
+    block.attn["again"] = block.attn["qkv"]
+    return [block]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "second"),
+    [
+        (shared_module, "decoder.layers.1.attn.qkv"),
+        (shared_parameter, "decoder.layers.1.attn.qkv"),
+        (two_names_in_a_block, "decoder.layers.0.attn.again"),
+    ],
+)
+def test_a_weight_in_two_places_is_not_quantized_for_one_of_them(
+    blocks: Callable[[], list[nn.Module]], second: str
+) -> None:
+    first, model = "decoder.layers.0.attn.qkv", Model(blocks())
+    with pytest.raises(ConfigError, match=f"^{re.escape(first)} and {re.escape(second)} share one weight") as error:
+        find_structure(model, QuantizeConfig())
+    dynamic = ast.literal_eval(str(error.value).partition("rules like ")[2])
+    assert set(dynamic) == {f"-:{re.escape(name)}$" for name in (first, second)}
+
+
+def test_a_shared_weight_that_stays_in_16_bits_is_no_obstacle() -> None:
+    found = names(Model(shared_parameter()), dynamic={r"-:.*\.attn\.qkv$": {}})
+    assert found == [f"decoder.layers.{i}.{name}" for i in range(2) for name in ("attn.out", "mlp.0", "mlp.2")]
 
 
 def test_untied_head_no_longer_shares_memory_with_the_embedding() -> None:
