@@ -111,7 +111,7 @@ def quantize(
             if writer is None:
                 model.save_pretrained(folder)
             else:
-                writer.save(model)
+                writer.save()
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     return model, report

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gptq_backend import ConfigError, QuantizeConfig
 from gptq_backend.phases import timed
-from gptq_backend.structure import find_structure
+from gptq_backend.structure import find_blocks, find_structure
 from gptq_backend.writer import Shards
 
 from .experts import unfuse_experts
@@ -35,7 +35,7 @@ def load_streamed(path: str | Path, config: QuantizeConfig, scratch: str) -> Pre
         skeleton = AutoModelForCausalLM.from_config(model_config)
     device_map = None
     if not unfuse_experts(skeleton):
-        blocks = {block.name for block in find_structure(skeleton, QuantizeConfig()).blocks}
+        blocks = {block.name for block in find_structure(skeleton, config).blocks}
         device_map = _device_map(skeleton, "", blocks)
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
 
@@ -80,9 +80,8 @@ class BlockWriter:
     A written block stays usable: its tensors become maps of the file, which take memory only while they are read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.shards = folder, Shards(folder, _SHARD_BYTES)
-        self.waiting: list[tuple[str, nn.Module]] = []
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        self.model, self.folder, self.shards = model, folder, Shards(folder, _SHARD_BYTES)
 
     @classmethod
     def of(cls, model: PreTrainedModel, folder: Path) -> BlockWriter | None:
@@ -93,27 +92,21 @@ class BlockWriter:
         renamed = getattr(model, "_weight_conversions", None) or getattr(model, "_checkpoint_conversion_mapping", None)
         if renamed or os.name == "nt":
             return None
-        blocks = [block.module for block in find_structure(model, QuantizeConfig()).blocks]
-        held = list(itertools.chain.from_iterable(block.state_dict(keep_vars=True).values() for block in blocks))
-        return cls(folder) if len(set(map(id, held))) == len(held) else None
+        states = [block.state_dict(keep_vars=True) for block in find_blocks(model).values()]
+        held = list(itertools.chain.from_iterable(state.values() for state in states))
+        return cls(model, folder) if len(set(map(id, held))) == len(held) else None
 
     @timed("write")
     def add(self, name: str, block: nn.Module) -> None:
         """Take the finished block that the model calls ``name``."""
-        self.waiting.append((name, block))
         written = self.shards.add({f"{name}.{key}": tensor for key, tensor in block.state_dict().items()})
-        if written is None:
-            return
-        stored = load_file(written)
-        for earlier, module in self.waiting[:-1]:
-            prefix = f"{earlier}."
-            mapped = {key.removeprefix(prefix): stored[key] for key in stored if key.startswith(prefix)}
-            module.load_state_dict(mapped, assign=True)
-        del self.waiting[:-1]
+        if written is not None:
+            self.model.load_state_dict(load_file(written), strict=False, assign=True)
 
     @timed("write")
-    def save(self, model: PreTrainedModel) -> None:
-        """Write what is left and the other files of ``model``."""
+    def save(self) -> None:
+        """Write what is left and the other files of the model."""
+        model = self.model
         if not self.shards.files:
             model.save_pretrained(self.folder)
             return
