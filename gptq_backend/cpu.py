@@ -14,7 +14,7 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,20 @@ _LAYOUT = (
     "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor blocks, "
     "int in_features, int out_features, int bits, bool a8"
 )
+
+
+class _Layout(NamedTuple):
+    """The arguments of that schema; of experts, the tensors have a leading dimension."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    blocks: Tensor
+    in_features: int
+    out_features: int
+    bits: int
+    a8: bool
 
 
 def supports(spec: LinearSpec, device: torch.device) -> str | None:
@@ -179,20 +193,20 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
         ValueError: see ``check_input``; or x is float64, or the shapes of x, ids and bias do not fit together.
     """
     *layout, ids, experts, top_k, bias = layout_and_more
-    qweight, in_features, out_features = layout[0], layout[5], layout[6]
-    check_input(x, qweight.device, in_features, out_features, None)
-    rows, parts = ids.numel(), qweight.shape[0] // experts
+    w = _Layout(*layout)
+    check_input(x, w.qweight.device, w.in_features, w.out_features, None)
+    rows, parts = ids.numel(), w.qweight.shape[0] // experts
     fits = x.dtype in _DTYPES and x.dim() == 2 and x.shape[0] * top_k == rows
     if not fits or ids.dtype not in (torch.int32, torch.int64) or not ids.is_cpu:
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)} and ids is {ids.dtype} {tuple(ids.shape)} on {ids.device}, expected "
-            f"16 bits or float32 [rows, {in_features}] and int32 or int64 [rows * {top_k}] on the CPU"
+            f"16 bits or float32 [rows, {w.in_features}] and int32 or int64 [rows * {top_k}] on the CPU"
         )
-    if bias is not None and bias.shape != (qweight.shape[0], out_features):
-        raise ValueError(f"bias is {tuple(bias.shape)}, expected ({qweight.shape[0]}, {out_features})")
-    y = x.new_empty((rows, parts * out_features))
+    if bias is not None and bias.shape != (w.qweight.shape[0], w.out_features):
+        raise ValueError(f"bias is {tuple(bias.shape)}, expected ({w.qweight.shape[0]}, {w.out_features})")
+    y = x.new_empty((rows, parts * w.out_features))
     ids = ids.contiguous()
-    _multiply(_cpu.moe_gemm, x, rows, layout, bias, y, ids.data_ptr(), ids.itemsize, experts, parts, top_k)
+    _multiply(_cpu.moe_gemm, x, rows, w, bias, y, ids.data_ptr(), ids.itemsize, experts, parts, top_k)
     return y
 
 
@@ -257,8 +271,9 @@ def dequantize(
 
 
 def _moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
-    qweight, out_features, ids, experts = (arguments[i] for i in (0, 6, 9, 10))
-    return x.new_empty((ids.numel(), qweight.shape[0] // experts * out_features))
+    *layout, ids, experts, _, _ = arguments
+    w = _Layout(*layout)
+    return x.new_empty((ids.numel(), w.qweight.shape[0] // experts * w.out_features))
 
 
 def _torch_functions() -> dict[str, int]:
@@ -281,7 +296,6 @@ _op = define_operators(
     _LAYOUT,
     gemm,
     dequantize,
-    features=lambda *layout: (layout[5], layout[6]),
     dispatch="CPU",
     register_inference=(lambda name: _cpu.register_with_torch(name, _FUNCTIONS)) if _FUNCTIONS else None,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from .weight import LinearSpec
 
 _cuda: Any
 try:
-    from . import _cuda  # type: ignore[attr-defined, no-redef]
+    _cuda = importlib.import_module("gptq_backend._cuda")
 except ImportError as error:
     _cuda, _MISSING = None, f"the CUDA extension is not there ({error}); install again on a machine with nvcc"
 
@@ -284,7 +285,6 @@ _op = define_operators(
     _LAYOUT,
     gemm,
     dequantize,
-    features=lambda *layout: (layout[4], layout[5]),
     dispatch="CUDA",
     by_output=True,
 )

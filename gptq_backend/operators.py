@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ def define_operators(
     layout: str,
     gemm: Callable[..., Tensor],
     dequantize: Callable[..., Tensor],
-    features: Callable[..., tuple[int, int]],
+    out_features: Callable[..., int] | None = None,
     dispatch: str = "CompositeExplicitAutograd",
     by_output: bool = False,
     register_inference: Callable[[str], None] | None = None,
@@ -28,10 +28,10 @@ def define_operators(
 
     Args:
         library: of the namespace gptq_backend.
-        layout: schema of the arguments that describe the weight, common to both.
+        layout: schema of the arguments that describe the weight, common to both; with ``in_features`` = K.
         gemm: ``(x [..., K], *layout, bias [N] | None) -> y [..., N]`` in the dtype of x.
         dequantize: ``(*layout, dtype) -> [K, N]``, the transpose of ``nn.Linear.weight``.
-        features: ``(*layout) -> (K, N)``.
+        out_features: N, where the layout does not say; takes it by keywords.
         dispatch: key that both are registered for.
         by_output: the result of ``dequantize`` lies in memory as [N, K].
         register_inference: gives the operator of that name another implementation than ``gemm``.
@@ -50,15 +50,22 @@ def define_operators(
     else:
         register_inference(f"{prefix}gemm_inference")
 
+    names = [argument.split()[-1] for argument in layout.split(", ")]
+
+    def features(weight: Sequence[Any]) -> tuple[int, int]:
+        """K and N."""
+        by_name = dict(zip(names, weight, strict=True))
+        return by_name["in_features"], out_features(**by_name) if out_features else by_name["out_features"]
+
     def fake_gemm(x: Tensor, *arguments: Any) -> Tensor:
         *weight, bias = arguments
-        inputs, outputs = features(*weight)
+        inputs, outputs = features(weight)
         check_input(x, weight[0].device, inputs, outputs, bias)
         return x.new_empty((*x.shape[:-1], outputs))
 
     def fake_dequantize(*arguments: Any) -> Tensor:
         *weight, dtype = arguments
-        inputs, outputs = features(*weight)
+        inputs, outputs = features(weight)
         if by_output:
             return weight[0].new_empty((outputs, inputs), dtype=dtype).t()
         return weight[0].new_empty((inputs, outputs), dtype=dtype)

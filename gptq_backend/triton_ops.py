@@ -241,12 +241,12 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
 
 
 def _moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
-    out_features, top_k = arguments[6], arguments[11]
-    return x.new_empty((x.shape[0] * top_k, out_features))
+    *layout, _, _, top_k, _ = arguments
+    return x.new_empty((x.shape[0] * top_k, _Layout(*layout).out_features))
 
 
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
-_op = define_operators(_library, "triton_", _LAYOUT, gemm, dequantize, features=lambda *layout: (layout[5], layout[6]))
+_op = define_operators(_library, "triton_", _LAYOUT, gemm, dequantize)
 _library.define(
     f"triton_moe_gemm(Tensor x, {_LAYOUT}, Tensor order, Tensor experts, int top_k, Tensor? bias) -> Tensor"
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gptq_backend import QuantLinear
+from gptq_backend import QuantLinear, cpu, cuda, ops, triton_ops
 from gptq_backend.weight import encode
 from tests.test_weight import random_weight
 
@@ -158,3 +159,25 @@ def test_spec_of_the_operators_is_complete() -> None:
     from_tensors = {"out_features", "groups", "word_dtype", "scales_dtype", "act_order"}
     only_for_files = {"sym", "has_g_idx", "empty_g_idx", "has_bias", "bias_dtype", "g_idx_dtype"}
     assert fields == seen | from_tensors | only_for_files
+
+
+@pytest.mark.parametrize(
+    ("operator", "takes"),
+    [
+        ("gemm", ops.gemm),
+        ("dequantize", ops.dequantize),
+        ("cpu_gemm", cpu.gemm),
+        ("cpu_dequantize", cpu.dequantize),
+        ("cpu_moe_gemm", cpu._Layout),
+        ("cuda_gemm", cuda.gemm),
+        ("cuda_dequantize", cuda.dequantize),
+        ("triton_gemm", triton_ops._Layout),
+        ("triton_moe_gemm", triton_ops._Layout),
+    ],
+)
+def test_an_argument_that_moves_in_a_schema_moves_in_the_code(operator: str, takes: Any) -> None:
+    """torch hands arguments over by position: two integers in each other's place raise no error."""
+    schema = [argument.name for argument in getattr(torch.ops.gptq_backend, operator).default._schema.arguments]
+    expected = list(inspect.signature(takes).parameters)
+    first = schema.index(expected[0])
+    assert schema[first : first + len(expected)] == expected
