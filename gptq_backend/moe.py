@@ -1,14 +1,14 @@
 """Grouped products for a mixture of experts: every row of x times the weights of its own expert, in one call.
 
-Per layer, once: ``stack`` the prepared tensors of a projection of all experts. Per forward pass::
+Per layer, once: a :class:`Grouped` of each projection of all experts. Per forward pass::
 
     routing = Routing(ids, E)                                                  # ids [T, k], the expert of each slot
-    hidden = kernel.moe.apply(spec, w1, x, routing, k, None)                   # x [T, K] -> [T*k, N]
-    y = kernel.moe.apply(spec2, w2, act(hidden), routing, 1, None).view(T, k, -1)
+    hidden = w1(x, routing, k)                                                 # x [T, K] -> [T*k, N]
+    y = w2(act(hidden), routing, 1).view(T, k, -1)
 
-A stack of two or more projections of E experts each, the first one's first (gate, up), gives their products side by
-side. Nothing but the values of y depends on those of ``ids``, so all of it can be captured in a CUDA graph. There is no
-gradient: whoever needs one calls the experts' own operators, for example by :func:`one_by_one`.
+Two or more projections of E experts each in one ``Grouped``, the first one's first (gate, up), give their products side
+by side. Nothing but the values of y depends on those of ``ids``, so all of it can be captured in a CUDA graph. There is
+no gradient: whoever needs one calls the experts' own operators, for example by :func:`one_by_one`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cpu, triton_ops, triton_plan
 from .slots import Tensors
@@ -106,16 +106,44 @@ def obstacle(
     return None
 
 
-def stack(kernel: Kernel, prepared: Sequence[Tensors]) -> Tensors:
-    """Prepared tensors between which there is no :func:`obstacle`, with a leading dimension."""
-    assert kernel.moe is not None
-    stacked = {}
-    for name in kernel.moe.tensors:
-        if name in prepared[0]:
-            tensors = [each[name] for each in prepared]
-            out = cpu.in_huge_pages(tensors[0].new_empty((len(tensors), *tensors[0].shape)))
-            stacked[name] = torch.stack(tensors, out=out)
-    return stacked
+class Grouped(nn.Module):
+    """``y[r] = x[r // top_k] @ W[expert of r].T + bias[expert of r]``; its parameters are stacks, with a dimension E.
+
+    Args:
+        kernel, spec: of all experts.
+        prepared: their tensors, between which there is no :func:`obstacle`.
+        biases: [N] of each, or None of all.
+    """
+
+    def __init__(
+        self, kernel: Kernel, spec: LinearSpec, prepared: Sequence[Tensors], biases: Sequence[Tensor | None]
+    ) -> None:
+        super().__init__()
+        assert kernel.moe is not None
+        self.kernel, self.spec = kernel, spec
+        for name in kernel.moe.tensors:
+            if name in prepared[0]:
+                tensors = [each[name] for each in prepared]
+                out = cpu.in_huge_pages(tensors[0].new_empty((len(tensors), *tensors[0].shape)))
+                self._hold(name, torch.stack(tensors, out=out))
+        present = [bias.detach() for bias in biases if bias is not None]
+        self._hold("bias", torch.stack(present) if present else None)
+
+    def _hold(self, name: str, tensor: Tensor | None) -> None:
+        self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:
+        """x: 16 bits or float32 [rows / top_k, K] -> [rows, N] in the dtype of x; rows of no expert are zeros."""
+        kernel: Any = self.kernel.moe
+        call = kernel.op if torch.compiler.is_compiling() or type(x) is not Tensor else kernel.apply
+        return call(self.spec, self._parameters, x, routing, top_k, self._parameters["bias"])
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return (
+            f"{len(self.qweight)} experts, {spec.in_features}, {spec.out_features}, bits={spec.bits}, "  # type: ignore[arg-type]
+            f"group_size={spec.group_size}, sym={spec.sym}, act_order={spec.act_order}, kernel={self.kernel.name}"
+        )
 
 
 def one_by_one(

@@ -28,8 +28,10 @@ IDS = [
 def stacked(kernel: Kernel, weights: Sequence[QuantizedWeight]) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
     """Specs, prepared tensors of each, and the stack."""
     specs, layouts = zip(*(prepared(weight, kernel) for weight in weights))
-    assert moe.obstacle([kernel] * len(specs), specs, layouts, [None] * len(specs)) is None
-    return list(specs), list(layouts), moe.stack(kernel, layouts)
+    biases = [None] * len(specs)
+    assert moe.obstacle([kernel] * len(specs), specs, layouts, biases) is None
+    grouped = moe.Grouped(kernel, specs[0], layouts, biases)
+    return list(specs), list(layouts), {name: parameter.data for name, parameter in grouped.named_parameters()}
 
 
 def check_experts(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import Kernel, QuantLinear
-from gptq_backend.moe import Routing, obstacle, one_by_one, stack
+from gptq_backend.moe import Grouped, Routing, obstacle, one_by_one
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,7 +53,7 @@ class GroupedExperts:
         layers = [layer for column in columns.values() for layer in column]
         why = _obstacle(layers)
         if why is None:
-            return [_Stack(layers, len(columns))]
+            return [_stack(layers, len(columns))]
         if len(columns) > 1:
             return [call for name, column in columns.items() for call in self._calls({name: column})]
         for layer in layers:
@@ -100,29 +100,25 @@ class _Held:
     changes: int
 
 
-class _Stack:
-    """``y[r] = x[r // top_k] @ W[expert of r].T + bias[expert of r]`` for each of some projections.
+def _stack(layers: Sequence[QuantLinear], projections: int) -> _Call:
+    """The product of layers without an obstacle, those of the first projection first, which become slices of it."""
+    grouped = Grouped(
+        layers[0].kernel,  # type: ignore[arg-type]
+        layers[0].spec,
+        [layer._parameters for layer in layers],  # type: ignore[misc]
+        [layer.bias for layer in layers],
+    )
+    for i, layer in enumerate(layers):
+        held = {key: value[i] for key, value in grouped.named_parameters()}
+        bias = held.pop("bias", None)
+        layer.hold(held)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, layer.bias.requires_grad)  # type: ignore[union-attr]
 
-    Args:
-        layers: of all experts, those of the first projection first; prepared, without an obstacle.
-        projections: how many.
-    """
+    def multiply(x: Tensor, routing: Routing, top_k: int) -> list[Tensor]:
+        return list(grouped(x, routing, top_k).chunk(projections, -1))
 
-    def __init__(self, layers: Sequence[QuantLinear], projections: int) -> None:
-        kernel: Any = layers[0].kernel
-        self._moe, self._spec, self._projections = kernel.moe, layers[0].spec, projections
-        self._tensors = stack(kernel, [layer._parameters for layer in layers])  # type: ignore[misc]
-        for i, layer in enumerate(layers):
-            layer.hold({key: tensor[i] for key, tensor in self._tensors.items()})
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        self._bias = torch.stack([bias.detach() for bias in biases]) if biases else None
-        for i, bias in enumerate(biases):
-            layers[i].bias = nn.Parameter(self._bias[i], bias.requires_grad)  # type: ignore[index]
-
-    def __call__(self, x: Tensor, routing: Routing, top_k: int) -> list[Tensor]:
-        call = self._moe.op if torch.compiler.is_compiling() or type(x) is not Tensor else self._moe.apply
-        y = call(self._spec, self._tensors, x, routing, top_k, self._bias)
-        return [y] if self._projections == 1 else list(y.chunk(self._projections, -1))
+    return multiply
 
 
 # x [rows / top_k, K] -> [rows, N] of each of its projections; rows of no expert are zeros.

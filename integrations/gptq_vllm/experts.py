@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
 
-from gptq_backend.moe import Routing, obstacle, one_by_one, stack
+from gptq_backend.moe import Grouped, Routing, obstacle, one_by_one
 
 from .pieces import AnyPiece
 from .segments import QuantizedSegment, Segments
@@ -35,7 +35,7 @@ class Experts(nn.Module):
         why = _obstacle(each)
         if why is None:
             self.each = None
-            self.parts = nn.ModuleList(GroupedSegment(parts) for parts in zip(*(one.parts for one in each)))
+            self.parts = nn.ModuleList(_grouped(parts) for parts in zip(*(one.parts for one in each)))
             kernels = {part.kernel.name for part in self.parts}
             logger.info_once("experts, %s: one grouped product of the kernel %s", name, " and ".join(sorted(kernels)))
         else:
@@ -56,33 +56,9 @@ class Experts(nn.Module):
         return f"{'grouped' if self.each is None else 'one by one'}: {' | '.join(self.descriptions)}"
 
 
-class GroupedSegment(nn.Module):
-    """A segment of all experts: their tensors with a leading dimension, which are its parameters.
-
-    Args:
-        parts: that of each expert, between which there is no obstacle.
-    """
-
-    def __init__(self, parts: Sequence[QuantizedSegment]) -> None:
-        super().__init__()
-        self.spec, self.kernel = parts[0].spec, parts[0].kernel
-        stacked = stack(self.kernel, [part._parameters for part in parts])  # type: ignore[misc]
-        for key, tensor in stacked.items():
-            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
-        biases = [part.extra_bias for part in parts if part.extra_bias is not None]
-        self.extra_bias = nn.Parameter(torch.stack(biases), requires_grad=False) if biases else None
-
-    def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:
-        """See :meth:`Experts.forward`."""
-        call = self.kernel.moe.op if torch.compiler.is_compiling() else self.kernel.moe.apply  # type: ignore[union-attr]
-        return call(self.spec, self._parameters, x, routing, top_k, self.extra_bias)  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        spec = self.spec
-        return (
-            f"{len(self.qweight)} experts, {spec.in_features}, {spec.out_features}, bits={spec.bits}, "  # type: ignore[arg-type]
-            f"group_size={spec.group_size}, sym={spec.sym}, act_order={spec.act_order}, kernel={self.kernel.name}"
-        )
+def _grouped(parts: Sequence[QuantizedSegment]) -> Grouped:
+    prepared = [part._parameters for part in parts]
+    return Grouped(parts[0].kernel, parts[0].spec, prepared, [part.extra_bias for part in parts])  # type: ignore[arg-type]
 
 
 def _obstacle(each: Sequence[Segments]) -> str | None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gptq_transformers
 from gptq_backend import QuantizeConfig, QuantLinear
+from gptq_backend.moe import Grouped
 from gptq_transformers.experts import ExpertList
+from gptq_transformers.grouped import GroupedExperts
 from tests.transformers.toy_experts import build, expert_lists, needs_fused, quantized
 
 
@@ -174,10 +180,35 @@ def test_a_graph_is_not_run_with_layers_that_changed() -> None:
 
 
 @needs_fused
+def test_threads_that_call_experts_for_the_first_time_do_not_stack_them_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, experts = rounded()
+    expected, together, made = check_grouped(experts), threading.Barrier(3), []
+
+    def slow(modules: Any) -> GroupedExperts:
+        made.append(modules)
+        time.sleep(0.05)
+        return GroupedExperts(modules)
+
+    def call(_: int) -> Tensor:
+        together.wait()
+        return check_grouped(experts)
+
+    experts.ungroup()
+    monkeypatch.setattr(gptq_transformers.experts, "GroupedExperts", slow)
+    with ThreadPoolExecutor(3) as threads:
+        assert all(torch.equal(y, expected) for y in threads.map(call, range(3)))
+    assert len(made) == 1
+
+
+@needs_fused
 def test_stacks_are_freed_with_the_quantized_layers() -> None:
     model, experts = rounded()
-    tensors = weakref.ref(experts._grouped.after[0]._tensors["qweight"])
+    ours = {parameter.data_ptr() for parameter in experts.parameters()}
+    found = [found for found in gc.get_objects() if type(found) is Grouped and found.qweight.data_ptr() in ours]
+    stacks = weakref.WeakSet(found)
+    assert len(stacks) == 2
+    del found
     expected = check_grouped(experts)
     model.dequantize()
-    assert tensors() is None
+    assert not stacks
     torch.testing.assert_close(check_grouped(experts, grouped=False), expected, atol=1e-6, rtol=1e-5)
