@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Zamba2Config
 
-from gptq_backend import QuantizeConfig, QuantLinear
+from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
 from gptq_backend.reader import checkpoint_files, read_manifest, read_tensor
 from gptq_transformers import quantize, streaming
 from tests.transformers.test_api import logits, samples, source
@@ -78,6 +78,20 @@ def test_what_only_save_pretrained_can_write_is_left_to_it(source, tmp_path):
     model._weight_conversions = []
     model.model.layers[1].mlp = model.model.layers[0].mlp
     assert streaming.BlockWriter.of(model, tmp_path) is None
+
+
+def test_weights_that_blocks_share_are_refused_only_after_they_are_read(samples, tmp_path):
+    config = Zamba2Config(
+        vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_mem_blocks=1,
+        layers_block_type=["hybrid", "hybrid"], mamba_ngroups=1, n_mamba_heads=4, num_attention_heads=4,
+        use_shared_attention_adapter=False,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "zamba")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.\S+ and model\.layers\.1\.shared_transformer\.\S+ share one weight"
+    ):
+        quantize(tmp_path / "zamba", CONFIG, samples)
 
 
 def test_a_failure_between_shards_leaves_nothing(source, samples, tmp_path, monkeypatch):
