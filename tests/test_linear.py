@@ -121,6 +121,14 @@ def test_loading_into_a_prepared_layer_replaces_its_weight() -> None:
     assert first.spec.act_order == second.spec.act_order
 
 
+@pytest.mark.parametrize("key", ["qweight", "qzeros"])
+def test_packed_words_that_were_cast_are_read_as_if_they_were_not(key: str) -> None:
+    model = layer()
+    model.load_state_dict({**model.state_dict(), key: getattr(model, key).long()}, assign=True)
+    with pytest.raises(CheckpointError, match=rf"q_proj\.{key}: .* torch\.int64, expected torch\.int32"):
+        model(torch.randn(1, 64))
+
+
 def test_missing_and_unexpected_tensors_are_reported() -> None:
     model = layer()
     state = model.state_dict()

@@ -50,6 +50,7 @@ def test_a_compiled_pair_of_ranks_gives_other_logprobs(pair: Engine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two engines one after the other, of which each has as long as another test's
 def test_a_cached_graph_cannot_be_loaded(start_engine: Callable[..., Engine]) -> None:
     for _ in range(2):
         engine = start_engine()
