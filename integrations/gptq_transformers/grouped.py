@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,11 +41,16 @@ class GroupedExperts:
             self._grouped = len(self.obstacles) < len(names)
         else:
             self.obstacles.append("they are not all quantized")
-        self._held = [
-            _Held(expert._modules, name, layer, getattr(layer, "changes", 0))
+        # All of them are looked at in every call: tuples, since their attributes would take as long as the rest of it.
+        self._held: list[_Held] = [
+            (expert._modules, name, layer, getattr(layer, "changes", 0))
             for name in names
             for expert, layer in zip(experts, columns[name], strict=True)
         ]
+        self._hooks = [
+            hooks for _, _, layer, _ in self._held for hooks in (layer._forward_hooks, layer._forward_pre_hooks)
+        ]
+        self._biased = [layer for _, _, layer, _ in self._held if getattr(layer, "bias", None) is not None]
 
     def _calls(self, columns: dict[str, list[Any]]) -> list[_Call]:
         """One product for all columns, or one for each."""
@@ -69,8 +73,8 @@ class GroupedExperts:
 
     def current(self) -> bool:
         """Whether the layers are still in their places and hold what they held; a graph is guarded by the same."""
-        for held in self._held:
-            if held.place[held.name] is not held.layer or getattr(held.layer, "changes", 0) != held.changes:
+        for place, name, layer, changes in self._held:
+            if place[name] is not layer or getattr(layer, "changes", 0) != changes:
                 return False
         return True
 
@@ -81,23 +85,13 @@ class GroupedExperts:
         gradients = torch.is_grad_enabled()
         if gradients and x.requires_grad:
             return False
-        for held in self._held:
-            layer: Any = held.layer
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                return False
-            if gradients and layer.bias is not None and layer.bias.requires_grad:
-                return False
-        return True
+        if any(self._hooks):
+            return False
+        return not (gradients and any(layer.bias.requires_grad for layer in self._biased))
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A layer where it was found: ``place[name]``, and how often it had changed."""
-
-    place: dict[str, Any]
-    name: str
-    layer: nn.Module
-    changes: int
+# A layer where it was found, place[name], and how often it had changed.
+_Held = tuple[dict[str, Any], str, Any, int]
 
 
 def _stack(layers: Sequence[QuantLinear], projections: int) -> _Call:
