@@ -54,7 +54,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     """The quantization settings as written: from config.json, else from quantize_config.json or quant_config.json.
 
     Raises:
-        ConfigError: there are none. CheckpointError: a file is not JSON.
+        ConfigError: there are none. CheckpointError: a file is not JSON, or holds no object.
     """
     folder = Path(folder)
     for name in SETTINGS_FILES:
@@ -64,8 +64,10 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         if name == "config.json":
             inner = content.get("text_config")
             content = content.get("quantization_config") or (inner or {}).get("quantization_config") or {}
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{folder / name}: quantization_config is {content!r}, expected an object")
         if content:
-            return dict(content)
+            return content
     if folder.is_dir() and (scalars := _tgi_settings(folder)):
         return scalars
     raise ConfigError(

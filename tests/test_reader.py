@@ -142,6 +142,9 @@ def test_missing_or_broken_settings_give_no_reason(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text("{bits: 4")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": "gptq"}')
+    with pytest.raises(CheckpointError, match="quantization_config is 'gptq', expected an object"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

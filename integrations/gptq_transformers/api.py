@@ -148,8 +148,8 @@ def _load_tokenizer(path: str | Path, required: bool) -> Any:
 def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
 
-    That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or a weights file with AutoGPTQ's name
-    (``gptq_model-4bit-128g.safetensors``). Everything else equals ``AutoModelForCausalLM.from_pretrained``.
+    That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
+    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals ``AutoModelForCausalLM.from_pretrained``.
 
     Args:
         path: a folder, or a name on the hub (which must then be in transformers' own layout).
@@ -172,12 +172,17 @@ def _is_standard(folder: Path) -> bool:
     """Whether plain ``from_pretrained`` finds both the settings and the weights."""
     names = {path.name for path in folder.iterdir()}
     weights = {name for stem in ("model.safetensors", "pytorch_model.bin") for name in (stem, f"{stem}.index.json")}
-    return bool(names & weights) and "quantization_config" in (folder / "config.json").read_text()
+    if not names & weights or "config.json" not in names:
+        return False
+    config = json.loads((folder / "config.json").read_text())
+    sections = [section.get("quantization_config") for section in (config, config.get("text_config") or {})]
+    return any(settings and settings.get("quant_method") == "gptq" for settings in sections)
 
 
 def _link_as_standard(folder: Path, view: Path) -> None:
     """Fill ``view`` with links to the files of a checkpoint, named and configured as transformers expects."""
     settings = read_settings(folder)
+    QuantizeConfig.from_dict(settings)  # refuses what is not GPTQ by another name
     weights = checkpoint_files(folder, settings)
     for path in folder.iterdir():
         if path.is_file() and path not in weights:

@@ -37,6 +37,11 @@ def _where_settings_are(checkpoint: Checkpoint) -> Iterator[str]:
             f"the quantization settings are in {next(iter(found), 'the tensors')}, not in config.json: plain "
             "from_pretrained does not see them; load with gptq_transformers.from_quantized"
         )
+    elif (method := found["config.json"].get("quant_method")) != "gptq":
+        yield (
+            f"quant_method is {method!r} in config.json, not 'gptq': plain from_pretrained fails or leaves random "
+            "weights; load with gptq_transformers.from_quantized"
+        )
     first, *others = found.items() if found else [("", {})]
     for name, settings in others:
         try:

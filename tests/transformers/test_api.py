@@ -119,6 +119,26 @@ def test_settings_and_weights_under_autogptq_names_are_found(source, samples, tm
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("method", [None, "GPTQ"])
+def test_settings_that_plain_loading_does_not_take_for_gptq_give_random_weights(source, tmp_path, method):
+    model, _ = quantize(source, CONFIG, None, output=tmp_path / "out")
+    _set_method(tmp_path / "out", method)
+    assert torch.equal(logits(from_quantized(tmp_path / "out", dtype="auto")), logits(model))
+
+
+def test_another_method_is_read_as_gptq(source, tmp_path):
+    quantize(source, CONFIG, None, output=tmp_path / "out")
+    _set_method(tmp_path / "out", "awq")
+    with pytest.raises(ConfigError, match="quant_method='awq' is not a GPTQ checkpoint"):
+        from_quantized(tmp_path / "out")
+
+
+def _set_method(folder, method):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = method
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_settings_nowhere_are_missed_by_name(source):
     with pytest.raises(ConfigError, match="quantization_config"):
         from_quantized(source)

@@ -396,6 +396,11 @@ def test_inspect_names_files_that_disagree_and_settings_out_of_sight(tmp_path: P
     assert "plain from_pretrained does not see them" in _inspect(folder)["odd"][0]
 
 
+def test_inspect_names_a_method_that_plain_loading_does_not_know(tmp_path: Path) -> None:
+    (sentence,) = _inspect(_edited("llama-4-32-sym", tmp_path, quant_method="GPTQ"))["odd"]
+    assert "quant_method is 'GPTQ' in config.json, not 'gptq'" in sentence
+
+
 def test_inspect_names_spurious_biases_and_extra_tensors(tmp_path: Path) -> None:
     folder = _edited("llama-4-32-sym", tmp_path)
     name = "model__layers__0__self_attn__q_proj"
