@@ -149,7 +149,8 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
 
     That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
-    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals ``AutoModelForCausalLM.from_pretrained``.
+    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals
+    ``AutoModelForCausalLM.from_pretrained``.
 
     Args:
         path: a folder, or a name on the hub (which must then be in transformers' own layout).
