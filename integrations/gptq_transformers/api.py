@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from gptq_backend.quantize import Progress
 from gptq_backend.reader import checkpoint_files, read_manifest, read_settings
 from gptq_backend.writer import atomic_folder
 
+from .auto_calibration import AUTO, Choice, choose
 from .config import GPTQConfig
 from .experts import unfuse_experts
 from .quantizer import attach
 from .streaming import BlockWriter, load_streamed, take_offloading
+
+logger = logging.getLogger(__name__)
 
 
 def quantize(
@@ -31,6 +35,7 @@ def quantize(
     config: QuantizeConfig | GPTQConfig | Mapping[str, Any],
     calibration: str | Iterable[Any] | None,
     *,
+    text: str | Iterable[str] | None = None,
     tokenizer: Any = None,
     output: str | Path | None = None,
     seqlen: int | None = None,
@@ -40,6 +45,7 @@ def quantize(
     backend: str | None = None,
     overwrite: bool = False,
     on_layer: Progress | None = None,
+    on_choice: Callable[[Choice], None] | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
     """Quantize a causal language model.
@@ -49,16 +55,21 @@ def quantize(
             16-bit weights are read one block at a time, and written, if there is an ``output``, a file at a time.
         config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
         calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
-            ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot distil).
+            ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot distil); ``"auto"`` chooses
+            windows of packaged text, the model's own and ``text``, see :func:`auto_calibration.choose`.
+        text: what the model will read, if there is some; only for ``calibration="auto"``.
         tokenizer: for texts; default: the one in the model's folder.
         output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. A distillation
             keeps its progress in ``OUTPUT.distill`` beside it, which is removed at the end.
-        seqlen: cut texts, joined, into windows of this many tokens; None keeps each text as one sample.
-        samples: use this many windows, texts or token id samples, drawn with ``seed``.
+        seqlen: cut texts, joined, into windows of this many tokens; None keeps each text as one sample, and is 512
+            for "auto".
+        samples: use this many windows, texts or token id samples, drawn with ``seed``; for "auto" the most it may
+            choose, by default 64.
         batch_size: sequences per forward pass; None aims at about 2048 tokens.
         backend: kernel of the resulting layers.
         overwrite: let ``output`` replace a folder that exists.
         on_layer: called with each layer's report, how many are done, and how many there are.
+        on_choice: called with what "auto" chose, before the work.
         device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
 
     Returns:
@@ -68,6 +79,8 @@ def quantize(
         ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written.
     """
     config = _as_config(config)
+    if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
+        raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
     path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
     with ExitStack() as stack:
         # Made before the work, so that an output that cannot be written is found out at once.
@@ -77,7 +90,22 @@ def quantize(
             calibration = list(calibration)
         if tokenizer is None and (output is not None or _is_text(calibration)):
             tokenizer = _load_tokenizer(path, required=_is_text(calibration))
-        if _is_text(calibration):
+        if calibration == AUTO:
+            own = text if text is None or isinstance(text, str) else list(text)
+            choice = choose(
+                model_or_path,
+                tokenizer,
+                own,
+                samples=64 if samples is None else samples,
+                seqlen=512 if seqlen is None else seqlen,
+                seed=seed,
+                device=device,
+            )
+            logger.info("calibration='auto' uses %s", choice.summary())
+            if on_choice is not None:
+                on_choice(choice)
+            calibration = choice.samples
+        elif _is_text(calibration):
             calibration = tokenize(calibration, tokenizer, seqlen, samples, seed)  # type: ignore[arg-type]
         elif calibration is not None:
             if seqlen is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -100,11 +100,18 @@ def quantize(
         Format, typer.Option("--format", help="How zeros and codes are stored.")
     ] = Format.gptq,
     calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|auto",
+            help="Text to calibrate on: UTF-8, or .jsonl with a text per line; or auto, which chooses some.",
+        ),
+    ] = None,
+    text: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Text to calibrate on: UTF-8, or .jsonl with a text per line."),
+        typer.Option(metavar="FILE", help="For --calibration auto: text like what the model will read."),
     ] = None,
     rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest, without calibration.")] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")] = 64,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="For the choice of windows.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
@@ -118,9 +125,11 @@ def quantize(
     """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
     if (calibration is None) != rtn:
         raise typer.BadParameter(
-            "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read) or --rtn "
-            "(round to nearest, no text needed, less accurate)"
+            "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read), --calibration "
+            "auto (GPTQ on text that it chooses) or --rtn (round to nearest, no text needed, less accurate)"
         )
+    if text is not None and calibration != "auto":
+        raise typer.BadParameter("--text goes with --calibration auto; for that text alone, pass --calibration FILE")
     if rtn and (quality is Quality.best or distill_epochs):
         raise typer.BadParameter(
             "--quality best and --distill-epochs train on calibration text, and --rtn has none; pass --calibration "
@@ -147,14 +156,15 @@ def quantize(
         checkpoint_format=checkpoint_format.value,
     )
     window = {"samples": samples, "seqlen": seqlen, "seed": seed}
-    _run_quantize(model, out, config, calibration, window, batch_size, kld_windows, device, overwrite, json_target)
+    source = (calibration, text)
+    _run_quantize(model, out, config, source, window, batch_size, kld_windows, device, overwrite, json_target)
 
 
 def _run_quantize(
     model: str,
     out: Path,
     config: QuantizeConfig,
-    calibration: Path | None,
+    source: tuple[str | None, Path | None],
     window: dict[str, int],
     batch_size: int | None,
     kld_windows: int,
@@ -162,6 +172,8 @@ def _run_quantize(
     overwrite: bool,
     json_target: str | None,
 ) -> None:
+    from gptq_backend.calibration import set_aside
+
     from .api import quantize as run
     from .evaluate import require_device, require_model
 
@@ -170,28 +182,42 @@ def _run_quantize(
     terminal.check_json_target(json_target)
     require_model(model)
     require_device(device)
-    texts = None if calibration is None else terminal.read_calibration(calibration)
+    calibration, text = source
+    texts: str | list[str] | None = calibration
+    if calibration not in (None, "auto"):
+        texts = terminal.read_calibration(Path(calibration))
+    own = None if text is None else terminal.read_calibration(text)
+
+    def unseen() -> list[Any]:
+        if (choice := progress.choice) is not None:
+            return list(choice.held_out[:kld_windows])
+        return set_aside(texts, _tokenizer(str(out)), **window, count=kld_windows)
+
     with terminal.LayerProgress(console) as progress, terminal.loading(model):
         result = run(  # without the model, whose memory the comparison needs
             model,
             config,
             texts,
+            text=own,
             output=out,
             **window,
             batch_size=batch_size,
             overwrite=overwrite,
             on_layer=progress.on_layer,
+            on_choice=progress.on_choice,
             device=device,
         )[1]
     used = None
     if calibration is not None:
         tokens = max((layer.tokens for layer in result.layers), default=0)
-        used = {"file": str(calibration), **window, "tokens": tokens}
+        used = {"file": str(text or calibration), **window, "tokens": tokens}
+        if progress.choice is not None:
+            used["choice"] = progress.choice.report()
     report = make_report(result, result.config, model, out, used)
     with _reporting(out):
         _, page = write_reports(report, out)  # before the comparison, which can fail
-    if texts is not None and kld_windows:
-        report["evaluation"] = _compare(out, model, texts, window, kld_windows, device)
+    if calibration is not None and kld_windows:
+        report["evaluation"] = _compare(out, model, unseen, device)
     with _reporting(out):
         write_reports(report, out)
         terminal.write_json(json_target, report)
@@ -210,27 +236,23 @@ def _reporting(out: Path) -> Iterator[None]:
         raise GPTQError(f"the checkpoint in {out} is complete, but a report could not be written: {reason}") from error
 
 
-def _compare(
-    out: Path, model: str, texts: list[str], window: dict[str, int], windows: int, device: str
-) -> dict[str, Any] | None:
-    """The evaluation of the finished checkpoint on windows that calibration did not draw.
+def _compare(out: Path, model: str, unseen: Callable[[], list[Any]], device: str) -> dict[str, Any] | None:
+    """The evaluation of the finished checkpoint on windows that were not calibrated on.
 
     None, with a warning, if there are none or it fails: the checkpoint is complete.
     """
-    from gptq_backend.calibration import set_aside
-
     from .evaluate import evaluate as run
     from .evaluate import load_model
 
-    if window["seqlen"] < 2:
-        logger.warning("windows of one token predict nothing; the KL divergence was not measured")
-        return None
     try:
-        left = set_aside(texts, _tokenizer(str(out)), **window, count=windows)
-        if not left:
+        windows = unseen()
+        if not windows:
             logger.warning("no window of the calibration text was left to measure the KL divergence on")
             return None
-        return dataclasses.asdict(run(load_model(out, device=device), left, load_model(model, device=device)))
+        if len(windows[0]) < 2:
+            logger.warning("windows of one token predict nothing; the KL divergence was not measured")
+            return None
+        return dataclasses.asdict(run(load_model(out, device=device), windows, load_model(model, device=device)))
     except GPTQError as error:
         logger.warning("the checkpoint is complete, but it could not be compared with %s: %s", model, error)
         return None

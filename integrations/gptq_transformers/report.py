@@ -155,6 +155,7 @@ def render_html(report: Mapping[str, Any]) -> str:
 <h1>{escape(name)}, quantized</h1>
 <p>{escape(_describe(report))}</p>
 <div class="grid cards">{_cards(report)}</div>
+{_choice((report["calibration"] or {}).get("choice"))}
 <h2>Error per module</h2>
 <p>Share of the {energy} energy that is error, one bar per block. Every panel has a scale of its own; hold the pointer
 over a bar for its module. The tables' column "steps" is the error after the column loop, then after each refinement.
@@ -210,6 +211,8 @@ def _describe(report: Mapping[str, Any]) -> str:
         words.append("group-aware order")
     if calibration is None:
         return ", ".join(words) + "; rounded to nearest, without calibration."
+    if "choice" in calibration:
+        return f"{', '.join(words)}; GPTQ on {calibration['tokens']} tokens, chosen automatically."
     return (
         f"{', '.join(words)}; GPTQ on {calibration['tokens']} tokens of {Path(calibration['file']).name}"
         f" (up to {calibration['samples']} windows of {calibration['seqlen']}, seed {calibration['seed']})."
@@ -236,6 +239,52 @@ def _cards(report: Mapping[str, Any]) -> str:
         label = "held-out KL divergence, distilled" + ("" if found["kept"] else "; undone")
         cards.insert(2, (f"{found['before']:.4f} → {found['after']:.4f}", label))
     return "".join(f'<div class="card"><b>{escape(value)}</b><span>{label}</span></div>' for value, label in cards)
+
+
+def _choice(choice: Mapping[str, Any] | None) -> str:
+    """What ``calibration="auto"`` chose: a sentence, its sources, and the predicted errors by number of windows."""
+    if choice is None:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{found['chosen']}</td><td>{found['pool']}</td><td>{percent(found['weight'])}"
+        f"</td><td></td></tr>"
+        for name, found in choice["sources"].items()
+    )
+    rows += "".join(
+        f'<tr class="odd"><td>{escape(name)}</td><td>0</td><td>0</td><td></td><td class="left">{escape(why)}</td></tr>'
+        for name, why in choice["left_out"].items()
+    )
+    heads = "".join(f"<th>{head}</th>" for head in ("source", "windows chosen", "in the pool", "weight", ""))
+    return f"""<h2>Calibration text</h2><p>{escape(choice["summary"])}</p>
+<div class="grid panels">{_curve(choice["curve"])}</div>
+<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"""
+
+
+def _curve(points: Sequence[Mapping[str, Any]]) -> str:
+    """One SVG chart of two lines over the number of windows, doublings evenly spaced."""
+    base, reach = _HEIGHT - _BOTTOM, math.log2(max(points[-1]["samples"], 2))
+    shown = [value for point in points for value in (point["training"], point["held_out"]) if math.isfinite(value)]
+    top = max(shown)
+    parts = []
+    for share in (0.0, 0.5, 1.0):
+        y = base - share * (base - _TOP)
+        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{share * top:.2f}</text>')
+    for key, color in (("training", "--soft"), ("held_out", "--bar")):
+        at = [
+            (_LEFT + (_WIDTH - _LEFT) * math.log2(point["samples"]) / reach, base - (base - _TOP) * point[key] / top)
+            for point in points
+            if math.isfinite(point[key])
+        ]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+        parts.append(f'<polyline points="{line}" style="fill:none;stroke:var({color});stroke-width:2"/>')
+    for number, x, anchor in ((1, _LEFT, "start"), (points[-1]["samples"], _WIDTH, "end")):
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 5}" text-anchor="{anchor}">{number}</text>')
+    return (
+        '<figure class="card"><figcaption>predicted error by windows<span>held out (blue), chosen (grey)</span>'
+        f'</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="Predicted error by number of windows">{"".join(parts)}</svg></figure>'
+    )
 
 
 def _panel(kind: str, layers: Sequence[Mapping[str, Any]]) -> str:

@@ -190,11 +190,12 @@ def read_calibration(path: Path) -> list[str]:
 class LayerProgress:
     """A progress bar over modules: name, error and time left; on anything but a terminal, a line per tenth.
 
-    Use as a context manager and pass :meth:`on_layer` to ``quantize``.
+    Use as a context manager and pass :meth:`on_layer` and :meth:`on_choice` to ``quantize``.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self.choice: Any = None
         self._start = time.perf_counter()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -217,6 +218,11 @@ class LayerProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def on_choice(self, choice: Any) -> None:
+        """Show what ``calibration="auto"`` chose, and keep it in ``choice``."""
+        self.choice = choice
+        self._console.print(f"calibration: {choice.summary()}", markup=False, soft_wrap=True)
 
     def on_layer(self, layer: LayerReport, done: int, total: int) -> None:
         """Show one finished layer."""

@@ -1,0 +1,245 @@
+"""``calibration="auto"``: pool the user's text, packaged text and the model's own, and choose from it.
+
+Nothing is fetched. The choice itself is :func:`gptq_backend.selection.select`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from gptq_backend import CalibrationError, ConfigError, QuantizeConfig
+from gptq_backend.calibration import draw, tokenize
+from gptq_backend.distill import evaluating
+from gptq_backend.selection import Selection, select, sketch
+
+from .streaming import load_streamed, take_offloading
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+USER, MODEL = "your text", "the model"  # names of sources, beside those of the packaged files
+_POOL = 3  # windows in the pool for each that may be chosen
+_LEAST = 8  # windows of each source in the pool, however few may be chosen
+_HELD_OUT = 4  # one window of so many judges and is not chosen
+_SAMPLED = 8  # windows of the model's own text, each token of which takes a step of the model
+_RUN = 128  # tokens sampled in one go; several runs make a window
+_USER_SHARE = 0.5  # of the weight: the user knows best what the model will read
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``calibration="auto"`` uses, and why.
+
+    Args:
+        samples: int64 [n, T], to calibrate on.
+        held_out: int64 [m, T], the windows that judged the choice, a round of all sources at a time.
+        sources: per source its windows in the ``pool``, those ``chosen``, and its ``weight``.
+        left_out: sources that gave nothing, and why.
+        selection: order of choice, curve and reason.
+    """
+
+    samples: Tensor
+    held_out: Tensor
+    sources: dict[str, dict[str, float]]
+    left_out: dict[str, str]
+    selection: Selection
+
+    def report(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "summary": self.summary(),
+            "sources": self.sources,
+            "left_out": self.left_out,
+            "reason": self.selection.reason,
+            "curve": [asdict(point) for point in self.selection.curve],
+        }
+
+    def summary(self) -> str:
+        """One sentence: how many windows of what, and why no more."""
+        counts = ", ".join(f"{name} {found['chosen']}" for name, found in self.sources.items())
+        return f"{len(self.samples)} windows ({counts}): {self.selection.why}"
+
+
+def choose(
+    model_or_path: PreTrainedModel | str | Path,
+    tokenizer: Any,
+    text: str | Sequence[str] | None = None,
+    *,
+    samples: int = 64,
+    seqlen: int = 512,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Choice:
+    """Choose windows of text to calibrate on.
+
+    The pool has about three times ``samples`` windows, as many from each source: each of the files in
+    ``calibration_text``, what the model itself says (if the model fits into half of the free memory as a whole), and
+    ``text``, which weighs as much as all others together.
+
+    Args:
+        model_or_path: a loaded model, or a folder or name.
+        tokenizer: of the model.
+        text: what the model will read, if there is some.
+        samples: choose at most this many windows.
+        seqlen: tokens per window.
+        seed: of the draw, the model's text and the sketch; the same seed gives the same choice.
+        device: where to compute; None: where the weights are.
+
+    Raises:
+        CalibrationError: ``text`` is shorter than two windows, or all sources are. ConfigError: quantized already.
+    """
+    if samples < 1 or seqlen < 1:
+        raise CalibrationError(f"seqlen={seqlen} and samples={samples} must be positive")
+    packaged = packaged_texts()
+    size = max(_LEAST, math.ceil(_POOL * samples / (len(packaged) + 1 + (text is not None))))
+    pool: dict[str, Tensor] = {}
+    left_out: dict[str, str] = {}
+    if text is not None:
+        pool[USER] = _windows(text, tokenizer, seqlen, size, seed)
+        if len(pool[USER]) < 2:
+            raise CalibrationError(
+                f"of your text calibration='auto' needs two windows of seqlen={seqlen} tokens at least, one to use and "
+                f"one to judge by, and it makes {len(pool[USER])}; pass more text, a smaller seqlen, or no text"
+            )
+    for name, content in packaged.items():
+        windows = _windows(content, tokenizer, seqlen, size, seed)
+        if len(windows) < 2:
+            left_out[name] = f"shorter than two windows of {seqlen} tokens"
+        else:
+            pool[name] = windows
+    with _opened(model_or_path, device) as original:
+        spoken = original.silent or _sampled(original.model, tokenizer, min(size, _SAMPLED), seqlen, seed)
+        (left_out if isinstance(spoken, str) else pool)[MODEL] = spoken  # type: ignore[assignment]
+        for name, reason in left_out.items():
+            logger.warning("calibration='auto' goes without text of %s: %s", name, reason)
+        if not pool:
+            raise CalibrationError(
+                f"the calibration pool is empty: no source has two windows of seqlen={seqlen} tokens; pass text of "
+                "your own or a smaller seqlen"
+            )
+        ids = torch.cat(list(pool.values()))
+        moments = sketch(
+            original.model, ids, seed=seed, on_block=original.on_block, on_done=original.on_done, device=device
+        )
+        channels = getattr(original.model.config.get_text_config(), "hidden_size", None)
+    names = [name for name, windows in pool.items() for _ in windows]
+    judges = _judges(pool)
+    others = len(pool) - (USER in pool)
+    shared = 1 - _USER_SHARE if USER in pool and others else 1.0
+    weights = {name: _USER_SHARE if name == USER and others else shared / max(others, 1) for name in pool}
+    least = max(len(pool), math.ceil((channels or 0) / seqlen))  # no source forgotten, no fewer tokens than channels
+    selection = select(moments, names, weights, samples, held_out=judges, channels=channels, least=least)
+    sources = {
+        name: {
+            "pool": len(windows),
+            "chosen": sum(names[i] == name for i in selection.chosen),
+            "weight": weights[name],
+        }
+        for name, windows in pool.items()
+    }
+    return Choice(ids[sorted(selection.chosen)], ids[judges], sources, left_out, selection)
+
+
+def packaged_texts() -> dict[str, str]:
+    """The texts that come with this package, by name; their origins and licences are in the README beside them."""
+    folder = resources.files(__package__) / "calibration_text"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
+    return {file.name.removesuffix(".txt"): file.read_text(encoding="utf-8") for file in files}
+
+
+def _windows(text: str | Sequence[str], tokenizer: Any, seqlen: int, count: int, seed: int) -> Tensor:
+    """Up to ``count`` windows of the text, drawn with ``seed``: int64 [n, seqlen]; n may be 0."""
+    joined = torch.cat(tokenize(text, tokenizer))
+    windows = joined[: len(joined) // seqlen * seqlen].view(-1, seqlen)
+    return windows[draw(range(len(windows)), count, seed)]
+
+
+def _judges(pool: dict[str, Tensor]) -> list[int]:
+    """Indices of the windows held out of each source, one of each in turn."""
+    rounds: list[tuple[int, int]] = []
+    first = 0
+    for windows in pool.values():
+        count = max(1, len(windows) // _HELD_OUT)
+        rounds += [(turn, first + (2 * turn + 1) * len(windows) // (2 * count)) for turn in range(count)]
+        first += len(windows)
+    return [index for _, index in sorted(rounds)]
+
+
+@dataclass(frozen=True)
+class _Original:
+    """A model to sketch, and why it cannot be sampled from, if so."""
+
+    model: PreTrainedModel
+    silent: str | None = None
+    on_block: Callable[[nn.Module], None] | None = None
+    on_done: Callable[[nn.Module], None] | None = None
+
+
+@contextmanager
+def _opened(model_or_path: PreTrainedModel | str | Path, device: torch.device | str | None) -> Iterator[_Original]:
+    """A loaded model as it is, a small one loaded as a whole, and of a large one a block at a time."""
+    if isinstance(model_or_path, PreTrainedModel):
+        offloaded = any(parameter.is_meta for parameter in model_or_path.parameters())
+        yield _Original(model_or_path, "it is offloaded, and every token would read all of it" if offloaded else None)
+        return
+    config = AutoConfig.from_pretrained(model_or_path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{model_or_path} is quantized already; pass the original 16-bit model")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    where = torch.device(device or "cpu")
+    dtype = torch.float32 if where.type == "cpu" else skeleton.dtype  # CPUs compute 16 bits slowly
+    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
+    if needed <= free / 2:
+        yield _Original(AutoModelForCausalLM.from_pretrained(model_or_path, dtype=dtype).to(where))
+        return
+    silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
+    with tempfile.TemporaryDirectory(prefix="gptq-offload-") as scratch:
+        model = load_streamed(model_or_path, QuantizeConfig(), scratch)
+        yield _Original(model, silent, take_offloading(model), lambda block: block.to("meta"))
+
+
+def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor | str:
+    """``count`` windows of what the model says, int64 [count, seqlen], or why there are none.
+
+    Runs start in turn from the beginning-of-text token, if there is one, and from a random token.
+    """
+    if not model.can_generate():
+        return f"{type(model).__name__} cannot generate"
+    if seqlen < 2:
+        return "windows of one token leave nothing to generate"
+    length = min(seqlen, _RUN)
+    runs = math.ceil(seqlen / length)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if hasattr(tokenizer, "__len__"):
+        vocabulary = min(vocabulary, len(tokenizer))  # embeddings may be padded
+    words = sorted(set(range(vocabulary)) - set(getattr(tokenizer, "all_special_ids", ())))
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.tensor(words)[torch.randint(len(words), (count * runs, 1), generator=generator)]
+    if (begin := getattr(tokenizer, "bos_token_id", None)) is not None:
+        starts[::2] = begin
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0
+    )
+    starts = starts.to(model.get_input_embeddings().weight.device)
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
+            torch.manual_seed(seed)
+            spoken = model.generate(starts, attention_mask=torch.ones_like(starts), generation_config=settings)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
+        return f"it cannot be sampled from ({str(error).strip().partition(chr(10))[0]})"
+    return spoken.cpu().view(count, runs * length)[:, :seqlen]

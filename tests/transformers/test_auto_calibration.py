@@ -1,0 +1,213 @@
+"""``calibration="auto"``: what is in the pool, what is said about it, and what cannot be done."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import gptq_transformers
+from gptq_backend import CalibrationError, ConfigError
+from gptq_transformers import auto_calibration, quantize
+from gptq_transformers.auto_calibration import MODEL, USER, choose, packaged_texts
+from gptq_transformers.cli import app
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "tests" / "data" / "checkpoints" / "llama-4-32-sym" / "tokenizer.json"
+SMALL = {"samples": 8, "seqlen": 32}
+CONFIG = {"bits": 4, "group_size": 32}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER), bos_token="a")
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("auto") / "original"
+    model().to(torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_packaged_texts_are_there_named_in_the_readme_and_go_into_the_wheel() -> None:
+    folder = Path(auto_calibration.__file__).parent / "calibration_text"
+    texts = packaged_texts()
+    assert {"code", "dialogue", "encyclopedia", "prose"} <= texts.keys()
+    for name, text in texts.items():
+        assert len(text) > 40_000, name
+        assert f"`{name}.txt`" in (folder / "README.md").read_text()
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packed = {path for pattern in patterns["gptq_transformers"] for path in folder.parent.glob(pattern)}
+    assert packed == set(folder.iterdir())
+
+
+def test_every_source_is_chosen_from_and_no_window_is_used_and_held_out() -> None:
+    found = choose(model(), tokenizer(), samples=16, seqlen=32)
+    assert found.sources.keys() == {*packaged_texts(), MODEL}
+    assert not found.left_out
+    assert found.samples.shape[1] == found.held_out.shape[1] == 32
+    assert len(found.samples) <= 16
+    assert sum(source["chosen"] for source in found.sources.values()) == len(found.samples)
+    assert sum(source["weight"] for source in found.sources.values()) == pytest.approx(1)
+    assert not {tuple(row.tolist()) for row in found.samples} & {tuple(row.tolist()) for row in found.held_out}
+
+
+def test_the_choice_is_the_same_again_and_another_with_another_seed() -> None:
+    first, again, other = (choose(model(), tokenizer(), **SMALL, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.samples, again.samples)
+    assert first.report() == again.report()
+    assert first.samples.shape != other.samples.shape or not torch.equal(first.samples, other.samples)
+
+
+def test_the_callers_random_state_and_model_stay_as_they_were() -> None:
+    original, state = model(), torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    choose(original, tokenizer(), **SMALL)
+    torch.manual_seed(0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in original.state_dict().items())
+    choose(original, tokenizer(), **SMALL)
+    state = torch.get_rng_state()
+    choose(original, tokenizer(), **SMALL)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_users_text_weighs_half_and_is_chosen() -> None:
+    text = " ".join(str(i) for i in range(2000))
+    found = choose(model(), tokenizer(), text, samples=16, seqlen=32)
+    assert found.sources[USER]["weight"] == 0.5
+    assert found.sources[USER]["chosen"] >= max(source["chosen"] for source in found.sources.values())
+
+
+def test_a_folder_gives_the_same_choice_whole_and_block_by_block(folder: Path, monkeypatch: Any) -> None:
+    whole = choose(folder, tokenizer(), **SMALL)
+    monkeypatch.setattr(auto_calibration, "_sampled", lambda *_: "not now")
+    mute = choose(folder, tokenizer(), **SMALL)
+    monkeypatch.setattr(auto_calibration.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1})())
+    streamed = choose(folder, tokenizer(), **SMALL)
+    assert MODEL in whole.sources
+    assert torch.equal(streamed.samples, mute.samples)
+    assert "half of the free" in streamed.left_out[MODEL]
+
+
+def test_a_model_that_cannot_generate_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Mute(LlamaForCausalLM):
+        @classmethod
+        def can_generate(cls) -> bool:
+            return False
+
+    class Broken(LlamaForCausalLM):
+        def generate(self, *_: Any, **__: Any) -> Any:
+            raise ValueError("no words\nand no more")
+
+    for kind, reason in ((Mute, "Mute cannot generate"), (Broken, "it cannot be sampled from (no words)")):
+        caplog.clear()
+        found = choose(kind(model().config), tokenizer(), **SMALL)
+        assert found.left_out == {MODEL: reason}
+        assert reason in caplog.text
+    assert issubclass(LlamaForCausalLM, GenerationMixin)
+
+
+def test_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"two windows of seqlen=32 .* it makes 1"):
+        choose(model(), tokenizer(), "x" * 50, **SMALL)
+    with pytest.raises(CalibrationError, match="empty"):
+        choose(model(), tokenizer(), ["", "  "], **SMALL)
+
+
+def test_an_empty_pool_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_calibration, "packaged_texts", lambda: {"tiny": "x"})
+    monkeypatch.setattr(auto_calibration, "_sampled", lambda *_: "not now")
+    with pytest.raises(CalibrationError, match="pool is empty"):
+        choose(model(), tokenizer(), **SMALL)
+
+
+@pytest.mark.parametrize("sizes", [{"samples": 0, "seqlen": 32}, {"samples": 4, "seqlen": 0}])
+def test_sizes_that_mean_nothing_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(CalibrationError, match="must be positive"):
+        choose(model(), tokenizer(), **sizes)
+
+
+def test_no_tokenizer_is_refused_before_the_work(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "bare")
+    with pytest.raises(CalibrationError, match="no tokenizer could be loaded"):
+        quantize(tmp_path / "bare", CONFIG, "auto", **SMALL)
+
+
+def test_text_without_auto_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="calibration=text"):
+        quantize(model(), CONFIG, None, text="some", tokenizer=tokenizer())
+
+
+def test_a_quantized_model_is_refused_before_the_work(folder: Path, tmp_path: Path) -> None:
+    quantize(folder, CONFIG, None, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize(tmp_path / "out", CONFIG, "auto", **SMALL)
+
+
+def test_quantize_uses_the_choice_and_tells_it(folder: Path, offline: None) -> None:
+    told: list[auto_calibration.Choice] = []
+    _, report = quantize(folder, CONFIG, "auto", **SMALL, on_choice=told.append)
+    assert {layer.tokens for layer in report.layers} == {told[0].samples.numel()}
+    assert set(gptq_transformers.__all__) >= {"quantize"}
+
+
+def test_the_command_reports_what_was_chosen_and_why(folder: Path, tmp_path: Path, offline: None) -> None:
+    text = tmp_path / "own.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"line {i} of my own"}) for i in range(100)))
+    command = ["quantize", str(folder), str(tmp_path / "out"), "--group-size", "32", "--samples", "8", "--seqlen", "32"]
+    result = CliRunner().invoke(app, [*command, "--calibration", "auto", "--text", str(text)])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    chosen = report["calibration"]["choice"]
+    count = sum(source["chosen"] for source in chosen["sources"].values())
+    assert len(chosen["curve"]) == count <= 8
+    assert report["calibration"]["tokens"] == 32 * count
+    assert chosen["summary"] in result.stderr.replace("\n", "")
+    assert report["evaluation"]["windows"] == 4
+    page = (tmp_path / "out" / "quantize_report.html").read_text()
+    assert USER in page
+    assert "held out" in page
+    assert not re.search(r"https?://|<script|<link|@import|src=", page)
+
+
+@pytest.mark.parametrize("calibration", [["--rtn"], ["--calibration", "some.txt"]])
+def test_the_command_refuses_text_without_auto(folder: Path, tmp_path: Path, calibration: list[str]) -> None:
+    arguments = ["quantize", str(folder), str(tmp_path / "out"), "--text", "own.txt", *calibration]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "--calibration auto" in re.sub(r"[│\s]+", " ", result.output)
