@@ -12,7 +12,9 @@ from typing import Any
 
 
 def settings(run: dict[str, Any]) -> str:
-    """``quality`` and what was asked for beside it."""
+    """``quality`` and what was asked for beside it; of a peer, which has its judgement in such a file too, its name."""
+    if "peer" in run:
+        return str(run["peer"])
     config = run["asked"]
     others = [f"`{key}={config[key]}`" for key in config if key not in ("bits", "group_size", "quality")]
     return ", ".join([f"`{config.get('quality', 'default')}`", *others])
