@@ -50,6 +50,7 @@ _WRITE_ONLY: dict[str, _Rule] = {
     "true_sequential": _FLAG,
     "quality": (lambda value: isinstance(value, str) and value in QUALITIES, f"choose one of {tuple(QUALITIES)}"),
     "scale_search": _FLAG,
+    "token_weights": _FLAG,
     "signed_scales": _OPTIONAL_FLAG,
     "search_finalists": _integer_from(1),
     "refine_sweeps": _integer_from(0),
@@ -91,12 +92,14 @@ class QuantizeConfig:
             groups stay contiguous and ``g_idx`` stays trivial.
         act_group_aware: order whole groups, and columns inside each, by the Hessian diagonal; ``g_idx`` stays trivial
             (arXiv 2505.14638). ``None`` means "unless ``desc_act`` or ``static_groups``".
-        damp_percent: share of the mean Hessian diagonal added to it before factoring; with few calibration tokens more
-            is added (see :func:`hessian.damping`).
+        damp_percent: share of the median of the Hessian's diagonal added to it before factoring; with few calibration
+            tokens more is added (see :func:`hessian.damping`).
         true_sequential: each layer sees inputs produced by the already quantized layers of its own block.
         quality: "fast" (GPTQ with a short scale search), "default" (what lowers each layer's error at little cost) or
             "best" (also distils against the original). It fills in those of the next settings that are None.
         scale_search: search each scale for the least Hessian-weighted rounding error instead of min-max.
+        token_weights: in the Hessians of layers before attention, count each token by what an error in its output changes
+            after it (see :class:`sensitivity.Sensitivity`); otherwise all tokens count the same.
         signed_scales: symmetric grids may have a negative scale, which mirrors the range -2**(b-1)..2**(b-1)-1. Plain
             GPTQ tensors; False is for readers that insist on positive scales.
         search_finalists: for so many of the best candidates of the scale search, the group is rounded with error
@@ -129,6 +132,7 @@ class QuantizeConfig:
     true_sequential: bool = True
     quality: str = "default"
     scale_search: bool = True
+    token_weights: bool = True
     signed_scales: bool | None = None
     search_finalists: int | None = None
     refine_sweeps: int | None = None

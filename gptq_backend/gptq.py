@@ -36,7 +36,8 @@ class LayerFactor:
     Args:
         order: the column order.
         factor: U in that order.
-        hessian: the undamped H in the original order; channels that calibration never excited have a diagonal of 1.
+        hessian: the undamped H in the original order; channels that calibration never excited have the median of the
+            others' diagonal.
     """
 
     order: ColumnOrder
@@ -65,11 +66,12 @@ class QuantizedLayer:
 def prepare_factor(hessian: Tensor, config: QuantizeConfig, tokens: float = math.inf) -> LayerFactor:
     """Order the columns and factor H [K, K] of so many tokens; fewer mean more damping (:func:`hessian.damping`).
 
-    Channels that calibration never excited get a unit diagonal.
+    Channels that calibration never excited get the diagonal of a typical one.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1
+    dead = diagonal <= 0
+    diagonal[dead] = 1 if dead.all() else diagonal[~dead].median()
     order = column_order(diagonal, config)
     in_order = hessian[order.perm][:, order.perm].to(_working_dtype(hessian))
     return LayerFactor(order, factor(in_order, damping(config.damp_percent, len(hessian), tokens)), hessian)

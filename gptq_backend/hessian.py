@@ -11,7 +11,7 @@ from .errors import CalibrationError
 
 _TILE = 256  # columns per block row when only the upper triangle is accumulated
 _GPU_TILE = 1024  # enough work for all of its processors
-_DAMP_LEVELS = 3  # each three times the one before
+_DAMP_LEVELS = 9  # each three times the one before
 _NOISE = 0.5  # damping for K tokens of K channels
 
 
@@ -27,9 +27,12 @@ class Hessian:
         self.tokens = 0
         self.dropped = 0
 
-    def add(self, x: Tensor) -> None:
-        """x: float [..., K]."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """x: float [..., K]; weights: float [...], what each row counts, on average 1 over all calls."""
         rows = x.detach().reshape(-1, self._sum.shape[0])
+        if weights is not None:
+            wide = torch.float32 if rows.dtype == torch.float16 else rows.dtype  # float16 could overflow
+            rows = rows.to(wide) * weights.reshape(-1, 1).sqrt().to(wide)
         if not _tensor_cores(rows, self._sum):
             rows = rows.to(self._sum)
         if not rows.sum(dtype=self._sum.dtype).isfinite():  # cheaper than a look at each entry
@@ -73,7 +76,7 @@ def _accumulate(total: Tensor, rows: Tensor) -> None:
 
 
 def damping(damp_percent: float, channels: int, tokens: float) -> float:
-    """The share of the mean diagonal to add to a Hessian of so many channels that so many tokens made.
+    """The share of the median of the diagonal to add to a Hessian of so many channels that so many tokens made.
 
     What was asked for, and more where tokens are few: a direction that they happen not to excite looks free, and errors
     moved there come back on other text (docs/accuracy.md has the figures).
@@ -99,24 +102,28 @@ class Factor:
 def factor(hessian: Tensor, damp_percent: float) -> Factor:
     """U with ``U^T U = (H + damp I)^-1`` for H [K, K] without zeros on the diagonal.
 
+    damp is a share of the diagonal's median, not of its mean as in the paper's code: a layer behind a massive activation
+    has a mean a thousand times its median, and that much damping would leave nothing of the other channels' H.
+
     Flipping both axes of H turns its lower Cholesky factor into R upper with ``H = R R^T``, hence U = R^-1: one
-    factorization and one triangular inverse instead of inverse plus two factorizations. Damping triples up to twice,
-    then float64 is tried, then off-diagonal terms are ignored (plain rounding, weighted); ``method`` tells.
+    factorization and one triangular inverse instead of inverse plus two factorizations. If that fails, float64 is tried,
+    then there damping that triples up to 8 times, then off-diagonal terms are ignored (plain rounding, weighted);
+    ``method`` tells.
     """
-    mean = hessian.diagonal().mean()
-    attempts = [(hessian.dtype, damp_percent * 3**i) for i in range(_DAMP_LEVELS)]
+    median = hessian.diagonal().median()
+    attempts = [(torch.float64, damp_percent * 3**i) for i in range(_DAMP_LEVELS)]
     if hessian.dtype != torch.float64:
-        attempts += [(torch.float64, damp) for _, damp in attempts]
+        attempts.insert(0, (hessian.dtype, damp_percent))
     for dtype, damp in attempts:
         damped = hessian.to(dtype).clone()
-        damped.diagonal().add_(damp * mean)
+        damped.diagonal().add_(damp * median)
         flipped, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
             root = flipped.flip(0, 1)
             eye = torch.eye(root.shape[0], dtype=dtype, device=root.device)
             upper = torch.linalg.solve_triangular(root, eye, upper=True).to(hessian.dtype)
             if upper.isfinite().all():
-                method = "cholesky" if damp == damp_percent else "cholesky damped more"
-                return Factor(upper, damp, method if dtype == hessian.dtype else "cholesky float64")
-    diagonal = hessian.diagonal() + damp_percent * mean
+                method = "cholesky" if dtype == hessian.dtype else "cholesky float64"
+                return Factor(upper, damp, method if damp == damp_percent else "cholesky damped more")
+    diagonal = hessian.diagonal() + damp_percent * median
     return Factor(diagonal.rsqrt().diag(), damp_percent, "diagonal")

@@ -11,10 +11,10 @@ import contextvars
 import inspect
 import logging
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from .calibration import Batch, check_fits, make_batches
 from .config import QuantizeConfig
 from .distill import DistillReport, check_progress_file, distill, evaluating, hold_out
 from .errors import ConfigError
-from .gptq import LayerFactor, prepare_factor, quantize_weight
-from .hessian import Hessian
+from .factors import Factors, LayerInput, Shared
+from .gptq import quantize_weight
 from .linear import QuantLinear
 from .phases import timed
 from .placement import Placement, tensors_of
 from .refine import Step
+from .sensitivity import Sensitivity
 from .stacking import Stacks
 from .structure import Block, Target, dense_weight, find_structure, is_conv1d, replace_module, untie
 
@@ -75,8 +76,8 @@ class QuantizeReport:
     distillation: DistillReport | None = None
 
 
-_Input = tuple[Tensor, "Tensor | None"]  # a layer's input and the attention mask of its batch
 _MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("attention_mask")  # of the running task
+_WEIGHTS: contextvars.ContextVar[dict[nn.Module, Tensor]] = contextvars.ContextVar("token_weights")  # likewise
 Progress = Callable[[LayerReport, int, int], None]
 
 
@@ -151,19 +152,6 @@ class _Stop(BaseException):
     """Ends a forward pass after the last layer to quantize; not an Exception, so that no model code catches it."""
 
 
-@dataclass
-class _Shared:
-    """A factor and the input tensors (one per task) that it was made from."""
-
-    inputs: list[weakref.ref[Tensor]]
-    settings: tuple[Any, ...]
-    factor: LayerFactor
-    hessian: Hessian
-
-    def made_from(self, inputs: list[_Input]) -> bool:
-        return len(inputs) == len(self.inputs) and all(ref() is x for ref, (x, _) in zip(self.inputs, inputs))
-
-
 class _Run:
     def __init__(
         self,
@@ -185,13 +173,14 @@ class _Run:
             target.config.require_run()
             _check_planar(target)
         self.report = QuantizeReport(self.structure.describe(config))
-        self.arrived: dict[Target, list[_Input]] = {}  # what the waiting tasks are about to feed each layer
-        self.shared: list[_Shared] = []
+        self.arrived: dict[Target, list[LayerInput]] = {}  # what the waiting tasks are about to feed each layer
         self.done: dict[nn.Module, QuantLinear] = {}
-        self.pending: list[tuple[Target, _Shared | None]] = []
+        self.pending: list[tuple[Target, Shared | None]] = []
         self.second_pass = False  # the current block runs again, quantized (true_sequential=False)
         self.current: Block | None = None
         self.placement = Placement(device)
+        self.factors = Factors(self.placement)
+        self.sensitivity = Sensitivity()
         self.stacks = Stacks()
 
     def run(self) -> QuantizeReport:
@@ -273,6 +262,10 @@ class _Run:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             lockstep.wait(block)
+            if self.config.token_weights:
+                layers = [target.module for target in block.targets]
+                run = partial(original, *args, **kwargs)
+                _WEIGHTS.set(self.sensitivity.of(block.module, block.name, layers, run, _MASK.get()))
             if block.targets and not self.config.true_sequential:
                 original(*args, **kwargs)  # all Hessians from the block as it was, then the block again, quantized
                 lockstep.wait((block, "end"))
@@ -283,9 +276,12 @@ class _Run:
 
     def hook_layer(self, target: Target) -> Any:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.sensitivity.running:
+                return
             if module not in self.done and not any(target is waiting for waiting, _ in self.pending):
                 x = next(iter((*args, *kwargs.values())))
-                self.arrived.setdefault(target, []).append((x, _MASK.get()))
+                weights = _WEIGHTS.get({}).get(module)
+                self.arrived.setdefault(target, []).append(LayerInput(x, _MASK.get(), weights))
                 lockstep.wait(target)
                 self.placement.fetch(x)
 
@@ -297,7 +293,7 @@ class _Run:
             self.leave()
             self.enter(key)
         elif isinstance(key, Target):
-            shared = self.factor(key, self.arrived.pop(key))
+            shared = self.factors.of(key, self.arrived.pop(key))
             # An expert may get its first tokens in the second pass: the quantized block routes otherwise.
             if self.config.true_sequential or self.second_pass or key is self.structure.head:
                 self.quantize(key, shared)
@@ -327,43 +323,12 @@ class _Run:
                 self.quantize(target, None)
             self.install(target)
         self.placement.send_back(tensors_of(self.current.module))
-        self.shared.clear()
+        self.factors.clear()
         if self.on_done is not None:
             self.on_done(self.current.name, self.current.module)
         self.current = None
 
-    def factor(self, target: Target, inputs: list[_Input]) -> _Shared | None:
-        """The factor of a layer's input, shared with earlier layers of the block that read the same tensors."""
-        self.shared = [entry for entry in self.shared if any(ref() is not None for ref in entry.inputs)]
-        config = target.config
-        order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)
-        settings = (*order, config.damp_percent)
-        same_input = [entry for entry in self.shared if entry.made_from(inputs)]
-        for entry in same_input:
-            if entry.settings == settings:
-                return entry
-        hessian = same_input[0].hessian if same_input else self.hessian([_unpadded(*item) for item in inputs])
-        self.placement.park([x for x, _ in inputs])
-        if hessian.dropped:
-            logger.warning("%s: dropped %d tokens with NaN or infinite inputs", target.name, hessian.dropped)
-        matrix = hessian.matrix(target.name)
-        if not hessian.tokens:
-            return None
-        layer = prepare_factor(matrix, config, hessian.tokens)
-        shared = _Shared([weakref.ref(x) for x, _ in inputs], settings, layer, hessian)
-        self.shared.append(shared)
-        return shared
-
-    @timed("hessian")
-    def hessian(self, inputs: list[Tensor]) -> Hessian:
-        first = inputs[0]
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        hessian = Hessian(first.shape[-1], dtype, first.device)
-        for x in inputs:
-            hessian.add(x)
-        return hessian
-
-    def quantize(self, target: Target, shared: _Shared | None) -> None:
+    def quantize(self, target: Target, shared: Shared | None) -> None:
         """Quantize one layer and leave the dequantized weight in the module for the passes under way."""
         start = time.perf_counter()
         module, config = target.module, target.config
@@ -421,15 +386,6 @@ class _Restore:
 
     def remove(self) -> None:
         del self.module.forward
-
-
-def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of x [B, T, K] or [B*T, K] that are not padding; other shapes cannot be told apart and pass."""
-    if mask is None:
-        return x
-    if x.shape[:-1] == mask.shape:
-        return x[mask.bool()]
-    return x[mask.bool().flatten()] if x.shape[:-1] == (mask.numel(),) else x
 
 
 def _check_planar(target: Target) -> None:

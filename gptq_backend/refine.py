@@ -46,7 +46,7 @@ def refine(
         quantized: the start.
         weight: [N, K], in the dtype of the Hessian.
         hessian: [K, K], symmetric, undamped.
-        damp_percent: share of its mean diagonal that is added to it. It alone keeps the sweeps from fitting the
+        damp_percent: share of the median of its diagonal that is added to it. It alone keeps the sweeps from fitting the
             calibration tokens better and others worse.
         sweeps: how often.
 
@@ -54,7 +54,7 @@ def refine(
         The result and the steps, the given start first.
     """
     damped = hessian.clone()
-    damped.diagonal().add_(damp_percent * damped.diagonal().mean())
+    damped.diagonal().add_(damp_percent * damped.diagonal().median())
     energy = (weight @ hessian).mul_(weight).sum()
 
     def error() -> float:

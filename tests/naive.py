@@ -20,9 +20,10 @@ def gptq(weight: Tensor, hessian: Tensor | None, config: QuantizeConfig) -> Quan
     """weight [N, K], hessian [K, K] or None to round to nearest."""
     w, k = weight.double().clone(), weight.shape[1]
     hessian = torch.eye(k, dtype=torch.float64) if hessian is None else hessian.double().clone()
-    hessian.diagonal()[hessian.diagonal() == 0] = 1
+    live = hessian.diagonal()[hessian.diagonal() > 0]
+    hessian.diagonal()[hessian.diagonal() == 0] = live.median() if len(live) else 1
     order, g_idx = column_order(hessian.diagonal().tolist(), config)
-    damped = hessian + config.damp_percent * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    damped = hessian + config.damp_percent * hessian.diagonal().median() * torch.eye(k, dtype=torch.float64)
     pivot, row = {}, {}  # of the inverse Hessian of the columns that remain when a column's turn comes
     inverse = damped.inverse()
     for c in order:

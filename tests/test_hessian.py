@@ -91,7 +91,7 @@ def test_factor_inverts_the_damped_matrix(dtype: torch.dtype) -> None:
     x = torch.randn(200, 30, dtype=dtype)
     hessian = x.t() @ x
     result = factor(hessian, 0.05)
-    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(30, dtype=dtype)
+    damped = hessian + 0.05 * hessian.diagonal().median() * torch.eye(30, dtype=dtype)
     assert torch.equal(result.upper, result.upper.triu())
     assert torch.allclose(result.upper.t() @ result.upper @ damped, torch.eye(30, dtype=dtype), atol=1e-4)
     assert (result.method, result.damp_percent) == ("cholesky", 0.05)
@@ -114,7 +114,7 @@ def test_retry_raises_the_damping_and_reports_it() -> None:
 
 def test_hopeless_matrix_falls_back_to_its_diagonal_and_says_so() -> None:
     matrix = torch.full((4, 4), 5.0) + torch.eye(4)
-    matrix[0, 1] = matrix[1, 0] = 100.0
+    matrix[0, 1] = matrix[1, 0] = 1e6
     result = factor(matrix, 0.01)
     assert result.method == "diagonal"
     assert result.upper.isfinite().all()
@@ -132,11 +132,12 @@ def test_float64_is_tried_before_the_diagonal(monkeypatch: pytest.MonkeyPatch) -
     assert result.upper.isfinite().all()
 
 
-def test_dead_channels_get_a_unit_diagonal_and_no_influence() -> None:
+def test_dead_channels_get_a_typical_diagonal_and_no_influence() -> None:
     x = torch.randn(100, 6)
     x[:, 2] = 0
     shared = prepare_factor(x.t() @ x, QuantizeConfig(group_size=3, act_group_aware=False))
-    assert shared.hessian[2, 2] == 1
+    live = [0, 1, 3, 4, 5]
+    assert shared.hessian[2, 2] == shared.hessian.diagonal()[live].median()
     upper = shared.factor.upper
     off_diagonal = torch.cat([upper[2, :2], upper[2, 3:], upper[:2, 2], upper[3:, 2]])
     assert not off_diagonal.any()

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gptq_backend.quantize as driver
+import gptq_backend.factors as factors
 from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
 from gptq_backend.hessian import Hessian
 from tests.toy import VOCABULARY, SparseMlp, samples, toy
 
 
 def config(**settings: Any) -> QuantizeConfig:
-    return QuantizeConfig(**{"bits": 4, "group_size": 16, **settings})
+    """All tokens count the same, so that Hessians can be compared with plain second moments."""
+    return QuantizeConfig(**{"bits": 4, "group_size": 16, "token_weights": False, **settings})
 
 
 def quantized_names(model: nn.Module) -> list[str]:
@@ -36,7 +37,7 @@ def hessians(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
             super().__init__(*args, **kwargs)
             made.append(self._sum)
 
-    monkeypatch.setattr(driver, "Hessian", Recorded)
+    monkeypatch.setattr(factors, "Hessian", Recorded)
     return made
 
 
@@ -292,7 +293,8 @@ def test_same_inputs_give_the_same_bits() -> None:
 def test_padding_changes_nothing(side: str) -> None:
     plain, padded = toy(), toy()
     data = samples(6, 16)
-    quantize_model(plain, config(), data)
+    settings = config(token_weights=True)
+    quantize_model(plain, settings, data)
     batches = []
     for ids in data:
         filler, mask = torch.full((5,), 7), torch.ones(16, dtype=torch.long)
@@ -301,7 +303,7 @@ def test_padding_changes_nothing(side: str) -> None:
         batches.append(
             {"input_ids": torch.cat([p[0] for p in parts]), "attention_mask": torch.cat([p[1] for p in parts])}
         )
-    report = quantize_model(padded, config(), batches)
+    report = quantize_model(padded, settings, batches)
     assert {entry.tokens for entry in report.layers} == {6 * 16}
     for name in quantized_names(plain):
         one, other = (model.get_submodule(name).quantized_weight() for model in (plain, padded))
@@ -321,12 +323,12 @@ def test_non_finite_activations_are_dropped_counted_and_named(caplog: pytest.Log
         ids[ids == 5] = 6
     bad = torch.full((24,), 5)
     with caplog.at_level(logging.WARNING, "gptq_backend"):
-        report = quantize_model(model, config(), [*good, bad], batch_size=2)
+        report = quantize_model(model, config(token_weights=True), [*good, bad], batch_size=2)
     assert {entry.dropped_tokens for entry in report.layers} == {24}
     assert {entry.tokens for entry in report.layers} == {4 * 24}
     assert "blocks.0.attn.q: dropped 24 " in caplog.text
     clean = toy()
-    quantize_model(clean, config(), good, batch_size=2)
+    quantize_model(clean, config(token_weights=True), good, batch_size=2)
     for name in quantized_names(clean):
         assert torch.equal(
             clean.get_submodule(name).quantized_weight().codes, model.get_submodule(name).quantized_weight().codes
@@ -384,7 +386,7 @@ def test_dense_weights_and_hessians_of_a_finished_block_are_freed(monkeypatch: p
             super().__init__(*args, **kwargs)
             alive.append(weakref.ref(self))
 
-    monkeypatch.setattr(driver, "Hessian", Counted)
+    monkeypatch.setattr(factors, "Hessian", Counted)
     sizes, held = [], []
 
     def on_block(block: nn.Module) -> None:
