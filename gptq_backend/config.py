@@ -98,8 +98,8 @@ class QuantizeConfig:
         quality: "fast" (GPTQ with a short scale search), "default" (what lowers each layer's error at little cost) or
             "best" (also distils against the original). It fills in those of the next settings that are None.
         scale_search: search each scale for the least Hessian-weighted rounding error instead of min-max.
-        token_weights: in the Hessians of layers before attention, count each token by what an error in its output changes
-            after it (see :class:`sensitivity.Sensitivity`); otherwise all tokens count the same.
+        token_weights: in the Hessians of layers before attention, count each token by what an error in the layer's
+            output there changes (see :class:`sensitivity.Sensitivity`); otherwise all tokens count the same.
         signed_scales: symmetric grids may have a negative scale, which mirrors the range -2**(b-1)..2**(b-1)-1. Plain
             GPTQ tensors; False is for readers that insist on positive scales.
         search_finalists: for so many of the best candidates of the scale search, the group is rounded with error

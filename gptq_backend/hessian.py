@@ -102,13 +102,13 @@ class Factor:
 def factor(hessian: Tensor, damp_percent: float) -> Factor:
     """U with ``U^T U = (H + damp I)^-1`` for H [K, K] without zeros on the diagonal.
 
-    damp is a share of the diagonal's median, not of its mean as in the paper's code: a layer behind a massive activation
-    has a mean a thousand times its median, and that much damping would leave nothing of the other channels' H.
+    damp is a share of the diagonal's median, not of its mean as in the paper's code: a layer that reads a massive
+    activation has a mean hundreds of times its median, and so much damping leaves nothing of the other channels' H.
 
     Flipping both axes of H turns its lower Cholesky factor into R upper with ``H = R R^T``, hence U = R^-1: one
-    factorization and one triangular inverse instead of inverse plus two factorizations. If that fails, float64 is tried,
-    then there damping that triples up to 8 times, then off-diagonal terms are ignored (plain rounding, weighted);
-    ``method`` tells.
+    factorization and one triangular inverse instead of inverse plus two factorizations. If that fails, float64 is
+    tried, then there damping that triples up to 8 times, then off-diagonal terms are ignored (plain rounding,
+    weighted); ``method`` tells.
     """
     median = hessian.diagonal().median()
     attempts = [(torch.float64, damp_percent * 3**i) for i in range(_DAMP_LEVELS)]

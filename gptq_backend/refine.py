@@ -46,8 +46,8 @@ def refine(
         quantized: the start.
         weight: [N, K], in the dtype of the Hessian.
         hessian: [K, K], symmetric, undamped.
-        damp_percent: share of the median of its diagonal that is added to it. It alone keeps the sweeps from fitting the
-            calibration tokens better and others worse.
+        damp_percent: share of the median of its diagonal that is added to it. It alone keeps the sweeps from fitting
+            the calibration tokens better and others worse.
         sweeps: how often.
 
     Returns:

@@ -1,10 +1,10 @@
 """Which tokens matter: how much an error in a layer's output at each token moves what the tokens exchange.
 
-Attention heads that have nothing to look for look at the first token of a sequence, so half of what a head passes on may
-be that one token's value; in a sum over all tokens it is one of 512. A Hessian that counts all tokens alike leaves v_proj
-inaccurate just there, and that error, the same at every later token, outweighs those of all other layers
-(docs/accuracy.md). So before a block is quantized, each batch runs through its attention once more, and errors at random
-signs are followed backwards from the first layer that reads mixed tokens (o_proj) to those before it (q, k, v).
+Attention heads that have nothing to look for look at the first token of a sequence, so half of what a head passes on
+may be that one token's value; in a sum over all tokens it is one of 512. A Hessian that counts all tokens alike leaves
+v_proj inaccurate just there, and that error, the same at every later token, outweighs those of all other layers
+(docs/accuracy.md). So before a block is quantized, each batch goes through its attention once more, and errors of
+random sign are followed backwards from the first layer that reads mixed tokens (o_proj) to those before it (q, k, v).
 """
 
 from __future__ import annotations
@@ -35,13 +35,19 @@ class Sensitivity:
 
     @timed("sensitivity")
     def of(
-        self, block: nn.Module, name: str, layers: Iterable[nn.Module], run: Callable[[], Any], mask: Tensor | None = None
+        self,
+        block: nn.Module,
+        name: str,
+        layers: Iterable[nn.Module],
+        run: Callable[[], Any],
+        mask: Tensor | None = None,
     ) -> dict[nn.Module, Tensor]:
         """Weights of one batch.
 
-        With y_t the output of a layer at token t, z the input of the first layer that follows the mixing of tokens, and
-        random signs r, the weight of t is ``|| d(r z) / d y_t ||^2``, whose expectation is the sum over all z_i of their
-        squared derivatives (Hutchinson's estimator of a trace). Layers that read one tensor get the sum of their weights.
+        With y_t the output of a layer at token t, z the input of the first layer that follows the mixing of tokens,
+        and random signs r, the weight of t is ``|| d(r z) / d y_t ||^2``, whose expectation is the sum over all z_i of
+        their squared derivatives (Hutchinson's estimator of a trace). Layers that read one tensor get the sum of their
+        weights.
 
         Args:
             block: the module that ``run`` calls; its parameters get no gradients.
@@ -51,7 +57,7 @@ class Sensitivity:
             mask: [B, T], 0 marks padding.
 
         Returns:
-            [B, T] by layer, at least float32; only of layers from which tokens are mixed before the next layer of the block.
+            [B, T] by layer, at least float32; only of layers whose outputs are mixed before the block's next layer.
         """
         pass_ = _Pass(self._signs, mask)
         self.running = True
@@ -130,7 +136,7 @@ class _Pass:
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return next(iter((*args, *kwargs.values())))  # type: ignore[no-any-return]
+    return next(iter((*args, *kwargs.values())))
 
 
 @contextmanager

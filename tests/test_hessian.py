@@ -97,6 +97,15 @@ def test_factor_inverts_the_damped_matrix(dtype: torch.dtype) -> None:
     assert (result.method, result.damp_percent) == ("cholesky", 0.05)
 
 
+def test_a_massive_channel_does_not_damp_the_others() -> None:
+    """One channel with a million times the energy of the rest, as behind a massive activation."""
+    x = torch.randn(200, 30, dtype=torch.float64)
+    alone = factor(x[:, 1:].t() @ x[:, 1:], 0.05).upper
+    x[:, 0] *= 1e3
+    beside = factor(x.t() @ x, 0.05).upper
+    torch.testing.assert_close(beside[1:, 1:], alone, rtol=0.1, atol=0.1 * float(alone.abs().mean()))
+
+
 def test_rank_deficient_matrix_is_damped_not_refused() -> None:
     row = torch.randn(1, 64)
     result = factor(row.t() @ row + 1e-6 * torch.eye(64), 0.01)

@@ -70,9 +70,14 @@ def quantize(
         bool | None,
         typer.Option(help="Act-order that keeps g_idx trivial. Default: unless --desc-act or --static-groups."),
     ] = None,
-    damp_percent: Annotated[float, typer.Option(help="Damping, as a share of the mean Hessian diagonal.")] = 0.05,
+    damp_percent: Annotated[
+        float, typer.Option(help="Damping, as a share of the median of the Hessian's diagonal.")
+    ] = 0.05,
     true_sequential: Annotated[bool, typer.Option(help="Layers see inputs from quantized layers.")] = True,
     quality: Annotated[Quality, typer.Option(help="How much work to put into accuracy.")] = Quality.default,
+    token_weights: Annotated[
+        bool, typer.Option(help="Before attention, count each token by what an error there changes.")
+    ] = True,
     scale_search: Annotated[bool, typer.Option(help="Search scales for the least error instead of min-max.")] = True,
     signed_scales: Annotated[
         bool | None,
@@ -145,6 +150,7 @@ def quantize(
         damp_percent=damp_percent,
         true_sequential=true_sequential,
         quality=quality.value,
+        token_weights=token_weights,
         scale_search=scale_search,
         signed_scales=signed_scales,
         search_finalists=search_finalists,
