@@ -86,8 +86,8 @@ def choose(
     """Choose windows of text to calibrate on.
 
     The pool has about three times ``samples`` windows, as many from each source: each of the files in
-    ``calibration_text``, what the model itself says (if the model fits into half of the free memory as a whole), and
-    ``text``, which weighs as much as all others together.
+    ``calibration_text``, and what the model itself says (if the model fits into half of the free memory as a whole).
+    ``text`` gives as many, and weighs as much, as all others together.
 
     Args:
         model_or_path: a loaded model, or a folder or name.
@@ -104,11 +104,12 @@ def choose(
     if samples < 1 or seqlen < 1:
         raise CalibrationError(f"seqlen={seqlen} and samples={samples} must be positive")
     packaged = packaged_texts()
-    size = max(_LEAST, math.ceil(_POOL * samples / (len(packaged) + 1 + (text is not None))))
+    share = 0.0 if text is None else _USER_SHARE
+    size = max(_LEAST, math.ceil(_POOL * samples * (1 - share) / (len(packaged) + 1)))
     pool: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
     if text is not None:
-        pool[USER] = _windows(text, tokenizer, seqlen, size, seed)
+        pool[USER] = _windows(text, tokenizer, seqlen, max(_LEAST, math.ceil(_POOL * samples * share)), seed)
         if len(pool[USER]) < 2:
             raise CalibrationError(
                 f"of your text calibration='auto' needs two windows of seqlen={seqlen} tokens at least, one to use and "
@@ -137,9 +138,10 @@ def choose(
         channels = getattr(original.model.config.get_text_config(), "hidden_size", None)
     names = [name for name, windows in pool.items() for _ in windows]
     judges = _judges(pool)
-    others = len(pool) - (USER in pool)
-    shared = 1 - _USER_SHARE if USER in pool and others else 1.0
-    weights = {name: _USER_SHARE if name == USER and others else shared / max(others, 1) for name in pool}
+    others = [name for name in pool if name != USER]
+    weights = {name: (1 - share) / len(others) for name in others}
+    if USER in pool:
+        weights[USER] = share if others else 1.0
     least = max(len(pool), math.ceil((channels or 0) / seqlen))  # no source forgotten, no fewer tokens than channels
     selection = select(moments, names, weights, samples, held_out=judges, channels=channels, least=least)
     sources = {

@@ -199,7 +199,8 @@ def _run_quantize(
             return list(choice.held_out[:kld_windows])
         return set_aside(texts, _tokenizer(str(out)), **window, count=kld_windows)
 
-    with terminal.LayerProgress(console) as progress, terminal.loading(model):
+    first = "choosing calibration text" if calibration == "auto" else "loading the model"
+    with terminal.LayerProgress(console, first) as progress, terminal.loading(model):
         result = run(  # without the model, whose memory the comparison needs
             model,
             config,

@@ -190,10 +190,11 @@ def read_calibration(path: Path) -> list[str]:
 class LayerProgress:
     """A progress bar over modules: name, error and time left; on anything but a terminal, a line per tenth.
 
-    Use as a context manager and pass :meth:`on_layer` and :meth:`on_choice` to ``quantize``.
+    Use as a context manager and pass :meth:`on_layer` and :meth:`on_choice` to ``quantize``. ``first`` is what comes
+    before the first layer.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, first: str = "loading the model") -> None:
         self._console = console
         self.choice: Any = None
         self._start = time.perf_counter()
@@ -210,7 +211,7 @@ class LayerProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("loading the model", total=None, error="-")
+        self._task = self._bar.add_task(first, total=None, error="-")
 
     def __enter__(self) -> LayerProgress:
         self._bar.start()
