@@ -238,7 +238,9 @@ def _print_model(rows: Sequence[Any], result: dict[str, Any]) -> None:
 
 @app.command("quantize")
 def bench_quantize(
-    shape: Annotated[str, typer.Option(help="Of the model: llama2-7b, llama2-70b or tiny.")] = "llama2-7b",
+    shape: Annotated[
+        str, typer.Option(help="Of the model: llama2-7b, llama2-70b, smollm2-135m or tiny.")
+    ] = "llama2-7b",
     blocks: Annotated[int, typer.Option(min=2, help="So many of its blocks are quantized.")] = 2,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration tokens (random ones).")] = 128,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 2048,
