@@ -55,7 +55,9 @@ def sets(moments: Tensor, names: list[str], channels: int, seed: int) -> dict[st
     where = [pool.index(i) for i in judges]
     weights = dict.fromkeys(members, 1.0)
     pooled = [names[i] for i in pool]
-    found = select(moments[pool], pooled, weights, CHOSEN, held_out=where, channels=channels, least=CHOSEN)
+    found = select(
+        moments[pool], pooled, weights, CHOSEN, held_out=where, channels=channels, tokens=SEQLEN, least=CHOSEN
+    )
     return {
         "random": random,
         "automatic": [pool[i] for i in found.chosen],

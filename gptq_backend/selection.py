@@ -205,6 +205,7 @@ def select(
     *,
     held_out: Sequence[int] = (),
     channels: int | None = None,
+    tokens: int = 1,
     least: int = 1,
 ) -> Selection:
     """Greedily choose samples that together predict the least error, on average over sources of its logarithm.
@@ -212,8 +213,9 @@ def select(
     Every source is taken from once before any is again. Ties go to the earlier sample, so the choice is deterministic.
     It ends when the error predicted on held-out samples is within 5 % of that on the chosen ones of the same sources,
     or when the last doubling lowered it by less than 2 %; the excess is averaged over a doubling, because single
-    choices make it jump. It is measured in the D dimensions of the sketch and scaled by channels / D: the excess of a
-    fit to n tokens grows with the dimensions that it fits.
+    choices make it jump. It is measured in the D dimensions of the sketch. What a fit to n independent tokens would
+    have, 2 D / n, is scaled by channels / D, as it grows with the dimensions that are fitted; the rest is text that
+    differs, and counts as it is.
 
     Args:
         moments: [N, P, D, D], see :func:`sketch`.
@@ -222,6 +224,7 @@ def select(
         samples: choose at most this many.
         held_out: indices of samples that judge and are not chosen; empty: nothing ends the choice early.
         channels: input channels of the layers; None for D.
+        tokens: of each sample.
         least: choose at least this many, if ``samples`` and the pool allow it.
 
     Raises:
@@ -248,7 +251,8 @@ def select(
         chosen.append(eligible[int(errors.argmin())])
         candidates.remove(chosen[-1])
         total = total + moments[chosen[-1]]
-        curve.append(_point(moments, sources, weights, chosen, judges, scale))
+        noise = 2 * moments.shape[-1] / (tokens * len(chosen))
+        curve.append(_point(moments, sources, weights, chosen, judges, noise, scale))
         reason = _reason(curve, samples, len(candidates), least)
         if reason is not None:
             return Selection(tuple(chosen), tuple(curve), reason)
@@ -292,9 +296,13 @@ def _point(
     weights: Mapping[str, float],
     chosen: list[int],
     judges: list[int],
+    noise: float,
     scale: float,
 ) -> Point:
-    """Errors of a fit to the chosen samples, on those and on the judges of the same sources."""
+    """Errors of a fit to the chosen samples, on those and on the judges of the same sources.
+
+    ``scale`` multiplies the excess of the latter up to ``noise``, that of a fit to as many independent tokens.
+    """
     log_det, inverse = _fit(moments[chosen].mean(0))
 
     def error(members: list[int]) -> float:
@@ -306,8 +314,9 @@ def _point(
     both = {sources[i] for i in chosen} & {sources[i] for i in judges}
     if not both:
         return Point(len(chosen), training, math.nan)
-    ratio = error([i for i in judges if sources[i] in both]) / error([i for i in chosen if sources[i] in both])
-    return Point(len(chosen), training, training * (1 + scale * (ratio - 1)))
+    excess = error([i for i in judges if sources[i] in both]) / error([i for i in chosen if sources[i] in both]) - 1
+    excess += (scale - 1) * min(excess, noise)
+    return Point(len(chosen), training, training * (1 + excess))
 
 
 def _excess(curve: Sequence[Point], samples: int) -> float:

@@ -112,6 +112,20 @@ def test_more_channels_need_more_samples() -> None:
     assert few < many
 
 
+def test_text_that_differs_counts_once_and_the_noise_of_few_tokens_by_channel() -> None:
+    moments, names = pool(9, (40,))
+    other, _ = pool(10, (0, 20))
+    moments, names = torch.cat([moments, other]), names + names[:20]
+    judges = range(40, 60)  # of a source that goes on otherwise than it began
+    same, wide = (
+        select(moments, names, equal(names), 30, held_out=judges, channels=channels, tokens=TOKENS, least=30).curve[-1]
+        for channels in (DIMENSIONS, 8 * DIMENSIONS)
+    )
+    assert same.held_out / same.training > 2
+    noise = 2 * DIMENSIONS / (30 * TOKENS)
+    assert (wide.held_out - same.held_out) / same.training == pytest.approx(7 * noise)
+
+
 def test_the_reason_is_told_with_the_figures_of_the_curve() -> None:
     moments, names = pool(7, (200, 200))
     judges = range(0, 400, 4)

@@ -143,7 +143,7 @@ def choose(
     if USER in pool:
         weights[USER] = share if others else 1.0
     least = max(len(pool), math.ceil((channels or 0) / seqlen))  # no source forgotten, no fewer tokens than channels
-    selection = select(moments, names, weights, samples, held_out=judges, channels=channels, least=least)
+    selection = select(moments, names, weights, samples, held_out=judges, channels=channels, tokens=seqlen, least=least)
     sources = {
         name: {
             "pool": len(windows),
