@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gptq_backend import QuantizeConfig
+from gptq_backend.calibration import cut
 from gptq_transformers import quantize
 from gptq_transformers.evaluate import cut_windows, evaluate, load_model
 
@@ -30,8 +31,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, from the start of the test text")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    tokens = torch.tensor(tokenizer(arguments.calibration.read_text())["input_ids"])
-    samples = tokens[arguments.set * 32768 : (arguments.set + 1) * 32768].view(64, 512)
+    windows = cut(tokenizer(arguments.calibration.read_text())["input_ids"], 512, tokenizer)
+    samples = torch.tensor(windows[arguments.set * 64 : (arguments.set + 1) * 64])
     asked = json.loads(arguments.config)
     config = QuantizeConfig.from_dict(asked)
     with tempfile.TemporaryDirectory() as folder:

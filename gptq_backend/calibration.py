@@ -28,7 +28,7 @@ def tokenize(
     Args:
         texts: one text or several.
         tokenizer: a transformers tokenizer, or any callable that returns ``{"input_ids": [ids]}``.
-        seqlen: join the texts and cut windows of this length; None keeps each text as one sample.
+        seqlen: join the texts and :func:`cut` windows of this length; None keeps each text as one sample.
         samples: keep this many, drawn without replacement with ``seed``, in text order.
 
     Returns:
@@ -50,13 +50,24 @@ def tokenize(
         raise CalibrationError(f"the calibration set is empty: {len(texts)} texts, no tokens; pass some text")
     if seqlen is not None:
         joined = list(itertools.chain.from_iterable(ids))
-        ids = [joined[i : i + seqlen] for i in range(0, len(joined) - seqlen + 1, seqlen)]
+        ids = cut(joined, seqlen, tokenizer)
         if not ids:
             raise CalibrationError(
                 f"the calibration text has {len(joined)} tokens, fewer than one window of seqlen={seqlen}; "
                 "pass more text or a smaller seqlen"
             )
     return [torch.tensor(sample, dtype=torch.long) for sample in draw(ids, samples, seed) if sample]
+
+
+def cut(ids: Sequence[int], seqlen: int, tokenizer: Any) -> list[list[int]]:
+    """Windows of ``seqlen`` tokens, one after another.
+
+    Where the tokenizer began the text with its beginning-of-text token, it begins every window, as it will every
+    prompt: attention heads rest on that token, and models like Gemma are not themselves without it.
+    """
+    begin = list(ids[:1]) if seqlen > 1 and ids and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
+    step = seqlen - len(begin)
+    return [begin + list(ids[i : i + step]) for i in range(len(begin), len(ids) - step + 1, step)]
 
 
 def draw(samples: Sequence[Any], count: int | None, seed: int = 0) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptq_backend import CalibrationError
-from gptq_backend.calibration import make_batches, set_aside, tokenize
+from gptq_backend.calibration import cut, make_batches, set_aside, tokenize
 
 
 def words(text: str) -> dict[str, list[int]]:
@@ -20,6 +20,22 @@ def test_texts_are_joined_and_cut_into_windows() -> None:
     samples = tokenize(["a bb ccc", "dddd e"], words, seqlen=2)
     assert [sample.tolist() for sample in samples] == [[1, 2], [3, 4]]
     assert all(sample.dtype == torch.long for sample in samples)
+
+
+class Beginning:
+    """A tokenizer that begins every text with token 0."""
+
+    bos_token_id = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [0, *words(text)["input_ids"]]}
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text() -> None:
+    samples = tokenize("a bb ccc dddd e", Beginning(), seqlen=3)
+    assert [sample.tolist() for sample in samples] == [[0, 1, 2], [0, 3, 4]]
+    assert cut([0, 1, 2], 1, Beginning()) == [[0], [1], [2]], "nothing but the beginning would be left"
+    assert cut([1, 2, 3, 4], 2, Beginning()) == [[1, 2], [3, 4]], "it was told not to"
 
 
 def test_without_seqlen_each_text_is_a_sample_and_blank_ones_are_skipped() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from gptq_backend import CalibrationError, ConfigError, QuantizeConfig
-from gptq_backend.calibration import draw, tokenize
+from gptq_backend.calibration import cut, draw, tokenize
 from gptq_backend.distill import evaluating
 from gptq_backend.selection import Selection, select, sketch
 
@@ -165,7 +165,8 @@ def packaged_texts() -> dict[str, str]:
 def _windows(text: str | Sequence[str], tokenizer: Any, seqlen: int, count: int, seed: int) -> Tensor:
     """Up to ``count`` windows of the text, drawn with ``seed``: int64 [n, seqlen]; n may be 0."""
     joined = torch.cat(tokenize(text, tokenizer))
-    windows = joined[: len(joined) // seqlen * seqlen].view(-1, seqlen)
+    found = cut(joined.tolist(), seqlen, tokenizer)
+    windows = torch.tensor(found, dtype=torch.long).view(len(found), seqlen)
     return windows[draw(range(len(windows)), count, seed)]
 
 

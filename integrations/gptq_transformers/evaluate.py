@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
 from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
+from gptq_backend.calibration import cut
 
 from .api import from_quantized
 
@@ -71,19 +72,21 @@ class _Totals:
 def cut_windows(text: str, tokenizer: Callable[..., Any], seqlen: int, windows: int) -> Tensor:
     """The first ``windows`` windows of ``seqlen`` tokens of ``text``, fewer if it ends before: int64 [windows, seqlen].
 
+    Each begins with the tokenizer's beginning-of-text token if the whole text does.
+
     Raises:
         GPTQError: the text is shorter than one window, or the numbers make no sense.
     """
     if seqlen < 2 or windows < 1:
         raise GPTQError(f"seqlen={seqlen} and windows={windows} give nothing to predict; use seqlen >= 2, windows >= 1")
     ids = list(tokenizer(text)["input_ids"])
-    count = min(windows, len(ids) // seqlen)
-    if not count:
+    found = cut(ids, seqlen, tokenizer)[:windows]
+    if not found:
         raise GPTQError(
             f"the evaluation text has {len(ids)} tokens, fewer than one window of seqlen={seqlen}; "
             "pass more text or a smaller seqlen"
         )
-    return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)
+    return torch.tensor(found, dtype=torch.long)
 
 
 def evaluate(

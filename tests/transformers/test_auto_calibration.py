@@ -29,7 +29,7 @@ CONFIG = {"bits": 4, "group_size": 32}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER), bos_token="a")
+    return PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER), bos_token="!")
 
 
 def model() -> LlamaForCausalLM:
