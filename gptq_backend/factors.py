@@ -92,8 +92,6 @@ class Factors:
         matrix = hessian.matrix(target.name)
         if not hessian.tokens:
             return None
-        if not weighted:  # else the weights say it already
-            matrix += hessian.common()
         factor = prepare_factor(matrix, config, hessian.tokens)
         shared = Shared([weakref.ref(each.x) for each in inputs], weighted, settings, factor, hessian)
         self._entries.append(shared)

@@ -13,7 +13,6 @@ _TILE = 256  # columns per block row when only the upper triangle is accumulated
 _GPU_TILE = 1024  # enough work for all of its processors
 _DAMP_LEVELS = 9  # each three times the one before
 _NOISE = 0.5  # damping for K tokens of K channels
-_COMMON = 8  # how much more an error that is the same at every token counts
 
 
 class Hessian:
@@ -25,7 +24,6 @@ class Hessian:
 
     def __init__(self, channels: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros((channels, channels), dtype=dtype, device=device)
-        self._total = torch.zeros(channels, dtype=dtype, device=device)
         self.tokens = 0
         self.dropped = 0
 
@@ -37,14 +35,11 @@ class Hessian:
             rows = rows.to(wide) * weights.reshape(-1, 1).sqrt().to(wide)
         if not _tensor_cores(rows, self._sum):
             rows = rows.to(self._sum)
-        total = rows.sum(0, dtype=self._sum.dtype)
-        if not total.isfinite().all():  # cheaper than a look at each entry
+        if not rows.sum(dtype=self._sum.dtype).isfinite():  # cheaper than a look at each entry
             finite = rows.isfinite().all(dim=1)
             self.dropped += int((~finite).sum())
             rows = rows[finite]
-            total = rows.sum(0, dtype=self._sum.dtype)
         self.tokens += rows.shape[0]
-        self._total += total
         _accumulate(self._sum, rows)
 
     def matrix(self, name: str) -> Tensor:
@@ -59,14 +54,6 @@ class Hessian:
                 "before this layer: load it in float32, or check that its weights are intact"
             )
         return self._sum.triu() + self._sum.triu(1).t()
-
-    def common(self) -> Tensor:
-        """[K, K], to be added to :meth:`matrix` where the layer's outputs are not averaged over tokens right away.
-
-        The mean input m makes an error that is the same at every token. Attention in later blocks averages the others
-        out and leaves this one, so ``n m m^T``, which :meth:`matrix` holds once, counts several times over.
-        """
-        return torch.outer(self._total, self._total).mul_(_COMMON / max(self.tokens, 1))
 
 
 def _tensor_cores(rows: Tensor, total: Tensor) -> bool:

@@ -23,16 +23,6 @@ def test_equals_the_sum_of_outer_products(channels: int) -> None:
     assert (hessian.tokens, hessian.dropped) == (17, 0)
 
 
-def test_the_common_part_is_a_multiple_of_the_means_share_without_damaged_rows() -> None:
-    x = torch.randn(50, 6, dtype=torch.float64) + 1
-    damaged = torch.cat([x, torch.full((1, 6), torch.inf, dtype=torch.float64)])
-    hessian = Hessian(6, torch.float64)
-    hessian.add(damaged)
-    mean = x.mean(0)
-    expected = hessian_module._COMMON * 50 * torch.outer(mean, mean)
-    torch.testing.assert_close(hessian.common(), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
     """Ten thousand squares in fp16 would stop growing, or overflow."""
