@@ -219,7 +219,8 @@ def _opened(model_or_path: PreTrainedModel | str | Path, device: torch.device | 
 def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor | str:
     """``count`` windows of what the model says, int64 [count, seqlen], or why there are none.
 
-    Runs start in turn from the beginning-of-text token, if there is one, and from a random token.
+    Runs start in turn from the beginning-of-text token, if there is one, and from a random token; all from the former
+    where the tokenizer begins every text with it.
     """
     if not model.can_generate():
         return f"{type(model).__name__} cannot generate"
@@ -234,7 +235,8 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, se
     generator = torch.Generator().manual_seed(seed)
     starts = torch.tensor(words)[torch.randint(len(words), (count * runs, 1), generator=generator)]
     if (begin := getattr(tokenizer, "bos_token_id", None)) is not None:
-        starts[::2] = begin
+        always = list(tokenizer("a")["input_ids"][:1]) == [begin]
+        starts[:: 1 if always else 2] = begin
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0
     )

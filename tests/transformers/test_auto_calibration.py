@@ -142,6 +142,21 @@ def test_a_model_that_cannot_generate_is_left_out_and_named(caplog: pytest.LogCa
     assert issubclass(LlamaForCausalLM, GenerationMixin)
 
 
+@pytest.mark.parametrize("prefix", [[], [7]])
+def test_the_models_text_begins_as_the_tokenizer_begins_a_text(prefix: list[int]) -> None:
+    class Tokenizer:
+        bos_token_id = 7
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [*prefix, *text.encode()]}
+
+    found = auto_calibration._sampled(model(), Tokenizer(), 6, 8, 0)
+    assert isinstance(found, torch.Tensor)
+    assert found.shape == (6, 8)
+    assert (found[:: 1 if prefix else 2, 0] == 7).all()
+    assert prefix or not (found[:, 0] == 7).all()
+
+
 def test_text_that_is_too_short_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"two windows of seqlen=32 .* it makes 1"):
         choose(model(), tokenizer(), "x" * 50, **SMALL)
