@@ -97,8 +97,10 @@ def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[
         batch_size: sequences per batch; None aims at about 2048 tokens.
 
     Raises:
-        CalibrationError: nothing in it, or an entry that is not token ids.
+        CalibrationError: nothing in it, an entry that is not token ids, or ``batch_size`` below 1.
     """
+    if batch_size is not None and batch_size < 1:
+        raise CalibrationError(f"batch_size={batch_size} must be positive, or None for about 2048 tokens")
     rows: dict[tuple[int, bool], list[Batch]] = {}
     for index, sample in enumerate(samples):
         fields = sample if isinstance(sample, Mapping) else {"input_ids": sample}

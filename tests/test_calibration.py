@@ -136,3 +136,9 @@ def test_batch_sizes(length: int, size: int | None, expected: int) -> None:
 def test_what_is_not_token_ids_is_refused_by_position(samples: list[Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         make_batches(samples)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_size_that_holds_nothing_is_refused(size: int) -> None:
+    with pytest.raises(CalibrationError, match=f"batch_size={size} must be positive"):
+        make_batches([torch.arange(4)], batch_size=size)
