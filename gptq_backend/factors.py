@@ -14,6 +14,7 @@ from .gptq import LayerFactor, prepare_factor
 from .hessian import Hessian
 from .phases import timed
 from .placement import Placement
+from .sensitivity import without_ones
 from .structure import Target
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class LayerInput:
     Args:
         x: [B, T, K] or another shape that ends in K.
         mask: [B, T], 0 marks padding; None if nothing is padded.
-        weights: [B, T], what each token counts (:class:`sensitivity.Sensitivity`); None: all the same.
+        weights: [B, T], what each token counts (:class:`sensitivity.Sensitivity`); None: as much as an average one.
     """
 
     x: Tensor
@@ -35,12 +36,11 @@ class LayerInput:
 
     def used(self) -> tuple[Tensor, Tensor | None]:
         """x and weights without padding; shapes that do not tell where it is pass whole."""
-        if self.mask is None:
+        rows = self.x.shape[:-1]
+        if self.mask is None or without_ones(rows) not in (without_ones(self.mask.shape), [self.mask.numel()]):
             return self.x, self.weights
-        keep = self.mask.bool()
-        if self.x.shape[:-1] == keep.shape:
-            return self.x[keep], None if self.weights is None else self.weights[keep]
-        return self.x[keep.flatten()] if self.x.shape[:-1] == (keep.numel(),) else self.x, None
+        keep = self.mask.bool().reshape(rows)
+        return self.x[keep], None if self.weights is None else self.weights.reshape(rows)[keep]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class Factors:
             CalibrationError: all tokens were non-finite.
         """
         self._entries = [entry for entry in self._entries if any(ref() is not None for ref in entry.inputs)]
-        config, weighted = target.config, all(each.weights is not None for each in inputs)
+        config, weighted = target.config, any(each.weights is not None for each in inputs)
         order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)
         settings = (*order, config.damp_percent)
         same_input = [entry for entry in self._entries if entry.made_from(inputs, weighted)]

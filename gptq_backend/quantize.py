@@ -187,7 +187,9 @@ class _Run:
         start = time.perf_counter()
         if self.structure.head is not None:
             untie(self.structure.head.module)
-        with torch.no_grad(), evaluating(self.model):
+        # A caller's inference mode would leave no derivatives to take; a model that was loaded in it works only there.
+        inference = any(tensor.is_inference() for tensor in tensors_of(self.model))
+        with torch.inference_mode(inference), torch.no_grad(), evaluating(self.model):
             if self.batches is None:
                 self.round_to_nearest()
             else:
@@ -262,7 +264,7 @@ class _Run:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             lockstep.wait(block)
-            if self.config.token_weights:
+            if block.targets and self.config.token_weights:
                 layers = [target.module for target in block.targets]
                 run = partial(original, *args, **kwargs)
                 _WEIGHTS.set(self.sensitivity.of(block.module, block.name, layers, run, _MASK.get()))

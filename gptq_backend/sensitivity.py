@@ -32,6 +32,7 @@ class Sensitivity:
     def __init__(self) -> None:
         self._tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self.running = False  # for hooks that are to do nothing meanwhile
+        self._fruitless = ""  # the block whose other batches need not be tried
 
     @timed("sensitivity")
     def of(
@@ -57,11 +58,16 @@ class Sensitivity:
             mask: [B, T], 0 marks padding.
 
         Returns:
-            [B, T] by layer, at least float32; only of layers whose outputs are mixed before the block's next layer.
+            [B, T] by layer, at least float32; only of layers whose outputs are mixed before the block's next layer. A
+            batch that gave none, or an error, answers for all that follow it in the same block.
         """
+        if name == self._fruitless:
+            return {}
         pass_ = _Pass(self._signs, mask)
         self.running = True
         try:
+            if torch.is_inference_mode_enabled():
+                raise RuntimeError("the model was loaded in inference mode")
             with torch.enable_grad(), _without_gradients(block), ExitStack() as stack:
                 for layer in layers:
                     stack.callback(layer.register_forward_pre_hook(pass_.before, with_kwargs=True).remove)
@@ -72,10 +78,12 @@ class Sensitivity:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:  # an operation without a derivative
-            logger.warning("%s: every token counts the same, no derivative could be taken: %s", name, error)
-            return {}
+            reason = str(error)  # whoever keeps the message must not keep the graph
+            logger.warning("%s: every token counts the same, no derivative could be taken: %s", name, reason)
         finally:
             self.running = False
+        if not pass_.weights:
+            self._fruitless = name
         return pass_.weights
 
     def _signs(self, length: int, like: Tensor) -> Tensor:
@@ -95,11 +103,13 @@ class _Pass:
 
     def __init__(self, signs: Callable[[int, Tensor], Tensor], mask: Tensor | None) -> None:
         self.signs, self.mask = signs, mask
-        self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of each layer so far
+        self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of each layer's first call
         self.weights: dict[nn.Module, Tensor] = {}
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Derivatives begin at the first layers' outputs."""
+        if layer in self.seen:  # the first call is the one that the layer is quantized for
+            return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         self.seen[layer] = (_first(args, kwargs), output)
@@ -116,9 +126,9 @@ class _Pass:
         outputs = [output for _, output in self.seen.values()]
         gradients = torch.autograd.grad(z, outputs, signs, retain_graph=True, allow_unused=True)
         weights = {
-            layer: gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square().sum(-1)
+            layer: gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square().sum(-1).reshape(z.shape[:2])
             for layer, gradient in zip(self.seen, gradients)
-            if gradient is not None and gradient.shape[:2] == z.shape[:2]
+            if gradient is not None and without_ones(gradient.shape[:-1]) == without_ones(z.shape[:2])
         }
         if any(weight[first].any() for weight in weights.values()):
             for layer in weights:
@@ -133,6 +143,11 @@ class _Pass:
             return torch.arange(z.shape[1], device=z.device).expand(z.shape[:2])
         mask = self.mask.to(z.device).long()
         return (mask.cumsum(1) * mask) - 1
+
+
+def without_ones(shape: torch.Size) -> list[int]:
+    """Latent attention in transformers keeps its latents as [B, 1, T, K]."""
+    return [size for size in shape if size != 1]
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

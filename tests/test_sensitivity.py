@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptq_backend import QuantizeConfig, quantize_model
+from gptq_backend.factors import Factors, LayerInput
 from gptq_backend.hessian import Hessian
+from gptq_backend.placement import Placement
 from gptq_backend.sensitivity import Sensitivity
+from gptq_backend.structure import Target
 from tests.toy import WIDTH, Attention, Block, Mlp, SparseMlp, samples, toy
 
 LENGTH = 9
@@ -89,7 +94,7 @@ def test_where_nothing_mixes_tokens_nothing_is_weighed() -> None:
 
 
 def test_layers_in_a_row_before_attention_are_all_weighed() -> None:
-    """Low-rank projections as in multi-head latent attention: the layer after the first has not mixed tokens yet."""
+    """As in multi-head latent attention: after the first layer no tokens are mixed yet, and the latents are 4-D."""
 
     class Latent(nn.Module):
         def __init__(self) -> None:
@@ -98,10 +103,11 @@ def test_layers_in_a_row_before_attention_are_all_weighed() -> None:
             self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
         def forward(self, x: Tensor) -> Tensor:
-            kv = self.up(F.silu(self.down(x)))
+            kv = self.up(F.silu(self.down(x)).unsqueeze(1)).squeeze(1)
             return self.o(F.scaled_dot_product_attention(self.q(x), kv, kv, causal()))
 
-    assert set(weights(Latent().double(), hidden())) == {"down", "up", "q"}
+    found = weights(Latent().double(), hidden())
+    assert {name: weight.shape for name, weight in found.items()} == dict.fromkeys(("down", "up", "q"), (2, LENGTH))
 
 
 def test_padding_neither_weighs_nor_is_weighed_by() -> None:
@@ -127,6 +133,11 @@ def test_a_model_that_writes_into_a_layers_output_keeps_working() -> None:
     assert set(weights(InPlace().double(), hidden(), causal())) == {"q", "k", "v"}
 
 
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    for key, value in other.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
 class _NoDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -145,11 +156,10 @@ def test_an_operation_without_a_derivative_is_said_and_the_model_still_quantized
     for each in (model, plain):
         each.blocks[0].attn.__class__ = Opaque
     with caplog.at_level(logging.WARNING, "gptq_backend"):
-        quantize_model(model, QuantizeConfig(group_size=16), samples())
-    assert "blocks.0: every token counts the same, no derivative could be taken" in caplog.text
-    quantize_model(plain, QuantizeConfig(group_size=16, token_weights=False), samples())
-    for key, value in plain.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
+        quantize_model(model, QuantizeConfig(group_size=16), samples(), batch_size=1)
+    assert caplog.text.count("blocks.0: every token counts the same, no derivative could be taken") == 1
+    quantize_model(plain, QuantizeConfig(group_size=16, token_weights=False), samples(), batch_size=1)
+    assert_same(model, plain)
 
 
 def test_an_error_of_the_model_itself_is_the_callers() -> None:
@@ -173,6 +183,110 @@ def test_nothing_is_left_behind() -> None:
     assert [parameter.requires_grad for parameter in module.parameters()] == before
     assert all(parameter.grad is None for parameter in module.parameters())
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules())
+
+
+def test_the_graph_is_freed_at_once() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    class Watched(Attention):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q = self.q(x)
+            seen.append(weakref.ref(q))
+            return self.o(F.scaled_dot_product_attention(q, self.k(x), self.v(x), mask))
+
+    gc.disable()
+    try:
+        assert weights(Watched().double(), hidden(), causal())
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_callers_inference_mode_does_not_take_the_weights_away() -> None:
+    model, plain, config = toy(blocks=1), toy(blocks=1), QuantizeConfig(group_size=16)
+    with torch.inference_mode():
+        quantize_model(model, config, samples())
+    quantize_model(plain, config, samples())
+    assert_same(model, plain)
+
+
+def test_a_model_loaded_in_inference_mode_is_quantized_without_weights_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with torch.inference_mode():
+        model = toy(blocks=1)
+    plain = toy(blocks=1)
+    with caplog.at_level(logging.WARNING, "gptq_backend"):
+        quantize_model(model, QuantizeConfig(group_size=16), samples())
+    assert "no derivative could be taken: the model was loaded in inference mode" in caplog.text
+    quantize_model(plain, QuantizeConfig(group_size=16, token_weights=False), samples())
+    assert_same(model, plain)
+
+
+def test_a_layer_that_is_called_twice_is_weighed_for_its_first_call() -> None:
+    class Twice(Attention):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            return self.o(F.scaled_dot_product_attention(q, k, v, mask) + self.v(x[:, :1]))
+
+    found = weights(Twice().double(), hidden(), causal())
+    assert {name: weight.shape for name, weight in found.items()} == dict.fromkeys("qkv", (2, LENGTH))
+
+
+def test_a_block_that_mixes_nothing_is_run_for_one_batch_only() -> None:
+    mlp, sensitivity = Mlp().double(), Sensitivity()
+    runs: list[Tensor] = []
+
+    def run() -> None:
+        runs.append(mlp(hidden()))
+
+    for name in ("blocks.0", "blocks.0", "blocks.1"):
+        assert sensitivity.of(mlp, name, [mlp.gate, mlp.up, mlp.down], run) == {}
+    assert len(runs) == 2
+
+
+def test_blocks_without_a_layer_to_quantize_are_not_run_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    original = Sensitivity.of
+
+    def of(self: Sensitivity, block: nn.Module, name: str, *args: Any) -> dict[nn.Module, Tensor]:
+        asked.append(name)
+        return original(self, block, name, *args)
+
+    monkeypatch.setattr(Sensitivity, "of", of)
+    quantize_model(toy(blocks=3), QuantizeConfig(group_size=16, keep_edge_blocks=1), samples())
+    assert set(asked) == {"blocks.1"}
+
+
+def hessian(*inputs: LayerInput) -> Tensor:
+    layer = nn.Linear(WIDTH, WIDTH)
+    shared = Factors(Placement()).of(Target("layer", layer, QuantizeConfig(group_size=16)), list(inputs))
+    assert shared is not None
+    return shared.hessian.matrix("layer")
+
+
+def test_a_batch_without_weights_counts_as_an_average_one_and_leaves_the_others_theirs() -> None:
+    x, alone = hidden(), hidden()[:1, :1]
+    weight = torch.rand(x.shape[:2], dtype=torch.float64)
+    found = hessian(LayerInput(x, None, weight), LayerInput(alone, None, None))
+    rows = x.flatten(0, 1)
+    expected = rows.t() @ (rows * (weight / weight.mean()).view(-1, 1)) + alone[0].t() @ alone[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_mask_that_does_not_fit_the_hidden_states_leaves_the_weights() -> None:
+    """Some models put tokens of their own in front."""
+    x, weight = hidden(), torch.rand(2, LENGTH, dtype=torch.float64)
+    mask = torch.ones(2, LENGTH - 2, dtype=torch.long)
+    assert torch.equal(hessian(LayerInput(x, mask, weight)), hessian(LayerInput(x, None, weight)))
+
+
+def test_padding_of_4d_latents_is_left_out() -> None:
+    x, weight = hidden(), torch.rand(2, LENGTH, dtype=torch.float64)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, :3] = 0
+    flat, found = hessian(LayerInput(x, mask, weight)), hessian(LayerInput(x.unsqueeze(1), mask, weight))
+    torch.testing.assert_close(found, flat)
 
 
 def test_a_weighted_hessian_is_the_weighted_sum() -> None:
