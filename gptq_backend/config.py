@@ -128,7 +128,7 @@ class QuantizeConfig:
     desc_act: bool = False
     static_groups: bool = False
     act_group_aware: bool | None = None
-    damp_percent: float = 0.05
+    damp_percent: float = 0.15
     true_sequential: bool = True
     quality: str = "default"
     scale_search: bool = True

@@ -72,7 +72,7 @@ def quantize(
     ] = None,
     damp_percent: Annotated[
         float, typer.Option(help="Damping, as a share of the median of the Hessian's diagonal.")
-    ] = 0.05,
+    ] = 0.15,
     true_sequential: Annotated[bool, typer.Option(help="Layers see inputs from quantized layers.")] = True,
     quality: Annotated[Quality, typer.Option(help="How much work to put into accuracy.")] = Quality.default,
     token_weights: Annotated[

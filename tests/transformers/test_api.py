@@ -170,7 +170,7 @@ def test_a_tensor_a_generator_and_a_stock_config_are_taken(source, samples):
     expected, _ = quantize(source, CONFIG, samples)
     for config, calibration in (
         ({"bits": 4, "group_size": 32}, torch.stack(samples)),
-        (GPTQConfig(bits=4, group_size=32, damp_percent=0.05), (ids for ids in samples)),
+        (GPTQConfig(bits=4, group_size=32, damp_percent=0.15), (ids for ids in samples)),
     ):
         model, _ = quantize(source, config, calibration)
         for name, tensor in model.state_dict().items():
