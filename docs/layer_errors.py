@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default, plain order": {"act_group_aware": False},
     "default, static act-order": {"desc_act": True, "static_groups": True},
     "default, damping 0.01": {"damp_percent": 0.01},
-    "default, damping 0.15": {"damp_percent": 0.15},
+    "default, damping 0.05": {"damp_percent": 0.05},
 }
 
 
