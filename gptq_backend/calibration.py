@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -129,6 +130,21 @@ def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[
         for first in range(0, joined["input_ids"].shape[0], size):
             batches.append({key: value[first : first + size] for key, value in joined.items()})
     return batches
+
+
+def model_inputs(model: nn.Module, batch: Batch, device: torch.device | None) -> dict[str, Any]:
+    """Keyword arguments to call ``model`` with: the batch on ``device``, and no cache of keys and values.
+
+    Args:
+        device: None means where the model's weights are, or the CPU if they are nowhere yet.
+    """
+    parameter = next(model.parameters())
+    device = device or (parameter.device if not parameter.is_meta else torch.device("cpu"))
+    inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        inputs["use_cache"] = False
+    return inputs
 
 
 def _fields(fields: Mapping[str, Any]) -> list[str]:

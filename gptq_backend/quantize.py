@@ -8,7 +8,6 @@ block (masks, rotary embeddings) need no capturing or replaying, because the mod
 from __future__ import annotations
 
 import contextvars
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lockstep
-from .calibration import Batch, check_fits, make_batches
+from .calibration import Batch, check_fits, make_batches, model_inputs
 from .config import QuantizeConfig
 from .distill import DistillReport, check_progress_file, distill, evaluating, hold_out
 from .errors import ConfigError
@@ -225,12 +224,7 @@ class _Run:
         self.placement.send_back(outside)
 
     def task(self, batch: Batch) -> Callable[[], None]:
-        parameter = next(self.model.parameters())
-        device = self.placement.device or (parameter.device if not parameter.is_meta else torch.device("cpu"))
-        inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
-        accepted = inspect.signature(self.model.forward).parameters
-        if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-            inputs["use_cache"] = False
+        inputs = model_inputs(self.model, batch, self.placement.device)
 
         def forward() -> None:
             _MASK.set(inputs.get("attention_mask"))

@@ -8,7 +8,6 @@ of few dimensions serve.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lockstep
-from .calibration import check_fits, make_batches
+from .calibration import check_fits, make_batches, model_inputs
 from .config import QuantizeConfig
 from .distill import evaluating
 from .errors import CalibrationError
@@ -146,14 +145,11 @@ class _Sketcher:
         return torch.stack([torch.cat(moments) for moments in self.found.values()], dim=1)
 
     def task(self, ids: Tensor) -> Callable[[], None]:
-        parameter = next(self.model.parameters())
-        device = self.placement.device or (parameter.device if not parameter.is_meta else torch.device("cpu"))
-        accepted = inspect.signature(self.model.forward).parameters
-        cached = "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        inputs = model_inputs(self.model, {"input_ids": ids}, self.placement.device)
 
         def forward() -> None:
             with torch.no_grad(), suppress(_Stop):
-                self.model(input_ids=ids.to(device), **({"use_cache": False} if cached else {}))
+                self.model(**inputs)
 
         return forward
 
