@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import packing
-from .operators import check_input, define_operators
+from .operators import check_input, check_prepared, define_operators
 from .slots import Tensors, group_slots, kept, pack_channels, source_channels, stored
 from .weight import LinearSpec, unpack_zeros
 
@@ -172,8 +172,9 @@ def gemm(
     two of them). Other arguments: see the module.
 
     Raises:
-        ValueError: see ``check_input``.
+        ValueError: see ``check_input`` and ``check_prepared``.
     """
+    check_prepared(qweight)
     check_input(x, qweight.device, in_features, out_features, bias)
     if x.dtype not in _DTYPES:
         y = x @ dequantize(qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8, x.dtype)

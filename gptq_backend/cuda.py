@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cuda_layout import STRIP
-from .operators import check_input, define_operators
+from .operators import check_input, check_prepared, define_operators
 from .slots import Tensors
 from .weight import LinearSpec
 
@@ -195,8 +195,9 @@ def gemm(
     weight rounded to the dtype of x (float64: to float32) and cuBLAS.
 
     Raises:
-        ValueError: see ``check_input``.
+        ValueError: see ``check_input`` and ``check_prepared``.
     """
+    check_prepared(qweight)
     check_input(x, qweight.device, in_features, out_features, bias)
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.numel() // in_features

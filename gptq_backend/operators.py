@@ -114,3 +114,16 @@ def check_input(x: Tensor, device: torch.device, in_features: int, out_features:
         )
     if bias is not None and (bias.device != device or bias.shape != (out_features,)):
         raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}, expected ({out_features},) on {device}")
+
+
+def check_prepared(qweight: Tensor) -> None:
+    """Refuse a checkpoint's words where a kernel expects its own; every prepared layout has at least 3 dimensions.
+
+    Raises:
+        ValueError: it has fewer, as after ``functional_call`` with a ``state_dict()``.
+    """
+    if qweight.dim() < 3:
+        raise ValueError(
+            f"qweight is {tuple(qweight.shape)}, a checkpoint's words in place of those that prepare() made of them; "
+            "give torch.func.functional_call the layer's named_parameters(), not its state_dict(), or unprepare() it"
+        )

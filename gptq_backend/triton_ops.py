@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import triton_plan
-from .operators import check_input, define_operators
+from .operators import check_input, check_prepared, define_operators
 from .slots import Tensors
 from .triton_layout import PLANE, planes
 from .triton_plan import Tile, cdiv, on_device
@@ -199,10 +199,11 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
     a weight rounded to the dtype of x. float64 goes through the dense weight too.
 
     Raises:
-        ValueError: see ``check_input``.
+        ValueError: see ``check_input`` and ``check_prepared``.
     """
     *layout, bias = layout_and_bias
     w = _Layout(*layout)
+    check_prepared(w.qweight)
     check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
     rows = x.reshape(-1, w.in_features).contiguous()
     if not len(rows):

@@ -280,6 +280,17 @@ def test_input_of_a_wrong_width_or_type_is_named() -> None:
         original(torch.ones(2, original.in_features, dtype=torch.long))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_functional_call_takes_the_parameters_and_refuses_the_state_dict(grad: bool) -> None:
+    model = layer().prepare()
+    x = torch.randn(3, 64, requires_grad=grad)
+    expected = model(x)
+    assert torch.equal(torch.func.functional_call(model, dict(model.named_parameters()), x), expected)
+    with pytest.raises(ValueError, match=r"qweight is \(8, 32\), .* named_parameters\(\)"):
+        torch.func.functional_call(model, model.state_dict(), x)
+    assert torch.equal(model(x), expected)
+
+
 def test_an_expert_changes_rows_and_not_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine whose fastest row has no grouped product, as NVIDIA GPUs are."""
     fastest = dataclasses.replace(kernels.REFERENCE, name="fastest")

@@ -163,7 +163,8 @@ Owned multiply(const Arguments& in) {
     w.out_features = int(in[in.kOutFeatures]);
     w.bits = int(in[in.kBits]);
     call.a8 = in[in.kA8] & 1;
-    bool simple = x.fits(w.in_features) && x.contiguous() && x.find_dtype(&call.dtype);
+    bool simple = words.dim == 3;  // a state dict's words have 2
+    simple &= x.fits(w.in_features) && x.contiguous() && x.find_dtype(&call.dtype);
     simple &= scales.find_dtype(&w.scales_dtype);
     if (bias.handle) {
         simple &= bias.fits(w.out_features) && bias.dim == 1 && bias.contiguous() && bias.find_dtype(&call.bias_dtype);
