@@ -59,7 +59,7 @@ _WRITE_ONLY: dict[str, _Rule] = {
 }
 
 # Spellings found in published checkpoints -> ours.
-_ALIASES = {
+ALIASES = {
     "w_bit": "bits",
     "wbits": "bits",
     "q_group_size": "group_size",
@@ -198,7 +198,7 @@ class QuantizeConfig:
                 continue
             if pattern.startswith("-:"):
                 return None
-            changes, rest = _known(_canonical(overrides))
+            changes, rest = _known(canonical(overrides))
             changes["extra"] = {**self.extra, **{key: rest[key] for key in rest if key in _WRITE_ONLY}}
             if changes.get("desc_act"):
                 changes.setdefault("act_group_aware", False)  # they exclude each other; the rule is what was meant
@@ -212,7 +212,7 @@ class QuantizeConfig:
         A checkpoint is not refused for how it was made: values of ``quality`` and the like that are not known here go
         to ``extra``, and :meth:`require_run` raises for them.
         """
-        values = _canonical(source)
+        values = canonical(source)
         method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "gptq")).lower()
         if method == "marlin" or source.get("is_marlin_format"):
             raise ConfigError(
@@ -249,10 +249,10 @@ def _strip_sign(pattern: str) -> str:
     return pattern[2:] if pattern[:2] in ("-:", "+:") else pattern
 
 
-def _canonical(source: Mapping[str, Any]) -> dict[str, Any]:
+def canonical(source: Mapping[str, Any]) -> dict[str, Any]:
     """Keys in our spelling; an alias never overrides the canonical key."""
-    out = {key: value for key, value in source.items() if key not in _ALIASES and value is not None}
-    for alias, key in _ALIASES.items():
+    out = {key: value for key, value in source.items() if key not in ALIASES and value is not None}
+    for alias, key in ALIASES.items():
         if source.get(alias) is not None:
             out.setdefault(key, source[alias])
     if "checkpoint_format" in out:

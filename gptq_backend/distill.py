@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .calibration import Batch, make_batches
 from .errors import CalibrationError, ConfigError
 from .linear import QuantLinear
-from .structure import replace_module
+from .structure import evaluating, replace_module
 from .weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,6 @@ def distill(
     epochs: int = 1,
     rate: float = 2e-3,
     batch_size: int | None = None,
-    seed: int = 0,
     progress_file: str | Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> DistillReport:
@@ -78,7 +77,6 @@ def distill(
         epochs: passes over the rest.
         rate: largest relative change of a scale in one step; falls to zero along a cosine.
         batch_size: sequences per step; None aims at about 2048 tokens.
-        seed: of the order of the batches.
         progress_file: written now and then, read if it exists, so that an interrupted run goes on; removed at the end.
             One of another run (model, data, settings) is overwritten, with a warning.
         on_step: called with the steps done, the steps in all, and the loss.
@@ -89,7 +87,7 @@ def distill(
     """
     batches, held_out = hold_out(make_batches(calibration, batch_size))
     check_progress_file(progress_file)
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(0)
     schedule = [int(i) for _ in range(epochs) for i in torch.randperm(len(batches), generator=order)]
     with _frozen(teacher), _trainable(model) as trained:
         before = _mean_loss(model, teacher, held_out)
@@ -283,18 +281,6 @@ def _frozen(teacher: nn.Module) -> Iterator[None]:
         finally:
             for parameter, dtype in narrow:
                 parameter.data = parameter.data.to(dtype)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; afterwards each as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

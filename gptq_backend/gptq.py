@@ -22,6 +22,7 @@ from .phases import timed
 from .refine import Step, refine
 from .weight import QuantizedWeight
 
+_SCALES = torch.float16  # as stored; rounded to it before anything is optimised against them
 _PANEL = 128  # columns between two updates of the rest of the matrix
 # Candidate scales relative to min-max: beyond 1 because a symmetric grid has one code more below zero than above.
 _SHRINK = tuple(1.08 - 0.03 * i for i in range(20))
@@ -51,8 +52,10 @@ class QuantizedLayer:
 
     Args:
         weight: the result.
-        loss: ``tr(D H D^T)`` for D = quantized - original weight, per calibration token and output channel.
-        relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error.
+        loss: ``tr(D H D^T)`` for D = quantized - original weight, per calibration token and output channel, tokens
+            counted as in H; without H the sum of D^2 per output channel.
+        relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error, tokens
+            counted as in H; without H of the weight's energy.
         steps: the relative loss after the column loop and after each refinement; empty if there was none.
     """
 
@@ -91,7 +94,6 @@ def quantize_weight(
     shared: LayerFactor | None,
     config: QuantizeConfig,
     tokens: int = 1,
-    scales_dtype: torch.dtype = torch.float16,
     name: str = "layer",
     rounded: QuantizedWeight | None = None,
 ) -> QuantizedLayer:
@@ -102,21 +104,20 @@ def quantize_weight(
         shared: order and factor of the layer's input, or None to round to nearest without calibration.
         config: settings of this layer.
         tokens: calibration tokens behind the Hessian, to report the loss per token.
-        scales_dtype: dtype the scales are stored in; they are rounded to it before anything is optimised against them.
         name: the module, for messages.
         rounded: what :func:`round_weights` made of the weight already.
 
     Raises:
-        CalibrationError: the weight is not finite, or too large for ``scales_dtype``.
+        CalibrationError: the weight is not finite, or too large for float16 scales.
     """
     if not weight.isfinite().all():
         raise CalibrationError(
             f"{name}.weight: has NaN or infinite entries; the model's file is damaged, fetch it again"
         )
-    quantized = rounded or round_weights([weight], shared, config, scales_dtype)[0]
+    quantized = rounded or round_weights([weight], shared, config)[0]
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if not quantized.scales.isfinite().all():
-        raise CalibrationError(f"{name}.weight: a scale overflows {scales_dtype}; skip the layer with a dynamic rule")
+        raise CalibrationError(f"{name}.weight: a scale overflows {_SCALES}; skip the layer with a dynamic rule")
     steps: tuple[Step, ...] = ()
     hessian = None if shared is None else shared.hessian.to(weight.dtype)
     sweeps = config.tier.refine_sweeps
@@ -141,7 +142,6 @@ def round_weights(
     weights: Sequence[Tensor],
     shared: LayerFactor | None,
     config: QuantizeConfig,
-    scales_dtype: torch.dtype = torch.float16,
 ) -> list[QuantizedWeight]:
     """The column loop alone, over the output channels of several layers with one input at once.
 
@@ -155,7 +155,7 @@ def round_weights(
         upper = torch.eye(exact.shape[1], dtype=exact.dtype, device=exact.device)
     else:
         order, upper = shared.order, shared.factor.upper.to(exact.dtype)
-    quantized = _ColumnLoop(exact, order, upper, config, scales_dtype).run()
+    quantized = _ColumnLoop(exact, order, upper, config).run()
     if len(weights) == 1:
         return [quantized]
     sizes, fields = [len(weight) for weight in weights], (quantized.codes, quantized.scales, quantized.zeros)
@@ -171,10 +171,8 @@ class _ColumnLoop:
     Codes are kept minus their zero until the end, as floats: rounding a column is then divide, round, clamp.
     """
 
-    def __init__(
-        self, weight: Tensor, order: ColumnOrder, upper: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype
-    ) -> None:
-        self.order, self.config, self.scales_dtype = order, config, scales_dtype
+    def __init__(self, weight: Tensor, order: ColumnOrder, upper: Tensor, config: QuantizeConfig) -> None:
+        self.order, self.config = order, config
         self.rest = weight.t()[order.perm].contiguous()  # [K, N], columns in processing order
         self.centred = torch.empty_like(self.rest)  # [K, N], code - zero
         pivots = upper.diagonal()
@@ -204,7 +202,7 @@ class _ColumnLoop:
         centred = torch.empty_like(self.centred)
         centred[self.order.perm] = self.centred
         codes = centred.add_(self.grids.zero[self.order.g_idx.long()]).to(torch.uint8)
-        scales, zeros = self.grids.scale.to(self.scales_dtype), self.grids.zero.to(torch.uint8)
+        scales, zeros = self.grids.scale.to(_SCALES), self.grids.zero.to(torch.uint8)
         return QuantizedWeight(codes, scales, zeros, self.order.g_idx, self.config.bits)
 
     def panels(self) -> list[tuple[int, int]]:
@@ -219,15 +217,13 @@ class _ColumnLoop:
     def fit(self, group: int, positions: Tensor) -> None:
         """Set the grid of ``group`` from the current values of the columns at ``positions``."""
         inside = self.spread[positions][:, positions]
-        grid = fit_grid(self.rest[positions], self.cost[positions], self.config, self.scales_dtype, inside)
+        grid = fit_grid(self.rest[positions], self.cost[positions], self.config, inside)
         for fields, field in zip(vars(self.grids).values(), vars(grid).values()):
             fields[group] = field
 
 
 @timed("search")
-def fit_grid(
-    columns: Tensor, cost: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype, spread: Tensor | None = None
-) -> Grid:
+def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, spread: Tensor | None = None) -> Grid:
     """Fit a grid to a group.
 
     Args:
@@ -235,7 +231,6 @@ def fit_grid(
         cost: [g], price of a squared error in each column.
         config: bits, sym, and how to search: candidates around min-max are ranked per output channel by the cost of
             plain rounding; the best few are tried again with error feedback inside the group.
-        scales_dtype: what the scales are stored in.
         spread: [g, g], what an error of one column adds to the others; None searches without feedback.
     """
     if config.sym:
@@ -244,8 +239,8 @@ def fit_grid(
     else:
         low, high = columns.amin(dim=0).clamp_(max=0), columns.amax(dim=0).clamp_(min=0)
     if not config.scale_search:
-        return _grid(low, high, config, scales_dtype)
-    candidates = _candidates(low, high, config, scales_dtype)  # fields [candidates, N]
+        return _grid(low, high, config)
+    candidates = _candidates(low, high, config)  # fields [candidates, N]
     finalists = config.tier.search_finalists if spread is not None else 1
     if finalists > 1:  # a choice among grids, each exact in float32
         columns, cost = columns.float(), cost.float()
@@ -259,11 +254,11 @@ def fit_grid(
     return candidates.map(lambda field: field.gather(0, best)[0].to(low.dtype))
 
 
-def _candidates(low: Tensor, high: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:
+def _candidates(low: Tensor, high: Tensor, config: QuantizeConfig) -> Grid:
     """Grids over shrunk ranges, fields [candidates, N]; with signed scales also wider search and what a sign adds."""
     shrinks = _WIDE_SHRINK if config.tier.signed_scales else _SHRINK
     shrink = torch.tensor(shrinks, dtype=low.dtype, device=low.device).unsqueeze(1)
-    grid = _grid(low * shrink, high * shrink, config, scales_dtype)
+    grid = _grid(low * shrink, high * shrink, config)
     if not config.tier.signed_scales:
         return grid
     if config.sym:
@@ -298,14 +293,14 @@ def _cost_with_feedback(columns: Tensor, cost: Tensor, spread: Tensor, grids: Gr
     return total
 
 
-def _grid(low: Tensor, high: Tensor, config: QuantizeConfig, scales_dtype: torch.dtype) -> Grid:
+def _grid(low: Tensor, high: Tensor, config: QuantizeConfig) -> Grid:
     """Min-max grid over [low, high], rounded to what is stored. A group of zeros gets scale 1."""
     max_code = (1 << config.bits) - 1
     scale = (high - low) / max_code
-    info = torch.finfo(scales_dtype)
+    info = torch.finfo(_SCALES)
     smallest = info.smallest_normal * info.eps  # subnormal: coarse, but the codes are fitted to what is stored
     scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=smallest))
-    scale = scale.to(scales_dtype).to(low.dtype)
+    scale = scale.to(_SCALES).to(low.dtype)
     if config.sym:
         zero = torch.full_like(scale, 1 << (config.bits - 1))
     else:

@@ -2,7 +2,7 @@
 
 Each task is a greenlet: a call stack that can be left in the middle of a model's forward and continued later. So a
 layer sees the inputs of every batch, is quantized, and only then are the same forward passes continued: one forward
-pass over the calibration data quantizes the whole model, and true_sequential costs nothing.
+pass over the calibration data quantizes the whole model, and true_sequential costs no pass of its own.
 
 Threads would do the same, but every thread that runs a parallel torch op gets an OpenMP pool of its own, and with more
 pooled threads than cores OpenMP stops spinning and wakes its workers by system calls: small ops became 5x slower.
@@ -11,7 +11,13 @@ pooled threads than cores OpenMP stops spinning and wakes its workers by system 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
+
+
+class Stop(BaseException):
+    """Raised inside a task: it ends there. Not an Exception, so that no model code catches it."""
 
 
 def wait(key: Hashable) -> None:
@@ -23,7 +29,7 @@ def wait(key: Hashable) -> None:
     current.parent.switch(key)
 
 
-def run(functions: Sequence[Callable[[], None]], on_stage: Callable[[Any], None], rank: Callable[[Any], int]) -> None:
+def run(functions: Sequence[Callable[[], object]], on_stage: Callable[[Any], None], rank: Callable[[Any], int]) -> None:
     """Run all functions to their end. An exception in one, or in ``on_stage``, ends all and is raised.
 
     Args:
@@ -33,7 +39,7 @@ def run(functions: Sequence[Callable[[], None]], on_stage: Callable[[Any], None]
     """
     import greenlet  # here: kernels and loading do without
 
-    tasks = [greenlet.greenlet(function) for function in functions]
+    tasks = [greenlet.greenlet(partial(_until_stop, function)) for function in functions]
     try:
         waiting = {task: task.switch() for task in tasks}
         while waiting := {task: key for task, key in waiting.items() if not task.dead}:
@@ -45,3 +51,8 @@ def run(functions: Sequence[Callable[[], None]], on_stage: Callable[[Any], None]
         for task in tasks:
             if not task.dead:
                 task.throw()  # GreenletExit: a BaseException, so that no handler in a model's forward swallows it
+
+
+def _until_stop(function: Callable[[], object]) -> None:
+    with suppress(Stop):
+        function()

@@ -26,6 +26,8 @@ class Placement:
 
     def bring(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
+            if tensor.is_meta:  # the hook that offloaded it brings it
+                continue
             device, dtype = self.device or tensor.device, tensor.dtype
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and device.type == "cpu":
                 dtype = torch.promote_types(dtype, torch.float32)

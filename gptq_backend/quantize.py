@@ -2,7 +2,8 @@
 
 Every batch's forward runs as a task in lockstep. When all tasks stand in front of a linear layer, their inputs make its
 Hessian, the layer is quantized, and the tasks go on with the quantized weight. Arguments that the model hands to each
-block (masks, rotary embeddings) need no capturing or replaying, because the model's own forward passes them.
+block (masks, rotary embeddings) need no capturing or replaying, because the model's own forward passes them. Token
+weights (sensitivity.py) add a pass through each block's attention and back.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextvars
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from . import lockstep
 from .calibration import Batch, check_fits, make_batches, model_inputs
 from .config import QuantizeConfig
-from .distill import DistillReport, check_progress_file, distill, evaluating, hold_out
+from .distill import DistillReport, check_progress_file, distill, hold_out
 from .errors import ConfigError
 from .factors import Factors, LayerInput, Shared
 from .gptq import quantize_weight
@@ -33,7 +34,7 @@ from .placement import Placement, tensors_of
 from .refine import Step
 from .sensitivity import Sensitivity
 from .stacking import Stacks
-from .structure import Block, Target, dense_weight, find_structure, is_conv1d, replace_module, untie
+from .structure import Block, Target, dense_weight, evaluating, find_structure, is_conv1d, replace_module, untie
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class LayerReport:
     """How one layer went. Losses and steps as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn" or as in
-    :class:`Factor`.
+    :class:`Factor`; ``tokens`` counts rows, whatever their weights. With ``token_weights`` the losses of layers before
+    attention are weighted, and not comparable with those of a run without.
     """
 
     name: str
@@ -147,10 +149,6 @@ def quantize_model(
     return report
 
 
-class _Stop(BaseException):
-    """Ends a forward pass after the last layer to quantize; not an Exception, so that no model code catches it."""
-
-
 class _Run:
     def __init__(
         self,
@@ -228,8 +226,7 @@ class _Run:
 
         def forward() -> None:
             _MASK.set(inputs.get("attention_mask"))
-            with torch.no_grad(), suppress(_Stop):
-                self.model(**inputs)
+            self.model(**inputs)
 
         return forward
 
@@ -396,4 +393,4 @@ def _check_planar(target: Target) -> None:
 
 
 def _stop(*_: Any) -> None:
-    raise _Stop
+    raise lockstep.Stop

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .config import SUPPORTED_BITS, QuantizeConfig
+from .config import SUPPORTED_BITS, QuantizeConfig, canonical
 from .errors import CheckpointError, ConfigError
 from .manifest import FETCH_AGAIN, Manifest, TensorInfo, read_manifest, read_tensor
 from .weight import LinearSpec
@@ -26,6 +26,8 @@ __all__ = [
     "Manifest",
     "TensorInfo",
     "checkpoint_files",
+    "claimed_group_size",
+    "embedded_settings",
     "quantized_modules",
     "read_config",
     "read_manifest",
@@ -62,8 +64,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
             continue
         content = _read_json(folder / name)
         if name == "config.json":
-            inner = content.get("text_config")
-            content = content.get("quantization_config") or (inner or {}).get("quantization_config") or {}
+            content = embedded_settings(content)
         if not isinstance(content, dict):
             raise CheckpointError(f"{folder / name}: quantization_config is {content!r}, expected an object")
         if content:
@@ -74,6 +75,12 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         f"{folder} has no quantization settings: expected quantization_config in config.json, or quantize_config.json; "
         "if the checkpoint is quantized, add a quantize_config.json with bits, group_size, desc_act and sym"
     )
+
+
+def embedded_settings(config: Mapping[str, Any]) -> Any:
+    """The quantization settings in the content of a config.json, or in its ``text_config``; {} if there are none."""
+    sections = (config, config.get("text_config") or {})
+    return next(filter(None, (section.get("quantization_config") for section in sections)), {})
 
 
 def checkpoint_files(folder: str | Path, settings: Mapping[str, Any] | None = None) -> list[Path]:
@@ -169,11 +176,8 @@ def _tgi_settings(folder: Path) -> dict[str, Any]:
 
 def _autogptq_names(settings: Mapping[str, Any], suffix: str) -> list[str]:
     names = [f"{settings['model_basename']}{suffix}"] if settings.get("model_basename") else []
-    bits, group = (
-        next((settings[key] for key in keys if settings.get(key) is not None), None)
-        for keys in (("bits", "wbits", "w_bit"), ("group_size", "q_group_size", "groupsize"))
-    )
-    return [*names, f"gptq_model-{bits}bit-{group}g{suffix}"]
+    found = canonical(settings)
+    return [*names, f"gptq_model-{found.get('bits')}bit-{found.get('group_size')}g{suffix}"]
 
 
 def _sharded(index: Path) -> list[Path]:
@@ -203,7 +207,7 @@ def _warn_once_for_all(
         name
         for name, spec in specs.items()
         if spec.bits != configs[name].bits
-        or spec.groups != math.ceil(spec.in_features / _claimed_group_size(spec.in_features, configs[name]))
+        or spec.groups != math.ceil(spec.in_features / claimed_group_size(spec.in_features, configs[name]))
     ]
     if wrong:
         spec, config = specs[wrong[0]], configs[wrong[0]]
@@ -324,7 +328,7 @@ def _bits(name: str, qweight: TensorInfo, features: int, config: QuantizeConfig,
 
 def _group_size(name: str, features: int, groups: int, g_idx: TensorInfo | None, config: QuantizeConfig) -> int:
     """Channels per group without act-order."""
-    claimed = _claimed_group_size(features, config)
+    claimed = claimed_group_size(features, config)
     if math.ceil(features / claimed) == groups:
         return claimed
     if features % groups == 0:
@@ -337,7 +341,8 @@ def _group_size(name: str, features: int, groups: int, g_idx: TensorInfo | None,
     )
 
 
-def _claimed_group_size(features: int, config: QuantizeConfig) -> int:
+def claimed_group_size(features: int, config: QuantizeConfig) -> int:
+    """Channels per group of a layer with so many inputs, as its settings say."""
     return features if config.group_size == -1 else min(config.group_size, features)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from . import lockstep
 from .calibration import check_fits, make_batches, model_inputs
-from .config import QuantizeConfig
-from .distill import evaluating
 from .errors import CalibrationError
 from .placement import Placement, tensors_of
-from .structure import Block, find_structure
+from .structure import Block, evaluating, find_blocks
 
 _WIDTH = 64  # dimensions of a sketch
 _DEPTHS = (0.125, 0.25, 0.375, 0.5)  # of the blocks whose inputs are sketched, as a share of all blocks
-_RIDGE = 0.05  # as the quantizer's damping
+_RIDGE = 0.05  # damping of the sketches; 0.3 gave the same within the noise (docs/accuracy.md)
 _GAP = 0.05  # of held-out over training error, at which there are enough samples
 _GAIN = 0.02  # of held-out error, less than which a doubling must bring to end the choice
 
@@ -74,10 +72,6 @@ class Selection:
         return f"{limit}; {gap}"
 
 
-class _Stop(BaseException):
-    """Ends a forward pass; not an Exception, so that no model code catches it."""
-
-
 def sketch(
     model: nn.Module,
     ids: Tensor,
@@ -122,7 +116,7 @@ class _Sketcher:
     ) -> None:
         self.model, self.seed, self.placement = model, seed, placement
         self.on_block, self.on_done = on_block, on_done
-        blocks = find_structure(model, QuantizeConfig()).blocks
+        blocks = [Block(name, module, ()) for name, module in find_blocks(model).items()]
         probes = sorted({int(len(blocks) * depth) for depth in _DEPTHS})
         self.blocks = blocks[: probes[-1] + 1]
         self.found: dict[Block, list[Tensor]] = {blocks[i]: [] for i in probes}  # a tensor per batch, in their order
@@ -133,10 +127,12 @@ class _Sketcher:
     def run(self, batches: list[Tensor]) -> Tensor:
         handles = [block.module.register_forward_pre_hook(self.hook(block), with_kwargs=True) for block in self.blocks]
         ranks = {block: i for i, block in enumerate(self.blocks)}
+        inputs = [model_inputs(self.model, {"input_ids": ids}, self.placement.device) for ids in batches]
+        tasks = [partial(self.model, **each) for each in inputs]
         try:
-            self.bring(self.outside)
+            self.placement.bring(self.outside)
             with torch.no_grad(), evaluating(self.model):
-                lockstep.run([self.task(ids) for ids in batches], self.enter, ranks.__getitem__)
+                lockstep.run(tasks, self.enter, ranks.__getitem__)
             self.leave()
         finally:
             for handle in handles:
@@ -144,21 +140,12 @@ class _Sketcher:
             self.placement.send_back(self.outside)
         return torch.stack([torch.cat(moments) for moments in self.found.values()], dim=1)
 
-    def task(self, ids: Tensor) -> Callable[[], None]:
-        inputs = model_inputs(self.model, {"input_ids": ids}, self.placement.device)
-
-        def forward() -> None:
-            with torch.no_grad(), suppress(_Stop):
-                self.model(**inputs)
-
-        return forward
-
     def hook(self, block: Block) -> Callable[..., None]:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if block in self.found:
                 self.found[block].append(self.moments(next(iter((*args, *kwargs.values())))))
             if block is self.blocks[-1]:
-                raise _Stop
+                raise lockstep.Stop
             lockstep.wait(block)
 
         return wait
@@ -167,12 +154,8 @@ class _Sketcher:
         self.leave()
         if self.on_block is not None:
             self.on_block(block.module)
-        self.bring(tensors_of(block.module))
+        self.placement.bring(tensors_of(block.module))
         self.current = block
-
-    def bring(self, tensors: list[Tensor]) -> None:
-        """All but those on meta, which the hook that offloaded them brings."""
-        self.placement.bring(tensor for tensor in tensors if not tensor.is_meta)
 
     def leave(self) -> None:
         if self.current is None:

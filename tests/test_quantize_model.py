@@ -238,16 +238,22 @@ def test_expert_hessians_hold_exactly_the_tokens_routed_to_them(hessians: list[T
     model, data = toy(blocks=1, mlp=SparseMlp), samples()
     report = quantize_model(model, config(), data, batch_size=1)
     tokens = {entry.name: entry.tokens for entry in report.layers}
-    assert sum(tokens[f"blocks.0.mlp.experts.{i}.gate"] for i in range(3)) == tokens["blocks.0.attn.q"] == 4 * 24
+    names = [f"blocks.0.mlp.experts.{i}.gate" for i in range(3)]
+    assert sum(tokens[name] for name in names) == tokens["blocks.0.attn.q"] == 4 * 24
+    names = [name for name in names if tokens[name]]
+    expected = second_moments(model, names, data)
+    for made, name in zip(hessians[2::2], names, strict=True):
+        assert_upper_equal(made, expected[name])
 
 
 # -- options --------------------------------------------------------------------------------------------------------
 
 
-def test_edge_blocks_stay_dense_and_pass_their_activations_on() -> None:
-    model = toy(blocks=4)
-    quantize_model(model, config(keep_edge_blocks=1), samples())
+def test_edge_blocks_stay_dense_and_pass_their_activations_on(hessians: list[Tensor]) -> None:
+    model, data = toy(blocks=4), samples()
+    quantize_model(model, config(keep_edge_blocks=1, token_weights=False), data)
     assert {name.split(".")[1] for name in quantized_names(model)} == {"1", "2"}
+    assert_upper_equal(hessians[0], second_moments(model, ["blocks.1.attn.q"], data)["blocks.1.attn.q"])
 
 
 def test_only_listed_modules_are_quantized() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptq_backend import CalibrationError, ConfigError
 from gptq_backend.selection import Selection, select, sketch
 
-from .toy import WIDTH, samples, toy
+from .toy import VOCABULARY, WIDTH, samples, toy
 
 DOMAINS, DIMENSIONS, TOKENS = 4, 8, 32
 
@@ -211,3 +211,13 @@ def test_one_block_at_a_time_is_needed_and_none_of_the_second_half() -> None:
 def test_tokens_that_the_model_does_not_know_and_models_without_blocks_are_refused() -> None:
     with pytest.raises(ConfigError, match="repeated blocks"):
         sketch(torch.nn.Linear(2, 2), torch.zeros(1, 4, dtype=torch.long))
+    model = toy()
+    model.get_input_embeddings = lambda: model.embed
+    with pytest.raises(CalibrationError, match="vocabulary has 48"):
+        sketch(model, torch.full((1, 4), VOCABULARY))
+
+
+def test_a_weight_that_is_never_quantized_may_be_shared() -> None:
+    model = toy(blocks=2)
+    model.blocks[1].mlp.down.weight = model.blocks[0].mlp.down.weight
+    assert sketch(model, torch.stack(samples(2))).shape[0] == 2

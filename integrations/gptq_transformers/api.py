@@ -18,7 +18,7 @@ from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.calibration import draw, tokenize
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.quantize import Progress
-from gptq_backend.reader import checkpoint_files, read_manifest, read_settings
+from gptq_backend.reader import checkpoint_files, embedded_settings, read_manifest, read_settings
 from gptq_backend.writer import atomic_folder
 
 from .auto_calibration import AUTO, Choice, choose
@@ -111,7 +111,7 @@ def quantize(
             if seqlen is not None:
                 raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
             calibration = draw(calibration, samples, seed)
-        model = load_streamed(path, config, scratch) if isinstance(model_or_path, str | Path) else model_or_path
+        model = load_streamed(path, scratch) if isinstance(model_or_path, str | Path) else model_or_path
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
         unfuse_experts(model)
@@ -203,9 +203,8 @@ def _is_standard(folder: Path) -> bool:
     weights = {name for stem in ("model.safetensors", "pytorch_model.bin") for name in (stem, f"{stem}.index.json")}
     if not names & weights or "config.json" not in names:
         return False
-    config = json.loads((folder / "config.json").read_text())
-    sections = [section.get("quantization_config") for section in (config, config.get("text_config") or {})]
-    return any(settings and settings.get("quant_method") == "gptq" for settings in sections)
+    settings = embedded_settings(json.loads((folder / "config.json").read_text()))
+    return settings.get("quant_method") == "gptq"
 
 
 def _link_as_standard(folder: Path, view: Path) -> None:

@@ -18,14 +18,14 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from gptq_backend import CalibrationError, ConfigError, QuantizeConfig
+from gptq_backend import CalibrationError
 from gptq_backend.calibration import cut, draw, tokenize
-from gptq_backend.distill import evaluating
 from gptq_backend.selection import Selection, select, sketch
+from gptq_backend.structure import evaluating
 
-from .streaming import load_streamed, take_offloading
+from .streaming import load_streamed, skeleton, take_offloading
 
 logger = logging.getLogger(__name__)
 
@@ -198,21 +198,17 @@ def _opened(model_or_path: PreTrainedModel | str | Path, device: torch.device | 
         offloaded = any(parameter.is_meta for parameter in model_or_path.parameters())
         yield _Original(model_or_path, "it is offloaded, and every token would read all of it" if offloaded else None)
         return
-    config = AutoConfig.from_pretrained(model_or_path)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{model_or_path} is quantized already; pass the original 16-bit model")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    model = skeleton(model_or_path)
     where = torch.device(device or "cpu")
-    dtype = torch.float32 if where.type == "cpu" else skeleton.dtype  # CPUs compute 16 bits slowly
-    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    dtype = torch.float32 if where.type == "cpu" else model.dtype  # CPUs compute 16 bits slowly
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
     if needed <= free / 2:
         yield _Original(AutoModelForCausalLM.from_pretrained(model_or_path, dtype=dtype).to(where))
         return
     silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with tempfile.TemporaryDirectory(prefix="gptq-offload-") as scratch:
-        model = load_streamed(model_or_path, QuantizeConfig(), scratch)
+        model = load_streamed(model_or_path, scratch)
         yield _Original(model, silent, take_offloading(model), lambda block: block.to("meta"))
 
 

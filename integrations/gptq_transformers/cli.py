@@ -220,7 +220,7 @@ def _run_quantize(
         used = {"file": str(text or calibration), **window, "tokens": tokens}
         if progress.choice is not None:
             used["choice"] = progress.choice.report()
-    report = make_report(result, result.config, model, out, used)
+    report = make_report(result, model, out, used)
     with _reporting(out):
         _, page = write_reports(report, out)  # before the comparison, which can fail
     if calibration is not None and kld_windows:

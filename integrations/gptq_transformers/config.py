@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_backend import KERNELS, ConfigError, QuantizeConfig
-from gptq_backend.config import _ALIASES
+from gptq_backend.config import ALIASES
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class GPTQConfig(StockGPTQConfig):
 
     def __init__(self, bits: int | None = None, tokenizer: Any = None, dataset: Any = None, **kwargs: Any) -> None:
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        for alias, key in _ALIASES.items():
+        for alias, key in ALIASES.items():
             if key == "bits" and alias in kwargs:
                 value = kwargs.pop(alias)
                 bits = value if bits is None else bits

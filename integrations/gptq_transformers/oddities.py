@@ -15,7 +15,7 @@ import torch
 
 from gptq_backend import ConfigError, QuantizeConfig
 from gptq_backend.manifest import read_tensor
-from gptq_backend.reader import SETTINGS_FILES
+from gptq_backend.reader import SETTINGS_FILES, claimed_group_size, embedded_settings
 
 if TYPE_CHECKING:
     from .inspection import Checkpoint, Layer
@@ -62,8 +62,7 @@ def _settings(path: Path) -> dict[str, Any]:
     except ValueError:
         return {}  # of the file that is used, reading has complained already
     if path.name == "config.json":
-        inner = content.get("text_config") or {}
-        content = content.get("quantization_config") or inner.get("quantization_config")
+        content = embedded_settings(content)
     return content or {}
 
 
@@ -109,8 +108,7 @@ def _expected(checkpoint: Checkpoint, layer: Layer, key: str) -> int:
     config = checkpoint.config.for_module(layer.name) or checkpoint.config
     if key == "bits":
         return config.bits
-    features = layer.spec.in_features
-    return features if config.group_size == -1 else min(config.group_size, features)
+    return claimed_group_size(layer.spec.in_features, config)
 
 
 def _act_order(checkpoint: Checkpoint) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from gptq_backend import QuantizeConfig, QuantizeReport
+from gptq_backend import QuantizeReport
 from gptq_backend import __version__ as version
 
 JSON_NAME, HTML_NAME = "quantize_report.json", "quantize_report.html"
@@ -53,7 +53,6 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 128, 52, 8, 18  # of one panel, in 
 
 def make_report(
     report: QuantizeReport,
-    config: QuantizeConfig,
     model: str,
     output: Path,
     calibration: Mapping[str, Any] | None,
@@ -62,7 +61,6 @@ def make_report(
 
     Args:
         report: what the core reports.
-        config: the settings.
         model: folder or name of the original.
         output: the folder that was written.
         calibration: where the calibration tokens came from; None for round-to-nearest.
@@ -77,7 +75,7 @@ def make_report(
     return {
         "model": str(model),
         "output": str(output),
-        "settings": config.to_dict(),
+        "settings": report.config.to_dict(),
         "calibration": None if calibration is None else dict(calibration),
         "modules": len(layers),
         "mean_relative_loss": statistics.fmean(errors) if errors else None,

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gptq_backend import ConfigError, QuantizeConfig
+from gptq_backend import ConfigError
 from gptq_backend.phases import timed
-from gptq_backend.structure import find_blocks, find_structure
+from gptq_backend.structure import find_blocks
 from gptq_backend.writer import Shards
 
 from .experts import unfuse_experts
@@ -23,20 +23,27 @@ from .experts import unfuse_experts
 _SHARD_BYTES = 10**9  # what may wait in memory for its file to be written
 
 
-def load_streamed(path: str | Path, config: QuantizeConfig, scratch: str) -> PreTrainedModel:
+def skeleton(path: str | Path) -> PreTrainedModel:
+    """The model without its weights, on the meta device.
+
+    Raises:
+        ConfigError: it is quantized.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_streamed(path: str | Path, scratch: str) -> PreTrainedModel:
     """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
 
     Fused experts have to be split in memory, so such a model is loaded as a whole.
     """
-    model_config = AutoConfig.from_pretrained(path)
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model_config)
-    device_map = None
-    if not unfuse_experts(skeleton):
-        blocks = {block.name for block in find_structure(skeleton, config).blocks}
-        device_map = _device_map(skeleton, "", blocks)
+    model, device_map = skeleton(path), None
+    if not unfuse_experts(model):
+        device_map = _device_map(model, "", set(find_blocks(model)))
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
 
 

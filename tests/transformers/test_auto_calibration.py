@@ -13,10 +13,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import gptq_transformers
 from gptq_backend import CalibrationError, ConfigError
 from gptq_transformers import auto_calibration, quantize
 from gptq_transformers.auto_calibration import MODEL, USER, choose, packaged_texts
@@ -95,15 +94,13 @@ def test_the_choice_is_the_same_again_and_another_with_another_seed() -> None:
 
 
 def test_the_callers_random_state_and_model_stay_as_they_were() -> None:
-    original, state = model(), torch.get_rng_state()
+    original = model()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
-    choose(original, tokenizer(), **SMALL)
-    torch.manual_seed(0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in original.state_dict().items())
-    choose(original, tokenizer(), **SMALL)
+    torch.manual_seed(123)
     state = torch.get_rng_state()
     choose(original, tokenizer(), **SMALL)
     assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in original.state_dict().items())
 
 
 def test_the_users_text_weighs_half_and_is_chosen() -> None:
@@ -139,7 +136,6 @@ def test_a_model_that_cannot_generate_is_left_out_and_named(caplog: pytest.LogCa
         found = choose(kind(model().config), tokenizer(), **SMALL)
         assert found.left_out == {MODEL: reason}
         assert reason in caplog.text
-    assert issubclass(LlamaForCausalLM, GenerationMixin)
 
 
 @pytest.mark.parametrize("prefix", [[], [7]])
@@ -198,7 +194,6 @@ def test_quantize_uses_the_choice_and_tells_it(folder: Path, offline: None) -> N
     told: list[auto_calibration.Choice] = []
     _, report = quantize(folder, CONFIG, "auto", **SMALL, on_choice=told.append)
     assert {layer.tokens for layer in report.layers} == {told[0].samples.numel()}
-    assert set(gptq_transformers.__all__) >= {"quantize"}
 
 
 def test_the_command_reports_what_was_chosen_and_why(folder: Path, tmp_path: Path, offline: None) -> None:
