@@ -100,8 +100,9 @@ class QuantizeConfig:
         scale_search: search each scale for the least Hessian-weighted rounding error instead of min-max.
         token_weights: in the Hessians of layers before attention, count each token by what an error in the layer's
             output there changes (see :class:`sensitivity.Sensitivity`); otherwise all tokens count the same.
-        signed_scales: symmetric grids may have a negative scale, which mirrors the range -2**(b-1)..2**(b-1)-1. Plain
-            GPTQ tensors; False is for readers that insist on positive scales.
+        signed_scales: a wider scale search; symmetric grids may have a negative scale, which mirrors the range
+            -2**(b-1)..2**(b-1)-1, and asymmetric ones a zero one higher or lower. Plain GPTQ tensors; False is for
+            readers that insist on positive scales.
         search_finalists: for so many of the best candidates of the scale search, the group is rounded with error
             feedback before one is chosen.
         refine_sweeps: after the column loop, refit the scales and descend over the codes so often.

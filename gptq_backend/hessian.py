@@ -16,7 +16,7 @@ _NOISE = 0.5  # damping for K tokens of K channels
 
 
 class Hessian:
-    """Accumulates ``sum x x^T`` over calibration tokens for one distinct input of K channels.
+    """Accumulates ``sum w x x^T`` over calibration tokens for one distinct input of K channels.
 
     The factor 2/n of the paper's H = 2 X X^T cancels in every use, so it is left out. Rows with a non-finite entry are
     dropped and counted in ``dropped``; ``tokens`` counts the rows used.
@@ -79,7 +79,8 @@ def damping(damp_percent: float, channels: int, tokens: float) -> float:
     """The share of the median of the diagonal to add to a Hessian of so many channels that so many tokens made.
 
     What was asked for, and more where tokens are few: a direction that they happen not to excite looks free, and errors
-    moved there come back on other text (docs/accuracy.md has the figures).
+    moved there come back on other text (docs/accuracy.md has the figures). ``tokens`` counts rows, whatever
+    their weights.
     """
     return damp_percent + _NOISE * channels / tokens
 

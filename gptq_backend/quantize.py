@@ -93,6 +93,7 @@ def quantize_model(
     on_layer: Progress | None = None,
     on_block: Callable[[nn.Module], None] | None = None,
     on_done: Callable[[str, nn.Module], None] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
     teacher: Callable[[], nn.Module] | None = None,
     progress_file: str | Path | None = None,
     device: torch.device | str | None = None,
@@ -109,6 +110,7 @@ def quantize_model(
         on_layer: called with each layer's report, how many are done, and how many there are.
         on_block: called with each block before it is first used, to bring its weights.
         on_done: called with name and module of each block when its layers are quantized and nothing reads it any more.
+        on_step: for :func:`distill.distill`.
         teacher: gives the original model, for ``config.distill_epochs``; called after everything else is done.
         progress_file: for :func:`distill.distill`.
         device: where to compute, e.g. ``cuda``: blocks are moved there for their turn and back; a distillation moves
@@ -143,6 +145,7 @@ def quantize_model(
             epochs=epochs,
             batch_size=batch_size,
             progress_file=progress_file,
+            on_step=on_step,
         )
         model.to(home)
         report.seconds += time.perf_counter() - start

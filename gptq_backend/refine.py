@@ -1,8 +1,8 @@
 """Improve a quantized weight after the column loop, without leaving the format.
 
 The column loop never looks back: a code is final when its column's turn is over, and a group's scale was fitted to the
-weight, not to the codes. Both refinements lower the same ``tr((Q - W) H (Q - W)^T)`` that the loop lowers and never
-raise it, up to the rounding of a scale to its stored dtype. Each is a function (Q, W, H) -> Q.
+weight, not to the codes. Both refinements lower the same ``tr((Q - W) H (Q - W)^T)`` that the loop lowers, with the
+damped H, and never raise it. Each is a function (Q, W, H) -> Q.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Step:
 
     Args:
         name: "loop" or "sweep N".
-        error: share of the layer's output energy on the calibration tokens that is error.
+        error: share of the layer's output energy on the calibration tokens that is error, each token counted as in
+            the Hessian (see :class:`sensitivity.Sensitivity`).
     """
 
     name: str

@@ -45,20 +45,21 @@ class Sensitivity:
     ) -> dict[nn.Module, Tensor]:
         """Weights of one batch.
 
-        With y_t the output of a layer at token t, z the input of the first layer that follows the mixing of tokens,
-        and random signs r, the weight of t is ``|| d(r z) / d y_t ||^2``, whose expectation is the sum over all z_i of
-        their squared derivatives (Hutchinson's estimator of a trace). Layers that read one tensor get the sum of their
-        weights.
+        With y_t the output of a layer at token t, z the input of the first layer that follows the mixing of tokens, and
+        random signs r, the weight of t is ``|| d(r z) / d y_t ||^2``, whose expectation is the sum over all z_i of
+        their squared derivatives (Hutchinson's estimator of a trace), padding and each sequence's first token aside.
+        Layers that read one tensor get the sum of their weights.
 
         Args:
             block: the module that ``run`` calls; its parameters get no gradients.
-            name: of the block, for messages.
+            name: of the block, for messages and to tell blocks apart.
             layers: those of its layers that are to be quantized.
             run: calls the block with one batch.
             mask: [B, T], 0 marks padding.
 
         Returns:
-            [B, T] by layer, at least float32; only of layers whose outputs are mixed before the block's next layer. A
+            [B, T] by layer, at least float32; only of layers whose outputs are mixed before the next layer, which gets
+            [B, T, K]. A
             batch that gave none, or an error, answers for all that follow it in the same block.
         """
         if name == self._fruitless:

@@ -45,6 +45,7 @@ def quantize(
     backend: str | None = None,
     overwrite: bool = False,
     on_layer: Progress | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
     on_choice: Callable[[Choice], None] | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
@@ -69,6 +70,7 @@ def quantize(
         backend: kernel of the resulting layers.
         overwrite: let ``output`` replace a folder that exists.
         on_layer: called with each layer's report, how many are done, and how many there are.
+        on_step: called in a distillation with the steps done, the steps in all, and the divergence on the batch.
         on_choice: called with what "auto" chose, before the work.
         device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
 
@@ -128,6 +130,7 @@ def quantize(
             batch_size=batch_size,
             backend=backend,
             on_layer=on_layer,
+            on_step=on_step,
             on_block=take_offloading(model),
             on_done=None if writer is None else writer.add,
             teacher=lambda: original or AutoModelForCausalLM.from_pretrained(path, dtype="auto"),

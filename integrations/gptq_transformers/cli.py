@@ -211,6 +211,7 @@ def _run_quantize(
             batch_size=batch_size,
             overwrite=overwrite,
             on_layer=progress.on_layer,
+            on_step=progress.on_step,
             on_choice=progress.on_choice,
             device=device,
         )[1]

@@ -140,6 +140,8 @@ def render_html(report: Mapping[str, Any]) -> str:
     """A page that needs nothing beside itself: no scripts, fonts or pictures from elsewhere."""
     layers = report["layers"]
     energy = "weights'" if report["calibration"] is None else "layer's output"
+    weighted = report["calibration"] is not None and report["settings"].get("token_weights")
+    note = " Before attention, tokens count by what an error there changes." if weighted else ""
     helped = sum(layer["needed_help"] for layer in layers)
     legend = ""
     if helped:
@@ -156,8 +158,8 @@ def render_html(report: Mapping[str, Any]) -> str:
 {_choice((report["calibration"] or {}).get("choice"))}
 <h2>Error per module</h2>
 <p>Share of the {energy} energy that is error, one bar per block. Every panel has a scale of its own; hold the pointer
-over a bar for its module. The tables' column "steps" is the error after the column loop, then after each refinement.
-</p>{legend}
+over a bar for its module.{note} The tables' column "steps" is the error after the column loop, then after each
+refinement.</p>{legend}
 <div class="grid panels">{panels}</div>
 <h2>Worst modules</h2>
 {_table(sorted(layers, key=lambda layer: -layer["relative_loss"])[:10])}

@@ -188,21 +188,22 @@ def read_calibration(path: Path) -> list[str]:
 
 
 class LayerProgress:
-    """A progress bar over modules: name, error and time left; on anything but a terminal, a line per tenth.
+    """A progress bar over modules, then over the steps of a distillation: name, error and time left; on anything but a
+    terminal, a line per tenth.
 
-    Use as a context manager and pass :meth:`on_layer` and :meth:`on_choice` to ``quantize``. ``first`` is what comes
-    before the first layer.
+    Use as a context manager and pass :meth:`on_layer`, :meth:`on_step` and :meth:`on_choice` to ``quantize``. ``first``
+    is what comes before the first layer.
     """
 
     def __init__(self, console: Console, first: str = "loading the model") -> None:
         self._console = console
         self.choice: Any = None
-        self._start = time.perf_counter()
+        self._begun = time.perf_counter(), 0  # and how much was done then
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("error {task.fields[error]}", markup=False),
+            TextColumn("{task.fields[result]}", markup=False),
             TextColumn("left"),
             # A model's modules differ in cost and repeat block by block: average over many.
             TimeRemainingColumn(compact=True),
@@ -211,7 +212,7 @@ class LayerProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(first, total=None, error="-")
+        self._task = self._bar.add_task(first, total=None, result="")
 
     def __enter__(self) -> LayerProgress:
         self._bar.start()
@@ -227,10 +228,21 @@ class LayerProgress:
 
     def on_layer(self, layer: LayerReport, done: int, total: int) -> None:
         """Show one finished layer."""
-        error = percent(layer.relative_loss)
-        self._bar.update(self._task, description=layer.name, completed=done, total=total, error=error)
+        self._show(layer.name, f"error {percent(layer.relative_loss)}", done, total)
+        if done == total:
+            self._begun = time.perf_counter(), -1  # a distillation may follow, whose first steps may be done already
+
+    def on_step(self, done: int, total: int, divergence: float) -> None:
+        """Show one step of the distillation."""
+        if self._begun[1] < 0:
+            self._begun = self._begun[0], done - 1
+            self._bar.reset(self._task, total=total, completed=done - 1)
+        self._show("distillation", f"divergence {divergence:.4f}", done, total)
+
+    def _show(self, name: str, result: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=name, completed=done, total=total, result=result)
         tenth = max(1, total // 10)
         if not self._console.is_terminal and (done % tenth == 0 or done == total):
-            spent = time.perf_counter() - self._start
-            left = duration(spent / done * (total - done))
-            print(f"{done}/{total} {layer.name}: error {error}, {left} left", file=sys.stderr, flush=True)
+            start, before = self._begun
+            left = duration((time.perf_counter() - start) / (done - before) * (total - done))
+            print(f"{done}/{total} {name}: {result}, {left} left", file=sys.stderr, flush=True)

@@ -260,6 +260,7 @@ def test_the_reports_tell_how_the_distillation_went(original: Path, tmp_path: Pa
     found = json.loads((tmp_path / "out" / "quantize_report.json").read_text())["distillation"]
     assert sorted(found) == ["after", "before", "kept"]
     assert found["kept"] == (found["after"] < found["before"])
+    assert re.search(r"(\d+)/\1 distillation: divergence 0\.\d{4}, 0\.0 s left", result.stderr)
     shown = f"{found['before']:.4f} -> {found['after']:.4f}"
     assert f"distillation: held-out KL divergence {shown}" in result.stdout
     assert shown.replace("->", "→") in (tmp_path / "out" / "quantize_report.html").read_text()
