@@ -113,7 +113,7 @@ def quantize(
             if seqlen is not None:
                 raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
             calibration = draw(calibration, samples, seed)
-        model = load_streamed(path, scratch) if isinstance(model_or_path, str | Path) else model_or_path
+        model = load_streamed(path, scratch, config) if isinstance(model_or_path, str | Path) else model_or_path
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
         unfuse_experts(model)

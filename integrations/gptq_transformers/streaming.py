@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gptq_backend import ConfigError
+from gptq_backend import ConfigError, QuantizeConfig
 from gptq_backend.phases import timed
-from gptq_backend.structure import find_blocks
+from gptq_backend.structure import find_blocks, find_structure
 from gptq_backend.writer import Shards
 
 from .experts import unfuse_experts
@@ -36,13 +36,18 @@ def skeleton(path: str | Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_streamed(path: str | Path, scratch: str) -> PreTrainedModel:
+def load_streamed(path: str | Path, scratch: str, config: QuantizeConfig | None = None) -> PreTrainedModel:
     """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
 
     Fused experts have to be split in memory, so such a model is loaded as a whole.
+
+    Raises:
+        ConfigError: ``config`` does not fit the model; no weight was read.
     """
     model, device_map = skeleton(path), None
     if not unfuse_experts(model):
+        if config is not None:
+            find_structure(model, config)
         device_map = _device_map(model, "", set(find_blocks(model)))
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
 

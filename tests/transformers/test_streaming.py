@@ -80,7 +80,7 @@ def test_what_only_save_pretrained_can_write_is_left_to_it(source, tmp_path):
     assert streaming.BlockWriter.of(model, tmp_path) is None
 
 
-def test_weights_that_blocks_share_are_refused_only_after_they_are_read(samples, tmp_path):
+def test_weights_that_blocks_share_are_refused_before_they_are_read(samples, tmp_path):
     config = Zamba2Config(
         vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_mem_blocks=1,
         layers_block_type=["hybrid", "hybrid"], mamba_ngroups=1, n_mamba_heads=4, num_attention_heads=4,
