@@ -73,6 +73,8 @@ def cut(ids: Sequence[int], seqlen: int, tokenizer: Any) -> list[list[int]]:
 
 def draw(samples: Sequence[Any], count: int | None, seed: int = 0) -> list[Any]:
     """``count`` of the samples without replacement, in their order; all if there are fewer, or ``count`` is None."""
+    if count is not None and count < 1:
+        raise CalibrationError(f"samples={count} must be positive, or None for all")
     if count is None or count >= len(samples):
         return list(samples)
     chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:count]
@@ -89,17 +91,21 @@ def set_aside(
     return [rest[i * len(rest) // count] for i in range(count)] if len(rest) > count else rest
 
 
-def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[Batch]:
+def make_batches(samples: Sequence[Any] | Mapping[str, Any], batch_size: int | None = None) -> list[Batch]:
     """Group samples of equal length.
 
     Args:
         samples: token ids each: a tensor [T] or [B, T], a list of ints, or a mapping with ``input_ids`` and optionally
-            ``attention_mask`` (0 marks padding, which calibration ignores).
+            ``attention_mask`` (0 marks padding, which calibration ignores; rows of nothing else are left out). One such
+            mapping alone, as a tokenizer returns it, counts as one sample.
         batch_size: sequences per batch; None aims at about 2048 tokens.
 
     Raises:
-        CalibrationError: nothing in it, an entry that is not token ids, or ``batch_size`` below 1.
+        CalibrationError: nothing in it, an entry that is not token ids or whose mask has another shape, or
+            ``batch_size`` below 1.
     """
+    if isinstance(samples, Mapping):
+        samples = [samples]
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size} must be positive, or None for about 2048 tokens")
     rows: dict[tuple[int, bool], list[Batch]] = {}
@@ -120,7 +126,18 @@ def make_batches(samples: Sequence[Any], batch_size: int | None = None) -> list[
                 f"calibration sample {index} has dtype {ids.dtype} and shape {tuple(ids.shape)}; expected integer "
                 "token ids [T] or [B, T]"
             )
-        rows.setdefault((ids.shape[1], "attention_mask" in batch), []).append(batch)
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            if mask.shape != ids.shape:
+                raise CalibrationError(
+                    f"calibration sample {index} has an attention_mask of shape {tuple(mask.shape)}; expected that of "
+                    f"its input_ids, {tuple(ids.shape)}"
+                )
+            real = (mask != 0).any(1)
+            batch = {"input_ids": ids[real], "attention_mask": mask[real] != 0}
+            if not real.any():
+                continue
+        rows.setdefault((ids.shape[1], mask is not None), []).append(batch)
     if not rows:
         raise CalibrationError("the calibration set is empty; pass at least one sample of token ids")
     batches = []

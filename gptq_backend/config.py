@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,7 +172,9 @@ class QuantizeConfig:
             raise ConfigError(f"dynamic is a {type(self.dynamic).__name__}; expected a mapping of regex to settings")
         if self.act_group_aware and self.desc_act:
             raise ConfigError("act_group_aware and desc_act exclude each other; set one of them to False")
-        for pattern in self.dynamic or {}:
+        for pattern, overrides in (self.dynamic or {}).items():
+            if not isinstance(pattern, str) or not isinstance(overrides, Mapping):
+                raise ConfigError(f"dynamic: {pattern!r}: {overrides!r} is not a regex with a mapping of settings")
             try:
                 re.compile(_strip_sign(pattern))
             except re.error as error:
@@ -205,6 +207,16 @@ class QuantizeConfig:
                 changes.setdefault("act_group_aware", False)  # they exclude each other; the rule is what was meant
             return dataclasses.replace(self, dynamic=None, **changes)
         return self
+
+    def vain_rules(self, names: Iterable[str]) -> list[str]:
+        """What of ``dynamic`` has no effect, as sentences. names: of all linear layers."""
+        found, names = [], list(names)
+        for pattern, overrides in (self.dynamic or {}).items():
+            if not any(re.match(_strip_sign(pattern), name) for name in names):
+                found.append(f"the rule {pattern!r} matches the beginning of no layer's full name")
+            if unknown := sorted(_known(canonical(overrides))[1]):
+                found.append(f"the rule {pattern!r} has unknown settings: {', '.join(unknown)}")
+        return found
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> QuantizeConfig:

@@ -9,9 +9,11 @@ weights (sensitivity.py) add a pass through each block's attention and back.
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +36,17 @@ from .placement import Placement, tensors_of
 from .refine import Step
 from .sensitivity import Sensitivity
 from .stacking import Stacks
-from .structure import Block, Target, dense_weight, evaluating, find_structure, is_conv1d, replace_module, untie
+from .structure import (
+    Block,
+    Target,
+    dense_weight,
+    evaluating,
+    find_structure,
+    is_conv1d,
+    linear_shapes,
+    replace_module,
+    untie,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +76,8 @@ class QuantizeReport:
     """How a run went.
 
     Args:
-        config: describes the result: blocks kept in 16 bits by ``keep_edge_blocks`` are named in ``dynamic``, which
-            every reader of GPTQ checkpoints understands.
+        config: describes the result: blocks kept in 16 bits by ``keep_edge_blocks``, and layers that were never called,
+            are named in ``dynamic``, which every reader of GPTQ checkpoints understands.
         layers: one entry per quantized layer, in the order they were done.
         seconds: wall time of the whole run.
         distillation: of the whole model, if there was one.
@@ -172,6 +184,8 @@ class _Run:
         for target in self.structure.targets:
             target.config.require_run()
             _check_planar(target)
+        for sentence in config.vain_rules(linear_shapes(model)):
+            logger.warning("dynamic: %s", sentence)
         self.report = QuantizeReport(self.structure.describe(config))
         self.arrived: dict[Target, list[LayerInput]] = {}  # what the waiting tasks are about to feed each layer
         self.done: dict[nn.Module, QuantLinear] = {}
@@ -309,11 +323,18 @@ class _Run:
         self.current, self.second_pass = block, False
 
     def leave(self) -> None:
-        """Swap the finished block's layers; those that no calibration token reached are rounded to nearest."""
+        """Swap the finished block's layers.
+
+        Experts that no calibration token reached are rounded to nearest. Another layer that was never called may be one
+        whose weight the model's code reads (Mamba's dt_proj), which a quantized layer does not have: it stays.
+        """
         if self.current is None:
             return
         for target in self.current.targets:
             if target.module not in self.done:
+                if self.batches is not None and "experts" not in target.name.split("."):
+                    self.keep(target)
+                    continue
                 if self.batches is not None:
                     logger.warning("%s: no calibration token reached it; rounded to nearest", target.name)
                 self.quantize(target, None)
@@ -323,6 +344,13 @@ class _Run:
         if self.on_done is not None:
             self.on_done(self.current.name, self.current.module)
         self.current = None
+
+    def keep(self, target: Target) -> None:
+        """Leave a layer in 16 bits, and let the resulting settings say so."""
+        logger.warning("%s: never called with a calibration token; kept in 16 bits", target.name)
+        rules: dict[str, Mapping[str, Any]] = {f"-:{re.escape(target.name)}$": {}}  # the first match wins
+        config = self.report.config
+        self.report.config = dataclasses.replace(config, dynamic={**rules, **(config.dynamic or {})})
 
     def quantize(self, target: Target, shared: Shared | None) -> None:
         """Quantize one layer and leave the dequantized weight in the module for the passes under way."""

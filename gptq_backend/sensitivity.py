@@ -83,7 +83,7 @@ class Sensitivity:
             logger.warning("%s: every token counts the same, no derivative could be taken: %s", name, reason)
         finally:
             self.running = False
-        if not pass_.weights:
+        if not pass_.weights and not pass_.alone:
             self._fruitless = name
         return pass_.weights
 
@@ -106,6 +106,7 @@ class _Pass:
         self.signs, self.mask = signs, mask
         self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of each layer's first call
         self.weights: dict[nn.Module, Tensor] = {}
+        self.alone = False  # no sequence has a second token, to which the first could matter
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Derivatives begin at the first layers' outputs."""
@@ -121,6 +122,9 @@ class _Pass:
         if not z.requires_grad or z.dim() != 3:  # of none of them, or of experts, whose tokens have lost their places
             return
         positions = self.positions(z)
+        if int(positions.max()) < 1:
+            self.alone = True
+            return
         signs = self.signs(z.shape[1], z)[positions.clamp(min=0)]
         signs[positions <= 0] = 0  # padding; and the first token, so that a weight there can only come from others
         first = positions == 0

@@ -27,11 +27,13 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     """Refuse a folder that holds something, before any work is done for it.
 
     Raises:
-        CheckpointError: it is a file, or not empty while ``overwrite`` is off.
+        CheckpointError: it is a file or a mount point, or not empty while ``overwrite`` is off.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; expected a new or empty folder: choose another name")
+    if path.is_mount():
+        raise CheckpointError(f"{path} is a mount point, which a finished folder cannot replace; name one inside it")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(f"{path} already exists and is not empty; choose another folder or allow overwriting it")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptq_backend import CalibrationError
-from gptq_backend.calibration import cut, make_batches, set_aside, tokenize
+from gptq_backend.calibration import cut, draw, make_batches, set_aside, tokenize
 
 
 def words(text: str) -> dict[str, list[int]]:
@@ -114,6 +114,18 @@ def test_masks_stay_with_their_samples() -> None:
     assert masked["attention_mask"].tolist() == [[1, 0], [0, 1]]
 
 
+def test_rows_of_padding_are_left_out_and_segment_numbers_are_no_weights() -> None:
+    (batch,) = make_batches({"input_ids": [[1, 2], [3, 4], [5, 6]], "attention_mask": [[1, 2], [0, 0], [0, 3]]})
+    assert batch["input_ids"].tolist() == [[1, 2], [5, 6]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_drawing_no_samples_is_refused(count: int) -> None:
+    with pytest.raises(CalibrationError, match=f"samples={count} must be positive"):
+        draw([1, 2, 3], count)
+
+
 @pytest.mark.parametrize(("length", "size", "expected"), [(512, None, 4), (4096, None, 1), (512, 3, 3)])
 def test_batch_sizes(length: int, size: int | None, expected: int) -> None:
     batches = make_batches([torch.zeros(length, dtype=torch.long)] * 9, size)
@@ -131,6 +143,9 @@ def test_batch_sizes(length: int, size: int | None, expected: int) -> None:
         ([{"ids": [1]}], "sample 0 is a dict"),
         ([torch.rand(3)], "sample 0 has dtype torch.float32"),
         ([torch.zeros(1, 2, 3, dtype=torch.long)], r"shape \(1, 2, 3\)"),
+        ([{"input_ids": [[1, 2], [3, 4]], "attention_mask": [1, 1]}], r"attention_mask of shape \(1, 2\).*\(2, 2\)"),
+        ([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}], r"attention_mask of shape \(1, 2\).*\(1, 3\)"),
+        ([{"input_ids": [1, 2], "attention_mask": [0, 0]}], "empty"),
     ],
 )
 def test_what_is_not_token_ids_is_refused_by_position(samples: list[Any], message: str) -> None:

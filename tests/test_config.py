@@ -66,6 +66,8 @@ def test_enum_values_of_frameworks_are_read() -> None:
         ({"bits": 4, "quant_method": "hqq"}, "hqq.*gptq"),
         ({"bits": 4, "pack_dtype": "int4"}, "int4.*int32"),
         ({"bits": 4, "dynamic": {"+:(": {"bits": 8}}}, r"\+:\(.*regular expression"),
+        ({"bits": 4, "dynamic": {"q_proj": None}}, "'q_proj': None is not a regex with a mapping"),
+        ({"bits": 4, "dynamic": {5: {"bits": 8}}}, "5: .* is not a regex with a mapping"),
     ],
 )
 def test_refusals_name_the_key_the_value_and_the_way_out(source: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import gptq_backend.factors as factors
 from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
 from gptq_backend.hessian import Hessian
-from tests.toy import VOCABULARY, SparseMlp, samples, toy
+from tests.toy import VOCABULARY, Mlp, SparseMlp, samples, toy
 
 
 def config(**settings: Any) -> QuantizeConfig:
@@ -223,6 +223,20 @@ def test_expert_that_no_token_reaches_is_rounded_with_a_warning(
     unreached = {f"blocks.0.mlp.experts.2.{name}" for name in ("gate", "up", "down")}
     assert {name for name, method in methods.items() if method == "rtn"} == unreached
     assert all(f"{name}: no calibration token reached it" in caplog.text for name in unreached)
+
+
+def test_a_layer_whose_weight_the_models_code_reads_stays_and_the_settings_say_so() -> None:
+    class Reader(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(x @ self.up.weight.t())
+
+    model, data = toy(mlp=Reader), samples()
+    report = quantize_model(model, config(dynamic={".*mlp": {"bits": 8}}), data)
+    kept = [f"blocks.{i}.mlp.{name}" for i in range(2) for name in ("gate", "up")]
+    assert not set(kept) & set(quantized_names(model))
+    model(data[0][None])
+    assert [report.config.for_module(name) for name in kept] == [None] * 4
+    assert report.config.for_module("blocks.0.mlp.down").bits == 8
 
 
 @pytest.mark.parametrize("seed", [1, 6, 11])

@@ -208,6 +208,16 @@ def test_one_block_at_a_time_is_needed_and_none_of_the_second_half() -> None:
     assert events == [(word, i) for i in range(4) for word in ("in", "out")]
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_pool_of_few_distinct_tokens_can_be_chosen_from(tokens: int) -> None:
+    """Its moments have a low rank, and what float32 has in the other directions is rounding."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.nn.functional.normalize(torch.randn(4, 16, generator=generator), dim=-1)
+    rows = words[torch.randint(0, 4, (40, tokens), generator=generator)]
+    moments = (rows.mT @ rows / tokens)[:, None]
+    assert len(select(moments, ["a", "b"] * 20, {"a": 1.0, "b": 1.0}, 8, held_out=range(4)).chosen) <= 8
+
+
 def test_tokens_that_the_model_does_not_know_and_models_without_blocks_are_refused() -> None:
     with pytest.raises(ConfigError, match="repeated blocks"):
         sketch(torch.nn.Linear(2, 2), torch.zeros(1, 4, dtype=torch.long))

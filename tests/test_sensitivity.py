@@ -245,6 +245,15 @@ def test_a_block_that_mixes_nothing_is_run_for_one_batch_only() -> None:
     assert len(runs) == 2
 
 
+def test_a_batch_of_single_tokens_does_not_take_the_others_their_weights() -> None:
+    module, sensitivity, x = block(), Sensitivity(), hidden()
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    alone = torch.zeros(2, LENGTH, dtype=torch.long)
+    alone[:, 3] = 1
+    for mask, weighed in ((alone, 0), (None, 3), (alone, 0), (None, 3)):
+        assert len(sensitivity.of(module, "block", layers, lambda: module(x, causal()), mask)) == weighed
+
+
 def test_blocks_without_a_layer_to_quantize_are_not_run_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     original = Sensitivity.of

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def test_an_existing_model_is_not_overwritten_by_accident(tmp_path):
     with pytest.raises(CheckpointError, match="is a file"):
         check_output(tmp_path / "model.safetensors")
     check_output(tmp_path / "new")
+
+
+def test_a_mount_point_is_refused_before_the_work_and_not_at_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    (tmp_path / "mounted").mkdir()
+    with pytest.raises(CheckpointError, match="mount point"):
+        check_output(tmp_path / "mounted")
+    check_output(tmp_path / "mounted" / "inside")
 
 
 def test_a_full_disk_gets_one_sentence(tmp_path):

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.calibration import draw, tokenize
-from gptq_backend.errors import CalibrationError, ConfigError
+from gptq_backend.errors import CalibrationError, CheckpointError, ConfigError
 from gptq_backend.quantize import Progress
 from gptq_backend.reader import checkpoint_files, embedded_settings, read_manifest, read_settings
 from gptq_backend.writer import atomic_folder
 
 from .auto_calibration import AUTO, Choice, choose
-from .config import GPTQConfig
+from .config import GPTQConfig, StockGPTQConfig
 from .experts import unfuse_experts
 from .quantizer import attach
 from .streaming import BlockWriter, load_streamed, take_offloading
@@ -84,12 +86,16 @@ def quantize(
     if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
         raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
     path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
+    if output is not None:
+        _check_spared(path, output)
     with ExitStack() as stack:
         # Made before the work, so that an output that cannot be written is found out at once.
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptq-offload-"))
+        if isinstance(calibration, os.PathLike):
+            raise CalibrationError(f"calibration is the path {calibration}; pass its text, e.g. with read_text()")
         if calibration is not None and not isinstance(calibration, str):
-            calibration = list(calibration)
+            calibration = [calibration] if isinstance(calibration, Mapping) else list(calibration)
         if tokenizer is None and (output is not None or _is_text(calibration)):
             tokenizer = _load_tokenizer(path, required=_is_text(calibration))
         if calibration == AUTO:
@@ -139,13 +145,43 @@ def quantize(
         )
         attach(model, report.config)
         if folder is not None:
-            if writer is None:
-                model.save_pretrained(folder)
-            else:
-                writer.save()
+            with _generation_settings_as_they_are(model, folder):
+                if writer is None:
+                    model.save_pretrained(folder)
+                else:
+                    writer.save()
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     return model, report
+
+
+def _check_spared(original: str | Path, output: str | Path) -> None:
+    """Raises CheckpointError where ``output`` would take the place of the model that is read."""
+    source, target = Path(original).resolve(), Path(output).resolve()
+    if str(original) and source.is_dir() and (source == target or target in source.parents):
+        raise CheckpointError(
+            f"{output} is or holds the original model {original}, which would be lost; choose another folder"
+        )
+
+
+@contextmanager
+def _generation_settings_as_they_are(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Let settings be saved that ``save_pretrained`` refuses, like the temperature that many published models have
+    without sampling; ``generate`` ignores it.
+    """
+    settings = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            model.generation_config = settings
+        (folder / "generation_config.json").write_text(settings.to_json_string(), encoding="utf-8")
+    else:
+        yield
 
 
 def _progress_file(output: str | Path) -> Path:
@@ -158,7 +194,12 @@ def _as_config(config: Any) -> QuantizeConfig:
     """Our settings from ours, a dictionary, or a ``GPTQConfig`` of transformers."""
     if isinstance(config, QuantizeConfig):
         return config
-    return QuantizeConfig.from_dict(config if isinstance(config, Mapping) else GPTQConfig.adopt(config).to_dict())
+    if not isinstance(config, Mapping):
+        return QuantizeConfig.from_dict(GPTQConfig.adopt(config).to_dict())
+    read = QuantizeConfig.from_dict(config)
+    if unknown := sorted(set(read.extra) - set(inspect.signature(StockGPTQConfig).parameters)):
+        logger.warning("unknown settings have no effect: %s", ", ".join(unknown))
+    return read
 
 
 def _is_text(calibration: Any) -> bool:

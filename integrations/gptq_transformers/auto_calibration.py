@@ -234,13 +234,14 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, se
         always = list(tokenizer("a")["input_ids"][:1]) == [begin]
         starts[:: 1 if always else 2] = begin
     settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0
-    )
+        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0,
+        num_beams=1, num_return_sequences=1, return_dict_in_generate=False,
+    )  # fmt: skip
     starts = starts.to(model.get_input_embeddings().weight.device)
     try:
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
             torch.manual_seed(seed)
             spoken = model.generate(starts, attention_mask=torch.ones_like(starts), generation_config=settings)
+            return spoken.cpu().view(count, runs * length)[:, :seqlen]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
         return f"it cannot be sampled from ({str(error).strip().partition(chr(10))[0]})"
-    return spoken.cpu().view(count, runs * length)[:, :seqlen]

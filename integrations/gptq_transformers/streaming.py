@@ -67,7 +67,10 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
 
 
 def take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
-    """Free ``model`` of accelerate's hooks -> a function that brings a block's offloaded weights for good."""
+    """Free ``model`` of accelerate's hooks -> a function that brings a block's offloaded weights for good.
+
+    What is offloaded beside the blocks is brought at once.
+    """
     hooks = {}
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
@@ -83,6 +86,10 @@ def take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
             if module in hooks:
                 hooks.pop(module).pre_forward(module)
 
+    if hooks:
+        inside = {module for block in find_blocks(model).values() for module in block.modules()}
+        for module in [module for module in hooks if module not in inside]:
+            hooks.pop(module).pre_forward(module)
     return materialize
 
 

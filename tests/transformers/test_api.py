@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTQConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BatchEncoding, GPTQConfig, LlamaConfig
 
 from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
 from gptq_transformers import from_quantized, quantize
@@ -193,3 +193,53 @@ def test_an_output_that_cannot_be_written_stops_the_run_before_it_starts(source,
 @pytest.mark.parametrize("end", ["", "/", "/."])
 def test_progress_lies_beside_the_output_however_it_is_spelled(tmp_path, end):
     assert _progress_file(f"{tmp_path}/out{end}") == tmp_path.resolve() / "out.distill"
+
+
+@pytest.mark.parametrize("where", ["source", "."])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_an_output_that_would_remove_the_original_is_refused(source, samples, tmp_path, where, loaded):
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(source) if loaded else source
+    with pytest.raises(CheckpointError, match="the original model"):
+        quantize(model, CONFIG, samples, output=tmp_path / where, overwrite=True)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_generation_settings_that_cannot_be_saved_do_not_lose_the_run(source, samples, tmp_path, loaded):
+    given = {"temperature": 0.6, "do_sample": False, "eos_token_id": 7}
+    (source / "generation_config.json").write_text(json.dumps(given))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto") if loaded else source
+    model, _ = quantize(model, CONFIG, samples, output=tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {key: written.get(key, False) for key in given} == given
+    assert model.generation_config.temperature == 0.6
+    assert from_quantized(tmp_path / "out").generation_config.eos_token_id == 7
+
+
+def test_what_a_tokenizer_returns_is_calibration_data_and_not_the_words_in_it(source):
+    encoded = BatchEncoding({"input_ids": torch.ones(3, 16, dtype=torch.long), "attention_mask": torch.ones(3, 16)})
+    _, report = quantize(source, CONFIG, encoded)
+    assert {layer.tokens for layer in report.layers} == {48}
+
+
+def test_the_path_of_a_text_is_not_taken_for_text(source, tmp_path):
+    with pytest.raises(CalibrationError, match="path"):
+        quantize(source, CONFIG, tmp_path / "text.txt")
+
+
+def test_misspelled_settings_are_named(source, samples, caplog):
+    quantize(source, {"bits": 4, "group_sise": 32, "dataset": None, "dynamic": {"layers.0": {"bit": 8}}}, samples)
+    assert "unknown settings have no effect: group_sise" in caplog.text
+    assert "'layers.0' matches the beginning of no layer's full name" in caplog.text
+    assert "'layers.0' has unknown settings: bit" in caplog.text
+
+
+def test_weights_offloaded_beside_the_blocks_are_brought(source, samples, tmp_path):
+    device_map = {"model.embed_tokens": "disk", "lm_head": "disk", "model.layers": "cpu", "model.norm": "disk"}
+    device_map["model.rotary_emb"] = "cpu"
+    model = AutoModelForCausalLM.from_pretrained(source, device_map=device_map, offload_folder=tmp_path / "off")
+    quantized, _ = quantize(model, CONFIG, samples, output=tmp_path / "out")
+    expected, _ = quantize(source, CONFIG, samples)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(quantized.state_dict()[name], tensor), name

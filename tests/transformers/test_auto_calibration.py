@@ -138,6 +138,22 @@ def test_a_model_that_cannot_generate_is_left_out_and_named(caplog: pytest.LogCa
         assert reason in caplog.text
 
 
+@pytest.mark.parametrize("settings", [{"return_dict_in_generate": True}, {"num_return_sequences": 2}, {"num_beams": 2}])
+def test_the_models_own_way_to_generate_does_not_matter(settings: dict[str, Any]) -> None:
+    odd = model()
+    for key, value in settings.items():
+        setattr(odd.generation_config, key, value)
+    assert torch.equal(choose(odd, tokenizer(), **SMALL).samples, choose(model(), tokenizer(), **SMALL).samples)
+
+
+def test_a_model_that_says_too_little_is_left_out() -> None:
+    class Short(LlamaForCausalLM):
+        def generate(self, *_: Any, **__: Any) -> Any:
+            return torch.zeros(1, 3, dtype=torch.long)
+
+    assert MODEL in choose(Short(model().config), tokenizer(), **SMALL).left_out
+
+
 @pytest.mark.parametrize("prefix", [[], [7]])
 def test_the_models_text_begins_as_the_tokenizer_begins_a_text(prefix: list[int]) -> None:
     class Tokenizer:
