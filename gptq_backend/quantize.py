@@ -326,7 +326,7 @@ class _Run:
         """Swap the finished block's layers.
 
         Experts that no calibration token reached are rounded to nearest. Another layer that was never called may be one
-        whose weight the model's code reads (Mamba's dt_proj), which a quantized layer does not have: it stays.
+        whose weight the model's code reads, which a quantized layer does not have: it stays.
         """
         if self.current is None:
             return

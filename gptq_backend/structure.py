@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from .config import QuantizeConfig
 from .errors import ConfigError
 
+# Layers that models do not call: Mamba's code hands the weight of this one to a kernel.
+_READ_BY_WEIGHT = {"dt_proj"}
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -63,12 +66,14 @@ class Structure:
         return inside + ((self.head,) if self.head else ())
 
     def describe(self, config: QuantizeConfig) -> QuantizeConfig:
-        """``config`` with the edge blocks that it keeps in 16 bits named by ``dynamic`` rules instead."""
+        """``config`` with ``dynamic`` rules for what stays in 16 bits: edge blocks, and layers read by their weight."""
         keep = config.keep_edge_blocks
-        if not keep:
-            return config
-        edges = self.blocks[:keep] + self.blocks[-keep:]
+        edges = self.blocks[:keep] + self.blocks[-keep:] if keep else ()
         rules: dict[str, Mapping[str, Any]] = {f"-:{re.escape(block.name)}\\.": {} for block in edges}
+        names = {name.rpartition(".")[2] for block in self.blocks for name, _ in block.module.named_modules()}
+        rules |= {f"-:.*\\.{name}$": {} for name in sorted(names & _READ_BY_WEIGHT)}
+        if not rules:
+            return config
         return dataclasses.replace(config, keep_edge_blocks=0, dynamic={**rules, **(config.dynamic or {})})
 
 
@@ -123,7 +128,8 @@ def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn
 def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | None = None) -> Structure:
     """Blocks and layers of ``model`` that ``config`` selects; the blocks are those of :func:`find_blocks`.
 
-    Routers stay in 16 bits: linear layers that are direct children of a module that also has a child ``experts``.
+    Routers stay in 16 bits: linear layers that are direct children of a module that also has a child ``experts``. So do
+    Mamba's ``dt_proj``.
 
     Raises:
         ConfigError: no repeated blocks, no layer left to quantize, or one that shares its weight with another.
@@ -194,6 +200,8 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
     found = []
     for name, module in block.named_modules():
         if not is_linear(module) or module in routers or (wanted is not None and name not in wanted):
+            continue
+        if name.rpartition(".")[2] in _READ_BY_WEIGHT:
             continue
         layer_config = config.for_module(f"{block_name}.{name}")
         if layer_config is not None:

@@ -49,6 +49,7 @@ NEOX = ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "ml
 BLOOM = ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
 GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 PHI = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"]
+MAMBA = ["mixer.in_proj", "mixer.x_proj", "mixer.out_proj"]
 MIXTRAL = ATTENTION + [f"block_sparse_moe.experts.{i}.{name}" for i in range(4) for name in ("w1", "w3", "w2")]
 QWEN3_MOE = ATTENTION + [f"mlp.experts.{i}.{name}_proj" for i in range(4) for name in ("gate", "up", "down")]
 FALCON = {"ffn_hidden_size": 96, "alibi": False}
@@ -99,6 +100,8 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], str, list[str], int]] = {
         4,
     ),
     "mixtral": (lambda: llama_like("mixtral", **MOE), "model.layers", MIXTRAL, 2 + 2 * 4),
+    # Its code reads the weight of dt_proj, which therefore stays.
+    "mamba": (lambda: tiny("mamba", state_size=8, time_step_rank=4), "backbone.layers", MAMBA, 3),
     "qwen3_moe": (lambda: llama_like("qwen3_moe", **QWEN_MOE), "model.layers", QWEN3_MOE, 2 + 2 * 4),
 }
 
