@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from gptq_backend import CalibrationError
-from gptq_backend.calibration import cut, draw, tokenize
+from gptq_backend.calibration import check_fits, cut, draw, make_batches, tokenize
 from gptq_backend.selection import Selection, select, sketch
 from gptq_backend.structure import evaluating
 
@@ -36,6 +36,7 @@ _LEAST = 8  # windows of each source in the pool, however few may be chosen
 _HELD_OUT = 4  # one window of so many judges and is not chosen
 _SAMPLED = 8  # windows of the model's own text, each token of which takes a step of the model
 _RUN = 128  # tokens sampled in one go; several runs make a window
+_AT_ONCE = 32  # runs; every token of each is in memory, with its keys and values
 _USER_SHARE = 0.5  # of the weight: the user knows best what the model will read
 
 
@@ -122,6 +123,8 @@ def choose(
         else:
             pool[name] = windows
     with _opened(model_or_path, device) as original:
+        if pool:  # before the model speaks
+            check_fits(original.model, make_batches(list(pool.values())))
         spoken = original.silent or _sampled(original.model, tokenizer, min(size, _SAMPLED), seqlen, seed)
         (left_out if isinstance(spoken, str) else pool)[MODEL] = spoken  # type: ignore[assignment]
         for name, reason in left_out.items():
@@ -241,7 +244,10 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, se
     try:
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
             torch.manual_seed(seed)
-            spoken = model.generate(starts, attention_mask=torch.ones_like(starts), generation_config=settings)
-            return spoken.cpu().view(count, runs * length)[:, :seqlen]
+            spoken = [
+                model.generate(each, attention_mask=torch.ones_like(each), generation_config=settings).cpu()
+                for each in starts.split(_AT_ONCE)
+            ]
+            return torch.cat(spoken).view(count, runs * length)[:, :seqlen]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
         return f"it cannot be sampled from ({str(error).strip().partition(chr(10))[0]})"

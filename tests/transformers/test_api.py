@@ -224,8 +224,10 @@ def test_what_a_tokenizer_returns_is_calibration_data_and_not_the_words_in_it(so
 
 
 def test_the_path_of_a_text_is_not_taken_for_text(source, tmp_path):
-    with pytest.raises(CalibrationError, match="path"):
-        quantize(source, CONFIG, tmp_path / "text.txt")
+    (tmp_path / "text.txt").write_text("some text")
+    for path in (tmp_path / "text.txt", str(tmp_path / "text.txt")):
+        with pytest.raises(CalibrationError, match="is the path .*text.txt"):
+            quantize(source, CONFIG, path)
 
 
 def test_misspelled_settings_are_named(source, samples, caplog):

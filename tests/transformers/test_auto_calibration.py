@@ -146,6 +146,20 @@ def test_the_models_own_way_to_generate_does_not_matter(settings: dict[str, Any]
     assert torch.equal(choose(odd, tokenizer(), **SMALL).samples, choose(model(), tokenizer(), **SMALL).samples)
 
 
+def test_windows_longer_than_the_model_takes_are_refused_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_calibration, "_sampled", lambda *_: pytest.fail("it spoke"))
+    with pytest.raises(CalibrationError, match="65 tokens, but the model takes at most 64"):
+        choose(model(), tokenizer(), samples=8, seqlen=65)
+
+
+def test_what_the_model_says_does_not_take_memory_for_all_of_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = auto_calibration._sampled(model(), tokenizer(), 4, 32, 0)
+    monkeypatch.setattr(auto_calibration, "_AT_ONCE", 3)
+    parts = auto_calibration._sampled(model(), tokenizer(), 4, 32, 0)
+    assert whole.shape == parts.shape == (4, 32)
+    assert torch.equal(whole[:, 0], parts[:, 0])
+
+
 def test_a_model_that_says_too_little_is_left_out() -> None:
     class Short(LlamaForCausalLM):
         def generate(self, *_: Any, **__: Any) -> Any:
