@@ -1,8 +1,8 @@
 """Train the scales and norms of a quantized model towards the predictions of the original; codes stay as they are.
 
 This is the second phase of EfficientQAT (arXiv 2407.11062) with the original model as the teacher: Adam on
-KL(original || quantized) over all scales and the vector parameters outside of quantized layers, such as norm weights. The result is the same kind
-of checkpoint with other numbers in ``scales``.
+KL(original || quantized) over all scales and the vector parameters outside of quantized layers, such as norm weights.
+The result is the same kind of checkpoint with other numbers in ``scales``.
 """
 
 from __future__ import annotations

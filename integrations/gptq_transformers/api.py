@@ -92,10 +92,8 @@ def quantize(
         # Made before the work, so that an output that cannot be written is found out at once.
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptq-offload-"))
-        if isinstance(calibration, os.PathLike) or (_is_text(calibration) and _names_a_file(calibration)):
-            raise CalibrationError(
-                f"calibration is the path {calibration}; pass the file's text, e.g. with read_text()"
-            )
+        if isinstance(calibration, os.PathLike) or _names_a_file(calibration):
+            raise CalibrationError(f"calibration is the path {calibration}; pass its text, e.g. with read_text()")
         if calibration is not None and not isinstance(calibration, str):
             calibration = [calibration] if isinstance(calibration, Mapping) else list(calibration)
         if tokenizer is None and (output is not None or _is_text(calibration)):
