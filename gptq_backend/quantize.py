@@ -183,6 +183,7 @@ class _Run:
         config.require_run()
         for target in self.structure.targets:
             target.config.require_run()
+            _check_format(target, config)
             _check_planar(target)
         for sentence in config.vain_rules(linear_shapes(model)):
             logger.warning("dynamic: %s", sentence)
@@ -410,6 +411,14 @@ class _Restore:
 
     def remove(self) -> None:
         del self.module.forward
+
+
+def _check_format(target: Target, config: QuantizeConfig) -> None:
+    """Raises ConfigError for a rule that would give a layer a format of its own: readers know one of a checkpoint."""
+    for key in ("checkpoint_format", "pack_dtype"):
+        own, common = getattr(target.config, key), getattr(config, key)
+        if own != common:
+            raise ConfigError(f"dynamic gives {target.name} {key}={own!r}, but a checkpoint has one: {common!r}")
 
 
 def _check_planar(target: Target) -> None:

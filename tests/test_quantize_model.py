@@ -286,6 +286,12 @@ def test_dynamic_rules_reach_the_layers_and_the_report() -> None:
     assert model.blocks[0].attn.q.spec.sym
 
 
+@pytest.mark.parametrize("rule", [{"checkpoint_format": "gptq_v2"}, {"pack_dtype": "int8"}])
+def test_a_rule_cannot_give_a_layer_a_format_that_readers_would_not_see(rule: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="a checkpoint has one"):
+        quantize_model(toy(), config(dynamic={".*attn": rule}), samples())
+
+
 @pytest.mark.parametrize("settings", [{}, {"desc_act": True}, {"static_groups": True}, {"act_group_aware": True}])
 def test_group_size_that_does_not_divide_the_features(settings: dict[str, Any]) -> None:
     model, reference = toy(), toy()
