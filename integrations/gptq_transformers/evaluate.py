@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
 from gptq_backend.calibration import cut
+from gptq_backend.reader import embedded_settings
 
 from .api import from_quantized
 
@@ -295,4 +296,4 @@ def is_quantized(path: str | Path) -> bool:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise GPTQError(f"{folder / 'config.json'} is not valid JSON ({error}); fetch the file again") from None
-    return any("quantization_config" in section for section in (config, config.get("text_config") or {}))
+    return bool(embedded_settings(config))
