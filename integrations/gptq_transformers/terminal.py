@@ -134,7 +134,11 @@ def set_up_logging(console: Console, ignore: str | None = None) -> None:
 
 def check_json_target(target: str | None) -> None:
     """Say before an hour of work, not after it, that the result cannot be written."""
-    if target not in (None, "-") and not Path(target).absolute().parent.is_dir():  # type: ignore[arg-type]
+    if target is None or target == "-":
+        return
+    if Path(target).is_dir():
+        raise GPTQError(f"--json {target}: is a folder; expected a file to write: name one, or - for stdout")
+    if not Path(target).absolute().parent.is_dir():
         raise GPTQError(f"--json {target}: its folder does not exist; create it or choose another place")
 
 
@@ -150,7 +154,7 @@ def write_json(target: str | None, value: Mapping[str, Any]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file.
+    """A UTF-8 text file, without the byte order mark that it may begin with.
 
     Raises:
         GPTQError: it does not exist or is not text.
@@ -158,7 +162,7 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise GPTQError(f"{path} is not a file; expected a text file in UTF-8")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise GPTQError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
 
@@ -167,13 +171,13 @@ def read_calibration(path: Path) -> list[str]:
     """Calibration texts: a ``.jsonl`` file has one per line (a string, or an object with ``text``), any other is one.
 
     Raises:
-        GPTQError: see :func:`read_text`. CalibrationError: a line of a ``.jsonl`` file is neither.
+        GPTQError: see :func:`read_text`. CalibrationError: a line of a ``.jsonl`` file is neither, or it has none.
     """
     text = read_text(path)
     if path.suffix != ".jsonl":
         return [text]
     texts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
         try:
@@ -183,7 +187,16 @@ def read_calibration(path: Path) -> list[str]:
         entry = entry.get("text") if isinstance(entry, dict) else entry
         if not isinstance(entry, str):
             raise CalibrationError(f'{path}, line {number}: expected a JSON string, or an object with a string "text"')
+        try:
+            entry.encode()
+        except UnicodeEncodeError:
+            raise CalibrationError(
+                f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
+                "remove it, or write both halves"
+            ) from None
         texts.append(entry)
+    if not texts:
+        raise CalibrationError(f"{path} has no text in it; expected one per line: a JSON string, or an object with it")
     return texts
 
 

@@ -162,6 +162,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
         (["quantize", quantized, out, *with_text], "is quantized already"),
         (["quantize", original, quantized, *SMALL, *with_text], "not empty"),
         (["quantize", original, out, *with_text, "--json", tmp_path / "none" / "x.json"], "its folder does not exist"),
+        (["quantize", original, out, *with_text, "--json", tmp_path], "is a folder; expected a file"),
         (["eval", original, "--text", short], "fewer than one window of seqlen=1024"),
         (["eval", original, "--text", TEXT, "--seqlen", "65"], "exceed the model's 64 positions"),
         (["eval", quantized, "--text", TEXT, "--seqlen", "32", "--backend", "nothing"], "nothing"),
@@ -251,6 +252,33 @@ def test_a_comparison_that_fails_is_a_warning_and_the_reports_are_there(
     assert "could not be compared" in " ".join(result.stderr.split())  # lines are wrapped
     assert "no logits" in result.stderr
     assert json.loads((tmp_path / "out" / "quantize_report.json").read_text())["evaluation"] is None
+
+
+def test_calibration_lines_are_json_lines_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    lines, whole = tmp_path / "x.jsonl", tmp_path / "x.txt"
+    texts = ["one\u2028two", "three\u2029", "\u0085four", "five \N{GRINNING FACE}"]
+    entries = [json.dumps(text, ensure_ascii=False) for text in texts] + [r'{"text": "\ud83d\ude00"}']
+    for end, mark in (("\n", ""), ("\r\n", "\ufeff")):
+        lines.write_bytes((mark + end.join([*entries, ""])).encode())
+        assert terminal.read_calibration(lines) == [*texts, "\N{GRINNING FACE}"]
+    whole.write_bytes("\ufefftext".encode())
+    assert terminal.read_calibration(whole) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "x.jsonl has no text in it"),
+        ("\n \n", "x.jsonl has no text in it"),
+        ('"fine"\n{"text": "\\ud800"}\n', "x.jsonl, line 2: half of a surrogate pair"),
+    ],
+)
+def test_calibration_lines_without_usable_text_are_refused_by_name(
+    original: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    for options in (["--calibration", tmp_path / "x.jsonl"], ["--calibration", "auto", "--text", tmp_path / "x.jsonl"]):
+        assert message in _error(_run("quantize", original, tmp_path / "out", *options))
 
 
 def test_the_reports_tell_how_the_distillation_went(original: Path, tmp_path: Path) -> None:
