@@ -27,6 +27,7 @@ from gptq_backend.calibration import cut
 from gptq_backend.reader import embedded_settings
 
 from .api import from_quantized
+from .errors import loading
 
 # Positions whose distributions are compared at once: with 128k words a chunk stays near 128 MB per model.
 _ROWS = 256
@@ -226,7 +227,7 @@ def load_model(
         backend: row of the kernel table for a quantized model.
 
     Raises:
-        GPTQError: no such model, or no such device.
+        GPTQError: no such model or device, or the model cannot be loaded.
     """
     require_model(path)
     require_device(device)
@@ -234,11 +235,11 @@ def load_model(
     options: dict[str, Any] = {"dtype": name if name == "auto" else getattr(torch, name)}
     if device != "cpu":
         options["device_map"] = device
-    if not is_quantized(path):
-        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    if backend is not None:
-        options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
-    with warnings.catch_warnings():
+    with loading(path), warnings.catch_warnings():
+        if not is_quantized(path):
+            return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+        if backend is not None:
+            options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         return from_quantized(path, **options).eval()
 

@@ -17,10 +17,12 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from gptq_backend import CalibrationError, GPTQError, LayerReport
 
+from .errors import first_line, is_out_of_memory
 from .report import duration, finite, percent, write_atomically
 
 Json = Annotated[
@@ -50,9 +52,6 @@ class CommandGroup(TyperGroup):
 
 def explain(error: Exception) -> str | None:
     """One line for an error that a user can cause and mend; None for any other."""
-    import torch
-    from safetensors import SafetensorError
-
     if isinstance(error, OSError):
         if error.errno == errno.EPIPE:
             return None  # the reader of our output went away; the CLI library ends quietly
@@ -60,35 +59,12 @@ def explain(error: Exception) -> str | None:
             return "no space left on the disk; free some, or write to another one"
         if error.filename is not None and error.strerror:
             return f"{error.filename}: {error.strerror}"
-        return _one_line(error)  # transformers raises OSError for models that it cannot find
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory; use a smaller batch or model, or another device ({_one_line(error)})"
+        return first_line(error)  # transformers raises OSError for models that it cannot find
+    if is_out_of_memory(error):
+        return f"out of memory; use a smaller batch or model, or another device ({first_line(error)})"
     if isinstance(error, GPTQError | SafetensorError | ImportError):
-        return _one_line(error)
+        return first_line(error)
     return None
-
-
-@contextlib.contextmanager
-def loading(path: str | Path) -> Iterator[None]:
-    """Errors that transformers raises for a model that it cannot load become one sentence about ``path``."""
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (GPTQError, torch.OutOfMemoryError):
-        raise
-    except (ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
-        raise GPTQError(f"{path} cannot be loaded: {_one_line(error)}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise GPTQError(f"{path} cannot be loaded: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
