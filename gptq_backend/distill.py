@@ -35,6 +35,7 @@ _HELD_OUT = 8  # one batch in so many judges the result
 _ROWS = 512  # positions whose distributions are compared at once
 _SAVE_EVERY = 8  # steps between two writes of the progress
 _LEAST_FACTOR = 0.1  # of a scale; none changes its sign
+_STATE = {"changes", "optimizer", "digest", "losses"}  # what is in a file of progress
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ def distill(
         rate: largest relative change of a scale in one step; falls to zero along a cosine.
         batch_size: sequences per step; None aims at about 2048 tokens.
         progress_file: written now and then, read if it exists, so that an interrupted run goes on; removed at the end.
-            One of another run (model, data, settings) is overwritten, with a warning.
+            One of another run (model, data, settings) is overwritten, with a warning; any other file is refused.
         on_step: called with the steps done, the steps in all, and the loss.
 
     Raises:
         CalibrationError: fewer than two batches.
-        ConfigError: ``progress_file`` is a directory.
+        ConfigError: ``progress_file`` is something else than the progress of a distillation.
     """
     batches, held_out = hold_out(make_batches(calibration, batch_size))
     check_progress_file(progress_file)
@@ -118,9 +119,19 @@ def distill(
 
 
 def check_progress_file(path: str | Path | None) -> None:
-    """Raises ConfigError where a directory is in the way."""
-    if path is not None and Path(path).is_dir():
+    """Raises ConfigError where a directory is in the way, or a file that no distillation wrote: it would be lost."""
+    if path is None or not Path(path).exists():
+        return
+    if Path(path).is_dir():
         raise ConfigError(f"{path} is a directory, where the progress of the distillation would be kept; move it away")
+    try:
+        _read(path, mmap=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}), to go on from there; move it away") from None
+    except (EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError):
+        raise ConfigError(
+            f"{path} is not the progress of a distillation, which would be kept there and then removed; move it away"
+        ) from None
 
 
 def hold_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -342,18 +353,22 @@ def _save(
     os.replace(_partial(path), path)
 
 
+def _read(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """What :func:`_save` wrote; it appeared whole, so half a file is none of ours. ``mmap``: without the tensors."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not isinstance(state, dict) or state.keys() != _STATE:
+        raise ValueError(f"not a dictionary of {', '.join(sorted(_STATE))}")
+    return state
+
+
 def _resume(
     path: str | Path | None, changes: list[nn.Parameter], optimizer: torch.optim.Optimizer, digest: str
 ) -> list[float]:
     """Restore what :func:`_save` wrote in the same run; returns the losses so far."""
     if path is None or not Path(path).exists():
         return []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        logger.warning("%s cannot be read as the progress of a distillation (%s); starting over", path, error)
-        return []
-    if not isinstance(state, dict) or state.get("digest") != digest:
+    state = _read(path)
+    if state["digest"] != digest:
         logger.warning("%s is the progress of another run (other model, data or settings); starting over", path)
         return []
     for change, saved in zip(changes, state["changes"], strict=True):

@@ -78,7 +78,7 @@ def test_an_interrupted_run_goes_on_where_it_was(pair: tuple[Toy, Toy], tmp_path
     assert not file.exists()
 
 
-@pytest.mark.parametrize("other", ["weights", "data", "rate", "epochs", "empty", "text", "cut"])
+@pytest.mark.parametrize("other", ["weights", "data", "rate", "epochs"])
 def test_the_progress_of_another_run_is_not_taken(
     pair: tuple[Toy, Toy], tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str
 ) -> None:
@@ -98,11 +98,8 @@ def test_the_progress_of_another_run_is_not_taken(
         next(m for m in student.modules() if isinstance(m, QuantLinear)).scales.data.mul_(1.01)
     elif other == "data":
         data = samples(16, seed=7)
-    elif other in settings:
-        settings[other] = {"rate": 2e-2, "epochs": 3}[other]
     else:
-        written = file.read_bytes()
-        file.write_bytes({"empty": b"", "text": b"notes", "cut": written[: len(written) // 2]}[other])
+        settings[other] = {"rate": 2e-2, "epochs": 3}[other]
     seen: list[int] = []
     distill(student, pair[1], data, batch_size=2, progress_file=file, on_step=lambda *s: seen.append(s[0]), **settings)  # type: ignore[arg-type]
     assert seen[0] == 1
@@ -163,3 +160,27 @@ def test_one_batch_is_too_little(pair: tuple[Toy, Toy]) -> None:
 def test_a_directory_in_place_of_the_progress_is_found_before_the_work(pair: tuple[Toy, Toy], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a directory"):
         run(pair, progress_file=tmp_path, on_step=lambda *_: pytest.fail("started"))
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "cut", "tensors", "other keys", "other types"])
+def test_a_file_that_is_no_progress_is_refused_before_the_work_and_kept(
+    pair: tuple[Toy, Toy], tmp_path: Path, content: str
+) -> None:
+    file = tmp_path / "out.distill"
+    if content in ("empty", "text"):
+        file.write_bytes({"empty": b"", "text": b"my notes"}[content])
+    elif content == "cut":
+        torch.save({"changes": [torch.zeros(1000)], "optimizer": {}, "digest": "", "losses": []}, file)
+        file.write_bytes(file.read_bytes()[:2000])
+    else:
+        other = {"tensors": torch.zeros(3), "other keys": {"digest": "mine"}, "other types": Path("x")}
+        torch.save(other[content], file)
+    before = file.read_bytes()
+    config = QuantizeConfig(group_size=16, distill_epochs=1)
+    options: dict[str, Any] = {"teacher": lambda: pair[1], "batch_size": 2, "progress_file": file}
+    with pytest.raises(ConfigError, match="is not the progress of a distillation") as caught:
+        quantize_model(toy(), config, samples(4), on_layer=lambda *_: pytest.fail("started"), **options)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="move it away"):
+        run(pair, progress_file=file, on_step=lambda *_: pytest.fail("started"))
+    assert file.read_bytes() == before

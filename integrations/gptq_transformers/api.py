@@ -25,9 +25,10 @@ from gptq_backend.writer import atomic_folder
 
 from .auto_calibration import AUTO, Choice, choose
 from .config import GPTQConfig, StockGPTQConfig
+from .errors import first_line
 from .experts import unfuse_experts
 from .quantizer import attach
-from .streaming import BlockWriter, load_streamed, take_offloading
+from .streaming import BlockWriter, load_streamed, load_whole, take_offloading
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def quantize(
         The quantized model and the report.
 
     Raises:
-        ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written.
+        ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written. GPTQError: the
+            model cannot be loaded.
     """
     config = _as_config(config)
     if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
@@ -139,7 +141,7 @@ def quantize(
             on_step=on_step,
             on_block=take_offloading(model),
             on_done=None if writer is None else writer.add,
-            teacher=lambda: original or AutoModelForCausalLM.from_pretrained(path, dtype="auto"),
+            teacher=lambda: original or load_whole(path),
             progress_file=None if output is None else _progress_file(output),
             device=device,
         )
@@ -213,10 +215,10 @@ def _names_a_file(text: Any) -> bool:
 def _load_tokenizer(path: str | Path, required: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         if required:
             raise CalibrationError(
-                f"no tokenizer could be loaded from {path} ({str(error).splitlines()[0]}); pass tokenizer= or token ids"
+                f"no tokenizer could be loaded from {path} ({first_line(error)}); pass tokenizer= or token ids"
             ) from None
         return None
 

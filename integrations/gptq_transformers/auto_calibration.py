@@ -18,14 +18,14 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import CalibrationError
 from gptq_backend.calibration import check_fits, cut, draw, make_batches, tokenize
 from gptq_backend.selection import Selection, select, sketch
 from gptq_backend.structure import evaluating
 
-from .streaming import load_streamed, skeleton, take_offloading
+from .streaming import load_streamed, load_whole, skeleton, take_offloading
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _opened(model_or_path: PreTrainedModel | str | Path, device: torch.device | 
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
     if needed <= free / 2:
-        yield _Original(AutoModelForCausalLM.from_pretrained(model_or_path, dtype=dtype).to(where))
+        yield _Original(load_whole(model_or_path, dtype).to(where))
         return
     silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with tempfile.TemporaryDirectory(prefix="gptq-offload-") as scratch:

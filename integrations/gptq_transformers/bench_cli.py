@@ -196,9 +196,8 @@ def bench_model(
         result = _measure_machine(where, json_target, console)
         with console.status("generating", spinner="line"):
             for path in paths:
-                with terminal.loading(path):
-                    name = str(DTYPES[dtype]).removeprefix("torch.")
-                    models.append((path, load_model(path, name, device, backend)))
+                name = str(DTYPES[dtype]).removeprefix("torch.")
+                models.append((path, load_model(path, name, device, backend)))
             rows = bench.run(models, batch, prompt, new_tokens, repeats, compiled)
             result["rows"] = [dataclasses.asdict(row) for row in rows]
             if profiled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -18,6 +19,7 @@ from rich.table import Table
 from gptq_backend import GPTQError, QuantizeConfig
 
 from . import bench_cli, terminal
+from .errors import loading
 from .report import duration, make_report, megabytes, percent, write_reports
 
 logger = logging.getLogger(__name__)
@@ -118,7 +120,7 @@ def quantize(
     rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest, without calibration.")] = False,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")] = 64,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(help="For the choice of windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
@@ -188,6 +190,7 @@ def _run_quantize(
     terminal.check_json_target(json_target)
     require_model(model)
     require_device(device)
+    here = out.resolve() if out.is_dir() and out.samefile(".") else None
     calibration, text = source
     texts: str | list[str] | None = calibration
     if calibration not in (None, "auto"):
@@ -200,7 +203,7 @@ def _run_quantize(
         return set_aside(texts, _tokenizer(str(out)), **window, count=kld_windows)
 
     first = "choosing calibration text" if calibration == "auto" else "loading the model"
-    with terminal.LayerProgress(console, first) as progress, terminal.loading(model):
+    with terminal.LayerProgress(console, first) as progress:
         result = run(  # without the model, whose memory the comparison needs
             model,
             config,
@@ -215,6 +218,8 @@ def _run_quantize(
             on_choice=progress.on_choice,
             device=device,
         )[1]
+    if here is not None:  # the folder that this process stood in was replaced; relative paths mean the same again
+        os.chdir(here)
     used = None
     if calibration is not None:
         tokens = max((layer.tokens for layer in result.layers), default=0)
@@ -247,7 +252,7 @@ def _reporting(out: Path) -> Iterator[None]:
 def _compare(out: Path, model: str, unseen: Callable[[], list[Any]], device: str) -> dict[str, Any] | None:
     """The evaluation of the finished checkpoint on windows that were not calibrated on.
 
-    None, with a warning, if there are none or it fails: the checkpoint is complete.
+    None, with a warning, if there are none or it fails, for want of memory say: the checkpoint is complete.
     """
     from .evaluate import evaluate as run
     from .evaluate import load_model
@@ -261,8 +266,10 @@ def _compare(out: Path, model: str, unseen: Callable[[], list[Any]], device: str
             logger.warning("windows of one token predict nothing; the KL divergence was not measured")
             return None
         return dataclasses.asdict(run(load_model(out, device=device), windows, load_model(model, device=device)))
-    except GPTQError as error:
-        logger.warning("the checkpoint is complete, but it could not be compared with %s: %s", model, error)
+    except Exception as error:
+        if (reason := terminal.explain(error)) is None:
+            raise
+        logger.warning("the checkpoint is complete, but it could not be compared with %s: %s", model, reason)
         return None
 
 
@@ -333,16 +340,11 @@ def evaluate(
     require_device(device)
     chosen = dtype.value if dtype else None
     with console.status("loading", spinner="line") as status:
-        with terminal.loading(model):
-            ids = cut_windows(content, _tokenizer(model), seqlen, windows)
+        ids = cut_windows(content, _tokenizer(model), seqlen, windows)
         if reference is not None:
             _check_reference_tokens(reference, content, ids.flatten().tolist())
-        with terminal.loading(model):
-            loaded = load_model(model, chosen, device, backend)
-        other = None
-        if reference is not None:
-            with terminal.loading(reference):
-                other = load_model(reference, chosen, device)
+        loaded = load_model(model, chosen, device, backend)
+        other = None if reference is None else load_model(reference, chosen, device)
         result = run(loaded, ids, other, lambda done, total: status.update(f"window {done} of {total}"))
     settings = {"model": model, "reference": reference, "text": str(text), "device": device}
     computed_in = str(next(p for p in loaded.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
@@ -354,7 +356,8 @@ def evaluate(
 def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers 5 where the files are missing
         raise GPTQError(f"{path} has no tokenizer; put the files of the original model's there")
     return tokenizer

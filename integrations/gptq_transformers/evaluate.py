@@ -24,8 +24,10 @@ from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
 from gptq_backend.calibration import cut
+from gptq_backend.reader import embedded_settings
 
 from .api import from_quantized
+from .errors import loading
 
 # Positions whose distributions are compared at once: with 128k words a chunk stays near 128 MB per model.
 _ROWS = 256
@@ -225,7 +227,7 @@ def load_model(
         backend: row of the kernel table for a quantized model.
 
     Raises:
-        GPTQError: no such model, or no such device.
+        GPTQError: no such model or device, or the model cannot be loaded.
     """
     require_model(path)
     require_device(device)
@@ -233,11 +235,11 @@ def load_model(
     options: dict[str, Any] = {"dtype": name if name == "auto" else getattr(torch, name)}
     if device != "cpu":
         options["device_map"] = device
-    if not is_quantized(path):
-        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    if backend is not None:
-        options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
-    with warnings.catch_warnings():
+    with loading(path), warnings.catch_warnings():
+        if not is_quantized(path):
+            return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+        if backend is not None:
+            options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         return from_quantized(path, **options).eval()
 
@@ -295,4 +297,4 @@ def is_quantized(path: str | Path) -> bool:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise GPTQError(f"{folder / 'config.json'} is not valid JSON ({error}); fetch the file again") from None
-    return any("quantization_config" in section for section in (config, config.get("text_config") or {}))
+    return bool(embedded_settings(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from gptq_backend.phases import timed
 from gptq_backend.structure import find_blocks, find_structure
 from gptq_backend.writer import Shards
 
+from .errors import loading
 from .experts import unfuse_experts
 
 _SHARD_BYTES = 10**9  # what may wait in memory for its file to be written
@@ -27,13 +28,24 @@ def skeleton(path: str | Path) -> PreTrainedModel:
     """The model without its weights, on the meta device.
 
     Raises:
-        ConfigError: it is quantized.
+        ConfigError: it is quantized. GPTQError: it cannot be loaded.
     """
-    config = AutoConfig.from_pretrained(path)
+    with loading(path):
+        config = AutoConfig.from_pretrained(path)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
-    with torch.device("meta"):
+    with loading(path), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def load_whole(path: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model in memory.
+
+    Raises:
+        GPTQError: it cannot be loaded.
+    """
+    with loading(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
 def load_streamed(path: str | Path, scratch: str, config: QuantizeConfig | None = None) -> PreTrainedModel:
@@ -42,14 +54,15 @@ def load_streamed(path: str | Path, scratch: str, config: QuantizeConfig | None 
     Fused experts have to be split in memory, so such a model is loaded as a whole.
 
     Raises:
-        ConfigError: ``config`` does not fit the model; no weight was read.
+        ConfigError: ``config`` does not fit the model; no weight was read. GPTQError: it cannot be loaded.
     """
     model, device_map = skeleton(path), None
     if not unfuse_experts(model):
         if config is not None:
             find_structure(model, config)
         device_map = _device_map(model, "", set(find_blocks(model)))
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
+    with loading(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
 
 
 def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str]:
@@ -69,7 +82,8 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
 def take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
     """Free ``model`` of accelerate's hooks -> a function that brings a block's offloaded weights for good.
 
-    What is offloaded beside the blocks is brought at once.
+    What is offloaded beside the blocks is brought at once. Both raise GPTQError where weights are missing or have
+    another shape: nobody has looked at them before.
     """
     hooks = {}
     for module in model.modules():
@@ -77,20 +91,21 @@ def take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "offload", False):
                 hooks[module] = item
-    remove_hook_from_submodules(model)
+    with loading(model.name_or_path):
+        remove_hook_from_submodules(model)
     if hasattr(model, "hf_device_map"):
         del model.hf_device_map
 
-    def materialize(block: nn.Module) -> None:
-        for module in block.modules():
-            if module in hooks:
-                hooks.pop(module).pre_forward(module)
+    def bring(modules: Iterable[nn.Module]) -> None:
+        with loading(model.name_or_path):
+            for module in modules:
+                if module in hooks:
+                    hooks.pop(module).pre_forward(module)
 
     if hooks:
         inside = {module for block in find_blocks(model).values() for module in block.modules()}
-        for module in [module for module in hooks if module not in inside]:
-            hooks.pop(module).pre_forward(module)
-    return materialize
+        bring([module for module in hooks if module not in inside])
+    return lambda block: bring(block.modules())
 
 
 class BlockWriter:

@@ -17,10 +17,12 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from gptq_backend import CalibrationError, GPTQError, LayerReport
 
+from .errors import first_line, is_out_of_memory
 from .report import duration, finite, percent, write_atomically
 
 Json = Annotated[
@@ -50,9 +52,6 @@ class CommandGroup(TyperGroup):
 
 def explain(error: Exception) -> str | None:
     """One line for an error that a user can cause and mend; None for any other."""
-    import torch
-    from safetensors import SafetensorError
-
     if isinstance(error, OSError):
         if error.errno == errno.EPIPE:
             return None  # the reader of our output went away; the CLI library ends quietly
@@ -60,35 +59,12 @@ def explain(error: Exception) -> str | None:
             return "no space left on the disk; free some, or write to another one"
         if error.filename is not None and error.strerror:
             return f"{error.filename}: {error.strerror}"
-        return _one_line(error)  # transformers raises OSError for models that it cannot find
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory; use a smaller batch or model, or another device ({_one_line(error)})"
+        return first_line(error)  # transformers raises OSError for models that it cannot find
+    if is_out_of_memory(error):
+        return f"out of memory; use a smaller batch or model, or another device ({first_line(error)})"
     if isinstance(error, GPTQError | SafetensorError | ImportError):
-        return _one_line(error)
+        return first_line(error)
     return None
-
-
-@contextlib.contextmanager
-def loading(path: str | Path) -> Iterator[None]:
-    """Errors that transformers raises for a model that it cannot load become one sentence about ``path``."""
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (GPTQError, torch.OutOfMemoryError):
-        raise
-    except (ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
-        raise GPTQError(f"{path} cannot be loaded: {_one_line(error)}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise GPTQError(f"{path} cannot be loaded: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -134,7 +110,11 @@ def set_up_logging(console: Console, ignore: str | None = None) -> None:
 
 def check_json_target(target: str | None) -> None:
     """Say before an hour of work, not after it, that the result cannot be written."""
-    if target not in (None, "-") and not Path(target).absolute().parent.is_dir():  # type: ignore[arg-type]
+    if target is None or target == "-":
+        return
+    if Path(target).is_dir():
+        raise GPTQError(f"--json {target}: is a folder; expected a file to write: name one, or - for stdout")
+    if not Path(target).absolute().parent.is_dir():
         raise GPTQError(f"--json {target}: its folder does not exist; create it or choose another place")
 
 
@@ -150,7 +130,7 @@ def write_json(target: str | None, value: Mapping[str, Any]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file.
+    """A UTF-8 text file, without the byte order mark that it may begin with.
 
     Raises:
         GPTQError: it does not exist or is not text.
@@ -158,7 +138,7 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise GPTQError(f"{path} is not a file; expected a text file in UTF-8")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise GPTQError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
 
@@ -167,13 +147,13 @@ def read_calibration(path: Path) -> list[str]:
     """Calibration texts: a ``.jsonl`` file has one per line (a string, or an object with ``text``), any other is one.
 
     Raises:
-        GPTQError: see :func:`read_text`. CalibrationError: a line of a ``.jsonl`` file is neither.
+        GPTQError: see :func:`read_text`. CalibrationError: a line of a ``.jsonl`` file is neither, or it has none.
     """
     text = read_text(path)
     if path.suffix != ".jsonl":
         return [text]
     texts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
         try:
@@ -183,7 +163,16 @@ def read_calibration(path: Path) -> list[str]:
         entry = entry.get("text") if isinstance(entry, dict) else entry
         if not isinstance(entry, str):
             raise CalibrationError(f'{path}, line {number}: expected a JSON string, or an object with a string "text"')
+        try:
+            entry.encode()
+        except UnicodeEncodeError:
+            raise CalibrationError(
+                f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
+                "remove it, or write both halves"
+            ) from None
         texts.append(entry)
+    if not texts:
+        raise CalibrationError(f"{path} has no text in it; expected one per line: a JSON string, or an object with it")
     return texts
 
 
@@ -199,6 +188,7 @@ class LayerProgress:
         self._console = console
         self.choice: Any = None
         self._begun = time.perf_counter(), 0  # and how much was done then
+        self._distilling = False
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -229,13 +219,12 @@ class LayerProgress:
     def on_layer(self, layer: LayerReport, done: int, total: int) -> None:
         """Show one finished layer."""
         self._show(layer.name, f"error {percent(layer.relative_loss)}", done, total)
-        if done == total:
-            self._begun = time.perf_counter(), -1  # a distillation may follow, whose first steps may be done already
 
     def on_step(self, done: int, total: int, divergence: float) -> None:
         """Show one step of the distillation."""
-        if self._begun[1] < 0:
-            self._begun = self._begun[0], done - 1
+        if not self._distilling:
+            self._distilling = True
+            self._begun = time.perf_counter(), done - 1  # the first steps may be of an earlier run
             self._bar.reset(self._task, total=total, completed=done - 1)
         self._show("distillation", f"divergence {divergence:.4f}", done, total)
 

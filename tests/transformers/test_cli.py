@@ -162,6 +162,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
         (["quantize", quantized, out, *with_text], "is quantized already"),
         (["quantize", original, quantized, *SMALL, *with_text], "not empty"),
         (["quantize", original, out, *with_text, "--json", tmp_path / "none" / "x.json"], "its folder does not exist"),
+        (["quantize", original, out, *with_text, "--json", tmp_path], "is a folder; expected a file"),
         (["eval", original, "--text", short], "fewer than one window of seqlen=1024"),
         (["eval", original, "--text", TEXT, "--seqlen", "65"], "exceed the model's 64 positions"),
         (["eval", quantized, "--text", TEXT, "--seqlen", "32", "--backend", "nothing"], "nothing"),
@@ -238,19 +239,119 @@ def test_a_report_that_cannot_be_written_leaves_the_checkpoint(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("kind", ["error of ours", "GPU memory", "CPU memory"])
 def test_a_comparison_that_fails_is_a_warning_and_the_reports_are_there(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def fail(*_: object) -> None:
         assert (tmp_path / "out" / "quantize_report.json").is_file(), "an interruption would leave no report"
-        raise CheckpointError("no logits")
+        if kind == "CPU memory":
+            torch.empty(10**15)
+        raise CheckpointError("no logits") if kind == "error of ours" else torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("gptq_transformers.evaluate.evaluate", fail)
-    result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--quality", "fast")
+    command = ["quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--quality", "fast"]
+    result = _run(*command, "--json", tmp_path / "result.json")
     assert result.exit_code == 0, result.output
-    assert "could not be compared" in " ".join(result.stderr.split())  # lines are wrapped
-    assert "no logits" in result.stderr
-    assert json.loads((tmp_path / "out" / "quantize_report.json").read_text())["evaluation"] is None
+    warning = " ".join(result.stderr.split())  # lines are wrapped
+    assert "could not be compared" in warning
+    assert ("no logits" if kind == "error of ours" else "out of memory; use a smaller") in warning
+    assert "14 modules in" in result.stdout
+    for file in (tmp_path / "result.json", tmp_path / "out" / "quantize_report.json"):
+        assert json.loads(file.read_text())["evaluation"] is None
+
+
+def test_a_bug_is_not_taken_for_a_damaged_model(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    for place in ("api.quantize_model", "api.tokenize", "evaluate.evaluate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"gptq_transformers.{place}", fail)
+            result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--overwrite")
+            assert isinstance(result.exception, RuntimeError), f"{place}: {result.output}"
+            assert "cannot be loaded" not in result.stderr
+            result = _run("eval", original, "--text", TEXT, "--seqlen", "32", "--windows", "2")
+            assert isinstance(result.exception, RuntimeError) == place.startswith("evaluate"), place
+
+
+@pytest.mark.parametrize("damage", ["config", "model type", "no weights", "cut weights", "no tensor", "shape"])
+def test_a_model_that_cannot_be_loaded_is_named(original: Path, tmp_path: Path, damage: str) -> None:
+    model = shutil.copytree(original, tmp_path / "model")
+    weights, config = model / "model.safetensors", json.loads((model / "config.json").read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "config":
+        (model / "config.json").write_text("{")
+    elif damage == "model type":
+        (model / "config.json").write_text(json.dumps({**config, "model_type": "abacus"}))
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        tensors = load_file(weights)
+        tensor = tensors.pop(name)
+        if damage == "shape":
+            tensors[name] = tensor[:50].clone()
+        save_file(tensors, weights, {"format": "pt"})
+    for options in (["--rtn"], [*SMALL, "--calibration", TEXT]):
+        result = _run("quantize", model, tmp_path / "out", "--group-size", "32", *options)
+        assert result.exit_code == 1, result.output
+        last = result.stderr.splitlines()[-1]  # before it, blocks may have been quantized
+        found = f"error: {model} cannot be loaded: ", f"error: no tokenizer could be loaded from {model} ("
+        assert last.startswith(found), last
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_folder_that_the_user_stands_in_can_be_written(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(original, tmp_path / "model")
+    for again in ([], ["--overwrite"]):
+        monkeypatch.chdir(out)
+        result = _run("quantize", "../model", ".", *SMALL, "--calibration", TEXT, "--json", "result.json", *again)
+        assert result.exit_code == 0, result.output
+        assert Path.cwd() == out.resolve()
+        assert json.loads((out / "result.json").read_text())["evaluation"]["windows"] == 4
+        assert (out / "quantize_report.html").is_file()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_torch_would_not_take_is_wrong_usage(original: Path, tmp_path: Path, seed: int) -> None:
+    result = _run("quantize", original, tmp_path / "out", "--calibration", TEXT, "--seed", seed)
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+
+
+def test_calibration_lines_are_json_lines_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    lines, whole = tmp_path / "x.jsonl", tmp_path / "x.txt"
+    texts = ["one\u2028two", "three\u2029", "\u0085four", "five \N{GRINNING FACE}"]
+    entries = [json.dumps(text, ensure_ascii=False) for text in texts] + [r'{"text": "\ud83d\ude00"}']
+    for end, mark in (("\n", ""), ("\r\n", "\ufeff")):
+        lines.write_bytes((mark + end.join([*entries, ""])).encode())
+        assert terminal.read_calibration(lines) == [*texts, "\N{GRINNING FACE}"]
+    whole.write_bytes("\ufefftext".encode())
+    assert terminal.read_calibration(whole) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "x.jsonl has no text in it"),
+        ("\n \n", "x.jsonl has no text in it"),
+        ('"fine"\n{"text": "\\ud800"}\n', "x.jsonl, line 2: half of a surrogate pair"),
+    ],
+)
+def test_calibration_lines_without_usable_text_are_refused_by_name(
+    original: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    for options in (["--calibration", tmp_path / "x.jsonl"], ["--calibration", "auto", "--text", tmp_path / "x.jsonl"]):
+        assert message in _error(_run("quantize", original, tmp_path / "out", *options))
 
 
 def test_the_reports_tell_how_the_distillation_went(original: Path, tmp_path: Path) -> None:

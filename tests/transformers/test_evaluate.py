@@ -163,6 +163,8 @@ def test_quantized_is_what_any_of_the_config_files_says(tmp_path: Path) -> None:
     folder = tmp_path
     (folder / "config.json").write_text("{}")
     assert not is_quantized(folder)
+    (folder / "config.json").write_text('{"quantization_config": null, "text_config": {"quantization_config": null}}')
+    assert not is_quantized(folder), "a key without settings counts"
     (folder / "config.json").write_text('{"text_config": {"quantization_config": {"bits": 4}}}')
     assert is_quantized(folder)
     (folder / "config.json").write_text("{}")

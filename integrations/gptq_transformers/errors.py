@@ -1,0 +1,44 @@
+"""What others raise, told apart: a model that cannot be loaded, memory that ran out; anything else is a bug."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from gptq_backend import GPTQError
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or the name of its type if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also the plain RuntimeError of torch's CPU allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("CPUAllocator", "out of memory"))
+
+
+@contextmanager
+def loading(path: str | Path) -> Iterator[None]:
+    """Errors that transformers raises for a model that it cannot load become one sentence about ``path``.
+
+    Put nothing else inside: a bug would look like a damaged model.
+
+    Raises:
+        GPTQError: it cannot be loaded.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError, SafetensorError, AttributeError, OSError) as error:
+        if isinstance(error, GPTQError) or is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise GPTQError(f"{path} cannot be loaded: {first_line(error)}") from error
