@@ -32,7 +32,7 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; expected a new or empty folder: choose another name")
-    if path.is_mount():
+    if path.resolve().is_mount():  # of "." the parent would be itself
         raise CheckpointError(f"{path} is a mount point, which a finished folder cannot replace; name one inside it")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(f"{path} already exists and is not empty; choose another folder or allow overwriting it")
