@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -36,7 +37,9 @@ def main() -> None:
     asked = json.loads(arguments.config)
     config = QuantizeConfig.from_dict(asked)
     with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
         _, report = quantize(arguments.model, config, samples, output=folder, overwrite=True)
+        cpu_seconds = time.process_time() - start
         judged = cut_windows(arguments.test.read_text(), tokenizer, 1024, arguments.windows)
         found = evaluate(load_model(folder), judged, load_model(arguments.model))
     refined = [layer.steps for layer in report.layers if layer.steps]
@@ -47,6 +50,7 @@ def main() -> None:
         "config": config.to_dict(),
         "set": arguments.set,
         "seconds": report.seconds,
+        "cpu_seconds": cpu_seconds,
         "error_after_refinement": math.exp(sum(gains) / len(gains)) if gains else None,
         "distillation": report.distillation and dataclasses.asdict(report.distillation),
         "evaluation": dataclasses.asdict(found),

@@ -113,9 +113,10 @@ def main() -> None:
     counts = [dict(Counter(names[i] for i in row["automatic"])) for row in rows]
     errors: dict[str, dict[str, list[list[float]]]] = {}
 
-    def add(kind: str, what: str, found: list[float]) -> None:
-        errors.setdefault(kind, {}).setdefault(what, []).append(found)
-        arguments.json.write_text(json.dumps({"domains": DOMAINS, "chosen": counts, "errors": errors}, indent=1) + "\n")
+    def add(kind: str, what: str, measured: list[float]) -> None:
+        errors.setdefault(kind, {}).setdefault(what, []).append(measured)
+        found = {"domains": DOMAINS, "config": CONFIG.to_dict(), "chosen": counts, "errors": errors}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
     if arguments.kld:
         windows = ids[len(names) :]
