@@ -59,7 +59,10 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
     old = beside.with_suffix(".replaced")
     try:
         yield beside
-        beside.chmod(0o755)  # mkdtemp makes it private
+        beside.chmod(0o755)  # mkdtemp makes it private, and some versions of safetensors their files
+        for file in beside.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)
         if path.exists():
             path.rename(old)
         beside.rename(path)

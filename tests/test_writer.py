@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, quantize_model
@@ -44,6 +45,14 @@ def test_overwriting_leaves_nothing_of_the_old_folder(tmp_path):
         (folder / "fresh").write_text("new")
     assert leftovers(target) == ["fresh"]
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_other_users_can_read_what_was_written(tmp_path):
+    with atomic_folder(tmp_path / "out") as folder:
+        save_file({"x": torch.ones(1)}, folder / "model.safetensors")
+        (folder / "model.safetensors").chmod(0o600)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_an_existing_model_is_not_overwritten_by_accident(tmp_path):
