@@ -238,9 +238,10 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, se
         starts[:: 1 if always else 2] = begin
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0,
-        num_beams=1, num_return_sequences=1, return_dict_in_generate=False,
+        eos_token_id=getattr(model.generation_config, "eos_token_id", None),
     )  # fmt: skip
     starts = starts.to(model.get_input_embeddings().weight.device)
+    before, model.generation_config = model.generation_config, settings  # of its own settings, generate() adds some
     try:
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
             torch.manual_seed(seed)
@@ -251,3 +252,5 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, se
             return torch.cat(spoken).view(count, runs * length)[:, :seqlen]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
         return f"it cannot be sampled from ({str(error).strip().partition(chr(10))[0]})"
+    finally:
+        model.generation_config = before
