@@ -61,7 +61,7 @@ def distill(
     calibration: Sequence[Any],
     *,
     epochs: int = 1,
-    rate: float = 2e-3,
+    rate: float = 5e-4,
     batch_size: int | None = None,
     progress_file: str | Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
