@@ -133,10 +133,11 @@ def make_batches(samples: Sequence[Any] | Mapping[str, Any], batch_size: int | N
                     f"calibration sample {index} has an attention_mask of shape {tuple(mask.shape)}; expected that of "
                     f"its input_ids, {tuple(ids.shape)}"
                 )
-            real = (mask != 0).any(1)
-            batch = {"input_ids": ids[real], "attention_mask": mask[real] != 0}
+            mask = mask != 0
+            real = mask.any(1)
             if not real.any():
                 continue
+            batch = {"input_ids": ids[real], "attention_mask": mask[real]}
         rows.setdefault((ids.shape[1], mask is not None), []).append(batch)
     if not rows:
         raise CalibrationError("the calibration set is empty; pass at least one sample of token ids")
