@@ -22,13 +22,19 @@ class Tier:
     signed_scales: bool
     search_finalists: int
     refine_sweeps: int
+    block_epochs: int
     distill_epochs: int
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained, which takes calibration data for a judge and much time."""
+        return bool(self.block_epochs or self.distill_epochs)
 
 
 QUALITIES = {
-    "fast": Tier(signed_scales=False, search_finalists=1, refine_sweeps=0, distill_epochs=0),
-    "default": Tier(signed_scales=True, search_finalists=4, refine_sweeps=2, distill_epochs=0),
-    "best": Tier(signed_scales=True, search_finalists=8, refine_sweeps=4, distill_epochs=2),
+    "fast": Tier(signed_scales=False, search_finalists=1, refine_sweeps=0, block_epochs=0, distill_epochs=0),
+    "default": Tier(signed_scales=True, search_finalists=4, refine_sweeps=2, block_epochs=0, distill_epochs=0),
+    "best": Tier(signed_scales=True, search_finalists=8, refine_sweeps=4, block_epochs=2, distill_epochs=2),
 }
 
 _Rule = tuple[Callable[[Any], bool], str]  # whether a value is accepted, and what is
@@ -54,6 +60,7 @@ _WRITE_ONLY: dict[str, _Rule] = {
     "signed_scales": _OPTIONAL_FLAG,
     "search_finalists": _integer_from(1),
     "refine_sweeps": _integer_from(0),
+    "block_epochs": _integer_from(0),
     "distill_epochs": _integer_from(0),
     "keep_edge_blocks": _integer_from(0, optional=False),
 }
@@ -96,7 +103,7 @@ class QuantizeConfig:
             tokens more is added (see :func:`hessian.damping`).
         true_sequential: each layer sees inputs produced by the already quantized layers of its own block.
         quality: "fast" (GPTQ with a short scale search), "default" (what lowers each layer's error at little cost) or
-            "best" (also distils against the original). It fills in those of the next settings that are None.
+            "best" (also trains towards the original). It fills in those of the next settings that are None.
         scale_search: search each scale for the least Hessian-weighted rounding error instead of min-max.
         token_weights: in the Hessians of layers before attention, count each token by what an error in the layer's
             output there changes (see :class:`sensitivity.Sensitivity`); otherwise all tokens count the same.
@@ -106,6 +113,8 @@ class QuantizeConfig:
         search_finalists: for so many of the best candidates of the scale search, the group is rounded with error
             feedback before one is chosen.
         refine_sweeps: after the column loop, refit the scales and descend over the codes so often.
+        block_epochs: train each block's scales and norms, when its layers are quantized, towards what the original
+            blocks pass on, for so many passes over the calibration data (see :func:`blockwise.train_block`).
         distill_epochs: at the end, train scales and norms against the original for so many passes over the calibration
             data (see :func:`distill.distill`); needs the original beside the quantized model.
         lm_head: also quantize the output embedding.
@@ -137,6 +146,7 @@ class QuantizeConfig:
     signed_scales: bool | None = None
     search_finalists: int | None = None
     refine_sweeps: int | None = None
+    block_epochs: int | None = None
     distill_epochs: int | None = None
     lm_head: bool = False
     keep_edge_blocks: int = 0

@@ -17,22 +17,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import lockstep
+from .blockwise import BlockReport, Example, output_tensor, train_block
 from .calibration import Batch, check_fits, make_batches, model_inputs
 from .config import QuantizeConfig
-from .distill import DistillReport, check_progress_file, distill, hold_out
+from .distill import DistillReport, distill
 from .errors import ConfigError
 from .factors import Factors, LayerInput, Shared
 from .gptq import quantize_weight
 from .linear import QuantLinear
 from .phases import timed
 from .placement import Placement, tensors_of
+from .progress import Progress, digest
 from .refine import Step
 from .sensitivity import Sensitivity
 from .stacking import Stacks
@@ -47,6 +48,8 @@ from .structure import (
     replace_module,
     untie,
 )
+from .training import judges
+from .weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ logger = logging.getLogger(__name__)
 class LayerReport:
     """How one layer went. Losses and steps as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn" or as in
     :class:`Factor`; ``tokens`` counts rows, whatever their weights. With ``token_weights`` the losses of layers before
-    attention are weighted, and not comparable with those of a run without.
+    attention are weighted, and not comparable with those of a run without. A training of the block comes after it.
     """
 
     name: str
@@ -79,19 +82,24 @@ class QuantizeReport:
         config: describes the result: blocks kept in 16 bits by ``keep_edge_blocks``, and layers that were never called,
             are named in ``dynamic``, which every reader of GPTQ checkpoints understands.
         layers: one entry per quantized layer, in the order they were done.
+        blocks: one entry per block that was trained.
         seconds: wall time of the whole run.
         distillation: of the whole model, if there was one.
     """
 
     config: QuantizeConfig
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     seconds: float = 0.0
     distillation: DistillReport | None = None
 
 
 _MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("attention_mask")  # of the running task
 _WEIGHTS: contextvars.ContextVar[dict[nn.Module, Tensor]] = contextvars.ContextVar("token_weights")  # likewise
-Progress = Callable[[LayerReport, int, int], None]
+_NUMBER: contextvars.ContextVar[int] = contextvars.ContextVar("batch")  # likewise
+_ORIGINAL: contextvars.ContextVar[bool] = contextvars.ContextVar("original", default=False)  # likewise: see _Run.task
+_WEIGHT_FIELDS = ("codes", "scales", "zeros", "g_idx")  # of a QuantizedWeight
+OnLayer = Callable[[LayerReport, int, int], None]
 
 
 def quantize_model(
@@ -102,12 +110,12 @@ def quantize_model(
     batch_size: int | None = None,
     block_name: str | None = None,
     backend: str | None = None,
-    on_layer: Progress | None = None,
+    on_layer: OnLayer | None = None,
     on_block: Callable[[nn.Module], None] | None = None,
     on_done: Callable[[str, nn.Module], None] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     teacher: Callable[[], nn.Module] | None = None,
-    progress_file: str | Path | None = None,
+    progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> QuantizeReport:
     """Replace the linear layers of ``model``'s blocks by :class:`QuantLinear`, in place.
@@ -124,7 +132,8 @@ def quantize_model(
         on_done: called with name and module of each block when its layers are quantized and nothing reads it any more.
         on_step: for :func:`distill.distill`.
         teacher: gives the original model, for ``config.distill_epochs``; called after everything else is done.
-        progress_file: for :func:`distill.distill`.
+        progress: where an interrupted run finds the blocks that it has done, and the state of its distillation; kept
+            only if something is trained, and removed by whoever made it.
         device: where to compute, e.g. ``cuda``: blocks are moved there for their turn and back; a distillation moves
             both models there as a whole. None computes where the weights are.
 
@@ -133,20 +142,15 @@ def quantize_model(
     """
     batches = None if calibration is None else make_batches(calibration, batch_size)
     epochs = config.tier.distill_epochs
-    if epochs:  # all that would fail after the work
-        asked = f"distill_epochs={epochs} (quality={config.quality!r})"
-        if batches is None:
-            raise ConfigError(
-                f"{asked} trains on calibration data, and there are none; pass calibration, or set distill_epochs=0"
-            )
-        if teacher is None:
-            raise ConfigError(
-                f"{asked} needs the original model beside the quantized one; "
-                "pass teacher=, use gptq_transformers.quantize, or set distill_epochs=0"
-            )
-        hold_out(batches)
-        check_progress_file(progress_file)
-    report = _Run(model, config, batches, block_name, backend, on_layer, on_block, on_done, device).run()
+    if epochs and teacher is None:
+        raise ConfigError(
+            f"distill_epochs={epochs} (quality={config.quality!r}) needs the original model beside the quantized one; "
+            "pass teacher=, use gptq_transformers.quantize, or set distill_epochs=0"
+        )
+    if config.tier.trains:  # what would fail after the work
+        _check_trainable(model, config, batches)
+    progress = progress if progress is not None and config.tier.trains else Progress(None)
+    report = _Run(model, config, batches, block_name, backend, on_layer, on_block, on_done, device, progress).run()
     if epochs and teacher is not None and calibration is not None:
         start = time.perf_counter()
         home = next(model.parameters()).device
@@ -156,7 +160,7 @@ def quantize_model(
             calibration,
             epochs=epochs,
             batch_size=batch_size,
-            progress_file=progress_file,
+            progress=progress,
             on_step=on_step,
         )
         model.to(home)
@@ -172,10 +176,11 @@ class _Run:
         batches: list[Batch] | None,
         block_name: str | None,
         backend: str | None,
-        on_layer: Progress | None,
+        on_layer: OnLayer | None,
         on_block: Callable[[nn.Module], None] | None,
         on_done: Callable[[str, nn.Module], None] | None,
         device: torch.device | str | None,
+        progress: Progress,
     ) -> None:
         self.model, self.config, self.batches, self.backend = model, config, batches, backend
         self.on_layer, self.on_block, self.on_done = on_layer, on_block, on_done
@@ -193,6 +198,12 @@ class _Run:
         self.pending: list[tuple[Target, Shared | None]] = []
         self.second_pass = False  # the current block runs again, quantized (true_sequential=False)
         self.current: Block | None = None
+        self.trains = config.tier.block_epochs > 0
+        self.targets: dict[int, Tensor] = {}  # what the original block returned, by batch
+        self.examples: dict[int, Example] = {}  # of the current block, likewise
+        self.training = False  # for hooks that are to do nothing meanwhile
+        self.progress, self.identity = progress, ""
+        self.restored = False  # the current block was done by an earlier run
         self.placement = Placement(device)
         self.factors = Factors(self.placement)
         self.sensitivity = Sensitivity()
@@ -225,24 +236,36 @@ class _Run:
         check_fits(self.model, batches)
         ranks: dict[Any, int] = {}
         for block in self.structure.blocks:
-            for key in (block, *(target for target in block.targets), (block, "end")):
+            for key in ((block, "original"), (block, "start"), *block.targets, (block, "end"), (block, "train")):
                 ranks[key] = len(ranks)
         if self.structure.head is not None:
             ranks[self.structure.head] = len(ranks)
         inside = {id(tensor) for block in self.structure.blocks for tensor in tensors_of(block.module)}
         outside = [tensor for tensor in tensors_of(self.model) if id(tensor) not in inside]
         self.placement.bring(outside)
+        if self.progress.folder is not None:
+            data = [tensor for batch in batches for tensor in batch.values()]
+            self.identity = digest("", [self.config.to_dict(), str(self.placement.device)], [*data, *outside])
+        tasks = [self.task(i, batch) for i, batch in enumerate(batches)]
+        if self.trains:
+            tasks = [self.task(i, batch, original=True) for i, batch in enumerate(batches)] + tasks
         with self.hooks():
-            lockstep.run([self.task(batch) for batch in batches], self.stage, ranks.__getitem__)
+            lockstep.run(tasks, self.stage, ranks.__getitem__)
         self.leave()
         if self.structure.head is not None:
             self.install(self.structure.head)
         self.placement.send_back(outside)
 
-    def task(self, batch: Batch) -> Callable[[], None]:
+    def task(self, number: int, batch: Batch, original: bool = False) -> Callable[[], None]:
+        """The forward pass of a batch through the blocks as they get quantized, or through the ``original`` ones.
+
+        All of the latter pass a block before any of the former enters it.
+        """
         inputs = model_inputs(self.model, batch, self.placement.device)
 
         def forward() -> None:
+            _NUMBER.set(number)
+            _ORIGINAL.set(original)
             _MASK.set(inputs.get("attention_mask"))
             self.model(**inputs)
 
@@ -272,22 +295,41 @@ class _Run:
         original = block.module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            lockstep.wait(block)
-            if block.targets and self.config.token_weights:
-                layers = [target.module for target in block.targets]
-                run = partial(original, *args, **kwargs)
-                _WEIGHTS.set(self.sensitivity.of(block.module, block.name, layers, run, _MASK.get()))
-            if block.targets and not self.config.true_sequential:
-                original(*args, **kwargs)  # all Hessians from the block as it was, then the block again, quantized
-                lockstep.wait((block, "end"))
-            return original(*args, **kwargs)
+            run = partial(original, *args, **kwargs)
+            if _ORIGINAL.get():
+                lockstep.wait((block, "original"))
+                return self.keep_target(run(), last=block is self.structure.blocks[-1])
+            lockstep.wait((block, "start"))
+            if block.targets and not self.restored:
+                self.quantize_block(block, run)
+            return run()
 
         block.module.forward = forward
         return _Restore(block.module)
 
+    def keep_target(self, output: Any, last: bool) -> Any:
+        """Of an original block, for the quantized one."""
+        self.targets[_NUMBER.get()] = output_tensor(output)
+        if last:
+            raise lockstep.Stop
+        return output
+
+    def quantize_block(self, block: Block, run: Callable[[], Any]) -> None:
+        """Run the block as often as it takes until all its weights are final."""
+        if self.config.token_weights:
+            layers = [target.module for target in block.targets]
+            _WEIGHTS.set(self.sensitivity.of(block.module, block.name, layers, run, _MASK.get()))
+        if not self.config.true_sequential:
+            run()  # all Hessians from the block as it was, then the block again, quantized
+            lockstep.wait((block, "end"))
+        if self.trains:
+            run()
+            self.examples[_NUMBER.get()] = Example(run, self.targets[_NUMBER.get()], _MASK.get())
+            lockstep.wait((block, "train"))
+
     def hook_layer(self, target: Target) -> Any:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.sensitivity.running:
+            if self.sensitivity.running or self.training or _ORIGINAL.get():
                 return
             if module not in self.done and not any(target is waiting for waiting, _ in self.pending):
                 x = next(iter((*args, *kwargs.values())))
@@ -299,29 +341,89 @@ class _Run:
         return target.module.register_forward_pre_hook(wait, with_kwargs=True)
 
     @timed("other")
-    def stage(self, key: Block | Target | tuple[Block, str]) -> None:
-        if isinstance(key, Block):
-            self.leave()
-            self.enter(key)
-        elif isinstance(key, Target):
+    def stage(self, key: Target | tuple[Block, str]) -> None:
+        if isinstance(key, Target):
             shared = self.factors.of(key, self.arrived.pop(key))
             # An expert may get its first tokens in the second pass: the quantized block routes otherwise.
             if self.config.true_sequential or self.second_pass or key is self.structure.head:
                 self.quantize(key, shared)
             else:
                 self.pending.append((key, shared))
-        else:
+            return
+        block, place = key
+        if place in ("original", "start") and block is not self.current:
+            self.leave()
+            self.enter(block)
+        if place == "start":
+            self.restored = self.restore(block)
+        elif place == "end":
             for target, shared in self.pending:
                 self.quantize(target, shared)
             self.pending.clear()
             self.second_pass = True
+        elif place == "train":
+            self.train(block)
 
     def enter(self, block: Block) -> None:
         if self.on_block is not None:
             self.on_block(block.module)
         self.placement.bring(tensors_of(block.module))
+        if self.progress.folder is not None:
+            self.identity = digest(self.identity, block.name, tensors_of(block.module))
         self.stacks.enter(block)
         self.current, self.second_pass = block, False
+
+    def train(self, block: Block) -> None:
+        done = {target.name.removeprefix(f"{block.name}."): target for target in block.targets}
+        weights = {
+            name: self.done[target.module].quantized_weight()
+            for name, target in done.items()
+            if target.module in self.done
+        }
+        self.training = True
+        examples = [self.examples.pop(number) for number in sorted(self.examples)]
+        epochs = self.config.tier.block_epochs
+        entry, trained = train_block(
+            block.module, block.name, weights, examples, epochs, lambda parameter: self.placement.home(parameter)[1]
+        )
+        self.training = False
+        self.report.blocks.append(entry)
+        for name, weight in trained.items():
+            self.settle(done[name], weight)
+
+    def restore(self, block: Block) -> bool:
+        """Whether an earlier run has done the block; then take its results."""
+        entry = self.progress.load(block.name, self.identity)
+        if entry is None:
+            return False
+        tensors, facts = entry
+        for target in block.targets:
+            found = {key: tensors.get(f"{target.name}.{key}") for key in _WEIGHT_FIELDS}
+            if found["codes"] is not None:
+                self.settle(target, QuantizedWeight(**found, bits=target.config.bits))  # type: ignore[arg-type]
+        for name, vector in self.vectors(block).items():
+            vector.data.copy_(tensors[name])
+        self.report.blocks += [BlockReport(**each) for each in facts["blocks"]]
+        for each in facts["layers"]:
+            self.add_report(LayerReport(**each | {"steps": tuple(Step(**step) for step in each["steps"])}))
+        return True
+
+    def save(self, block: Block) -> None:
+        """Keep the results of a finished block for :meth:`restore`."""
+        tensors: dict[str, Tensor] = dict(self.vectors(block))
+        for target in block.targets:
+            if target.module in self.done:
+                weight = self.done[target.module].quantized_weight()
+                tensors |= {f"{target.name}.{key}": getattr(weight, key) for key in _WEIGHT_FIELDS}
+        layers = [dataclasses.asdict(each) for each in self.report.layers if each.name.startswith(f"{block.name}.")]
+        blocks = [dataclasses.asdict(each) for each in self.report.blocks if each.name == block.name]
+        self.progress.save(block.name, self.identity, tensors, {"layers": layers, "blocks": blocks})
+
+    def vectors(self, block: Block) -> dict[str, nn.Parameter]:
+        """What a training changes beside quantized layers, by full names."""
+        linear = {id(parameter) for target in block.targets for parameter in target.module.parameters()}
+        named = block.module.named_parameters(prefix=block.name)
+        return {name: each for name, each in named if each.dim() == 1 and id(each) not in linear}
 
     def leave(self) -> None:
         """Swap the finished block's layers.
@@ -339,7 +441,12 @@ class _Run:
                 if self.batches is not None:
                     logger.warning("%s: no calibration token reached it; rounded to nearest", target.name)
                 self.quantize(target, None)
-            self.install(target)
+        if self.progress.folder is not None and not self.restored and self.current.targets:
+            self.save(self.current)
+        for target in self.current.targets:
+            if target.module in self.done:
+                self.install(target)
+        self.targets.clear()
         self.placement.send_back(tensors_of(self.current.module))
         self.factors.clear()
         if self.on_done is not None:
@@ -363,17 +470,7 @@ class _Run:
         rounded = self.stacks.take(target, weight, shared.factor) if shared else None
         factor = shared.factor if shared else None
         layer = quantize_weight(weight, factor, config, tokens, name=target.name, rounded=rounded)
-        dense = layer.weight.dequantize(weight.dtype).to(module.weight.dtype)  # type: ignore[arg-type]
-        module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense
-        bias = module.bias
-        if bias is not None:
-            bias = bias.detach().to(self.placement.home(bias)[1])  # type: ignore[operator,arg-type]
-        words = getattr(torch, config.pack_dtype)
-        home, _ = self.placement.home(module.weight)  # type: ignore[arg-type]
-        quantized = QuantLinear.from_weight(
-            layer.weight, bias, config.checkpoint_format, words, target.name, self.backend, home
-        )
-        self.done[module] = quantized
+        self.settle(target, layer.weight)
         entry = LayerReport(
             name=target.name,
             bits=config.bits,
@@ -394,6 +491,25 @@ class _Run:
                 entry.method,
                 entry.damp_percent,
             )
+        self.add_report(entry)
+
+    def settle(self, target: Target, quantized: QuantizedWeight) -> None:
+        """Take a layer's quantized weight: packed for the result, dequantized for the passes under way."""
+        module, config = target.module, target.config
+        old: Tensor = module.weight  # type: ignore[assignment]
+        weight = quantized.to(old.device)
+        dense = weight.dequantize(torch.promote_types(old.dtype, torch.float32)).to(old.dtype)
+        module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense
+        bias = module.bias
+        if bias is not None:
+            bias = bias.detach().to(self.placement.home(bias)[1])  # type: ignore[operator,arg-type]
+        words = getattr(torch, config.pack_dtype)
+        home, _ = self.placement.home(module.weight)  # type: ignore[arg-type]
+        self.done[module] = QuantLinear.from_weight(
+            weight, bias, config.checkpoint_format, words, target.name, self.backend, home
+        )
+
+    def add_report(self, entry: LayerReport) -> None:
         self.report.layers.append(entry)
         if self.on_layer is not None:
             self.on_layer(entry, len(self.report.layers), len(self.structure.targets))
@@ -429,6 +545,21 @@ def _check_planar(target: Target) -> None:
         raise ConfigError(
             f"{target.name} is [{rows}, {columns}], but checkpoint_format='gptq_p' packs 3-bit codes in runs of 32; "
             "use 'gptq_v2', or skip the layer with a dynamic rule"
+        )
+
+
+def _check_trainable(model: nn.Module, config: QuantizeConfig, batches: list[Batch] | None) -> None:
+    """Raises ConfigError or CalibrationError where the training that ``config`` asks for cannot be."""
+    tier = config.tier
+    asked = f"block_epochs={tier.block_epochs}, distill_epochs={tier.distill_epochs} (quality={config.quality!r})"
+    if batches is None:
+        raise ConfigError(
+            f"{asked}: both train on calibration data, and there are none; pass calibration, or set them to 0"
+        )
+    judges(len(batches))
+    if any(tensor.is_inference() for tensor in tensors_of(model)):
+        raise ConfigError(
+            f"{asked}: the model was loaded in torch.inference_mode and cannot be trained; load it outside of it"
         )
 
 

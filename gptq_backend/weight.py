@@ -108,6 +108,11 @@ class QuantizedWeight:
     g_idx: Tensor
     bits: int
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device."""
+        codes, scales, zeros = self.codes.to(device), self.scales.to(device), self.zeros.to(device)
+        return QuantizedWeight(codes, scales, zeros, self.g_idx.to(device), self.bits)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] weight, computed in ``dtype``."""
         index = self.g_idx.long()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
-from gptq_backend.calibration import make_batches
-from gptq_backend.distill import distill, hold_out
+from gptq_backend import CalibrationError, QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend.distill import distill
+from gptq_backend.progress import Progress
+from gptq_backend.training import judges, schedule
 from tests.toy import Toy, samples, toy
 
 
@@ -61,37 +62,33 @@ def test_a_result_that_is_no_better_is_undone(pair: tuple[Toy, Toy], caplog: pyt
 
 
 def test_an_interrupted_run_goes_on_where_it_was(pair: tuple[Toy, Toy], tmp_path: Path) -> None:
-    whole, _ = run(pair)
-    file = tmp_path / "progress.pt"
+    whole, expected = run(pair)
+    seen: list[int] = []
 
     def interrupt(done: int, total: int, loss: float) -> None:
         if done == 17:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(pair, progress_file=file, on_step=interrupt)
-    resumed, report = run(pair, progress_file=file)
-    assert len(report.losses) == 4 * 7
+        run(pair, progress=Progress(tmp_path / "p"), on_step=interrupt)
+    resumed, report = run(pair, progress=Progress(tmp_path / "p"), on_step=lambda *step: seen.append(step[0]))
+    assert seen == [*range(17, 29)], "the state of every eighth step is kept"
+    assert report == expected
     assert all(
         torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
-    assert not file.exists()
 
 
 @pytest.mark.parametrize("other", ["weights", "data", "rate", "epochs"])
 def test_the_progress_of_another_run_is_not_taken(
     pair: tuple[Toy, Toy], tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str
 ) -> None:
-    file = tmp_path / "progress.pt"
-
     def interrupt(done: int, total: int, loss: float) -> None:
         if done == 9:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(pair, progress_file=file, on_step=interrupt)
-    partial = tmp_path / "progress.pt.partial"
-    partial.write_bytes(b"left by a run that was killed")
+        run(pair, progress=Progress(tmp_path), on_step=interrupt)
     student = copy.deepcopy(pair[0])
     data, settings = samples(16), {"epochs": 4, "rate": 1e-2}
     if other == "weights":
@@ -101,17 +98,30 @@ def test_the_progress_of_another_run_is_not_taken(
     else:
         settings[other] = {"rate": 2e-2, "epochs": 3}[other]
     seen: list[int] = []
-    distill(student, pair[1], data, batch_size=2, progress_file=file, on_step=lambda *s: seen.append(s[0]), **settings)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"batch_size": 2, "progress": Progress(tmp_path), **settings}
+    distill(student, pair[1], data, on_step=lambda *step: seen.append(step[0]), **options)
     assert seen[0] == 1
     assert "starting over" in caplog.text
-    assert not list(tmp_path.iterdir())
 
 
-def test_the_judges_are_not_the_shortest_batches(pair: tuple[Toy, Toy]) -> None:
-    data = [sample[:length] for length, sample in zip(range(8, 24), samples(16), strict=True)]
-    batches, held_out = hold_out(make_batches(data, 1))
-    assert [batch["input_ids"].shape[1] for batch in held_out] == [16, 8]
-    assert sorted(batch["input_ids"].shape[1] for batch in batches) == [*range(9, 16), *range(17, 24)]
+def test_a_layer_without_a_gradient_does_not_end_a_resumed_run(pair: tuple[Toy, Toy], tmp_path: Path) -> None:
+    """Adam has no moments of it."""
+    student = copy.deepcopy(pair[0])
+    student.unused = copy.deepcopy(student.blocks[0])
+
+    def interrupt(done: int, total: int, loss: float) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run((student, pair[1]), progress=Progress(tmp_path), on_step=interrupt)
+    assert len(run((student, pair[1]), progress=Progress(tmp_path))[1].losses) == 4 * 7
+
+
+def test_the_judges_are_not_the_shortest_batches() -> None:
+    assert judges(16) == [7, 15]
+    assert judges(5) == [4]
+    assert sorted(schedule(16, 2)) == sorted(2 * [*range(7), *range(8, 15)])
 
 
 def test_neither_no_grad_nor_a_training_teacher_in_16_bits_matters(pair: tuple[Toy, Toy]) -> None:
@@ -155,32 +165,3 @@ def test_an_error_leaves_the_model_as_it_was(pair: tuple[Toy, Toy]) -> None:
 def test_one_batch_is_too_little(pair: tuple[Toy, Toy]) -> None:
     with pytest.raises(CalibrationError, match="holds one out"):
         distill(copy.deepcopy(pair[0]), pair[1], samples(2), batch_size=2)
-
-
-def test_a_directory_in_place_of_the_progress_is_found_before_the_work(pair: tuple[Toy, Toy], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a directory"):
-        run(pair, progress_file=tmp_path, on_step=lambda *_: pytest.fail("started"))
-
-
-@pytest.mark.parametrize("content", ["empty", "text", "cut", "tensors", "other keys", "other types"])
-def test_a_file_that_is_no_progress_is_refused_before_the_work_and_kept(
-    pair: tuple[Toy, Toy], tmp_path: Path, content: str
-) -> None:
-    file = tmp_path / "out.distill"
-    if content in ("empty", "text"):
-        file.write_bytes({"empty": b"", "text": b"my notes"}[content])
-    elif content == "cut":
-        torch.save({"changes": [torch.zeros(1000)], "optimizer": {}, "digest": "", "losses": []}, file)
-        file.write_bytes(file.read_bytes()[:2000])
-    else:
-        other = {"tensors": torch.zeros(3), "other keys": {"digest": "mine"}, "other types": Path("x")}
-        torch.save(other[content], file)
-    before = file.read_bytes()
-    config = QuantizeConfig(group_size=16, distill_epochs=1)
-    options: dict[str, Any] = {"teacher": lambda: pair[1], "batch_size": 2, "progress_file": file}
-    with pytest.raises(ConfigError, match="is not the progress of a distillation") as caught:
-        quantize_model(toy(), config, samples(4), on_layer=lambda *_: pytest.fail("started"), **options)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="move it away"):
-        run(pair, progress_file=file, on_step=lambda *_: pytest.fail("started"))
-    assert file.read_bytes() == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,7 +181,7 @@ def test_a_setting_that_a_reader_would_overlook_stops_a_run() -> None:
             quantize_model(toy(), QuantizeConfig.from_dict({"bits": 4, "group_size": 16, **source}), samples())
 
 
-def test_best_distils_against_the_teacher_and_refuses_to_go_without(tmp_path: Path) -> None:
+def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
     settings = config(bits=2, quality="best")
     with pytest.raises(ConfigError, match="teacher="):
         quantize_model(toy(), settings, samples())
@@ -190,13 +189,12 @@ def test_best_distils_against_the_teacher_and_refuses_to_go_without(tmp_path: Pa
     report = quantize_model(model, settings, samples(16), batch_size=2, teacher=lambda: toy(dtype=torch.float32))
     assert report.distillation is not None
     assert len(report.distillation.losses) == 2 * 7
+    assert [each.name for each in report.blocks] == ["blocks.0", "blocks.1"]
     untouched = toy()
     with pytest.raises(CalibrationError, match="holds one out"):
         quantize_model(untouched, settings, samples(2), batch_size=2, teacher=toy)
-    with pytest.raises(ConfigError, match="trains on calibration data"):
+    with pytest.raises(ConfigError, match="train on calibration data"):
         quantize_model(untouched, settings, None, teacher=toy)
-    with pytest.raises(ConfigError, match="is a directory"):
-        quantize_model(untouched, settings, samples(16), batch_size=2, teacher=toy, progress_file=tmp_path)
     assert not any(isinstance(module, QuantLinear) for module in untouched.modules()), "found out after the work"
 
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.calibration import draw, tokenize
 from gptq_backend.errors import CalibrationError, CheckpointError, ConfigError
-from gptq_backend.quantize import Progress
+from gptq_backend.progress import Progress
+from gptq_backend.quantize import OnLayer
 from gptq_backend.reader import checkpoint_files, embedded_settings, read_manifest, read_settings
 from gptq_backend.writer import atomic_folder
 
@@ -47,7 +48,7 @@ def quantize(
     batch_size: int | None = None,
     backend: str | None = None,
     overwrite: bool = False,
-    on_layer: Progress | None = None,
+    on_layer: OnLayer | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_choice: Callable[[Choice], None] | None = None,
     device: str | torch.device | None = None,
@@ -63,8 +64,9 @@ def quantize(
             windows of packaged text, the model's own and ``text``, see :func:`auto_calibration.choose`.
         text: what the model will read, if there is some; only for ``calibration="auto"``.
         tokenizer: for texts; default: the one in the model's folder.
-        output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. A distillation
-            keeps its progress in ``OUTPUT.distill`` beside it, which is removed at the end.
+        output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. A run that
+            trains (``quality="best"``) keeps what it has done in ``OUTPUT.progress`` beside it, and goes on from there
+            if it is begun again; that folder is removed at the end.
         seqlen: cut texts, joined, into windows of this many tokens; None keeps each text as one sample, and is 512
             for "auto".
         samples: use this many windows, texts or token id samples, drawn with ``seed``; for "auto" the most it may
@@ -93,6 +95,7 @@ def quantize(
     with ExitStack() as stack:
         # Made before the work, so that an output that cannot be written is found out at once.
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
+        progress = Progress(None if output is None or not config.tier.trains else _progress_folder(output))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptq-offload-"))
         if isinstance(calibration, os.PathLike) or _names_a_file(calibration):
             raise CalibrationError(f"calibration is the path {calibration}; pass its text, e.g. with read_text()")
@@ -142,7 +145,7 @@ def quantize(
             on_block=take_offloading(model),
             on_done=None if writer is None else writer.add,
             teacher=lambda: original or load_whole(path),
-            progress_file=None if output is None else _progress_file(output),
+            progress=progress,
             device=device,
         )
         attach(model, report.config)
@@ -154,6 +157,7 @@ def quantize(
                     writer.save()
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+    progress.remove()
     return model, report
 
 
@@ -186,10 +190,10 @@ def _generation_settings_as_they_are(model: PreTrainedModel, folder: Path) -> It
         yield
 
 
-def _progress_file(output: str | Path) -> Path:
-    """``OUT.distill`` beside the folder OUT, which does not exist yet."""
+def _progress_folder(output: str | Path) -> Path:
+    """``OUT.progress`` beside the folder OUT, which does not exist yet."""
     folder = Path(output).resolve()
-    return folder.with_name(f"{folder.name}.distill")
+    return folder.with_name(f"{folder.name}.progress")
 
 
 def _as_config(config: Any) -> QuantizeConfig:

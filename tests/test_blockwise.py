@@ -1,0 +1,180 @@
+"""Training block by block: what may change, what must not, and that an interrupted run goes on with the next block."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gptq_backend import ConfigError, QuantizeConfig, QuantizeReport, blockwise, quantize, quantize_model
+from gptq_backend.blockwise import Example, train_block
+from gptq_backend.linear import QuantLinear
+from gptq_backend.progress import Progress
+from tests.toy import SparseMlp, Toy, samples, toy
+
+
+def run(model: Toy | None = None, progress: Progress | None = None, **settings: Any) -> tuple[Toy, QuantizeReport]:
+    model = toy(dtype=torch.float32) if model is None else model
+    config = QuantizeConfig(**{"bits": 2, "group_size": 16, "block_epochs": 4, "quality": "fast", **settings})
+    return model, quantize_model(model, config, samples(16), batch_size=2, progress=progress)
+
+
+def block_outputs(model: Toy, ids: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+    handles = [block.register_forward_hook(lambda *given: found.append(given[2])) for block in model.blocks]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_what_is_reported_is_how_far_the_stored_blocks_are_from_the_original_ones() -> None:
+    model, report = run()
+    held_out = torch.stack(samples(16)[-2:])
+    original = block_outputs(toy(dtype=torch.float32), held_out)
+    for found, target, entry in zip(block_outputs(model, held_out), original, report.blocks, strict=True):
+        assert entry.kept
+        assert entry.after < 0.98 * entry.before
+        error = float((found - target).square().sum() / target.square().sum())
+        assert error == pytest.approx(entry.after, rel=1e-3)
+
+
+def test_codes_and_everything_but_scales_and_vectors_of_a_block_stay() -> None:
+    trained, plain = run()[0].state_dict(), run(block_epochs=0)[0].state_dict()
+    assert trained.keys() == plain.keys()
+    for key in (key for key in trained if not key.startswith("blocks.1")):  # whose inputs are others
+        assert trained[key].dtype == plain[key].dtype
+        changes = key.startswith("blocks.0") and (key.endswith("scales") or "norm" in key)
+        assert torch.equal(trained[key], plain[key]) != changes, key
+
+
+def test_a_training_that_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "_RATE", 30.0)
+    model, report = run()
+    assert [each.kept for each in report.blocks] == [False, False]
+    plain = run(block_epochs=0)[0].state_dict()
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "case", ["block", "second pass", "edges", "head", "experts", "unreached", "16 bits", "act-order", "parallel"]
+)
+def test_every_kind_of_run_can_be_trained(case: str) -> None:
+    settings: dict[str, Any] = {
+        "second pass": {"true_sequential": False},
+        "edges": {"keep_edge_blocks": 1},
+        "head": {"lm_head": True},
+        "act-order": {"desc_act": True},
+    }.get(case, {})
+    mlp = {"experts": SparseMlp, "unreached": partial(SparseMlp, unreachable=True)}.get(case)
+    shape: dict[str, Any] = {"blocks": 3, "parallel": case == "parallel"} | ({"mlp": mlp} if mlp else {})
+    model = toy(dtype=torch.bfloat16 if case == "16 bits" else torch.float32, **shape)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.dim() == 1}
+    _, report = run(model, **settings)
+    expected = ["blocks.1"] if case == "edges" else ["blocks.0", "blocks.1", "blocks.2"]
+    assert [each.name for each in report.blocks] == expected
+    assert sum(each.kept for each in report.blocks) > len(expected) / 2
+    after = {name: parameter.dtype for name, parameter in model.named_parameters() if name in dtypes}
+    assert after == dtypes
+    assert isinstance(model.lm_head, QuantLinear) == (case == "head")
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert model(torch.stack(samples(2))).isfinite().all()
+
+
+def test_padding_does_not_count() -> None:
+    block = nn.Sequential(nn.Linear(8, 8))
+    x, target = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    junk = torch.where(mask.bool()[..., None], target, torch.tensor(1e6))
+    errors = [Example(partial(block, x), each, mask).error().item() for each in (target, junk)]
+    assert errors[0] == errors[1]
+    assert Example(partial(block, x), junk, mask).energy() < 1e3
+
+
+def test_targets_that_are_not_finite_change_nothing() -> None:
+    block = toy(dtype=torch.float32)
+    run(block, block_epochs=0)
+    weights = {"attn.q": block.blocks[0].attn.q.quantized_weight()}
+    before = copy.deepcopy(block.blocks[0].state_dict())
+    inputs = torch.randn(1, 4, 32), torch.ones(4, 4, dtype=torch.bool)
+    examples = [Example(partial(block.blocks[0], *inputs), torch.full((1, 4, 32), torch.nan), None)] * 2
+    report, found = train_block(block.blocks[0], "blocks.0", weights, examples, 1, lambda parameter: parameter.dtype)
+    assert not report.kept
+    assert not found
+    assert all(torch.equal(tensor, before[key]) for key, tensor in block.blocks[0].state_dict().items())
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_an_interrupted_run_goes_on_with_the_next_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, true_sequential: bool
+) -> None:
+    settings = {"true_sequential": true_sequential, "dynamic": {r".*\.0\..*\.up": {"bits": 4}}}
+    make = partial(toy, dtype=torch.float32, blocks=3, mlp=partial(SparseMlp, unreachable=True))
+    whole, expected = run(make(), **settings)
+    calls: list[str] = []
+    quantize_weight = quantize.quantize_weight
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["name"] == "blocks.2.attn.o" and not calls.count(kwargs["name"]):
+            calls.append(kwargs["name"])
+            raise KeyboardInterrupt
+        calls.append(kwargs["name"])
+        return quantize_weight(*args, **kwargs)
+
+    monkeypatch.setattr(quantize, "quantize_weight", count)
+    with pytest.raises(KeyboardInterrupt):
+        run(make(), Progress(tmp_path / "p"), **settings)
+    calls.clear()
+    calls.append("blocks.2.attn.o")
+    seen: list[int] = []
+    config = QuantizeConfig(bits=2, group_size=16, block_epochs=4, quality="fast", **settings)  # type: ignore[arg-type]
+    resumed = make()
+    report = quantize_model(
+        resumed,
+        config,
+        samples(16),
+        batch_size=2,
+        progress=Progress(tmp_path / "p"),
+        on_layer=lambda entry, done, total: seen.append(done),
+    )
+    assert all(name.startswith("blocks.2.") for name in calls)
+    assert seen == [*range(1, len(expected.layers) + 1)]
+    timeless = [[(each.name, each.loss, each.steps) for each in one.layers] for one in (expected, report)]
+    assert timeless[0] == timeless[1]
+    assert report.blocks == expected.blocks
+    state = resumed.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("other", ["embedding", "block", "data", "settings"])
+def test_blocks_of_another_run_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str) -> None:
+    run(progress=Progress(tmp_path))
+    model, data, bits = toy(dtype=torch.float32), samples(16), 2
+    if other == "embedding":
+        model.embed.weight.data[0, 0] += 0.01
+    elif other == "block":
+        model.blocks[0].mlp.down.weight.data[0, 0] += 0.01
+    elif other == "data":
+        data = samples(16, seed=3)
+    else:
+        bits = 3
+    config = QuantizeConfig(bits=bits, group_size=16, block_epochs=4, quality="fast")
+    expected = copy.deepcopy(model)
+    quantize_model(model, config, data, batch_size=2, progress=Progress(tmp_path))
+    quantize_model(expected, config, data, batch_size=2)
+    assert "starting over" in caplog.text
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in expected.state_dict().items())
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_the_work() -> None:
+    with torch.inference_mode():
+        model = toy(dtype=torch.float32)
+    with pytest.raises(ConfigError, match="inference_mode"):
+        run(model)
