@@ -290,6 +290,9 @@ def _print_quantized(report: dict[str, Any], page: Path) -> None:
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     typer.echo(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    if blocks := report["blocks"]:
+        kept = sum(block["kept"] for block in blocks)
+        typer.echo(f"training of blocks: {kept} of {len(blocks)} are nearer to the original on held-out text")
     if (found := report["distillation"]) is not None:
         undone = "" if found["kept"] else ", no better and undone"
         typer.echo(f"distillation: held-out KL divergence {found['before']:.4f} -> {found['after']:.4f}{undone}")

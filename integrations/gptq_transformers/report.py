@@ -80,6 +80,7 @@ def make_report(
         "modules": len(layers),
         "mean_relative_loss": statistics.fmean(errors) if errors else None,
         "worst_module": max(layers, key=lambda layer: layer["relative_loss"])["name"] if layers else None,
+        "blocks": [dataclasses.asdict(block) for block in report.blocks],
         "distillation": distilled and {key: getattr(distilled, key) for key in ("before", "after", "kept")},
         "evaluation": None,
         "seconds": report.seconds,
@@ -163,6 +164,7 @@ refinement.</p>{legend}
 <div class="grid panels">{panels}</div>
 <h2>Worst modules</h2>
 {_table(sorted(layers, key=lambda layer: -layer["relative_loss"])[:10])}
+{_blocks(report["blocks"])}
 <details><summary>All {len(layers)} modules, in the order they were done</summary>{_table(layers)}</details>
 <details><summary>Settings</summary><pre><code>{escape(json.dumps(finite(report["settings"]), indent=2))}
 {escape(json.dumps(finite(report["versions"]), indent=2))}</code></pre></details>
@@ -319,6 +321,21 @@ def _panel(kind: str, layers: Sequence[Mapping[str, Any]]) -> str:
         f'</span></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg></figure>"
     )
+
+
+def _blocks(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """How the training of blocks went, where there was one."""
+    if not blocks:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(block['name'])}</td><td>{percent(block['before'])}</td><td>{percent(block['after'])}</td>"
+        f'<td class="left">{"" if block["kept"] else "no better, undone"}</td></tr>'
+        for block in blocks
+    )
+    heads = "".join(f"<th>{head}</th>" for head in ("block", "error before", "after", ""))
+    return f"""<h2>Training of blocks</h2>
+<p>Share of each block's output energy that is error, everything before it included, on windows that were held out.</p>
+<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"""
 
 
 def _table(layers: Sequence[Mapping[str, Any]]) -> str:

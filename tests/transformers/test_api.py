@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BatchEncoding, GPTQConfig, LlamaC
 
 from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
 from gptq_transformers import from_quantized, quantize
-from gptq_transformers.api import _progress_file
+from gptq_transformers.api import _progress_folder
 
 CONFIG = QuantizeConfig(group_size=32)
 
@@ -192,7 +192,7 @@ def test_an_output_that_cannot_be_written_stops_the_run_before_it_starts(source,
 
 @pytest.mark.parametrize("end", ["", "/", "/."])
 def test_progress_lies_beside_the_output_however_it_is_spelled(tmp_path, end):
-    assert _progress_file(f"{tmp_path}/out{end}") == tmp_path.resolve() / "out.distill"
+    assert _progress_folder(f"{tmp_path}/out{end}") == tmp_path.resolve() / "out.progress"
 
 
 @pytest.mark.parametrize("where", ["source", "."])

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from gptq_backend import CheckpointError, LayerReport, kernels
 from gptq_transformers import cli, terminal
 from gptq_transformers.cli import app
+from gptq_transformers.report import percent
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT = DATA / "wikitext2-valid-excerpt.txt"
@@ -354,18 +355,23 @@ def test_calibration_lines_without_usable_text_are_refused_by_name(
         assert message in _error(_run("quantize", original, tmp_path / "out", *options))
 
 
-def test_the_reports_tell_how_the_distillation_went(original: Path, tmp_path: Path) -> None:
-    options = ["--quality", "fast", "--distill-epochs", "1", "--batch-size", "1", "--kld-windows", "0"]
+def test_the_reports_tell_how_the_training_went(original: Path, tmp_path: Path) -> None:
+    options = ["--quality", "best", "--distill-epochs", "1", "--batch-size", "1", "--kld-windows", "0"]
     result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "out" / "quantize_report.json").read_text())["distillation"]
-    assert sorted(found) == ["after", "before", "kept"]
-    assert found["kept"] == (found["after"] < found["before"])
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    page = (tmp_path / "out" / "quantize_report.html").read_text()
+    for found in (*report["blocks"], report["distillation"]):
+        assert found["kept"] == (found["after"] < found["before"])
+    for block in report["blocks"]:
+        assert f"<td>{block['name']}</td><td>{percent(block['before'])}</td><td>{percent(block['after'])}</td>" in page
+    assert f"training of blocks: {sum(block['kept'] for block in report['blocks'])} of 2 are nearer" in result.stdout
+    found = report["distillation"]
     assert re.search(r"(\d+)/\1 distillation: divergence 0\.\d{4}, 0\.0 s left", result.stderr)
     shown = f"{found['before']:.4f} -> {found['after']:.4f}"
     assert f"distillation: held-out KL divergence {shown}" in result.stdout
-    assert shown.replace("->", "→") in (tmp_path / "out" / "quantize_report.html").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert shown.replace("->", "→") in page
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no progress is left"
 
 
 @pytest.mark.parametrize("options", [["--quality", "best"], ["--distill-epochs", "1"]])
