@@ -1,4 +1,4 @@
-"""The commands as a user types them: results, one-line errors, exit codes, and nothing half-written."""
+"""The command ``quantize`` as a user types it: results, one-line errors, exit codes, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -15,62 +15,12 @@ import torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from gptq_backend import CheckpointError, LayerReport, kernels
 from gptq_transformers import cli, terminal
-from gptq_transformers.cli import app
 from gptq_transformers.report import percent
-
-DATA = Path(__file__).parents[1] / "data"
-TEXT = DATA / "wikitext2-valid-excerpt.txt"
-CHECKPOINTS = DATA / "checkpoints"
-SMALL = ["--group-size", "32", "--samples", "4", "--seqlen", "32"]
-
-
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def _error(result: Result, code: int = 1) -> str:
-    """The one line on stderr of a command that failed because of its user."""
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    assert result.stdout == ""
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and a tokenizer of its vocabulary."""
-    folder = tmp_path_factory.mktemp("cli") / "original"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    # Not AutoTokenizer: the folder names a class of transformers 5, which 4.x does not have.
-    file = str(CHECKPOINTS / "llama-4-32-sym" / "tokenizer.json")
-    PreTrainedTokenizerFast(tokenizer_file=file).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def quantized(original: Path) -> Path:
-    out = original.parent / "quantized"
-    result = _run("quantize", original, out, *SMALL, "--calibration", TEXT, "--json", original.parent / "result.json")
-    assert result.exit_code == 0, result.output
-    return out
+from tests.transformers.command import SMALL, TEXT, error, run
 
 
 def test_quantize_writes_a_checkpoint_that_loads_and_both_reports(original: Path, quantized: Path) -> None:
@@ -104,13 +54,13 @@ def test_json_on_stdout_is_alone_there(original: Path, quantized: Path, tmp_path
         ["inspect", quantized],
     ]
     for command in commands:
-        result = _run(*command, "--json", "-")
+        result = run(*command, "--json", "-")
         assert result.exit_code == 0, result.output
         assert isinstance(json.loads(result.stdout), dict)
 
 
 def test_rtn_takes_no_text_and_says_so(original: Path, tmp_path: Path) -> None:
-    result = _run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32", "--asym", "--bits", "8")
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32", "--asym", "--bits", "8")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
     assert report["calibration"] is None
@@ -121,9 +71,9 @@ def test_rtn_takes_no_text_and_says_so(original: Path, tmp_path: Path) -> None:
 def test_options_reach_the_checkpoint(original: Path, tmp_path: Path) -> None:
     rules = json.dumps({"-:.*o_proj": {}, ".*up_proj": {"bits": 8}})
     options = ["--desc-act", "--format", "gptq_v2", "--dynamic", rules, "--damp-percent", "0.02", "--lm-head"]
-    result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
+    result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
     assert result.exit_code == 0, result.output
-    found = json.loads(_run("inspect", tmp_path / "out", "--json", "-").stdout)
+    found = json.loads(run("inspect", tmp_path / "out", "--json", "-").stdout)
     modules = {module["name"]: module for module in found["modules"]}
     assert len(modules) == 13
     assert modules["lm_head"]["act_order"]
@@ -135,11 +85,11 @@ def test_options_reach_the_checkpoint(original: Path, tmp_path: Path) -> None:
 
 def test_quantize_without_calibration_names_both_ways_out(original: Path, tmp_path: Path) -> None:
     for options in ([], ["--calibration", TEXT, "--rtn"]):
-        result = _run("quantize", original, tmp_path / "out", *options)
+        result = run("quantize", original, tmp_path / "out", *options)
         assert result.exit_code == 2
         assert "--calibration" in result.stderr
         assert "--rtn" in result.stderr
-    assert _run("eval", original).exit_code == 2
+    assert run("eval", original).exit_code == 2
 
 
 def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: Path, tmp_path: Path) -> None:
@@ -175,7 +125,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
         (["inspect", quantized, "--device", "abacus"], "--device abacus is no device"),
     ]
     for command, message in expected:
-        assert message in _error(_run(*command)), command
+        assert message in error(run(*command)), command
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "binary.txt", "short.txt"]
 
 
@@ -190,7 +140,7 @@ def test_ctrl_c_in_the_middle_exits_130_and_leaves_nothing(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(terminal.LayerProgress, "on_layer", interrupt)
-    result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT)
+    result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT)
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
     assert "Traceback" not in result.stderr
@@ -208,7 +158,7 @@ def test_ctrl_c_while_overwriting_keeps_the_old_checkpoint(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", interrupt)
-    result = _run("quantize", original, out, "--rtn", "--group-size", "32", "--overwrite")
+    result = run("quantize", original, out, "--rtn", "--group-size", "32", "--overwrite")
     assert result.exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "model.safetensors").read_bytes() == before
@@ -220,7 +170,7 @@ def test_a_full_disk_is_one_sentence(original: Path, tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
-    result = _run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
     assert result.exit_code == 1
     assert "no space left on the disk" in result.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
@@ -233,7 +183,7 @@ def test_a_report_that_cannot_be_written_leaves_the_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cli, "write_reports", full)
-    result = _run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
     assert result.exit_code == 1
     last = result.stderr.splitlines()[-1]
     assert f"the checkpoint in {tmp_path / 'out'} is complete, but a report could not be written: no space" in last
@@ -252,7 +202,7 @@ def test_a_comparison_that_fails_is_a_warning_and_the_reports_are_there(
 
     monkeypatch.setattr("gptq_transformers.evaluate.evaluate", fail)
     command = ["quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--quality", "fast"]
-    result = _run(*command, "--json", tmp_path / "result.json")
+    result = run(*command, "--json", tmp_path / "result.json")
     assert result.exit_code == 0, result.output
     warning = " ".join(result.stderr.split())  # lines are wrapped
     assert "could not be compared" in warning
@@ -271,10 +221,10 @@ def test_a_bug_is_not_taken_for_a_damaged_model(
     for place in ("api.quantize_model", "api.tokenize", "evaluate.evaluate"):
         with monkeypatch.context() as patch:
             patch.setattr(f"gptq_transformers.{place}", fail)
-            result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--overwrite")
+            result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--overwrite")
             assert isinstance(result.exception, RuntimeError), f"{place}: {result.output}"
             assert "cannot be loaded" not in result.stderr
-            result = _run("eval", original, "--text", TEXT, "--seqlen", "32", "--windows", "2")
+            result = run("eval", original, "--text", TEXT, "--seqlen", "32", "--windows", "2")
             assert isinstance(result.exception, RuntimeError) == place.startswith("evaluate"), place
 
 
@@ -298,7 +248,7 @@ def test_a_model_that_cannot_be_loaded_is_named(original: Path, tmp_path: Path, 
             tensors[name] = tensor[:50].clone()
         save_file(tensors, weights, {"format": "pt"})
     for options in (["--rtn"], [*SMALL, "--calibration", TEXT]):
-        result = _run("quantize", model, tmp_path / "out", "--group-size", "32", *options)
+        result = run("quantize", model, tmp_path / "out", "--group-size", "32", *options)
         assert result.exit_code == 1, result.output
         last = result.stderr.splitlines()[-1]  # before it, blocks may have been quantized
         found = f"error: {model} cannot be loaded: ", f"error: no tokenizer could be loaded from {model} ("
@@ -314,7 +264,7 @@ def test_the_folder_that_the_user_stands_in_can_be_written(
     shutil.copytree(original, tmp_path / "model")
     for again in ([], ["--overwrite"]):
         monkeypatch.chdir(out)
-        result = _run("quantize", "../model", ".", *SMALL, "--calibration", TEXT, "--json", "result.json", *again)
+        result = run("quantize", "../model", ".", *SMALL, "--calibration", TEXT, "--json", "result.json", *again)
         assert result.exit_code == 0, result.output
         assert Path.cwd() == out.resolve()
         assert json.loads((out / "result.json").read_text())["evaluation"]["windows"] == 4
@@ -323,7 +273,7 @@ def test_the_folder_that_the_user_stands_in_can_be_written(
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_that_torch_would_not_take_is_wrong_usage(original: Path, tmp_path: Path, seed: int) -> None:
-    result = _run("quantize", original, tmp_path / "out", "--calibration", TEXT, "--seed", seed)
+    result = run("quantize", original, tmp_path / "out", "--calibration", TEXT, "--seed", seed)
     assert result.exit_code == 2
     assert "--seed" in result.stderr
 
@@ -352,12 +302,12 @@ def test_calibration_lines_without_usable_text_are_refused_by_name(
 ) -> None:
     (tmp_path / "x.jsonl").write_text(content)
     for options in (["--calibration", tmp_path / "x.jsonl"], ["--calibration", "auto", "--text", tmp_path / "x.jsonl"]):
-        assert message in _error(_run("quantize", original, tmp_path / "out", *options))
+        assert message in error(run("quantize", original, tmp_path / "out", *options))
 
 
 def test_the_reports_tell_how_the_training_went(original: Path, tmp_path: Path) -> None:
     options = ["--quality", "best", "--distill-epochs", "1", "--batch-size", "1", "--kld-windows", "0"]
-    result = _run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
+    result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
     page = (tmp_path / "out" / "quantize_report.html").read_text()
@@ -376,7 +326,7 @@ def test_the_reports_tell_how_the_training_went(original: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [["--quality", "best"], ["--distill-epochs", "1"]])
 def test_rounding_to_nearest_refuses_to_be_distilled(original: Path, tmp_path: Path, options: list[str]) -> None:
-    result = _run("quantize", original, tmp_path / "out", "--rtn", *options)
+    result = run("quantize", original, tmp_path / "out", "--rtn", *options)
     assert result.exit_code == 2
     assert "--rtn has none" in " ".join(result.stderr.split())
 
@@ -386,11 +336,11 @@ def test_quantize_does_not_warn_of_slow_kernels(
 ) -> None:
     monkeypatch.setattr(kernels, "KERNELS", [kernels.REFERENCE])
     kernels._warn_once.cache_clear()
-    result = _run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
     assert result.exit_code == 0, result.output
     assert "reference kernel" not in result.stderr
     kernels._warn_once.cache_clear()
-    result = _run("eval", tmp_path / "out", "--text", TEXT, "--seqlen", "32", "--windows", "1")
+    result = run("eval", tmp_path / "out", "--text", TEXT, "--seqlen", "32", "--windows", "1")
     assert "reference kernel" in result.stderr
 
 
@@ -401,138 +351,3 @@ def test_only_errors_of_the_user_are_explained() -> None:
     assert "no space left" in str(terminal.explain(OSError(errno.ENOSPC, "No space left on device")))
     assert terminal.explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
     assert terminal.explain(AssertionError("a bug")) is None
-
-
-def test_eval_refuses_a_reference_with_another_tokenizer(original: Path, quantized: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(original, tmp_path / "other")
-    content = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
-    (other / "tokenizer.json").write_text(json.dumps(content))
-    command = ["eval", quantized, "--reference", other, "--text", TEXT, "--seqlen", "32", "--windows", "2"]
-    assert "a reference must have the same tokenizer" in _error(_run(*command))
-    for file in other.glob("*token*"):
-        file.unlink()
-    result = _run(*command)  # nothing to compare with
-    assert result.exit_code == 0, result.output
-
-
-def test_eval_prints_a_table_of_what_it_measured(original: Path, quantized: Path) -> None:
-    result = _run("eval", quantized, "--reference", original, "--text", TEXT, "--seqlen", "32", "--windows", "3")
-    assert result.exit_code == 0, result.output
-    for words in ("3 windows of 32 tokens", "perplexity of the reference", "mean KL divergence", "99th percentile"):
-        assert words in result.stdout
-
-
-# -- inspect -----------------------------------------------------------------------------------------------------------
-
-
-def _inspect(folder: Path) -> dict:
-    result = _run("inspect", folder, "--json", "-")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def _edited(name: str, folder: Path, **settings: object) -> Path:
-    """A copy of a checkpoint with other quantization settings in both of its config files."""
-    copy = shutil.copytree(CHECKPOINTS / name, folder / name)
-    for file, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
-        content = json.loads((copy / file).read_text())
-        (content[key] if key else content).update(settings)
-        (copy / file).write_text(json.dumps(content))
-    return copy
-
-
-def _edit_tensors(folder: Path, **changes: torch.Tensor) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors.update({name.replace("__", "."): value for name, value in changes.items()})
-    save_file(tensors, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("name", "bits", "group_size", "sym", "act_order"),
-    [
-        ("llama-4-32-sym", 4, 32, True, False),
-        ("llama-3-32-sym", 3, 32, True, False),
-        ("llama-4-32-asym-v2", 4, 32, False, False),
-        ("llama-4-64-actorder", 4, 64, True, True),
-        ("qwen2-4-64", 4, 64, True, False),
-        ("opt-4-32", 4, 32, True, False),
-    ],
-)
-def test_inspect_reads_what_is_stored(name: str, bits: int, group_size: int, sym: bool, act_order: bool) -> None:
-    found = _inspect(CHECKPOINTS / name)
-    assert {(m["bits"], m["group_size"], m["sym"], m["act_order"]) for m in found["modules"]} == {
-        (bits, group_size, sym, act_order)
-    }
-    assert found["odd"] == []
-    assert found["damaged"] == {}
-    assert sum(row["modules"] for row in found["kernels"]["cpu"]) == found["quantized_modules"]
-
-
-def test_inspect_sees_rules_experts_and_trivial_act_order() -> None:
-    modules = {module["name"]: module for module in _inspect(CHECKPOINTS / "llama-dynamic")["modules"]}
-    assert modules["model.layers.1.mlp.up_proj"]["bits"] == 8
-    assert "model.layers.0.self_attn.o_proj" not in modules
-    names = [module["name"] for module in _inspect(CHECKPOINTS / "qwen3_moe-4-32")["modules"]]
-    assert "model.layers.0.mlp.experts.3.down_proj" in names
-    (sentence,) = _inspect(CHECKPOINTS / "llama-4-32-static-actorder")["odd"]
-    assert "desc_act is true, but the g_idx of all 14 modules is trivial" in sentence
-
-
-def test_inspect_names_mislabelled_zeros(tmp_path: Path) -> None:
-    (sentence,) = _inspect(_edited("llama-4-32-sym", tmp_path, checkpoint_format="gptq_v2", format="gptq_v2"))["odd"]
-    assert "checkpoint_format is gptq_v2, but all 14 modules store zeros minus one (gptq)" in sentence
-
-
-def test_inspect_names_settings_that_the_tensors_contradict(tmp_path: Path) -> None:
-    folder = _edited("llama-4-32-asym-v2", tmp_path, sym=True, group_size=64, lm_head=True)
-    odd = "\n".join(_inspect(folder)["odd"])
-    assert "sym is true, but the zeros of all 14 modules vary" in odd
-    assert "all 14 modules have group_size 32 by their shapes" in odd
-    assert "lm_head is true, but lm_head is not quantized" in odd
-
-
-def test_inspect_names_files_that_disagree_and_settings_out_of_sight(tmp_path: Path) -> None:
-    folder = _edited("llama-4-32-sym", tmp_path)
-    other = json.loads((folder / "quantize_config.json").read_text())
-    (folder / "quantize_config.json").write_text(json.dumps({**other, "desc_act": True}))
-    assert _inspect(folder)["odd"] == ["desc_act is False in config.json (used) and True in quantize_config.json"]
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    assert "plain from_pretrained does not see them" in _inspect(folder)["odd"][0]
-
-
-def test_inspect_names_a_method_that_plain_loading_does_not_know(tmp_path: Path) -> None:
-    (sentence,) = _inspect(_edited("llama-4-32-sym", tmp_path, quant_method="GPTQ"))["odd"]
-    assert "quant_method is 'GPTQ' in config.json, not 'gptq'" in sentence
-
-
-def test_inspect_names_spurious_biases_and_extra_tensors(tmp_path: Path) -> None:
-    folder = _edited("llama-4-32-sym", tmp_path)
-    name = "model__layers__0__self_attn__q_proj"
-    _edit_tensors(folder, **{f"{name}__bias": torch.zeros(128, dtype=torch.float16), f"{name}__perm": torch.zeros(1)})
-    odd = "\n".join(_inspect(folder)["odd"])
-    assert "have a bias of zeros, though the model has none; it is dropped" in odd
-    assert "1 tensors beside those of GPTQ, ignored: model.layers.0.self_attn.q_proj.perm" in odd
-
-
-def test_inspect_lists_damage_without_hiding_the_rest(tmp_path: Path) -> None:
-    folder = _edited("llama-4-32-sym", tmp_path)
-    scales = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.scales"]
-    _edit_tensors(folder, model__layers__0__self_attn__q_proj__scales=scales.fill_(float("nan")))
-    result = _run("inspect", folder, "--json", "-")
-    assert result.exit_code == 1
-    found = json.loads(result.stdout)
-    assert found["quantized_modules"] == 13
-    assert "NaN or infinite" in found["damaged"]["model.layers.0.self_attn.q_proj"]
-    assert result.stderr.startswith("error: 1 modules cannot be used")
-
-
-def test_inspect_prints_every_module_once(tmp_path: Path) -> None:
-    result = _run("inspect", CHECKPOINTS / "llama-4-64-actorder", "--device", "cpu", "--device", "cuda")
-    assert result.exit_code == 0, result.output
-    assert len(re.findall(r"^model\.layers\.\S+ +4 +64 +sym +yes", result.stdout, re.MULTILINE)) == 14
-    assert "odd: nothing" in result.stdout
-    assert re.search(r"cuda: \w+ serves 14 modules", result.stdout)
