@@ -7,7 +7,7 @@ original blocks do. So a block also makes up for what those before it lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,16 +70,18 @@ def train_block(
     block: nn.Module,
     name: str,
     weights: Mapping[str, QuantizedWeight],
+    vectors: Iterable[nn.Parameter],
     examples: Sequence[Example],
     epochs: int,
     stored: Callable[[Tensor], torch.dtype],
 ) -> tuple[BlockReport, dict[str, QuantizedWeight]]:
-    """Train in place the block's vectors, and beside it its quantized weights.
+    """Train a block's vectors, in place, and its quantized weights.
 
     Args:
-        block: unchanged but for its vectors, like norm weights; those too if the result is no better.
+        block: unchanged but for ``vectors``; they too if the result is no better.
         name: for the report.
         weights: of its linear layers, by their names in the block.
+        vectors: parameters of the block to train beside them, like norm weights.
         examples: at least two; every eighth, or the last of fewer, is held out.
         epochs: passes over the rest.
         stored: the dtype that a parameter of the block will be stored in.
@@ -100,10 +102,11 @@ def train_block(
 
     def backward(index: int) -> float:
         loss = examples[index].error() / energy
-        loss.backward()
+        if loss.requires_grad:  # else no token of the batch reaches what is trained
+            loss.backward()
         return loss.item()
 
-    with trainable(block, weights, stored) as state:
+    with trainable(block, weights, vectors, stored) as state:
         before = mean_error()
         state.run(steps, _RATE, backward)
         state.round()

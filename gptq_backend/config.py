@@ -65,6 +65,16 @@ _WRITE_ONLY: dict[str, _Rule] = {
     "keep_edge_blocks": _integer_from(0, optional=False),
 }
 
+_WHOLE_RUN = {
+    "true_sequential",
+    "token_weights",
+    "block_epochs",
+    "distill_epochs",
+    "lm_head",
+    "keep_edge_blocks",
+    "modules_in_block_to_quantize",
+}
+
 # Spellings found in published checkpoints -> ours.
 ALIASES = {
     "w_bit": "bits",
@@ -224,6 +234,8 @@ class QuantizeConfig:
         for pattern, overrides in (self.dynamic or {}).items():
             if not any(re.match(_strip_sign(pattern), name) for name in names):
                 found.append(f"the rule {pattern!r} matches the beginning of no layer's full name")
+            if whole := sorted(_WHOLE_RUN & canonical(overrides).keys()):
+                found.append(f"the rule {pattern!r} sets what is the same for all layers: {', '.join(whole)}")
             if unknown := sorted(_known(canonical(overrides))[1]):
                 found.append(f"the rule {pattern!r} has unknown settings: {', '.join(unknown)}")
         return found

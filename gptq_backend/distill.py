@@ -58,6 +58,7 @@ def distill(
     rate: float = 5e-4,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    identity: str = "",
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> DistillReport:
     """Distil in place. Both models are in memory, with float32 scales and the activations of one batch beside them.
@@ -73,6 +74,7 @@ def distill(
         rate: largest relative change of a scale in one step; falls to zero along a cosine.
         batch_size: sequences per step; None aims at about 2048 tokens.
         progress: where an interrupted run finds what it has done; removed by whoever made it.
+        identity: digest of all that made both models, for the progress.
         on_step: called with the steps done, the steps in all, and the loss.
 
     Raises:
@@ -83,10 +85,13 @@ def distill(
     progress = progress or Progress(None)
     sources = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     weights = {name: source.quantized_weight() for name, source in sources.items()}
-    with _frozen(teacher), trainable(model, weights) as state:
+    inside = {id(parameter) for source in sources.values() for parameter in source.parameters()}
+    vectors = [p for p in model.parameters() if id(p) not in inside and p.is_floating_point() and p.dim() == 1]
+    with _frozen(teacher), trainable(model, weights, vectors) as state:
         before = _mean_loss(model, teacher, held_out)
         optimizer = state.optimizer(rate)
-        identity = "" if progress.folder is None else _identity(state, weights, batches, steps, rate)
+        if progress.folder is not None:
+            identity = _identity(identity, state, weights, batches, steps, rate)
         entry = progress.load(_ENTRY, identity)
         earlier = () if entry is None else _restore(state, optimizer, *entry)
 
@@ -117,12 +122,17 @@ def _quantized_linear(weight: QuantizedWeight, source: QuantLinear) -> QuantLine
 
 
 def _identity(
-    state: Training, weights: Mapping[str, QuantizedWeight], batches: list[Batch], steps: list[int], rate: float
+    before: str,
+    state: Training,
+    weights: Mapping[str, QuantizedWeight],
+    batches: list[Batch],
+    steps: list[int],
+    rate: float,
 ) -> str:
-    """Of all that the course of a training depends on, but for the teacher."""
+    """Of all that the course of a training depends on: what made both models, and what can be seen of the trained."""
     fields = [(w.codes, w.scales, w.zeros, w.g_idx) for w in weights.values()]
     data = [tensor for batch in batches for tensor in batch.values()]
-    return digest("", [steps, rate], [*state.vectors, *data, *itertools.chain.from_iterable(fields)])
+    return digest(before, [steps, rate], [*state.masters, *data, *itertools.chain.from_iterable(fields)])
 
 
 def _state(
@@ -145,6 +155,7 @@ def _restore(
         own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{i}.")}
         moments = {key: value.to(parameter.device) for key, value in own.items() if value.dim()}  # all but the step
         optimizer.state[parameter] = own | moments
+    state.publish()
     return list(facts["losses"])
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import lockstep
+from . import lockstep, packing
 from .blockwise import BlockReport, Example, output_tensor, train_block
 from .calibration import Batch, check_fits, make_batches, model_inputs
 from .config import QuantizeConfig
@@ -83,7 +84,7 @@ class QuantizeReport:
             are named in ``dynamic``, which every reader of GPTQ checkpoints understands.
         layers: one entry per quantized layer, in the order they were done.
         blocks: one entry per block that was trained.
-        seconds: wall time of the whole run.
+        seconds: wall time of the whole run; what an interrupted one did again is counted once.
         distillation: of the whole model, if there was one.
     """
 
@@ -98,7 +99,7 @@ _MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("attention
 _WEIGHTS: contextvars.ContextVar[dict[nn.Module, Tensor]] = contextvars.ContextVar("token_weights")  # likewise
 _NUMBER: contextvars.ContextVar[int] = contextvars.ContextVar("batch")  # likewise
 _ORIGINAL: contextvars.ContextVar[bool] = contextvars.ContextVar("original", default=False)  # likewise: see _Run.task
-_WEIGHT_FIELDS = ("codes", "scales", "zeros", "g_idx")  # of a QuantizedWeight
+_ENTRY = ("words", "scales", "zeros", "g_idx")  # of a layer in the progress
 OnLayer = Callable[[LayerReport, int, int], None]
 
 
@@ -132,8 +133,8 @@ def quantize_model(
         on_done: called with name and module of each block when its layers are quantized and nothing reads it any more.
         on_step: for :func:`distill.distill`.
         teacher: gives the original model, for ``config.distill_epochs``; called after everything else is done.
-        progress: where an interrupted run finds the blocks that it has done, and the state of its distillation; kept
-            only if something is trained, and removed by whoever made it.
+        progress: where an interrupted run finds the blocks that it has done, and the state of its distillation; removed
+            by whoever made it.
         device: where to compute, e.g. ``cuda``: blocks are moved there for their turn and back; a distillation moves
             both models there as a whole. None computes where the weights are.
 
@@ -149,20 +150,23 @@ def quantize_model(
         )
     if config.tier.trains:  # what would fail after the work
         _check_trainable(model, config, batches)
-    progress = progress if progress is not None and config.tier.trains else Progress(None)
-    report = _Run(model, config, batches, block_name, backend, on_layer, on_block, on_done, device, progress).run()
+    progress = progress or Progress(None)
+    run = _Run(model, config, batches, block_name, backend, on_layer, on_block, on_done, device, progress)
+    report = run.run()
     if epochs and teacher is not None and calibration is not None:
         start = time.perf_counter()
         home = next(model.parameters()).device
-        report.distillation = distill(
-            model.to(device or home),
-            teacher().to(device or home),
-            calibration,
-            epochs=epochs,
-            batch_size=batch_size,
-            progress=progress,
-            on_step=on_step,
-        )
+        with torch.inference_mode(False):  # a caller's would leave no derivatives to take
+            report.distillation = distill(
+                model.to(device or home),
+                teacher().to(device or home),
+                calibration,
+                epochs=epochs,
+                batch_size=batch_size,
+                progress=progress,
+                identity=run.identity,
+                on_step=on_step,
+            )
         model.to(home)
         report.seconds += time.perf_counter() - start
     return report
@@ -198,11 +202,11 @@ class _Run:
         self.pending: list[tuple[Target, Shared | None]] = []
         self.second_pass = False  # the current block runs again, quantized (true_sequential=False)
         self.current: Block | None = None
-        self.trains = config.tier.block_epochs > 0
-        self.targets: dict[int, Tensor] = {}  # what the original block returned, by batch
-        self.examples: dict[int, Example] = {}  # of the current block, likewise
-        self.training = False  # for hooks that are to do nothing meanwhile
+        self.originals: dict[int, Tensor] = {}  # what the original block returned, by batch
+        self.examples: dict[int, Example] = {}  # of the quantized block, likewise
+        self.replaying = False  # for hooks that are to do nothing meanwhile
         self.progress, self.identity = progress, ""
+        self.start = 0.0
         self.restored = False  # the current block was done by an earlier run
         self.placement = Placement(device)
         self.factors = Factors(self.placement)
@@ -210,7 +214,7 @@ class _Run:
         self.stacks = Stacks()
 
     def run(self) -> QuantizeReport:
-        start = time.perf_counter()
+        self.start = time.perf_counter()
         if self.structure.head is not None:
             untie(self.structure.head.module)
         # A caller's inference mode would leave no derivatives to take; a model that was loaded in it works only there.
@@ -220,7 +224,7 @@ class _Run:
                 self.round_to_nearest()
             else:
                 self.calibrate(self.batches)
-        self.report.seconds = time.perf_counter() - start
+        self.report.seconds = time.perf_counter() - self.start
         return self.report
 
     def round_to_nearest(self) -> None:
@@ -236,18 +240,21 @@ class _Run:
         check_fits(self.model, batches)
         ranks: dict[Any, int] = {}
         for block in self.structure.blocks:
-            for key in ((block, "original"), (block, "start"), *block.targets, (block, "end"), (block, "train")):
-                ranks[key] = len(ranks)
+            for place in ("original", "start", *block.targets, "end", "train", "leave"):
+                ranks[place if isinstance(place, Target) else (block, place)] = len(ranks)
         if self.structure.head is not None:
             ranks[self.structure.head] = len(ranks)
         inside = {id(tensor) for block in self.structure.blocks for tensor in tensors_of(block.module)}
         outside = [tensor for tensor in tensors_of(self.model) if id(tensor) not in inside]
-        self.placement.bring(outside)
         if self.progress.folder is not None:
             data = [tensor for batch in batches for tensor in batch.values()]
-            self.identity = digest("", [self.config.to_dict(), str(self.placement.device)], [*data, *outside])
+            constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
+            described = constants.to_dict() if hasattr(constants, "to_dict") else None
+            facts = [self.config.to_dict(), str(self.placement.device), described]
+            self.identity = digest("", facts, [*data, *outside])
+        self.placement.bring(outside)
         tasks = [self.task(i, batch) for i, batch in enumerate(batches)]
-        if self.trains:
+        if self.config.tier.block_epochs:
             tasks = [self.task(i, batch, original=True) for i, batch in enumerate(batches)] + tasks
         with self.hooks():
             lockstep.run(tasks, self.stage, ranks.__getitem__)
@@ -259,7 +266,8 @@ class _Run:
     def task(self, number: int, batch: Batch, original: bool = False) -> Callable[[], None]:
         """The forward pass of a batch through the blocks as they get quantized, or through the ``original`` ones.
 
-        All of the latter pass a block before any of the former enters it.
+        All of the latter pass a block before any of the former enters it, and wait behind it until those have passed
+        too: what the model does to a block's output may not change the target.
         """
         inputs = model_inputs(self.model, batch, self.placement.device)
 
@@ -297,8 +305,7 @@ class _Run:
         def forward(*args: Any, **kwargs: Any) -> Any:
             run = partial(original, *args, **kwargs)
             if _ORIGINAL.get():
-                lockstep.wait((block, "original"))
-                return self.keep_target(run(), last=block is self.structure.blocks[-1])
+                return self.run_original(block, run)
             lockstep.wait((block, "start"))
             if block.targets and not self.restored:
                 self.quantize_block(block, run)
@@ -307,11 +314,14 @@ class _Run:
         block.module.forward = forward
         return _Restore(block.module)
 
-    def keep_target(self, output: Any, last: bool) -> Any:
-        """Of an original block, for the quantized one."""
-        self.targets[_NUMBER.get()] = output_tensor(output)
-        if last:
+    def run_original(self, block: Block, run: Callable[[], Any]) -> Any:
+        """Keep what the block returns before it is quantized."""
+        lockstep.wait((block, "original"))
+        output = run()
+        self.originals[_NUMBER.get()] = output_tensor(output)
+        if block is self.structure.blocks[-1]:
             raise lockstep.Stop
+        lockstep.wait((block, "leave"))
         return output
 
     def quantize_block(self, block: Block, run: Callable[[], Any]) -> None:
@@ -322,14 +332,14 @@ class _Run:
         if not self.config.true_sequential:
             run()  # all Hessians from the block as it was, then the block again, quantized
             lockstep.wait((block, "end"))
-        if self.trains:
+        if (original := self.originals.get(_NUMBER.get())) is not None:
             run()
-            self.examples[_NUMBER.get()] = Example(run, self.targets[_NUMBER.get()], _MASK.get())
+            self.examples[_NUMBER.get()] = Example(run, original, _MASK.get())
             lockstep.wait((block, "train"))
 
     def hook_layer(self, target: Target) -> Any:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.sensitivity.running or self.training or _ORIGINAL.get():
+            if self.sensitivity.running or self.replaying or _ORIGINAL.get():
                 return
             if module not in self.done and not any(target is waiting for waiting, _ in self.pending):
                 x = next(iter((*args, *kwargs.values())))
@@ -367,29 +377,45 @@ class _Run:
     def enter(self, block: Block) -> None:
         if self.on_block is not None:
             self.on_block(block.module)
-        self.placement.bring(tensors_of(block.module))
         if self.progress.folder is not None:
             self.identity = digest(self.identity, block.name, tensors_of(block.module))
+        self.placement.bring(tensors_of(block.module))
         self.stacks.enter(block)
         self.current, self.second_pass = block, False
 
     def train(self, block: Block) -> None:
-        done = {target.name.removeprefix(f"{block.name}."): target for target in block.targets}
-        weights = {
-            name: self.done[target.module].quantized_weight()
-            for name, target in done.items()
-            if target.module in self.done
+        targets = {
+            target.name.removeprefix(f"{block.name}."): target for target in block.targets if target.module in self.done
         }
-        self.training = True
+        weights = {name: self.done[target.module].quantized_weight() for name, target in targets.items()}
         examples = [self.examples.pop(number) for number in sorted(self.examples)]
-        epochs = self.config.tier.block_epochs
+        self.replaying = True
         entry, trained = train_block(
-            block.module, block.name, weights, examples, epochs, lambda parameter: self.placement.home(parameter)[1]
+            block.module,
+            block.name,
+            weights,
+            self.vectors(block).values(),
+            examples,
+            self.config.tier.block_epochs,
+            lambda parameter: self.placement.home(parameter)[1],
         )
-        self.training = False
+        self.replaying = False
         self.report.blocks.append(entry)
         for name, weight in trained.items():
-            self.settle(done[name], weight)
+            self.settle(targets[name], weight)
+
+    def vectors(self, block: Block) -> dict[str, nn.Parameter]:
+        """What is trained beside quantized layers, by full names: no bias of theirs, nothing that blocks share."""
+        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        linear = {id(parameter) for target in block.targets for parameter in target.module.parameters()}
+        return {
+            name: parameter
+            for name, parameter in block.module.named_parameters(prefix=block.name)
+            if parameter.dim() == 1
+            and parameter.is_floating_point()
+            and uses[id(parameter)] == 1
+            and id(parameter) not in linear
+        }
 
     def restore(self, block: Block) -> bool:
         """Whether an earlier run has done the block; then take its results."""
@@ -398,11 +424,13 @@ class _Run:
             return False
         tensors, facts = entry
         for target in block.targets:
-            found = {key: tensors.get(f"{target.name}.{key}") for key in _WEIGHT_FIELDS}
-            if found["codes"] is not None:
-                self.settle(target, QuantizedWeight(**found, bits=target.config.bits))  # type: ignore[arg-type]
+            if f"{target.name}.words" in tensors:
+                words, scales, zeros, g_idx = (tensors[f"{target.name}.{key}"] for key in _ENTRY)
+                codes = packing.unpack(words, target.config.bits, len(g_idx))
+                self.settle(target, QuantizedWeight(codes, scales, zeros, g_idx, target.config.bits))
         for name, vector in self.vectors(block).items():
             vector.data.copy_(tensors[name])
+        self.start = time.perf_counter() - facts["seconds"]  # as if the earlier run went on
         self.report.blocks += [BlockReport(**each) for each in facts["blocks"]]
         for each in facts["layers"]:
             self.add_report(LayerReport(**each | {"steps": tuple(Step(**step) for step in each["steps"])}))
@@ -414,16 +442,12 @@ class _Run:
         for target in block.targets:
             if target.module in self.done:
                 weight = self.done[target.module].quantized_weight()
-                tensors |= {f"{target.name}.{key}": getattr(weight, key) for key in _WEIGHT_FIELDS}
+                fields = packing.pack(weight.codes, weight.bits), weight.scales, weight.zeros, weight.g_idx
+                tensors |= {f"{target.name}.{key}": field for key, field in zip(_ENTRY, fields, strict=True)}
         layers = [dataclasses.asdict(each) for each in self.report.layers if each.name.startswith(f"{block.name}.")]
         blocks = [dataclasses.asdict(each) for each in self.report.blocks if each.name == block.name]
-        self.progress.save(block.name, self.identity, tensors, {"layers": layers, "blocks": blocks})
-
-    def vectors(self, block: Block) -> dict[str, nn.Parameter]:
-        """What a training changes beside quantized layers, by full names."""
-        linear = {id(parameter) for target in block.targets for parameter in target.module.parameters()}
-        named = block.module.named_parameters(prefix=block.name)
-        return {name: each for name, each in named if each.dim() == 1 and id(each) not in linear}
+        facts = {"layers": layers, "blocks": blocks, "seconds": time.perf_counter() - self.start}
+        self.progress.save(block.name, self.identity, tensors, facts)
 
     def leave(self) -> None:
         """Swap the finished block's layers.
@@ -446,7 +470,7 @@ class _Run:
         for target in self.current.targets:
             if target.module in self.done:
                 self.install(target)
-        self.targets.clear()
+        self.originals.clear()
         self.placement.send_back(tensors_of(self.current.module))
         self.factors.clear()
         if self.on_done is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,9 +59,8 @@ class _Dequantize(torch.autograd.Function):
 
 
 class _Trained(nn.Module):
-    """A linear layer with the codes of a quantized weight and a relative change of its scales.
-
-    It has no bias of its own to train: ``place`` is the layer that it stands in for.
+    """A linear layer with the codes of a quantized weight and a relative change of its scales, in the place of another,
+    whose bias it adds and does not train.
     """
 
     def __init__(self, quantized: QuantizedWeight, place: nn.Module) -> None:
@@ -71,7 +70,7 @@ class _Trained(nn.Module):
         index = quantized.g_idx.long()
         centred = quantized.codes.to(torch.int16) - quantized.zeros.to(torch.int16)[index]  # 9 bits with sign
         self.quantized = quantized
-        self.bias: nn.Parameter | None = place.bias  # type: ignore[assignment]
+        self.bias = None if place.bias is None else place.bias.detach()  # type: ignore[operator]
         self.centred: Tensor
         self.index: Tensor
         self.scales: Tensor
@@ -96,11 +95,14 @@ class _Trained(nn.Module):
 
 
 class Training:
-    """A module made trainable: linear layers swapped for :class:`_Trained`, floats in float32 on a CPU.
+    """A module made trainable: linear layers swapped for :class:`_Trained`, all other floats in float32 on a CPU.
+
+    Adam works on float32 copies, the masters, of what is trained: a GPU computes with the types that the model has.
 
     Args:
         module: a model or one block of it.
         sources: the weight of each layer to train, by its name in the module.
+        vectors: parameters of the module to train beside them.
         stored: the dtype that a parameter will be stored in.
     """
 
@@ -108,34 +110,41 @@ class Training:
         self,
         module: nn.Module,
         sources: Mapping[str, QuantizedWeight],
+        vectors: Iterable[nn.Parameter],
         stored: Callable[[Tensor], torch.dtype],
     ) -> None:
         self.module, self.keep = module, False
         self.places = {name: module.get_submodule(name) for name in sources}
-        inside = {id(parameter) for place in self.places.values() for parameter in place.parameters()}
-        self.dense = [p for p in module.parameters() if id(p) not in inside and p.is_floating_point()]
-        self.before = [(p.dtype, p.requires_grad, p.data if p.dim() == 1 else None) for p in self.dense]
-        self.stored = [stored(parameter) for parameter in self.dense]
-        for parameter in self.dense:
-            parameter.requires_grad_(parameter.dim() == 1)
-            if parameter.device.type == "cpu" or parameter.dim() == 1:
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        self.vectors = [parameter for parameter in self.dense if parameter.dim() == 1]
-        # Fresh storage, so that training leaves what ``before`` holds alone.
+        self.vectors = list(vectors)
+        other = {id(parameter) for place in self.places.values() for parameter in place.parameters()}
+        other |= {id(vector) for vector in self.vectors}
+        fixed = [p for p in module.parameters() if id(p) not in other and p.is_floating_point()]
+        self.fixed = [(parameter, parameter.dtype, parameter.requires_grad) for parameter in fixed]
+        self.before = [(vector.data, vector.requires_grad) for vector in self.vectors]
+        self.stored = [stored(vector) for vector in self.vectors]
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(_computing(parameter))
         for vector in self.vectors:
-            vector.data = vector.data.clone()
+            vector.requires_grad_(True)
+            vector.data = vector.data.to(_computing(vector), copy=True)
+        self.masters = [
+            nn.Parameter(vector.detach().to(torch.promote_types(vector.dtype, torch.float32), copy=True))
+            for vector in self.vectors
+        ]
         self.layers = {name: _Trained(sources[name], place) for name, place in self.places.items()}
         for name, layer in self.layers.items():
             replace_module(module, name, layer)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [layer.change for layer in self.layers.values()] + self.vectors
+        """What Adam changes."""
+        return [layer.change for layer in self.layers.values()] + self.masters
 
     def optimizer(self, rate: float) -> torch.optim.Optimizer:
         """Adam that changes every parameter by at most about ``rate`` of its size in one step."""
         groups: list[dict[str, Any]] = [{"params": [layer.change for layer in self.layers.values()], "size": 1.0}]
-        groups += [{"params": [vector], "size": float(vector.detach().abs().mean()) or 1.0} for vector in self.vectors]
+        groups += [{"params": [master], "size": float(master.detach().abs().mean()) or 1.0} for master in self.masters]
         return torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
 
     def run(
@@ -152,7 +161,7 @@ class Training:
         Args:
             batches: what to call ``backward`` with.
             rate: largest relative change of a parameter in one step; falls to zero along a cosine.
-            backward: accumulates the gradient of a batch's loss, and returns that.
+            backward: accumulates the gradient of a batch's loss, and returns the loss.
             optimizer, losses: of a run that goes on after so many steps.
             after_step: called with the number of steps and the losses so far.
         """
@@ -163,18 +172,28 @@ class Training:
                 group["lr"] = rate * group["size"] * warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
             losses.append(backward(batches[step]))
+            for master, vector in zip(self.masters, self.vectors, strict=True):
+                master.grad = None if vector.grad is None else vector.grad.to(master.dtype)
+                vector.grad = None
             optimizer.step()
             for layer in self.layers.values():
                 layer.change.data.clamp_(min=_LEAST_FACTOR - 1)
+            self.publish()
             after_step(step + 1, losses)
         return losses
+
+    def publish(self) -> None:
+        """Let the module compute with the masters."""
+        for master, vector in zip(self.masters, self.vectors, strict=True):
+            vector.data.copy_(master.data)
 
     def round(self) -> None:
         """Everything to what will be stored."""
         for layer in self.layers.values():
             layer.round()
-        for parameter, dtype in zip(self.dense, self.stored, strict=True):
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+        for master, dtype in zip(self.masters, self.stored, strict=True):
+            master.data = master.data.to(dtype).to(master.dtype)
+        self.publish()
 
     def results(self) -> dict[str, QuantizedWeight]:
         """The weight of each layer, as it will be stored."""
@@ -184,21 +203,31 @@ class Training:
         """Put the layers back as they were, and, unless ``keep`` is set, the vectors too."""
         for name, place in self.places.items():
             replace_module(self.module, name, place)
-        for parameter, (dtype, required, vector) in zip(self.dense, self.before, strict=True):
-            parameter.data = parameter.data.to(dtype) if vector is None or self.keep else vector
+        for parameter, dtype, required in self.fixed:
+            parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(required)
-            parameter.grad = None
+        for vector, (data, required) in zip(self.vectors, self.before, strict=True):
+            vector.data = vector.data.to(data.dtype) if self.keep else data
+            vector.requires_grad_(required)
+            vector.grad = None
+
+
+def _computing(parameter: Tensor) -> torch.dtype:
+    """CPUs emulate the products of 16-bit types."""
+    on_cpu = parameter.device.type == "cpu"
+    return torch.promote_types(parameter.dtype, torch.float32) if on_cpu else parameter.dtype
 
 
 @contextmanager
 def trainable(
     module: nn.Module,
     sources: Mapping[str, QuantizedWeight],
+    vectors: Iterable[nn.Parameter],
     stored: Callable[[Tensor], torch.dtype] = lambda parameter: parameter.dtype,
 ) -> Iterator[Training]:
     """A :class:`Training` and its end."""
     with evaluating(module):
-        state = Training(module, sources, stored)
+        state = Training(module, sources, vectors, stored)
         try:
             yield state
         finally:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import ConfigError, QuantizeConfig, QuantizeReport, blockwise, quantize, quantize_model
+from gptq_backend import ConfigError, QuantizeConfig, QuantizeReport, blockwise, quantize, quantize_model, training
 from gptq_backend.blockwise import Example, train_block
 from gptq_backend.linear import QuantLinear
 from gptq_backend.progress import Progress
-from tests.toy import SparseMlp, Toy, samples, toy
+from tests.toy import Mlp, SparseMlp, Toy, samples, toy
 
 
 def run(model: Toy | None = None, progress: Progress | None = None, **settings: Any) -> tuple[Toy, QuantizeReport]:
@@ -104,7 +104,8 @@ def test_targets_that_are_not_finite_change_nothing() -> None:
     before = copy.deepcopy(block.blocks[0].state_dict())
     inputs = torch.randn(1, 4, 32), torch.ones(4, 4, dtype=torch.bool)
     examples = [Example(partial(block.blocks[0], *inputs), torch.full((1, 4, 32), torch.nan), None)] * 2
-    report, found = train_block(block.blocks[0], "blocks.0", weights, examples, 1, lambda parameter: parameter.dtype)
+    vectors = block.blocks[0].norm1.parameters()
+    report, found = train_block(block.blocks[0], "blocks.0", weights, vectors, examples, 1, lambda each: each.dtype)
     assert not report.kept
     assert not found
     assert all(torch.equal(tensor, before[key]) for key, tensor in block.blocks[0].state_dict().items())
@@ -152,7 +153,7 @@ def test_an_interrupted_run_goes_on_with_the_next_block(
     assert all(torch.equal(tensor, state[key]) for key, tensor in whole.state_dict().items())
 
 
-@pytest.mark.parametrize("other", ["embedding", "block", "data", "settings"])
+@pytest.mark.parametrize("other", ["embedding", "block", "data", "settings", "dtype", "constants"])
 def test_blocks_of_another_run_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str) -> None:
     run(progress=Progress(tmp_path))
     model, data, bits = toy(dtype=torch.float32), samples(16), 2
@@ -162,8 +163,13 @@ def test_blocks_of_another_run_are_not_taken(tmp_path: Path, caplog: pytest.LogC
         model.blocks[0].mlp.down.weight.data[0, 0] += 0.01
     elif other == "data":
         data = samples(16, seed=3)
-    else:
+    elif other == "settings":
         bits = 3
+    elif other == "dtype":
+        model = model.bfloat16().float()
+        run(copy.deepcopy(model).bfloat16(), Progress(tmp_path))
+    else:
+        model.config = PretrainedLike({"eps": 1e-2})  # type: ignore[assignment]
     config = QuantizeConfig(bits=bits, group_size=16, block_epochs=4, quality="fast")
     expected = copy.deepcopy(model)
     quantize_model(model, config, data, batch_size=2, progress=Progress(tmp_path))
@@ -171,6 +177,113 @@ def test_blocks_of_another_run_are_not_taken(tmp_path: Path, caplog: pytest.LogC
     assert "starting over" in caplog.text
     state = model.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in expected.state_dict().items())
+
+
+class PretrainedLike(dict):  # type: ignore[type-arg]
+    def to_dict(self) -> dict[str, float]:
+        return dict(self)
+
+
+class Scaling(Toy):
+    """A model whose code works in place between blocks."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x, mask = self.embed(input_ids), torch.ones(24, 24, dtype=torch.bool).tril()
+        for block in self.blocks:
+            x = block(x, mask).mul_(0.5)
+        return self.lm_head(self.norm(x))
+
+
+class Looped(Toy):
+    """A model that goes through its blocks twice."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x, mask = self.embed(input_ids), torch.ones(24, 24, dtype=torch.bool).tril()
+        for block in (*self.blocks, *self.blocks):
+            x = block(x, mask)
+        return self.lm_head(self.norm(x))
+
+
+def test_what_the_model_does_in_place_between_blocks_leaves_the_targets_alone() -> None:
+    torch.manual_seed(0)
+    model = Scaling()
+    original = copy.deepcopy(model)
+    _, report = run(model)
+    assert all(each.before < 0.2 for each in report.blocks)
+    ids = torch.stack(samples(16)[-2:])
+    found, target = block_outputs(model, ids)[0], block_outputs(original, ids)[0]
+    assert float((found - target).square().sum() / target.square().sum()) == pytest.approx(
+        report.blocks[0].after, rel=0.05
+    )
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_a_block_that_is_passed_twice_is_trained_once(lm_head: bool) -> None:
+    torch.manual_seed(0)
+    _, report = run(Looped(), lm_head=lm_head)
+    assert [each.name for each in report.blocks] == ["blocks.0", "blocks.1"]
+    assert len(report.layers) == 14 + lm_head
+
+
+def test_what_blocks_share_is_not_trained() -> None:
+    model = toy(dtype=torch.float32)
+    model.blocks[1].norm1 = model.blocks[0].norm1
+    before = copy.deepcopy(model.blocks[0].norm1.state_dict())
+    _, report = run(model)
+    assert all(torch.equal(model.blocks[0].norm1.state_dict()[key], before[key]) for key in before)
+    ids = torch.stack(samples(16)[-2:])
+    original = toy(dtype=torch.float32)
+    original.blocks[1].norm1 = original.blocks[0].norm1
+    for found, target, entry in zip(
+        block_outputs(model, ids), block_outputs(original, ids), report.blocks, strict=True
+    ):
+        assert float((found - target).square().sum() / target.square().sum()) == pytest.approx(entry.after, rel=1e-3)
+
+
+def test_a_batch_that_reaches_nothing_trainable_is_no_error() -> None:
+    block = nn.Sequential(nn.Linear(8, 8))
+    model, _ = run(block_epochs=0)
+    weights = {"attn.q": model.blocks[0].attn.q.quantized_weight()}
+    examples = [Example(lambda: torch.zeros(1, 4, 8), torch.ones(1, 4, 8), None)] * 2
+    container = nn.Module()
+    container.attn = nn.Module()
+    container.attn.q = block[0]
+    report, _ = train_block(container, "a", weights, [], examples, 1, lambda each: each.dtype)
+    assert not report.kept
+
+
+def test_biases_of_linear_layers_stay_and_get_no_gradients() -> None:
+    model = toy(dtype=torch.float32)
+    model.blocks[0].attn.extra = nn.Linear(32, 32)  # never called, so it stays
+    before = copy.deepcopy(model.blocks[0].attn.extra.state_dict())
+    run(model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.blocks[0].attn.extra.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mlp", [Mlp, SparseMlp])
+def test_sixteen_bit_models_are_trained_in_their_own_types_where_they_compute_in_them(
+    monkeypatch: pytest.MonkeyPatch, mlp: Any
+) -> None:
+    """As on a GPU: float32 norms would hand float32 to routers and other layers of 16 bits, which refuse it."""
+    monkeypatch.setattr(training, "_computing", lambda parameter: parameter.dtype)
+    monkeypatch.setattr(quantize.Placement, "bring", lambda self, tensors: None)
+    model, teacher = (toy(dtype=torch.bfloat16, mlp=mlp) for _ in range(2))
+    config = QuantizeConfig(bits=2, group_size=16, quality="best", block_epochs=6)
+    report = quantize_model(model, config, samples(16), batch_size=2, teacher=lambda: teacher)
+    assert sum(each.kept for each in report.blocks) >= (2 if mlp is Mlp else 1)  # 16 bits route tokens otherwise
+    assert report.distillation is not None
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.bfloat16, torch.float16}
+
+
+def test_inference_mode_of_the_caller_does_not_matter() -> None:
+    model, teacher = toy(dtype=torch.float32), toy(dtype=torch.float32)
+    expected = run(toy(dtype=torch.float32), block_epochs=1)[1]
+    config = QuantizeConfig(bits=2, group_size=16, quality="fast", block_epochs=1, distill_epochs=1)
+    with torch.inference_mode():
+        report = quantize_model(model, config, samples(16), batch_size=2, teacher=lambda: teacher)
+    assert report.blocks == expected.blocks
+    assert report.distillation is not None
 
 
 def test_a_model_that_cannot_be_trained_is_refused_before_the_work() -> None:

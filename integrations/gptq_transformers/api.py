@@ -60,7 +60,7 @@ def quantize(
             16-bit weights are read one block at a time, and written, if there is an ``output``, a file at a time.
         config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
         calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
-            ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot distil); ``"auto"`` chooses
+            ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot train); ``"auto"`` chooses
             windows of packaged text, the model's own and ``text``, see :func:`auto_calibration.choose`.
         text: what the model will read, if there is some; only for ``calibration="auto"``.
         tokenizer: for texts; default: the one in the model's folder.
@@ -96,6 +96,7 @@ def quantize(
         # Made before the work, so that an output that cannot be written is found out at once.
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
         progress = Progress(None if output is None or not config.tier.trains else _progress_folder(output))
+        stack.enter_context(_telling_of(progress))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptq-offload-"))
         if isinstance(calibration, os.PathLike) or _names_a_file(calibration):
             raise CalibrationError(f"calibration is the path {calibration}; pass its text, e.g. with read_text()")
@@ -188,6 +189,20 @@ def _generation_settings_as_they_are(model: PreTrainedModel, folder: Path) -> It
         (folder / "generation_config.json").write_text(settings.to_json_string(), encoding="utf-8")
     else:
         yield
+
+
+@contextmanager
+def _telling_of(progress: Progress) -> Iterator[None]:
+    """Say what an interruption leaves."""
+    try:
+        yield
+    except BaseException:
+        if progress.kept():
+            logger.warning(
+                "%s keeps what was done: the same run, begun again, goes on from there; otherwise remove it",
+                progress.folder,
+            )
+        raise
 
 
 def _progress_folder(output: str | Path) -> Path:

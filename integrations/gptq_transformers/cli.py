@@ -93,9 +93,13 @@ def quantize(
         int | None,
         typer.Option(min=0, help="Refinements of scales and codes after the loop. Default: by quality."),
     ] = None,
+    block_epochs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Passes of training each block's scales and norms. Default: by quality."),
+    ] = None,
     distill_epochs: Annotated[
         int | None,
-        typer.Option(min=0, help="Passes of training scales and norms against MODEL. Default: by quality."),
+        typer.Option(min=0, help="Passes of training those of the whole model at the end. Default: by quality."),
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
     keep_edge_blocks: Annotated[int, typer.Option(help="Leave so many first and last blocks in 16 bits.")] = 0,
@@ -137,10 +141,10 @@ def quantize(
         )
     if text is not None and calibration != "auto":
         raise typer.BadParameter("--text goes with --calibration auto; for that text alone, pass --calibration FILE")
-    if rtn and (quality is Quality.best or distill_epochs):
+    if rtn and (quality is Quality.best or block_epochs or distill_epochs):
         raise typer.BadParameter(
-            "--quality best and --distill-epochs train on calibration text, and --rtn has none; pass --calibration "
-            "FILE instead of --rtn, or leave them out"
+            "--quality best, --block-epochs and --distill-epochs train on calibration text, and --rtn has none; pass "
+            "--calibration FILE instead of --rtn, or leave them out"
         )
     config = QuantizeConfig(
         bits=bits,
@@ -157,6 +161,7 @@ def quantize(
         signed_scales=signed_scales,
         search_finalists=search_finalists,
         refine_sweeps=refine_sweeps,
+        block_epochs=block_epochs,
         distill_epochs=distill_epochs,
         lm_head=lm_head,
         keep_edge_blocks=keep_edge_blocks,
