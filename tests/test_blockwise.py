@@ -179,6 +179,35 @@ def test_blocks_of_another_run_are_not_taken(tmp_path: Path, caplog: pytest.LogC
     assert all(torch.equal(tensor, state[key]) for key, tensor in expected.state_dict().items())
 
 
+def test_the_distillation_of_another_original_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Blocks do not tell originals apart that differ in the head only."""
+
+    def make(factor: float) -> Toy:
+        model = toy(dtype=torch.float32)
+        model.lm_head.weight.data.mul_(factor)
+        return model
+
+    def quantized(factor: float, **options: Any) -> Toy:
+        model = make(factor)
+        config = QuantizeConfig(bits=2, group_size=16, quality="fast", distill_epochs=3)
+        quantize_model(model, config, samples(16), batch_size=2, teacher=lambda: make(factor), **options)
+        return model
+
+    def interrupt(done: int, total: int, loss: float) -> None:
+        if done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(1.0, progress=Progress(tmp_path), on_step=interrupt)
+    seen: list[int] = []
+    found = quantized(1.5, progress=Progress(tmp_path), on_step=lambda *step: seen.append(step[0])).state_dict()
+    assert seen[0] == 1
+    assert all(torch.equal(tensor, found[key]) for key, tensor in quantized(1.5).state_dict().items())
+    seen.clear()
+    quantized(1.0, progress=Progress(tmp_path), on_step=lambda *step: seen.append(step[0]))
+    assert seen[0] == 17
+
+
 class PretrainedLike(dict):  # type: ignore[type-arg]
     def to_dict(self) -> dict[str, float]:
         return dict(self)

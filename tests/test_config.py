@@ -207,3 +207,9 @@ def test_quality_and_what_was_set_by_hand_survive_a_file() -> None:
     config = QuantizeConfig(quality="best", refine_sweeps=1)
     read = QuantizeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert (read.quality, read.refine_sweeps, read.tier) == ("best", 1, config.tier)
+
+
+def test_a_rule_that_sets_what_is_for_the_whole_run_is_named() -> None:
+    config = QuantizeConfig(dynamic={r".*\.a": {"block_epochs": 0, "bits": 8}, r".*\.b": {"quality": "fast"}})
+    found = config.vain_rules(["x.a", "x.b"])
+    assert found == [r"the rule '.*\\.a' sets what is the same for all layers: block_epochs"]

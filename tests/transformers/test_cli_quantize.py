@@ -324,7 +324,32 @@ def test_the_reports_tell_how_the_training_went(original: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "no progress is left"
 
 
-@pytest.mark.parametrize("options", [["--quality", "best"], ["--distill-epochs", "1"]])
+def test_an_interrupted_training_says_that_it_can_go_on_and_does(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--quality", "best", "--distill-epochs", "1", "--batch-size", "1", "--kld-windows", "0"]
+    command = ["quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal.LayerProgress, "on_step", interrupt)
+        result = run(*command)
+    assert result.exit_code == 130
+    said = "".join(result.stderr.split())
+    assert f"{tmp_path}/out.progresskeepswhatwasdone" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out.progress"]
+    resumed = run(*command)
+    assert resumed.exit_code == 0, resumed.output
+    assert "going on with what an earlier run kept" in " ".join(resumed.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run(*command[:2], tmp_path / "whole", *command[3:]).exit_code == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("options", [["--quality", "best"], ["--block-epochs", "1"], ["--distill-epochs", "1"]])
 def test_rounding_to_nearest_refuses_to_be_distilled(original: Path, tmp_path: Path, options: list[str]) -> None:
     result = run("quantize", original, tmp_path / "out", "--rtn", *options)
     assert result.exit_code == 2
