@@ -6,7 +6,8 @@ from .config import QuantizeConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, GPTQError
 from .kernels import KERNELS, Kernel, kernel_report, select_kernel
 from .linear import QuantLinear
-from .quantize import LayerReport, QuantizeReport, quantize_model
+from .quantize import quantize_model
+from .reports import LayerReport, QuantizeReport
 from .weight import LinearSpec, QuantizedWeight
 
 __all__ = [

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from . import lockstep, packing
 from .blockwise import BlockReport, Example, output_tensor, train_block
 from .calibration import Batch, check_fits, make_batches, model_inputs
 from .config import QuantizeConfig
-from .distill import DistillReport, distill
+from .distill import distill
 from .errors import ConfigError
 from .factors import Factors, LayerInput, Shared
 from .gptq import quantize_weight
@@ -36,6 +36,7 @@ from .phases import timed
 from .placement import Placement, tensors_of
 from .progress import Progress, digest
 from .refine import Step
+from .reports import LayerReport, QuantizeReport
 from .sensitivity import Sensitivity
 from .stacking import Stacks
 from .structure import (
@@ -53,46 +54,6 @@ from .training import judges
 from .weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How one layer went. Losses and steps as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn" or as in
-    :class:`Factor`; ``tokens`` counts rows, whatever their weights. With ``token_weights`` the losses of layers before
-    attention are weighted, and not comparable with those of a run without. A training of the block comes after it.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    loss: float
-    relative_loss: float
-    method: str
-    damp_percent: float
-    tokens: int
-    dropped_tokens: int
-    seconds: float
-    steps: tuple[Step, ...] = ()
-
-
-@dataclass
-class QuantizeReport:
-    """How a run went.
-
-    Args:
-        config: describes the result: blocks kept in 16 bits by ``keep_edge_blocks``, and layers that were never called,
-            are named in ``dynamic``, which every reader of GPTQ checkpoints understands.
-        layers: one entry per quantized layer, in the order they were done.
-        blocks: one entry per block that was trained.
-        seconds: wall time of the whole run; what an interrupted one did again is counted once.
-        distillation: of the whole model, if there was one.
-    """
-
-    config: QuantizeConfig
-    layers: list[LayerReport] = field(default_factory=list)
-    blocks: list[BlockReport] = field(default_factory=list)
-    seconds: float = 0.0
-    distillation: DistillReport | None = None
 
 
 _MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("attention_mask")  # of the running task
@@ -189,11 +150,6 @@ class _Run:
         self.model, self.config, self.batches, self.backend = model, config, batches, backend
         self.on_layer, self.on_block, self.on_done = on_layer, on_block, on_done
         self.structure = find_structure(model, config, block_name)
-        config.require_run()
-        for target in self.structure.targets:
-            target.config.require_run()
-            _check_format(target, config)
-            _check_planar(target)
         for sentence in config.vain_rules(linear_shapes(model)):
             logger.warning("dynamic: %s", sentence)
         self.report = QuantizeReport(self.structure.describe(config))
@@ -551,25 +507,6 @@ class _Restore:
 
     def remove(self) -> None:
         del self.module.forward
-
-
-def _check_format(target: Target, config: QuantizeConfig) -> None:
-    """Raises ConfigError for a rule that would give a layer a format of its own: readers know one of a checkpoint."""
-    for key in ("checkpoint_format", "pack_dtype"):
-        own, common = getattr(target.config, key), getattr(config, key)
-        if own != common:
-            raise ConfigError(f"dynamic gives {target.name} {key}={own!r}, but a checkpoint has one: {common!r}")
-
-
-def _check_planar(target: Target) -> None:
-    """Raises ConfigError where the planar format cannot hold a layer, before a long run finds out."""
-    rows, columns = dense_weight(target.module).shape
-    config = target.config
-    if config.checkpoint_format == "gptq_p" and config.bits == 3 and (rows % 32 or columns % 32):
-        raise ConfigError(
-            f"{target.name} is [{rows}, {columns}], but checkpoint_format='gptq_p' packs 3-bit codes in runs of 32; "
-            "use 'gptq_v2', or skip the layer with a dynamic rule"
-        )
 
 
 def _check_trainable(model: nn.Module, config: QuantizeConfig, batches: list[Batch] | None) -> None:

@@ -132,8 +132,10 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
     Mamba's ``dt_proj``.
 
     Raises:
-        ConfigError: no repeated blocks, no layer left to quantize, or one that shares its weight with another.
+        ConfigError: no repeated blocks, no layer left to quantize, one that shares its weight with another, or settings
+            that no run knows or that do not fit a layer.
     """
+    config.require_run()
     blocks = find_blocks(model, block_name)
     last = len(blocks) - config.keep_edge_blocks
     found = []
@@ -148,6 +150,10 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
             "modules_in_block_to_quantize and keep_edge_blocks"
         )
     _check_shared(structure)
+    for target in structure.targets:
+        target.config.require_run()
+        _check_format(target, config)
+        _check_planar(target)
     return structure
 
 
@@ -207,6 +213,25 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
         if layer_config is not None:
             found.append(Target(f"{block_name}.{name}", module, layer_config))
     return tuple(found)
+
+
+def _check_format(target: Target, config: QuantizeConfig) -> None:
+    """Raises ConfigError for a rule that would give a layer a format of its own: readers know one of a checkpoint."""
+    for key in ("checkpoint_format", "pack_dtype"):
+        own, common = getattr(target.config, key), getattr(config, key)
+        if own != common:
+            raise ConfigError(f"dynamic gives {target.name} {key}={own!r}, but a checkpoint has one: {common!r}")
+
+
+def _check_planar(target: Target) -> None:
+    """Raises ConfigError where the planar format cannot hold a layer, before a long run finds out."""
+    rows, columns = dense_weight(target.module).shape
+    config = target.config
+    if config.checkpoint_format == "gptq_p" and config.bits == 3 and (rows % 32 or columns % 32):
+        raise ConfigError(
+            f"{target.name} is [{rows}, {columns}], but checkpoint_format='gptq_p' packs 3-bit codes in runs of 32; "
+            "use 'gptq_v2', or skip the layer with a dynamic rule"
+        )
 
 
 def _check_wanted(blocks: list[nn.Module], config: QuantizeConfig) -> None:

@@ -57,3 +57,15 @@ def test_a_model_goes_to_the_gpu_block_by_block_and_comes_back(kwargs, parked, m
     assert ours == pytest.approx(theirs, rel=0.05)
     with torch.no_grad():
         model(torch.stack(data))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_training_brings_every_block_nearer_in_the_models_own_type(dtype: torch.dtype) -> None:
+    """Norms, routers and the head stay in 16 bits, which do not take float32."""
+    model, teacher = (toy(dtype=dtype, blocks=3, mlp=SparseMlp) for _ in range(2))
+    config = QuantizeConfig(bits=2, group_size=16, quality="best")
+    data = samples(32)
+    report = quantize_model(model, config, data, batch_size=4, device="cuda", teacher=lambda: teacher)
+    assert sum(each.kept for each in report.blocks) >= 2
+    assert report.distillation is not None
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
