@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -59,10 +60,8 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
     old = beside.with_suffix(".replaced")
     try:
         yield beside
-        beside.chmod(0o755)  # mkdtemp makes it private, and some versions of safetensors their files
-        for file in beside.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
+        for made_private in (beside, *beside.rglob("*")):  # by mkdtemp, and files by some versions of safetensors
+            follow_umask(made_private)
         if path.exists():
             path.rename(old)
         beside.rename(path)
@@ -80,6 +79,13 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
         for parent in made:  # from the inside out, those that are still empty
             with suppress(OSError):
                 parent.rmdir()
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file or folder the permissions that a plain ``open`` or ``mkdir`` would."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_checkpoint(

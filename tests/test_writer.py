@@ -47,12 +47,18 @@ def test_overwriting_leaves_nothing_of_the_old_folder(tmp_path):
     assert leftovers(tmp_path) == ["out"]
 
 
-def test_other_users_can_read_what_was_written(tmp_path):
-    with atomic_folder(tmp_path / "out") as folder:
-        save_file({"x": torch.ones(1)}, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o600)
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+@pytest.mark.parametrize(("mask", "folder_mode", "file_mode"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_others_can_read_what_was_written_as_the_umask_lets_them(tmp_path, mask, folder_mode, file_mode):
+    before = os.umask(mask)
+    try:
+        with atomic_folder(tmp_path / "out") as folder:
+            save_file({"x": torch.ones(1)}, folder / "model.safetensors")
+            (folder / "model.safetensors").chmod(0o600)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folder_mode
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == file_mode
 
 
 def test_an_existing_model_is_not_overwritten_by_accident(tmp_path):
@@ -114,9 +120,3 @@ def test_shared_tensors_are_written_once(tmp_path):
     weight = torch.randn(8, 8)
     write_checkpoint({"embed": weight, "head": weight}, tmp_path / "out", QuantizeConfig())
     assert set(read_manifest(checkpoint_files(tmp_path / "out"))) == {"embed"}
-
-
-def test_the_folder_is_as_readable_as_any_other(tmp_path):
-    with atomic_folder(tmp_path / "out"):
-        pass
-    assert os.stat(tmp_path / "out").st_mode & 0o777 == 0o755

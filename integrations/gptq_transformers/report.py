@@ -20,6 +20,7 @@ import transformers
 
 from gptq_backend import QuantizeReport
 from gptq_backend import __version__ as version
+from gptq_backend.writer import follow_umask
 
 JSON_NAME, HTML_NAME = "quantize_report.json", "quantize_report.html"
 
@@ -119,7 +120,7 @@ def write_atomically(path: Path, content: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(content)
-        os.chmod(partial, 0o644)  # mkstemp makes it private
+        follow_umask(Path(partial))  # mkstemp makes it private
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
