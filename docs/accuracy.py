@@ -36,9 +36,10 @@ def main() -> None:
     samples = torch.tensor(windows[arguments.set * 64 : (arguments.set + 1) * 64])
     asked = json.loads(arguments.config)
     config = QuantizeConfig.from_dict(asked)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "quantized"
         start = time.process_time()
-        _, report = quantize(arguments.model, config, samples, output=folder, overwrite=True)
+        _, report = quantize(arguments.model, config, samples, output=folder)
         cpu_seconds = time.process_time() - start
         judged = cut_windows(arguments.test.read_text(), tokenizer, 1024, arguments.windows)
         found = evaluate(load_model(folder), judged, load_model(arguments.model))
@@ -52,6 +53,7 @@ def main() -> None:
         "seconds": report.seconds,
         "cpu_seconds": cpu_seconds,
         "error_after_refinement": math.exp(sum(gains) / len(gains)) if gains else None,
+        "blocks": [dataclasses.asdict(block) for block in report.blocks],
         "distillation": report.distillation and dataclasses.asdict(report.distillation),
         "evaluation": dataclasses.asdict(found),
     }
