@@ -19,6 +19,7 @@ from .training import judges, schedule, trainable
 from .weight import QuantizedWeight
 
 _RATE = 2e-3  # largest relative change of a scale in one step
+_FACTOR = 64  # of the loss, by channel: to Adam all are the same, but small gradients vanish in float16
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def train_block(
     held_out = [examples[i] for i in judges(len(examples))]
     energy = max(sum(example.energy() for example in held_out) / len(held_out), 1e-30)
 
+    factor = _FACTOR * examples[0].target.shape[-1]
+
     def mean_error() -> float:
         with torch.no_grad():
             return sum(float(example.error()) for example in held_out) / (len(held_out) * energy)
@@ -103,7 +106,7 @@ def train_block(
     def backward(index: int) -> float:
         loss = examples[index].error() / energy
         if loss.requires_grad:  # else no token of the batch reaches what is trained
-            loss.backward()
+            (loss * factor).backward()
         return loss.item()
 
     with trainable(block, weights, vectors, stored) as state:

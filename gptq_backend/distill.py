@@ -189,18 +189,21 @@ def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _backward(model: nn.Module, teacher: nn.Module, batch: Batch) -> float:
-    """Accumulate the gradient of the mean divergence over a batch; returns that mean."""
+    """Accumulate the gradient of the summed divergence over a batch; returns the mean.
+
+    To Adam both gradients are the same, but those of a mean are small enough to vanish in float16.
+    """
     with torch.no_grad():
         target = _logits(teacher, batch)
     logits = _logits(model, batch)
     target, leaf = target.to(logits.device), logits.detach().requires_grad_()
     total = 0.0
     for rows in range(0, len(leaf), _ROWS):  # the distributions are larger than everything else
-        part = _divergence(leaf[rows : rows + _ROWS], target[rows : rows + _ROWS]) / len(leaf)
+        part = _divergence(leaf[rows : rows + _ROWS], target[rows : rows + _ROWS])
         part.backward()
         total += part.item()
     logits.backward(leaf.grad)
-    return total
+    return total / len(leaf)
 
 
 @torch.no_grad()

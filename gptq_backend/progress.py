@@ -27,7 +27,8 @@ _FACTS = "gptq_backend.progress"  # in the metadata
 
 class Progress:
     """Entries of tensors and facts, each in a file that appears whole; the digest of all that it depends on is a part
-    of the file's name, so that runs with other settings, models or data neither take nor lose each other's.
+    of the file's name, so that runs with other settings, models or data do not take each other's, nor lose them until
+    one of them has ended.
 
     Args:
         folder: where; made with the first entry. None: nothing is kept.
@@ -38,7 +39,7 @@ class Progress:
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
-        self._warned = False
+        self._warned, self._writable = False, True
         if self.folder is None or not self.folder.exists():
             return
         try:
@@ -55,7 +56,7 @@ class Progress:
 
     def save(self, name: str, digest: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
         """Keep an entry; ``facts`` are JSON values. Where that fails, a warning says so, and no more are kept."""
-        if self.folder is None:
+        if self.folder is None or not self._writable:
             return
         path = self._path(name, digest)
         partial = path.with_name(path.name + ".partial")
@@ -71,7 +72,7 @@ class Progress:
             logger.warning("the progress can no longer be kept in %s: %s", self.folder, error.strerror)
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-            self.folder = None
+            self._writable = False
 
     def load(self, name: str, digest: str) -> tuple[dict[str, Tensor], Any] | None:
         """The entry, if there is one with this digest."""
@@ -99,11 +100,12 @@ class Progress:
 
     def remove(self) -> None:
         """The run is over: remove the entries, and the folder if nothing else came into it."""
-        if self.folder is None or not self.folder.exists():
+        if self.folder is None or not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
             if _is_ours(path):
-                path.unlink()
+                with suppress(OSError):  # the result is complete
+                    path.unlink()
         with suppress(OSError):
             self.folder.rmdir()
 
@@ -121,7 +123,7 @@ def digest(before: str, facts: Any, tensors: Iterable[Tensor]) -> str:
     """Of this library's version, JSON values and tensors, and of the digest ``before`` them."""
     from . import __version__
 
-    found = hashlib.sha256(json.dumps([__version__, before, facts], sort_keys=True, default=str).encode())
+    found = hashlib.sha256(json.dumps([__version__, before, facts], default=str).encode())
     for tensor in tensors:
         found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -163,7 +163,7 @@ class _Run:
         self.replaying = False  # for hooks that are to do nothing meanwhile
         self.progress, self.identity = progress, ""
         self.start = 0.0
-        self.restored = False  # the current block was done by an earlier run
+        self.finished = False  # the current block was done by an earlier run, or before in the same forward pass
         self.placement = Placement(device)
         self.factors = Factors(self.placement)
         self.sensitivity = Sensitivity()
@@ -263,7 +263,7 @@ class _Run:
             if _ORIGINAL.get():
                 return self.run_original(block, run)
             lockstep.wait((block, "start"))
-            if block.targets and not self.restored:
+            if block.targets and not self.finished:
                 self.quantize_block(block, run)
             return run()
 
@@ -321,7 +321,7 @@ class _Run:
             self.leave()
             self.enter(block)
         if place == "start":
-            self.restored = self.restore(block)
+            self.finished = any(target.module in self.done for target in block.targets) or self.restore(block)
         elif place == "end":
             for target, shared in self.pending:
                 self.quantize(target, shared)
@@ -421,7 +421,7 @@ class _Run:
                 if self.batches is not None:
                     logger.warning("%s: no calibration token reached it; rounded to nearest", target.name)
                 self.quantize(target, None)
-        if self.progress.folder is not None and not self.restored and self.current.targets:
+        if self.progress.folder is not None and not self.finished and self.current.targets:
             self.save(self.current)
         for target in self.current.targets:
             if target.module in self.done:

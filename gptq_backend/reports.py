@@ -39,7 +39,8 @@ class QuantizeReport:
             are named in ``dynamic``, which every reader of GPTQ checkpoints understands.
         layers: one entry per quantized layer, in the order they were done.
         blocks: one entry per block that was trained.
-        seconds: wall time of the whole run; what an interrupted one did again is counted once.
+        seconds: wall time of the whole run; of one that was interrupted, with what it had finished but
+            without the earlier steps of its distillation.
         distillation: of the whole model, if there was one.
     """
 

@@ -247,11 +247,40 @@ def test_what_the_model_does_in_place_between_blocks_leaves_the_targets_alone() 
 
 
 @pytest.mark.parametrize("lm_head", [False, True])
-def test_a_block_that_is_passed_twice_is_trained_once(lm_head: bool) -> None:
-    torch.manual_seed(0)
-    _, report = run(Looped(), lm_head=lm_head)
-    assert [each.name for each in report.blocks] == ["blocks.0", "blocks.1"]
-    assert len(report.layers) == 14 + lm_head
+def test_a_block_that_is_passed_twice_is_trained_once(lm_head: bool, tmp_path: Path) -> None:
+    states = []
+    for _ in range(2):  # the second goes on where the first was
+        torch.manual_seed(0)
+        model, report = run(Looped(), Progress(tmp_path), lm_head=lm_head)
+        assert [each.name for each in report.blocks] == ["blocks.0", "blocks.1"]
+        assert len(report.layers) == 14 + lm_head
+        states.append(model.state_dict())
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+def test_rules_in_another_order_are_other_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rules = {r".*\.q$": {"bits": 4}, r".*attn.*": {"bits": 8}}
+    run(progress=Progress(tmp_path), dynamic=rules)
+    model, _ = run(progress=Progress(tmp_path), dynamic=dict(reversed(rules.items())))
+    assert "starting over" in caplog.text
+    assert model.blocks[0].attn.q.spec.bits == 8
+
+
+def test_gradients_of_large_outputs_do_not_vanish_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_computing", lambda parameter: parameter.dtype)
+    model, _ = run(block_epochs=0)
+    block, original = model.blocks[0].half(), toy(dtype=torch.float32).blocks[0].half()
+    weights = {f"mlp.{name}": getattr(block.mlp, name).quantized_weight() for name in ("gate", "up", "down")}
+    for name in ("gate", "up", "down"):
+        setattr(block.mlp, name, getattr(original.mlp, name))
+    inputs = [torch.randn(4, 512, 32).half() for _ in range(8)]
+    for x in inputs:
+        x[:, 0] = 600  # a token of massive activations
+    mask = torch.ones(512, 512, dtype=torch.bool).tril()
+    examples = [Example(partial(block, x, mask), original(x, mask).detach(), None) for x in inputs]
+    assert examples[0].energy() > 1e7
+    report, _ = train_block(block, "a", weights, [], examples, 4, lambda each: each.dtype)
+    assert report.after < 0.99 * report.before
 
 
 def test_what_blocks_share_is_not_trained() -> None:
