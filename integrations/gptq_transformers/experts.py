@@ -251,7 +251,7 @@ def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) 
     return [
         conversion
         for conversion in weight_conversions
-        if not (hasattr(conversion, "operations") and any(_produces(conversion, parameter) for parameter in gone))
+        if not (hasattr(conversion, "operations") and any(produces(conversion, parameter) for parameter in gone))
     ]
 
 
@@ -333,13 +333,13 @@ def _projection_names(module: str, layout: _Layout, conversions: Sequence[Any]) 
     for parameter in (layout.first, "down_proj"):
         for conversion in conversions:
             sources = [re.search(r"\*\.(\w+)\.weight$", pattern) for pattern in conversion.source_patterns]
-            if all(sources) and _produces(conversion, f"{module}.{parameter}"):
+            if all(sources) and produces(conversion, f"{module}.{parameter}"):
                 names += [match[1] for match in sources if match]
                 break
     return tuple(names) if len(names) == len(layout.default_names) else layout.default_names
 
 
-def _produces(conversion: Any, parameter: str) -> bool:
+def produces(conversion: Any, parameter: str) -> bool:
     """Whether one of the conversion's targets is the model parameter of that full name."""
     targets = (pattern.replace("\\", "").strip("^$") for pattern in conversion.target_patterns)
     return any(parameter.endswith(target) for target in targets)

@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +14,9 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
-from gptq_backend.reader import (
-    TGI_TENSORS,
-    Manifest,
-    quantized_modules,
-    read_manifest,
-    read_tensor,
-    resolve_specs,
-)
+from gptq_backend.files import TGI_TENSORS
+from gptq_backend.manifest import Manifest, read_tensor
+from gptq_backend.reader import quantized_modules, resolve_specs
 from gptq_backend.structure import linear_shapes, replace_module
 from gptq_backend.weight import LinearSpec, decode, resolve
 
@@ -51,18 +45,24 @@ class Plan:
 
 def prepare_model(
     model: nn.Module,
-    files: Iterable[str | Path],
+    stored: Manifest,
     config: QuantizeConfig,
     backend: str | None = None,
     key_mapping: dict[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> Plan:
-    """Swap the modules that ``files`` hold quantized for empty :class:`QuantLinear` on meta.
+    """Swap the modules that are quantized in a checkpoint for empty :class:`QuantLinear` on meta.
+
+    Args:
+        model: a ``PreTrainedModel`` without weights.
+        stored: the checkpoint's tensors, by their names in the files.
+        config: its settings.
+        backend: row of the kernel table, or None.
+        key_mapping, ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not fit together or to the model.
     """
-    stored = read_manifest(list(files))
     names = model_names(model, stored, key_mapping)
     manifest = {names[key]: info for key, info in stored.items()}
     quantized = quantized_modules(manifest)
@@ -141,6 +141,23 @@ def untie_quantized(model: nn.Module) -> None:
             tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
             if tied is not None:
                 model.all_tied_weights_keys = {k: v for k, v in tied.items() if not k.startswith(f"{name}.")}
+
+
+def absent(model: nn.Module, manifest: Manifest) -> list[str]:
+    """Parameters of a model prepared by :func:`prepare_model` that the files do not have, under any name.
+
+    What transformers ties, makes of other tensors or drops is not among them.
+    """
+    converters = experts.remaining_converters(model)
+    tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
+    if tied is None:
+        tied = getattr(model, "_tied_weights_keys", None) or ()
+        tied = tied if model.config.get_text_config(decoder=True).tie_word_embeddings else ()
+    return [
+        key
+        for key, _ in model.named_parameters()
+        if key not in manifest and key not in tied and not any(experts.produces(each, key) for each in converters)
+    ]
 
 
 def not_loaded(model: nn.Module) -> list[str]:
@@ -261,6 +278,13 @@ def _check_dense_shapes(model: nn.Module, manifest: Manifest, parameters: Mappin
             f"{key}: the checkpoint has shape {list(stored.shape)}, the model {list(parameter.shape)}; config.json and "
             f"the weights belong to different models: fetch both again{_experts_hint(model)}"
         )
+    for key, parameter in parameters.items():
+        dtype = manifest[key].dtype if key in manifest else None
+        if dtype is not None and parameter.is_floating_point() and not dtype.is_floating_point:
+            raise CheckpointError(
+                f"{key} is stored as {dtype}, expected a floating-point type like torch.float16; the file is damaged "
+                "or was changed: fetch it again"
+            )
 
 
 def _load_dense(model: nn.Module, plan: Plan) -> None:
