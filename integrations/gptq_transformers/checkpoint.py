@@ -23,7 +23,7 @@ from gptq_backend.structure import linear_shapes
 from gptq_backend.weight import resolve
 
 from .loading import absent, check_loaded, prepare_model, quant_linears
-from .names import model_names
+from .names import checkpoint_names
 from .skeleton import UnknownModel, build_skeleton
 
 
@@ -123,7 +123,7 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
     if model is None:
         checkpoint.unknown = checkpoint.unknown or "there is no config.json"
         return None
-    names = model_names(model, manifest)
+    names, _ = checkpoint_names(model, manifest)
     own = {name: names.get(f"{name}.qweight", "").removesuffix(".qweight") for name in modules}
     unbiased = {name for name, module in model.named_modules() if getattr(module, "bias", 0) is None}
     checkpoint.unbiased = {name for name, key in own.items() if key in unbiased}

@@ -21,7 +21,7 @@ from gptq_backend.structure import linear_shapes, replace_module
 from gptq_backend.weight import LinearSpec, decode, resolve
 
 from . import experts
-from .names import model_names
+from .names import checkpoint_names, layer_names
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,14 @@ class Plan:
 
     Args:
         manifest: the checkpoint's tensors by the model's names.
+        renamings: regular expressions on names, and what to put instead, beside transformers' own.
         renamed: those whose name in the file differs.
         dtypes: of the model's own parameters, as they should be after loading.
         dense: layers that are quantized in the file but are no linear layers in the model (routers), by name.
     """
 
     manifest: Manifest
+    renamings: dict[str, str] = field(default_factory=dict)
     renamed: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     dense: dict[str, LinearSpec] = field(default_factory=dict)
@@ -63,7 +65,7 @@ def prepare_model(
     Raises:
         CheckpointError: the checkpoint's tensors do not fit together or to the model.
     """
-    names = model_names(model, stored, key_mapping)
+    names, renamings = checkpoint_names(model, stored, key_mapping)
     manifest = {names[key]: info for key, info in stored.items()}
     quantized = quantized_modules(manifest)
     if not quantized:
@@ -71,11 +73,11 @@ def prepare_model(
             "config.json says that the model is quantized with GPTQ, but no tensor is called *.qweight; remove "
             "quantization_config from it, or fetch the quantized weights"
         )
-    experts.replace_fused_experts(model, set(quantized))
+    experts.replace_fused_experts(model, layer_names(manifest), quantized)
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     specs = resolve_specs(manifest, config, shapes, biased)
-    plan = Plan(manifest, renamed={name for key, name in names.items() if key != name})
+    plan = Plan(manifest, renamings, renamed={name for key, name in names.items() if key != name})
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
@@ -99,12 +101,39 @@ def prepare_model(
     return plan
 
 
+def follow_renamings(model: nn.Module, plan: Plan) -> list[Any]:
+    """Let transformers load under the names that :func:`prepare_model` found; after it come those of transformers.
+
+    Returns:
+        For transformers 5: what to add to its conversions, which ``save_pretrained`` undoes. Version 4 asks ``model``
+        for its names, until :func:`finish_model`.
+    """
+    prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
+    both = dict(plan.renamings)  # a file of the base model lacks its prefix, and gets it after all renaming
+    for pattern, replacement in plan.renamings.items():
+        both.setdefault(pattern.removeprefix(prefix), replacement.removeprefix(prefix.replace("\\", "")))
+    try:
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4
+        if both:
+            original = model._get_key_renaming_mapping
+
+            def renaming_mapping(keys: list[str], key_mapping: Any = None, *args: Any, **kwargs: Any) -> Any:
+                own = {f"^{pattern}": replacement for pattern, replacement in both.items()}
+                return original(keys, {**(key_mapping or {}), **own}, *args, **kwargs)  # type: ignore[operator]
+
+            model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
+        return []
+    return [WeightRenaming(f"^{pattern}", replacement) for pattern, replacement in both.items()]
+
+
 def finish_model(model: nn.Module, plan: Plan) -> None:
     """Restore what the loader cast, check that it found everything, and prepare the layers for their device.
 
     Raises:
         CheckpointError: values are damaged, or a weight was not in the checkpoint.
     """
+    vars(model).pop("_get_key_renaming_mapping", None)
     _load_dense(model, plan)
     check_loaded(model, not_loaded(model))
     for name, layer in quant_linears(model):

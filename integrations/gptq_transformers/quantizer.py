@@ -60,6 +60,7 @@ class GPTQBackendQuantizer(HfQuantizer):
         super().__init__(GPTQConfig.adopt(quantization_config), **kwargs)
         self._plan: loading.Plan | None = None
         self._loading: Any = None
+        self._renamings: list[Any] = []  # of experts, for transformers 5
 
     # -- before loading --------------------------------------------------------------------------------------------
 
@@ -110,6 +111,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                     caller.get("key_mapping"),
                     bool(caller.get("ignore_mismatched_sizes")),
                 )
+            self._renamings = loading.follow_renamings(model, self._plan)
         loading.allow_casting(model)
         self._loading = model
         return model
@@ -119,7 +121,7 @@ class GPTQBackendQuantizer(HfQuantizer):
         model = model if model is not None else self._loading
         if not self.pre_quantized or model is None:
             return weight_conversions
-        return experts.drop_fused_conversions(weight_conversions, model)
+        return [*experts.drop_fused_conversions(weight_conversions, model), *self._renamings]
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """For transformers 4: the names that it did not find and is about to fill with random values."""
@@ -141,7 +143,7 @@ class GPTQBackendQuantizer(HfQuantizer):
             self.quantization_config.forget_run()
             self.pre_quantized = True
         # This object stays with the model, also in copies and pickles: nothing of the loading belongs there.
-        self._plan = self._loading = None
+        self._plan, self._loading, self._renamings = None, None, []
         model.config.quantization_config = self.quantization_config
         return model
 
