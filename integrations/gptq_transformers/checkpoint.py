@@ -134,6 +134,7 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
         check_loaded(model, absent(model, plan.manifest))
     except CheckpointError as error:
         checkpoint.damaged["checkpoint"] = str(error)
+        specs = specs or {name: layer.stored_spec for name, layer in quant_linears(model)}
         if not specs:
             specs = _one_by_one(checkpoint, model, modules, names)
     by_model = {names[key]: info for key, info in manifest.items()}

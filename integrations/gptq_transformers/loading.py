@@ -34,6 +34,7 @@ class Plan:
         manifest: the checkpoint's tensors by the model's names.
         renamings: regular expressions on names, and what to put instead, beside transformers' own.
         renamed: those whose name in the file differs.
+        resized: dense ones of another size than the model's, which the user allows and transformers makes anew.
         dtypes: of the model's own parameters, as they should be after loading.
         dense: layers that are quantized in the file but are no linear layers in the model (routers), by name.
     """
@@ -41,6 +42,7 @@ class Plan:
     manifest: Manifest
     renamings: dict[str, str] = field(default_factory=dict)
     renamed: set[str] = field(default_factory=set)
+    resized: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     dense: dict[str, LinearSpec] = field(default_factory=dict)
 
@@ -96,7 +98,9 @@ def prepare_model(
     inside = tuple(f"{name}." for name in specs)
     dense = {key: p for key, p in model.named_parameters() if not (inside and key.startswith(inside))}
     plan.dtypes = {key: parameter.dtype for key, parameter in dense.items()}
-    if not ignore_mismatched_sizes:
+    if ignore_mismatched_sizes:
+        plan.resized = {key for key, p in dense.items() if key in manifest and manifest[key].shape != tuple(p.shape)}
+    else:
         _check_dense_shapes(model, manifest, dense)
     return plan
 
@@ -135,7 +139,7 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
     """
     vars(model).pop("_get_key_renaming_mapping", None)
     _load_dense(model, plan)
-    check_loaded(model, not_loaded(model))
+    check_loaded(model, [key for key in not_loaded(model) if key not in plan.resized])
     for name, layer in quant_linears(model):
         vars(layer).pop("weight", None)
         _restore_dtypes(name, layer, plan.manifest)

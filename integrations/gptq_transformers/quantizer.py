@@ -32,7 +32,6 @@ _LOCALS = (
     "device_mesh",
     "distributed_config",
     "ignore_mismatched_sizes",
-    "download_kwargs",
     "gguf_file",
     "key_mapping",
     "pretrained_model_name_or_path",
@@ -226,7 +225,7 @@ def _local_folder(caller: dict[str, Any]) -> Path | None:
         return None
     if caller.get("use_safetensors") is not None:
         return None
-    subfolder = caller.get("subfolder") or (caller.get("download_kwargs") or {}).get("subfolder") or ""
+    subfolder = caller.get("subfolder") or ""
     folder = Path(str(caller.get("pretrained_model_name_or_path")), subfolder)
     return folder if folder.is_dir() and (folder / "config.json").is_file() else None
 
