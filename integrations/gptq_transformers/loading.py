@@ -21,7 +21,7 @@ from gptq_backend.structure import linear_shapes, replace_module
 from gptq_backend.weight import LinearSpec, decode, resolve
 
 from . import experts
-from .names import checkpoint_names, layer_names
+from .names import CheckpointNames, layer_names
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def prepare_model(
     model: nn.Module,
     stored: Manifest,
     config: QuantizeConfig,
+    names: CheckpointNames,
     backend: str | None = None,
-    key_mapping: dict[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> Plan:
     """Swap the modules that are quantized in a checkpoint for empty :class:`QuantLinear` on meta.
@@ -61,14 +61,14 @@ def prepare_model(
         model: a ``PreTrainedModel`` without weights.
         stored: the checkpoint's tensors, by their names in the files.
         config: its settings.
+        names: what the model calls them.
         backend: row of the kernel table, or None.
-        key_mapping, ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
+        ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not fit together or to the model.
     """
-    names, renamings = checkpoint_names(model, stored, key_mapping)
-    manifest = {names[key]: info for key, info in stored.items()}
+    manifest = {names.of[key]: info for key, info in stored.items()}
     quantized = quantized_modules(manifest)
     if not quantized:
         raise CheckpointError(
@@ -79,7 +79,7 @@ def prepare_model(
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     specs = resolve_specs(manifest, config, shapes, biased)
-    plan = Plan(manifest, renamings, renamed={name for key, name in names.items() if key != name})
+    plan = Plan(manifest, names.renamings, renamed={name for key, name in names.of.items() if key != name})
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
@@ -95,8 +95,7 @@ def prepare_model(
     known = [] if known is None else known
     model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])  # a list in version 4, a set in 5
     untie_quantized(model)
-    inside = tuple(f"{name}." for name in specs)
-    dense = {key: p for key, p in model.named_parameters() if not (inside and key.startswith(inside))}
+    dense = {key: p for key, p in model.named_parameters() if key.rpartition(".")[0] not in specs}
     plan.dtypes = {key: parameter.dtype for key, parameter in dense.items()}
     if ignore_mismatched_sizes:
         plan.resized = {key for key, p in dense.items() if key in manifest and manifest[key].shape != tuple(p.shape)}
