@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CalibrationError
+from .structure import input_embeddings
 
 Batch = dict[str, Tensor]
 # Enough rows to keep a matrix multiplication busy, few enough that no activation gets large.
@@ -171,8 +172,7 @@ def _fields(fields: Mapping[str, Any]) -> list[str]:
 
 def check_fits(model: nn.Module, batches: list[Batch]) -> None:
     """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
-    getter = getattr(model, "get_input_embeddings", None)
-    vocabulary = getattr(getter() if getter else None, "num_embeddings", None)
+    vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for batch in batches:
         ids = batch["input_ids"]

@@ -16,6 +16,7 @@ from .errors import ConfigError
 
 # Layers that models do not call: Mamba's code hands the weight of this one to a kernel.
 _READ_BY_WEIGHT = {"dt_proj"}
+_LEAST_SHARE = 1 / 32  # of the heaviest list's weights, for another to be the language model's
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +109,16 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn.Module]:
     """The repeated blocks of ``model`` in order, by full name.
 
-    They are the children of the outermost ``nn.ModuleList`` that holds most linear weights, or of the module called
-    ``block_name``.
+    They are the children of the module called ``block_name``, or of an outermost ``nn.ModuleList`` with linear layers:
+    the one nearest to the embedding of tokens, so that of a model that sees and reads, the tower that reads is taken.
+    Of equally near ones, and of a model that does not tell its embedding, it is the one with most weights. Lists that
+    are small beside another, like the heads of a byte model, do not count.
 
     Raises:
         ConfigError: no repeated blocks.
     """
     if block_name is None:
-        block_name = _heaviest_list(model)
+        block_name = _list_of_blocks(model)
     try:
         children = model.get_submodule(block_name)._modules
     except AttributeError:
@@ -175,19 +178,43 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _heaviest_list(model: nn.Module) -> str:
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The embedding of tokens, of a model that tells which one that is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        found = getter() if getter else None
+    except (NotImplementedError, AttributeError):  # of transformers, for a model without
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _list_of_blocks(model: nn.Module) -> str:
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
-    sizes = {name: _linear_elements(module) for name, module in lists.items()}
-    best = max(sizes, key=lambda name: sizes[name], default=None)
-    if best is None or not sizes[best]:
+    sizes = {name: size for name, module in lists.items() if (size := _linear_elements(module))}
+    if not sizes:
         raise ConfigError(
             f"{type(model).__name__} has no list of repeated blocks with linear layers; name the list with "
             "block_name_to_quantize"
         )
-    return best
+    most = max(sizes.values())
+    sizes = {name: size for name, size in sizes.items() if size >= _LEAST_SHARE * most}
+    embedding = input_embeddings(model)
+    start = next((name for name, module in model.named_modules() if module is embedding), None)
+    if start is None:
+        return max(sizes, key=lambda name: sizes[name])
+    return min(sizes, key=lambda name: (*_distance(start, name), -sizes[name]))
+
+
+def _distance(start: str, name: str) -> tuple[int, int]:
+    """From one module to another in the tree of names: steps up to their common parent, then steps down."""
+    first, second = start.split("."), name.split(".")
+    common = 0
+    while common < min(len(first), len(second)) and first[common] == second[common]:
+        common += 1
+    return len(first) - common, len(second) - common
 
 
 def _linear_elements(module: nn.Module) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.calibration import draw, tokenize
@@ -25,9 +25,11 @@ from gptq_backend.reader import checkpoint_files, embedded_settings, read_manife
 from gptq_backend.writer import atomic_folder
 
 from .auto_calibration import AUTO, Choice, choose
+from .completeness import keep_all_tensors
 from .config import GPTQConfig, StockGPTQConfig
 from .errors import first_line
 from .experts import unfuse_experts
+from .model_class import class_to_load, from_pretrained
 from .quantizer import attach
 from .streaming import BlockWriter, load_streamed, load_whole, take_offloading
 
@@ -52,12 +54,15 @@ def quantize(
     on_step: Callable[[int, int, float], None] | None = None,
     on_choice: Callable[[Choice], None] | None = None,
     device: str | torch.device | None = None,
+    block_name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
-    """Quantize a causal language model.
+    """Quantize a model that reads token ids: a language model, a classifier, an embedding model.
 
     Args:
-        model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the blocks'
-            16-bit weights are read one block at a time, and written, if there is an ``output``, a file at a time.
+        model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the class in
+            ``architectures`` is loaded (a causal language model if there is none), the blocks' 16-bit weights are read
+            one block at a time, and written, if there is an ``output``, a file at a time.
         config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
         calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
             ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot train); ``"auto"`` chooses
@@ -78,6 +83,9 @@ def quantize(
         on_step: called in a distillation with the steps done, the steps in all, and the divergence on the batch.
         on_choice: called with what "auto" chose, before the work.
         device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
+        block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``; None chooses, see
+            :func:`gptq_backend.structure.find_blocks`.
+        trust_remote_code: let code that comes with the model run.
 
     Returns:
         The quantized model and the report.
@@ -86,6 +94,7 @@ def quantize(
         ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written. GPTQError: the
             model cannot be loaded.
     """
+    block_name = block_name or _block_name(config)
     config = _as_config(config)
     if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
         raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
@@ -103,7 +112,7 @@ def quantize(
         if calibration is not None and not isinstance(calibration, str):
             calibration = [calibration] if isinstance(calibration, Mapping) else list(calibration)
         if tokenizer is None and (output is not None or _is_text(calibration)):
-            tokenizer = _load_tokenizer(path, required=_is_text(calibration))
+            tokenizer = _load_tokenizer(path, _is_text(calibration), trust_remote_code)
         if calibration == AUTO:
             own = text if text is None or isinstance(text, str) else list(text)
             choice = choose(
@@ -114,6 +123,8 @@ def quantize(
                 seqlen=512 if seqlen is None else seqlen,
                 seed=seed,
                 device=device,
+                block_name=block_name,
+                trust_remote_code=trust_remote_code,
             )
             logger.info("calibration='auto' uses %s", choice.summary())
             if on_choice is not None:
@@ -125,27 +136,32 @@ def quantize(
             if seqlen is not None:
                 raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
             calibration = draw(calibration, samples, seed)
-        model = load_streamed(path, scratch, config) if isinstance(model_or_path, str | Path) else model_or_path
+        from_folder = isinstance(model_or_path, str | Path)
+        if from_folder:
+            model = load_streamed(path, scratch, config, block_name, trust_remote_code)
+        else:
+            model = model_or_path
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
         unfuse_experts(model)
         original = None
-        if calibration is not None and config.tier.distill_epochs and not isinstance(model_or_path, str | Path):
+        if calibration is not None and config.tier.distill_epochs and not from_folder:
             original = copy.deepcopy(model)
         writer = None
-        if folder is not None and isinstance(model_or_path, str | Path) and not config.tier.distill_epochs:
-            writer = BlockWriter.of(model, folder)
+        if folder is not None and from_folder and not config.tier.distill_epochs:
+            writer = BlockWriter.of(model, folder, block_name)
         report = quantize_model(
             model,
             config,
             calibration,
             batch_size=batch_size,
+            block_name=block_name,
             backend=backend,
             on_layer=on_layer,
             on_step=on_step,
-            on_block=take_offloading(model),
+            on_block=take_offloading(model, block_name),
             on_done=None if writer is None else writer.add,
-            teacher=lambda: original or load_whole(path),
+            teacher=lambda: original or load_whole(path, trust_remote_code=trust_remote_code),
             progress=progress,
             device=device,
         )
@@ -156,6 +172,8 @@ def quantize(
                     model.save_pretrained(folder)
                 else:
                     writer.save()
+            if from_folder:
+                keep_all_tensors(path, model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     progress.remove()
@@ -223,6 +241,13 @@ def _as_config(config: Any) -> QuantizeConfig:
     return read
 
 
+def _block_name(config: Any) -> str | None:
+    """``block_name_to_quantize`` of a dictionary or a ``GPTQConfig``."""
+    if isinstance(config, Mapping):
+        return config.get("block_name_to_quantize")
+    return getattr(config, "block_name_to_quantize", None)
+
+
 def _is_text(calibration: Any) -> bool:
     return isinstance(calibration, str) or (bool(calibration) and isinstance(calibration[0], str))
 
@@ -231,14 +256,15 @@ def _names_a_file(text: Any) -> bool:
     return isinstance(text, str) and text != AUTO and len(text) < 1024 and "\0" not in text and Path(text).is_file()
 
 
-def _load_tokenizer(path: str | Path, required: bool) -> Any:
+def _load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool) -> Any:
+    """None if it cannot be made, unless it is ``required``."""
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of transformers' tokenizers, which raise most kinds where their files are missing
         if required:
             raise CalibrationError(
                 f"no tokenizer could be loaded from {path} ({first_line(error)}); pass tokenizer= or token ids"
-            ) from None
+            ) from error
         return None
 
 
@@ -246,22 +272,23 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
 
     That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
-    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals
-    ``AutoModelForCausalLM.from_pretrained``.
+    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals ``from_pretrained``
+    of the class that the checkpoint names in ``architectures``: of ``AutoModelForCausalLM`` for a language model.
 
     Args:
         path: a folder, or a name on the hub (which must then be in transformers' own layout).
-        **kwargs: for ``from_pretrained``.
+        **kwargs: for ``from_pretrained``; ``trust_remote_code=True`` lets code that comes with the model run.
 
     Raises:
-        ConfigError: no quantization settings anywhere. CheckpointError: no usable weights.
+        ConfigError: no quantization settings anywhere, or a class that is not to be had. CheckpointError: no usable
+            weights.
     """
     source = Path(path)
     if not source.is_dir() or _is_standard(source):
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        return from_pretrained(class_to_load(path, kwargs), path, **kwargs)
     with tempfile.TemporaryDirectory(prefix="gptq-view-") as view:
         _link_as_standard(source, Path(view))
-        model = AutoModelForCausalLM.from_pretrained(view, **kwargs)
+        model = from_pretrained(class_to_load(view, kwargs), view, **kwargs)
     model.name_or_path = model.config._name_or_path = str(path)
     return model
 
