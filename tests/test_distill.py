@@ -163,5 +163,5 @@ def test_an_error_leaves_the_model_as_it_was(pair: tuple[Toy, Toy]) -> None:
 
 
 def test_one_batch_is_too_little(pair: tuple[Toy, Toy]) -> None:
-    with pytest.raises(CalibrationError, match="holds one out"):
+    with pytest.raises(CalibrationError, match="at least two calibration batches"):
         distill(copy.deepcopy(pair[0]), pair[1], samples(2), batch_size=2)

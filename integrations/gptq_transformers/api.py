@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
-from gptq_backend.calibration import draw, tokenize
+from gptq_backend.calibration import draw, require_sequences, tokenize
 from gptq_backend.errors import CalibrationError, CheckpointError, ConfigError
 from gptq_backend.progress import Progress
 from gptq_backend.quantize import OnLayer
@@ -27,6 +27,7 @@ from gptq_backend.writer import atomic_folder
 from .auto_calibration import AUTO, Choice, choose
 from .completeness import keep_all_tensors
 from .config import GPTQConfig, StockGPTQConfig
+from .dispatch import keeping_hooks
 from .errors import first_line
 from .experts import unfuse_experts
 from .model_class import class_to_load, from_pretrained
@@ -110,7 +111,7 @@ def quantize(
         if isinstance(calibration, os.PathLike) or _names_a_file(calibration):
             raise CalibrationError(f"calibration is the path {calibration}; pass its text, e.g. with read_text()")
         if calibration is not None and not isinstance(calibration, str):
-            calibration = [calibration] if isinstance(calibration, Mapping) else list(calibration)
+            calibration = _as_list(calibration)
         if tokenizer is None and (output is not None or _is_text(calibration)):
             tokenizer = _load_tokenizer(path, _is_text(calibration), trust_remote_code)
         if calibration == AUTO:
@@ -143,28 +144,33 @@ def quantize(
             model = model_or_path
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
-        unfuse_experts(model)
+        if device is not None:
+            _check_in_one_place(model, device)
+        with keeping_hooks(model):
+            unfuse_experts(model)
         original = None
         if calibration is not None and config.tier.distill_epochs and not from_folder:
             original = copy.deepcopy(model)
         writer = None
         if folder is not None and from_folder and not config.tier.distill_epochs:
             writer = BlockWriter.of(model, folder, block_name)
-        report = quantize_model(
-            model,
-            config,
-            calibration,
-            batch_size=batch_size,
-            block_name=block_name,
-            backend=backend,
-            on_layer=on_layer,
-            on_step=on_step,
-            on_block=take_offloading(model, block_name),
-            on_done=None if writer is None else writer.add,
-            teacher=lambda: original or load_whole(path, trust_remote_code=trust_remote_code),
-            progress=progress,
-            device=device,
-        )
+        bring = take_offloading(model, block_name)
+        with keeping_hooks(model):
+            report = quantize_model(
+                model,
+                config,
+                calibration,
+                batch_size=batch_size,
+                block_name=block_name,
+                backend=backend,
+                on_layer=on_layer,
+                on_step=on_step,
+                on_block=bring,
+                on_done=None if writer is None else writer.add,
+                teacher=lambda: original or load_whole(path, trust_remote_code=trust_remote_code),
+                progress=progress,
+                device=device,
+            )
         attach(model, report.config)
         if folder is not None:
             with _generation_settings_as_they_are(model, folder):
@@ -223,6 +229,16 @@ def _telling_of(progress: Progress) -> Iterator[None]:
         raise
 
 
+def _check_in_one_place(model: PreTrainedModel, device: str | torch.device) -> None:
+    """Raises ConfigError for a model spread over several accelerators, between which its own hooks move data."""
+    places = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+    if len(places) > 1:
+        raise ConfigError(
+            f"device={str(device)!r} is one place to compute, but the model's device_map spreads it over several; "
+            "leave device out, or load the model without device_map"
+        )
+
+
 def _progress_folder(output: str | Path) -> Path:
     """``OUT.progress`` beside the folder OUT, which does not exist yet."""
     folder = Path(output).resolve()
@@ -250,6 +266,23 @@ def _block_name(config: Any) -> str | None:
 
 def _is_text(calibration: Any) -> bool:
     return isinstance(calibration, str) or (bool(calibration) and isinstance(calibration[0], str))
+
+
+def _as_list(calibration: Any) -> list[Any]:
+    """Texts or token id samples, before anything large is read.
+
+    Raises:
+        CalibrationError: it is neither.
+    """
+    try:
+        samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
+    except TypeError:
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}; expected text, a list of texts, or a list of token id "
+            "sequences"
+        ) from None
+    require_sequences(samples)
+    return samples
 
 
 def _names_a_file(text: Any) -> bool:

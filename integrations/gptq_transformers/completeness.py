@@ -57,9 +57,7 @@ def keep_all_tensors(original: str | Path, model: nn.Module, folder: Path) -> No
     shards.finish()
 
 
-def missing_tensors(
-    model: nn.Module, original: Iterable[str], written: Iterable[str]
-) -> tuple[list[str], list[str]]:
+def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable[str]) -> tuple[list[str], list[str]]:
     """Names in the ``original``'s files that are not in the ``written`` ones: those that ``model`` has, and others.
 
     A quantized weight counts as written, and so does a weight of several names under one of them; tables that the

@@ -110,9 +110,10 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
 
 
 def take_offloading(model: PreTrainedModel, block_name: str | None = None) -> Callable[[nn.Module], None]:
-    """Free ``model`` of accelerate's hooks -> a function that brings a block's offloaded weights for good.
+    """Free ``model`` of accelerate's offloading -> a function that brings a block's offloaded weights for good.
 
-    What is offloaded beside the blocks is brought at once. Both raise GPTQError where weights are missing or have
+    What is offloaded beside the blocks is brought at once. The hooks of a model that is only spread over devices stay:
+    they carry what its blocks hand on. Both raise GPTQError where weights are missing or have
     another shape: nobody has looked at them before.
     """
     hooks = {}
@@ -121,10 +122,11 @@ def take_offloading(model: PreTrainedModel, block_name: str | None = None) -> Ca
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "offload", False):
                 hooks[module] = item
-    with loading(model.name_or_path):
-        remove_hook_from_submodules(model)
-    if hasattr(model, "hf_device_map"):
-        del model.hf_device_map
+    if hooks:
+        with loading(model.name_or_path):
+            remove_hook_from_submodules(model)
+        if hasattr(model, "hf_device_map"):
+            del model.hf_device_map
 
     def bring(modules: Iterable[nn.Module]) -> None:
         with loading(model.name_or_path):
