@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import QuantizeConfig
@@ -87,7 +89,41 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module computes ``x @ W + b`` from an unquantized 2-D weight."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight directly
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return _computes_product(module)
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+_tried: dict[tuple[type[nn.Module], torch.Size], bool] = {}
+
+
+def _computes_product(module: nn.Linear) -> bool:
+    """Whether a subclass with a ``forward`` of its own still computes ``x @ W + b``: routers that choose experts,
+    layers that work on groups of channels or on a normalized weight do not. It is tried on random numbers.
+    """
+    shape = dense_weight(module).shape
+    known = _tried.get((type(module), shape))
+    if known is not None:
+        return known
+    generator = torch.Generator().manual_seed(0)
+    trial = copy.copy(module)
+    parameters = {
+        key: None if each is None else nn.Parameter(torch.randn(each.shape, generator=generator), requires_grad=False)
+        for key, each in module._parameters.items()
+    }
+    trial.__dict__["_parameters"] = parameters
+    x = torch.randn(2, 3, shape[1], generator=generator)
+    expected = nn.functional.linear(x, parameters["weight"], parameters.get("bias"))
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found = type(module).forward(trial, x)
+        same = (
+            isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, 1e-3, 1e-3)
+        )
+    except Exception:  # whatever the code of a model raises for what it was not made for
+        same = False
+    _tried[type(module), shape] = same
+    return same
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -73,8 +73,10 @@ def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable
     aliases: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         aliases.setdefault(id(parameter), []).append(name)
-    state = set(model.state_dict())
-    computed = {name for name, _ in model.named_buffers()} - state
+    computed = {
+        f"{name}.{key}".removeprefix(".") for name, m in model.named_modules() for key in m._non_persistent_buffers_set
+    }
+    used = {*parameters, *dict(model.named_buffers(remove_duplicate=False))}
     split = {f"{name}.{key}" for name, m in model.named_modules() if isinstance(m, ExpertList) for key in m.fused_names}
     lost, unused = [], []
     for key in rest:
@@ -82,7 +84,7 @@ def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable
         known = [name, *aliases.get(id(parameters.get(name)), [])]
         if name in computed or name in split or any(each in held or _packed(each) in held for each in known):
             continue
-        (lost if name in state else unused).append(key)
+        (lost if name in used else unused).append(key)
     return lost, unused
 
 

@@ -29,19 +29,18 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any
     Args:
         path: folder, or name on the hub.
         trust_remote_code: let the model's own code run.
-        **kwargs: of ``from_pretrained``; those that say where to look are used.
+        **kwargs: for the hub, like ``revision`` and ``token``.
 
     Raises:
         ConfigError: it needs code of its own. GPTQError: it cannot be read.
     """
-    where = {key: kwargs[key] for key in _OF_THE_HUB if key in kwargs}
     with loading(path):
-        content, _ = PretrainedConfig.get_config_dict(path, **where)
+        content, _ = PretrainedConfig.get_config_dict(path, **kwargs)
         known = content.get("model_type") in CONFIG_MAPPING
     if content.get("auto_map") and not known and not trust_remote_code:
         raise _own_code(path, _named(content.get("architectures"), path) or "its model")
     with loading(path):
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **where)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def class_of(config: Any, path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -84,7 +83,7 @@ def class_to_load(path: str | Path, kwargs: dict[str, Any]) -> Any:
     trusted = bool(kwargs.get("trust_remote_code"))
     config = kwargs.get("config")
     if not isinstance(config, PretrainedConfig):
-        config = read_config(path, trusted, **{key: value for key, value in kwargs.items() if key != "config"})
+        config = read_config(path, trusted, **{key: kwargs[key] for key in _OF_THE_HUB if key in kwargs})
     wanted = _named(getattr(config, "architectures", None), path) or ""
     if causal_class(config) is not None and wanted.endswith(_LANGUAGE_MODELS):
         return AutoModelForCausalLM
