@@ -106,20 +106,21 @@ def _computes_product(module: nn.Linear) -> bool:
     if known is not None:
         return known
     generator = torch.Generator().manual_seed(0)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu")
+
+    weight, x = numbers(*shape), numbers(2, 3, shape[1])
+    bias = None if module.bias is None else numbers(shape[0])
+    expected = nn.functional.linear(x, weight, bias)
     trial = copy.copy(module)
-    parameters = {
-        key: None if each is None else nn.Parameter(torch.randn(each.shape, generator=generator), requires_grad=False)
-        for key, each in module._parameters.items()
-    }
-    trial.__dict__["_parameters"] = parameters
-    x = torch.randn(2, 3, shape[1], generator=generator)
-    expected = nn.functional.linear(x, parameters["weight"], parameters.get("bias"))
+    others = {key: each for key, each in module._parameters.items() if key not in ("weight", "bias")}
+    trial.__dict__["_parameters"] = {"weight": weight, "bias": bias, **others}
     try:
         with torch.no_grad(), torch.device("cpu"):
             found = type(module).forward(trial, x)
-        same = (
-            isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, 1e-3, 1e-3)
-        )
+        same = isinstance(found, Tensor) and found.shape == expected.shape
+        same = same and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
     except Exception:  # whatever the code of a model raises for what it was not made for
         same = False
     _tried[type(module), shape] = same
