@@ -48,6 +48,7 @@ from .structure import (
     is_conv1d,
     linear_shapes,
     replace_module,
+    special_linears,
     untie,
 )
 from .training import judges
@@ -152,6 +153,14 @@ class _Run:
         self.structure = find_structure(model, config, block_name)
         for sentence in config.vain_rules(linear_shapes(model)):
             logger.warning("dynamic: %s", sentence)
+        if special := special_linears(self.structure):
+            name, kind = next(iter(special.items()))
+            logger.warning(
+                "%s (%s) and %d layers like it stay in 16 bits: they do not compute a plain product",
+                name,
+                kind,
+                len(special) - 1,
+            )
         self.report = QuantizeReport(self.structure.describe(config))
         self.arrived: dict[Target, list[LayerInput]] = {}  # what the waiting tasks are about to feed each layer
         self.done: dict[nn.Module, QuantLinear] = {}
@@ -181,7 +190,8 @@ class _Run:
                 self.round_to_nearest()
             else:
                 self.calibrate(self.batches)
-        if not self.report.layers:
+        wanted = [target.module for block in self.structure.blocks for target in block.targets]
+        if wanted and not any(module in self.done for module in wanted):
             raise ConfigError(
                 f"no layer was quantized: no calibration token reached one in {self.structure.blocks[0].name} to "
                 f"{self.structure.blocks[-1].name}; name the blocks that read text with block_name (for GPTQConfig: "

@@ -197,6 +197,22 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
     return structure
 
 
+def special_linears(structure: Structure) -> dict[str, str]:
+    """Layers of the blocks, by name, that are linear by their class and not by what they compute, with that class.
+
+    Routers, which stay as they are in any case, are not among them.
+    """
+    found = {}
+    for block in structure.blocks:
+        for name, module in block.module.named_modules(prefix=block.name):
+            if isinstance(getattr(module, "experts", None), nn.Module):
+                continue
+            for key, child in module.named_children():
+                if isinstance(child, nn.Linear) and not is_linear(child):
+                    found[f"{name}.{key}"] = type(child).__name__
+    return found
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the submodule called ``name``."""
     parent, _, child = name.rpartition(".")

@@ -7,12 +7,20 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BatchEncoding, GPTQConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
+    BlenderbotSmallTokenizer,
+    CTRLTokenizer,
+    GPTQConfig,
+    LlamaConfig,
+)
 
 from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
-from gptq_transformers import from_quantized, quantize
+from gptq_transformers import api, from_quantized, quantize
 from gptq_transformers.api import _progress_folder
 
 CONFIG = QuantizeConfig(group_size=32)
@@ -228,6 +236,65 @@ def test_the_path_of_a_text_is_not_taken_for_text(source, tmp_path):
     for path in (tmp_path / "text.txt", str(tmp_path / "text.txt")):
         with pytest.raises(CalibrationError, match="is the path .*text.txt"):
             quantize(source, CONFIG, path)
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        torch.arange(32),
+        torch.arange(32).numpy(),
+        list(range(32)),
+        tuple(range(32)),
+        [np.int64(1), np.int64(2)],
+        BatchEncoding({"input_ids": list(range(32))})["input_ids"],
+        (number for number in range(32)),
+        b"bytes",
+    ],
+)
+def test_one_flat_sequence_of_ids_is_refused_before_the_model_is_read(flat, tmp_path):
+    with pytest.raises(CalibrationError, match=r"sample 0 is one number .*\[ids\]"):
+        quantize(tmp_path / "nowhere", CONFIG, flat)
+
+
+@pytest.mark.parametrize("value", [5, torch.tensor(5), object()])
+def test_what_is_no_sequence_at_all_is_refused(value, tmp_path):
+    with pytest.raises(CalibrationError, match=f"calibration is a {type(value).__name__}; expected text"):
+        quantize(tmp_path / "nowhere", CONFIG, value)
+
+
+@pytest.mark.parametrize("error", [TypeError("no vocabulary"), IndexError(), OSError("line one\nline two")])
+def test_a_tokenizer_that_cannot_be_made_is_one_sentence_or_no_matter(source, samples, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(api.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(CalibrationError, match=r"no tokenizer could be loaded from .* pass tokenizer= or") as raised:
+        quantize(source, CONFIG, "some text")
+    assert "\n" not in str(raised.value)
+    quantize(source, CONFIG, samples, output=tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", [BlenderbotSmallTokenizer, CTRLTokenizer])
+def test_a_tokenizer_whose_vocabulary_is_missing_is_no_matter_for_token_ids(source, samples, tmp_path, kind):
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind.__name__}))
+    with pytest.raises(CalibrationError, match="no tokenizer could be loaded from"):
+        quantize(source, CONFIG, "some text")
+    quantize(source, CONFIG, samples, output=tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("how", ["argument", "dictionary", "GPTQConfig"])
+def test_the_list_of_blocks_can_be_named(source, samples, how):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.other = torch.nn.ModuleList([torch.nn.Linear(64, 64)])
+    name, settings = "model.other", {"bits": 4, "group_size": 32}
+    config = {"dictionary": settings | {"block_name_to_quantize": name}, "argument": settings}.get(how)
+    config = config or GPTQConfig(**settings, block_name_to_quantize=name)
+    named = {"block_name": name} if how == "argument" else {}
+    # A list of layers instead of blocks has nothing inside them.
+    with pytest.raises(ConfigError, match=r"no layer .*model.other.0"):
+        quantize(model, config, samples, **named)
 
 
 def test_misspelled_settings_are_named(source, samples, caplog):
