@@ -6,7 +6,6 @@ import copy
 import inspect
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
-from gptq_backend.calibration import draw, require_sequences, tokenize
 from gptq_backend.errors import CalibrationError, CheckpointError, ConfigError
 from gptq_backend.progress import Progress
 from gptq_backend.quantize import OnLayer
@@ -25,10 +23,10 @@ from gptq_backend.reader import checkpoint_files, embedded_settings, read_manife
 from gptq_backend.writer import atomic_folder
 
 from .auto_calibration import AUTO, Choice, choose
+from .calibration_input import given, is_text, load_tokenizer, token_ids
 from .completeness import keep_all_tensors
 from .config import GPTQConfig, StockGPTQConfig
 from .dispatch import keeping_hooks
-from .errors import first_line
 from .experts import unfuse_experts
 from .model_class import class_to_load, from_pretrained
 from .quantizer import attach
@@ -108,12 +106,9 @@ def quantize(
         progress = Progress(None if output is None or not config.tier.trains else _progress_folder(output))
         stack.enter_context(_telling_of(progress))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptq-offload-"))
-        if isinstance(calibration, os.PathLike) or _names_a_file(calibration):
-            raise CalibrationError(f"calibration is the path {calibration}; pass its text, e.g. with read_text()")
-        if calibration is not None and not isinstance(calibration, str):
-            calibration = _as_list(calibration)
-        if tokenizer is None and (output is not None or _is_text(calibration)):
-            tokenizer = _load_tokenizer(path, _is_text(calibration), trust_remote_code)
+        calibration = given(calibration)
+        if tokenizer is None and (output is not None or is_text(calibration)):
+            tokenizer = load_tokenizer(path, is_text(calibration), trust_remote_code)
         if calibration == AUTO:
             own = text if text is None or isinstance(text, str) else list(text)
             choice = choose(
@@ -131,12 +126,8 @@ def quantize(
             if on_choice is not None:
                 on_choice(choice)
             calibration = choice.samples
-        elif _is_text(calibration):
-            calibration = tokenize(calibration, tokenizer, seqlen, samples, seed)  # type: ignore[arg-type]
-        elif calibration is not None:
-            if seqlen is not None:
-                raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
-            calibration = draw(calibration, samples, seed)
+        else:
+            calibration = token_ids(calibration, tokenizer, seqlen, samples, seed)
         from_folder = isinstance(model_or_path, str | Path)
         if from_folder:
             model = load_streamed(path, scratch, config, block_name, trust_remote_code)
@@ -173,17 +164,24 @@ def quantize(
             )
         attach(model, report.config)
         if folder is not None:
-            with _generation_settings_as_they_are(model, folder):
-                if writer is None:
-                    model.save_pretrained(folder)
-                else:
-                    writer.save()
-            if from_folder:
-                keep_all_tensors(path, model, folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            _write(model, folder, writer, path if from_folder else None, tokenizer)
     progress.remove()
     return model, report
+
+
+def _write(
+    model: PreTrainedModel, folder: Path, writer: BlockWriter | None, original: str | Path | None, tokenizer: Any
+) -> None:
+    """All files of the checkpoint; ``original`` is the folder that no tensor may be lost of."""
+    with _generation_settings_as_they_are(model, folder):
+        if writer is None:
+            model.save_pretrained(folder)
+        else:
+            writer.save()
+    if original is not None:
+        keep_all_tensors(original, model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _check_spared(original: str | Path, output: str | Path) -> None:
@@ -262,43 +260,6 @@ def _block_name(config: Any) -> str | None:
     if isinstance(config, Mapping):
         return config.get("block_name_to_quantize")
     return getattr(config, "block_name_to_quantize", None)
-
-
-def _is_text(calibration: Any) -> bool:
-    return isinstance(calibration, str) or (bool(calibration) and isinstance(calibration[0], str))
-
-
-def _as_list(calibration: Any) -> list[Any]:
-    """Texts or token id samples, before anything large is read.
-
-    Raises:
-        CalibrationError: it is neither.
-    """
-    try:
-        samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
-    except TypeError:
-        raise CalibrationError(
-            f"calibration is a {type(calibration).__name__}; expected text, a list of texts, or a list of token id "
-            "sequences"
-        ) from None
-    require_sequences(samples)
-    return samples
-
-
-def _names_a_file(text: Any) -> bool:
-    return isinstance(text, str) and text != AUTO and len(text) < 1024 and "\0" not in text and Path(text).is_file()
-
-
-def _load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool) -> Any:
-    """None if it cannot be made, unless it is ``required``."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of transformers' tokenizers, which raise most kinds where their files are missing
-        if required:
-            raise CalibrationError(
-                f"no tokenizer could be loaded from {path} ({first_line(error)}); pass tokenizer= or token ids"
-            ) from error
-        return None
 
 
 def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:

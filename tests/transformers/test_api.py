@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
-from gptq_transformers import api, from_quantized, quantize
+from gptq_transformers import calibration_input, from_quantized, quantize
 from gptq_transformers.api import _progress_folder
 
 CONFIG = QuantizeConfig(group_size=32)
@@ -267,7 +267,7 @@ def test_a_tokenizer_that_cannot_be_made_is_one_sentence_or_no_matter(source, sa
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(api.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(calibration_input.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(CalibrationError, match=r"no tokenizer could be loaded from .* pass tokenizer= or") as raised:
         quantize(source, CONFIG, "some text")
     assert "\n" not in str(raised.value)
