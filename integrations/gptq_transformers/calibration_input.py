@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from gptq_backend.calibration import draw, require_sequences, tokenize
 from gptq_backend.errors import CalibrationError
 
 from .auto_calibration import AUTO
 from .errors import first_line
+
+_TRIFLES = 8  # tokens that made-up tokenizers have beside special ones, such as a space
 
 
 def given(calibration: Any) -> Any:
@@ -57,20 +60,44 @@ def token_ids(calibration: Any, tokenizer: Any, seqlen: int | None, samples: int
     return draw(calibration, samples, seed)
 
 
-def load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: str | Path,
+    required: bool,
+    trust_remote_code: bool = False,
+    way_on: str = "pass tokenizer= or token ids",
+) -> Any:
     """The tokenizer in a model's folder; None if none can be made, unless it is ``required``.
 
     Raises:
-        CalibrationError: it is, and cannot be made.
+        CalibrationError: it is, and cannot be made; ends in ``way_on``.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        reason = "its vocabulary is missing" if _is_made_up(tokenizer, path) else None
     except Exception as error:  # of transformers' tokenizers, which raise most kinds where their files are missing
-        if required:
-            raise CalibrationError(
-                f"no tokenizer could be loaded from {path} ({first_line(error)}); pass tokenizer= or token ids"
-            ) from error
-        return None
+        tokenizer, reason = None, first_line(error)
+    if reason is None:
+        return tokenizer
+    if required:
+        raise CalibrationError(f"no tokenizer could be loaded from {path} ({reason}); {way_on}")
+    return None
+
+
+def _is_made_up(tokenizer: Any, path: str | Path) -> bool:
+    """Whether transformers 5 made a tokenizer of nearly nothing but special tokens, for want of its files."""
+    if len(tokenizer) > len(tokenizer.all_special_tokens) + _TRIFLES:
+        return False
+    names = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+    return not any(_holds(path, name) for name in names)
+
+
+def _holds(model: str | Path, file: str) -> bool:
+    if Path(model).is_dir():
+        return (Path(model) / file).is_file()
+    try:
+        return cached_file(str(model), file, local_files_only=True) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def _names_a_file(text: Any) -> bool:

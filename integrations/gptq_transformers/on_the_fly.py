@@ -12,6 +12,7 @@ from gptq_backend import CalibrationError, ConfigError, quantize_model
 from gptq_backend.calibration import require_sequences, tokenize
 
 from . import experts, loading
+from .calibration_input import load_tokenizer
 from .config import GPTQConfig
 from .dispatch import keeping_hooks
 from .errors import first_line
@@ -90,15 +91,7 @@ def _tokenizer(model: Any, config: GPTQConfig) -> Any:
     tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
     if not isinstance(tokenizer, str):
         return tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except Exception as error:  # of transformers' tokenizers, which raise most kinds where their files are missing
-        raise CalibrationError(
-            f"no tokenizer could be loaded from {tokenizer!r} ({first_line(error)}); pass GPTQConfig(tokenizer=...) an "
-            "object or a folder"
-        ) from error
+    return load_tokenizer(tokenizer, True, way_on="pass GPTQConfig(tokenizer=...) an object or a folder")
 
 
 def _named_texts(name: str) -> list[str]:

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BatchEncoding,
@@ -282,6 +283,20 @@ def test_a_tokenizer_whose_vocabulary_is_missing_is_no_matter_for_token_ids(sour
         quantize(source, CONFIG, "some text")
     quantize(source, CONFIG, samples, output=tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["GPT2Config", "LlamaConfig", "T5Config", "CTRLConfig"])
+def test_a_tokenizer_without_a_vocabulary_is_none(kind, tmp_path):
+    """transformers 5 makes one up, to which all words are unknown."""
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    assert calibration_input.load_tokenizer(tmp_path, required=False) is None
+    with pytest.raises(CalibrationError, match="no tokenizer could be loaded from .*; pass tokenizer= or token ids"):
+        calibration_input.load_tokenizer(tmp_path, required=True)
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    assert len(calibration_input.load_tokenizer(tmp_path, required=True)("some text")["input_ids"]) == 10
 
 
 @pytest.mark.parametrize("how", ["argument", "dictionary", "GPTQConfig"])
