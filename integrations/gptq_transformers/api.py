@@ -6,7 +6,9 @@ import copy
 import inspect
 import json
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +35,8 @@ from .quantizer import attach
 from .streaming import BlockWriter, load_streamed, load_whole, take_offloading
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = {".safetensors", ".bin", ".pt"}  # suffixes of files that hold them
 
 
 def quantize(
@@ -280,9 +284,16 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     source = Path(path)
     if not source.is_dir() or _is_standard(source):
         return from_pretrained(class_to_load(path, kwargs), path, **kwargs)
-    with tempfile.TemporaryDirectory(prefix="gptq-view-") as view:
+    view = tempfile.mkdtemp(prefix="gptq-view-")
+    model = None
+    try:
         _link_as_standard(source, Path(view))
         model = from_pretrained(class_to_load(view, kwargs), view, **kwargs)
+    finally:
+        if model is not None and "disk" in getattr(model, "hf_device_map", {}).values():
+            weakref.finalize(model, shutil.rmtree, view, ignore_errors=True)  # weights are read from there
+        else:
+            shutil.rmtree(view, ignore_errors=True)
     model.name_or_path = model.config._name_or_path = str(path)
     return model
 
@@ -303,16 +314,16 @@ def _link_as_standard(folder: Path, view: Path) -> None:
     QuantizeConfig.from_dict(settings)  # refuses what is not GPTQ by another name
     weights = checkpoint_files(folder, settings)
     for path in folder.iterdir():
-        if path.is_file() and path not in weights:
+        if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
             (view / path.name).symlink_to(path.resolve())
-    for path in weights:
-        name = path.name
-        if len(weights) == 1:
-            name = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
-        (view / name).symlink_to(path.resolve())
-    if len(weights) > 1 and not list(view.glob("*.index.json")):
+    standard = "model.safetensors" if weights[0].suffix == ".safetensors" else "pytorch_model.bin"
+    if len(weights) == 1:
+        (view / standard).symlink_to(weights[0].resolve())
+    else:
+        for path in weights:
+            (view / path.name).symlink_to(path.resolve())
         index = {"metadata": {}, "weight_map": {key: info.file.name for key, info in read_manifest(weights).items()}}
-        (view / "model.safetensors.index.json").write_text(json.dumps(index))
+        (view / f"{standard}.index.json").write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = settings | {"quant_method": "gptq"}
     (view / "config.json").unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto import modeling_auto
 
 from gptq_backend import ConfigError
 
@@ -57,6 +58,8 @@ def class_of(config: Any, path: str | Path, trust_remote_code: bool = False) -> 
     own = [key for key, value in references.items() if key.startswith("AutoModel") and _ends_in(value, wanted)]
     if own and trust_remote_code:
         return getattr(transformers, own[0])
+    if (auto := _auto_class(config, wanted)) is not None:
+        return auto
     found = _class_called(wanted)
     if found is None:
         if own:
@@ -117,6 +120,19 @@ def predicts_next_token(config: Any) -> bool:
         return True
     found = _class_called(wanted)
     return found is not None and found.can_generate() and not getattr(config, "is_encoder_decoder", False)
+
+
+def _auto_class(config: Any, wanted: str) -> Any:
+    """The auto class of transformers that loads such a configuration as the class of that name; None if none does."""
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        try:
+            found = None if mapping is None else mapping.get(type(config), None)
+        except ImportError:  # of a package that its file needs
+            continue
+        if any(each.__name__ == wanted for each in (found if isinstance(found, tuple) else [found]) if each):
+            return auto
+    return None
 
 
 def _class_called(name: str) -> type[PreTrainedModel] | None:

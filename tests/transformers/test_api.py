@@ -1,9 +1,11 @@
 """quantize() and from_quantized(): a folder in, a folder out, nothing half done."""
 
+import gc
 import json
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BatchEncoding,
@@ -126,6 +129,52 @@ def test_settings_and_weights_under_autogptq_names_are_found(source, samples, tm
     loaded = from_quantized(folder, dtype="auto")
     assert loaded.config._name_or_path == str(folder)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def _under_old_names(folder, shards=1, suffix=".safetensors", index=False):
+    """Give a checkpoint AutoGPTQ's names."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    where = {}
+    for i in range(shards):
+        part = f"-{i + 1:05d}-of-{shards:05d}" if shards > 1 else ""
+        path = folder / f"gptq_model-4bit-32g{part}{suffix}"
+        content = dict(tensors[i::shards])
+        save_file(content, path, {"format": "pt"}) if suffix == ".safetensors" else torch.save(content, path)
+        where |= dict.fromkeys(content, path.name)
+    if index:
+        (folder / f"gptq_model-4bit-32g{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize(
+    ("shards", "suffix", "index"), [(1, ".bin", False), (2, ".bin", False), (2, ".safetensors", False),
+                                    (2, ".safetensors", True)],
+)  # fmt: skip
+def test_old_names_are_found_whole_and_in_shards(source, samples, tmp_path, shards, suffix, index):
+    model, _ = quantize(source, CONFIG, samples, output=tmp_path / "out")
+    _under_old_names(tmp_path / "out", shards, suffix, index)
+    assert torch.equal(logits(from_quantized(tmp_path / "out", dtype="auto")), logits(model))
+
+
+def test_weights_of_old_names_may_stay_on_disk(source, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    quantize(source, CONFIG, samples, output=tmp_path / "out")
+    _under_old_names(tmp_path / "out")
+    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    device_map |= {f"model.layers.{i}": "disk" for i in range(3)}
+    model = from_quantized(
+        tmp_path / "out", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "off"
+    )
+    whole = from_quantized(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.arange(40)[None]).logits, whole(torch.arange(40)[None]).logits)
+    del model
+    gc.collect()
+    assert not list((tmp_path / "temporary").glob("gptq-view-*"))
 
 
 @pytest.mark.parametrize("method", [None, "GPTQ"])
