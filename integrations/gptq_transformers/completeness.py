@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers.utils import cached_file
 
@@ -67,7 +68,9 @@ def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable
     rest = [key for key in original if key not in found and _packed(key) not in found]
     if not rest:
         return [], []
-    names = model_names(model, [*rest, *found])
+    # What version 4 does by default with the names of vision-language models; version 5 finds it by itself.
+    renaming = getattr(model, "_checkpoint_conversion_mapping", None) if transformers.__version__[0] == "4" else None
+    names = model_names(model, [*rest, *found], renaming)
     held = {names[key] for key in found}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}

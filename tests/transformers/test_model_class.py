@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +309,46 @@ def test_a_tensor_that_would_be_lost_stops_the_run_before_the_output_appears(
     with pytest.raises(GPTQError, match=r"1 tensors of .*source would be lost \(model.norm.weight\)"):
         quantize(source, CONFIG, None, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def bert_of_old(key: str) -> str:
+    """As TensorFlow called them."""
+    return key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+def llava_of_old(key: str) -> str:
+    key = re.sub(r"^model\.language_model\.", "language_model.model.", key)
+    return re.sub(r"^model\.", "", re.sub(r"^lm_head", "language_model.lm_head", key))
+
+
+def llava_of_new(key: str) -> str:
+    key = re.sub(r"^language_model\.model\.", "model.language_model.", key)
+    key = re.sub(r"^language_model\.lm_head", "lm_head", key)
+    return re.sub(r"^(vision_tower|multi_modal)", r"model.\1", key)
+
+
+@pytest.mark.parametrize(
+    ("name", "rename"),
+    [
+        ("BertForMaskedLM", bert_of_old),
+        ("BertForSequenceClassification", bert_of_old),
+        ("LlavaForConditionalGeneration", llava_of_old),
+        ("LlavaForConditionalGeneration", llava_of_new),
+    ],
+)
+def test_tensors_under_other_names_are_neither_lost_nor_copied_twice(
+    name: str, rename: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = save(tmp_path / "source", name, KINDS[name][0]())
+    tensors = {rename(key): tensor.clone() for key, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    quantize(source, CONFIG, samples(), output=tmp_path / "out")
+    assert "does not use" not in caplog.text
+    ids = {"input_ids": samples()[0][None]}
+    with torch.no_grad():
+        wanted = everything(getattr(transformers, name).from_pretrained(source)(**ids))
+        found = everything(from_quantized(tmp_path / "out")(**ids))
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_a_head_tied_in_memory_and_twice_in_the_file_is_not_lost(tmp_path: Path) -> None:
