@@ -191,7 +191,7 @@ def test_a_class_that_is_not_to_be_had_is_refused(change: dict[str, Any], messag
 def test_weights_that_the_files_lack_are_not_made_up(tmp_path: Path) -> None:
     source = save(tmp_path / "source", "Qwen3ForSequenceClassification", qwen3())
     edit(source, architectures=["Qwen3ForCausalLM"])
-    with pytest.raises(GPTQError, match=r"lack 1 weights that Qwen3ForCausalLM needs \(lm_head.weight"):
+    with pytest.raises(GPTQError, match=r"its files lack 1 weights that Qwen3ForCausalLM needs \(lm_head.weight\)"):
         quantize(source, CONFIG, None, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
