@@ -42,7 +42,7 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
             f"{path} is an encoder-decoder model, which cannot be quantized from its folder; load it and pass the "
             "model instead, of which one stack of blocks is quantized"
         )
-    with loading(path), torch.device("meta"):
+    with loading(path, (Exception,)), torch.device("meta"):  # only transformers' code: any kind is the model's fault
         return from_config(loader, config, trust_remote_code)
 
 
@@ -68,8 +68,8 @@ def load_whole(
     if missing := sorted(info["missing_keys"]):
         raise GPTQError(
             f"{path} cannot be loaded: its files lack {len(missing)} weights that {type(model).__name__} needs "
-            f"({', '.join(missing[:3])}), and transformers would make them up; fetch all files, or correct "
-            "architectures in config.json"
+            f"({', '.join(missing[:3])}), and transformers would make them up; fetch all files, correct "
+            "architectures in config.json, or load the model yourself and pass it instead of its folder"
         )
     return model
 
