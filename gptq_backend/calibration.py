@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CalibrationError
+from .errors import CalibrationError, GPTQError
+from .structure import input_embeddings
 
 Batch = dict[str, Tensor]
 # Enough rows to keep a matrix multiplication busy, few enough that no activation gets large.
@@ -91,6 +94,17 @@ def set_aside(
     return [rest[i * len(rest) // count] for i in range(count)] if len(rest) > count else rest
 
 
+def require_sequences(samples: Sequence[Any]) -> None:
+    """Raises CalibrationError for a sample that is one number: of a flat sequence of ids, each would be a sample."""
+    for index, sample in enumerate(samples):
+        ids = sample.get("input_ids") if isinstance(sample, Mapping) else sample
+        if isinstance(ids, Number) or getattr(ids, "ndim", None) == 0:
+            raise CalibrationError(
+                f"calibration sample {index} is one number and not a sequence of token ids; to calibrate on a single "
+                "sequence, pass it in a list: [ids]"
+            )
+
+
 def make_batches(samples: Sequence[Any] | Mapping[str, Any], batch_size: int | None = None) -> list[Batch]:
     """Group samples of equal length.
 
@@ -101,13 +115,14 @@ def make_batches(samples: Sequence[Any] | Mapping[str, Any], batch_size: int | N
         batch_size: sequences per batch; None aims at about 2048 tokens.
 
     Raises:
-        CalibrationError: nothing in it, an entry that is not token ids or whose mask has another shape, or
-            ``batch_size`` below 1.
+        CalibrationError: nothing in it, an entry that is not token ids (or a single one) or whose mask has another
+            shape, or ``batch_size`` below 1.
     """
     if isinstance(samples, Mapping):
         samples = [samples]
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size} must be positive, or None for about 2048 tokens")
+    require_sequences(samples)
     rows: dict[tuple[int, bool], list[Batch]] = {}
     for index, sample in enumerate(samples):
         fields = sample if isinstance(sample, Mapping) else {"input_ids": sample}
@@ -165,14 +180,36 @@ def model_inputs(model: nn.Module, batch: Batch, device: torch.device | None) ->
     return inputs
 
 
+@contextmanager
+def calling(model: nn.Module, begun: Callable[[], bool]) -> Iterator[None]:
+    """Around a call of ``model`` with token ids, whose blocks have hooks.
+
+    Args:
+        model: what is called.
+        begun: whether a block was reached; until then nothing of ours has run, and an error means that the model wants
+            other inputs, like images or sound.
+
+    Raises:
+        CalibrationError: it does.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        if begun() or isinstance(error, GPTQError):
+            raise
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be called with token ids alone ({error}), so calibration is not possible; "
+            "pass calibration=None, which rounds to nearest"
+        ) from error
+
+
 def _fields(fields: Mapping[str, Any]) -> list[str]:
     return ["input_ids"] + (["attention_mask"] if fields.get("attention_mask") is not None else [])
 
 
 def check_fits(model: nn.Module, batches: list[Batch]) -> None:
     """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
-    getter = getattr(model, "get_input_embeddings", None)
-    vocabulary = getattr(getter() if getter else None, "num_embeddings", None)
+    vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for batch in batches:
         ids = batch["input_ids"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lockstep
-from .calibration import check_fits, make_batches, model_inputs
+from .calibration import calling, check_fits, make_batches, model_inputs
 from .errors import CalibrationError
 from .placement import Placement, tensors_of
 from .structure import Block, evaluating, find_blocks
@@ -77,6 +77,7 @@ def sketch(
     ids: Tensor,
     *,
     seed: int = 0,
+    block_name: str | None = None,
     on_block: Callable[[nn.Module], None] | None = None,
     on_done: Callable[[nn.Module], None] | None = None,
     device: torch.device | str | None = None,
@@ -90,6 +91,7 @@ def sketch(
         model: called as ``model(input_ids=...)``; unchanged afterwards.
         ids: int64 [N, T].
         seed: of the projection.
+        block_name: name of the list of blocks, where :func:`structure.find_blocks` would choose another.
         on_block, on_done: called with each block before it is used, and when nothing reads it any more.
         device: where to compute; None means where the weights are.
 
@@ -102,13 +104,16 @@ def sketch(
     """
     batches = make_batches(list(ids))
     check_fits(model, batches)
-    return _Sketcher(model, seed, on_block, on_done, Placement(device)).run([batch["input_ids"] for batch in batches])
+    blocks = find_blocks(model, block_name)
+    sketcher = _Sketcher(model, blocks, seed, on_block, on_done, Placement(device))
+    return sketcher.run([batch["input_ids"] for batch in batches])
 
 
 class _Sketcher:
     def __init__(
         self,
         model: nn.Module,
+        found: Mapping[str, nn.Module],
         seed: int,
         on_block: Callable[[nn.Module], None] | None,
         on_done: Callable[[nn.Module], None] | None,
@@ -116,19 +121,20 @@ class _Sketcher:
     ) -> None:
         self.model, self.seed, self.placement = model, seed, placement
         self.on_block, self.on_done = on_block, on_done
-        blocks = [Block(name, module, ()) for name, module in find_blocks(model).items()]
+        blocks = [Block(name, module, ()) for name, module in found.items()]
         probes = sorted({int(len(blocks) * depth) for depth in _DEPTHS})
         self.blocks = blocks[: probes[-1] + 1]
         self.found: dict[Block, list[Tensor]] = {blocks[i]: [] for i in probes}  # a tensor per batch, in their order
         inside = {id(tensor) for block in blocks for tensor in tensors_of(block.module)}
         self.outside = [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
         self.current: Block | None = None
+        self.begun = False  # a block was reached
 
     def run(self, batches: list[Tensor]) -> Tensor:
         handles = [block.module.register_forward_pre_hook(self.hook(block), with_kwargs=True) for block in self.blocks]
         ranks = {block: i for i, block in enumerate(self.blocks)}
         inputs = [model_inputs(self.model, {"input_ids": ids}, self.placement.device) for ids in batches]
-        tasks = [partial(self.model, **each) for each in inputs]
+        tasks = [partial(self.call, each) for each in inputs]
         try:
             self.placement.bring(self.outside)
             with torch.no_grad(), evaluating(self.model):
@@ -140,8 +146,13 @@ class _Sketcher:
             self.placement.send_back(self.outside)
         return torch.stack([torch.cat(moments) for moments in self.found.values()], dim=1)
 
+    def call(self, inputs: dict[str, Any]) -> None:
+        with calling(self.model, lambda: self.begun):
+            self.model(**inputs)
+
     def hook(self, block: Block) -> Callable[..., None]:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.begun = True
             if block in self.found:
                 self.found[block].append(self.moments(next(iter((*args, *kwargs.values())))))
             if block is self.blocks[-1]:

@@ -25,6 +25,7 @@ from gptq_backend.calibration import check_fits, cut, draw, make_batches, tokeni
 from gptq_backend.selection import Selection, select, sketch
 from gptq_backend.structure import evaluating
 
+from .errors import first_line
 from .streaming import load_streamed, load_whole, skeleton, take_offloading
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def choose(
     seqlen: int = 512,
     seed: int = 0,
     device: torch.device | str | None = None,
+    block_name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Choice:
     """Choose windows of text to calibrate on.
 
@@ -98,6 +101,8 @@ def choose(
         seqlen: tokens per window.
         seed: of the draw, the model's text and the sketch; the same seed gives the same choice.
         device: where to compute; None: where the weights are.
+        block_name: name of the list of blocks, where :func:`structure.find_blocks` would choose another.
+        trust_remote_code: let code that comes with the model run.
 
     Raises:
         CalibrationError: ``text`` is shorter than two windows, or all sources are. ConfigError: quantized already.
@@ -113,8 +118,8 @@ def choose(
         pool[USER] = _windows(text, tokenizer, seqlen, max(_LEAST, math.ceil(_POOL * samples * share)), seed)
         if len(pool[USER]) < 2:
             raise CalibrationError(
-                f"of your text calibration='auto' needs two windows of seqlen={seqlen} tokens at least, one to use and "
-                f"one to judge by, and it makes {len(pool[USER])}; pass more text, a smaller seqlen, or no text"
+                f"calibration='auto' needs at least two windows of seqlen={seqlen} tokens from your text, but it has "
+                f"{len(pool[USER])}; pass more text, a smaller seqlen, or no text"
             )
     for name, content in packaged.items():
         windows = _windows(content, tokenizer, seqlen, size, seed)
@@ -122,8 +127,8 @@ def choose(
             left_out[name] = f"shorter than two windows of {seqlen} tokens"
         else:
             pool[name] = windows
-    with _opened(model_or_path, device) as original:
-        if pool:  # before the model speaks
+    with _opened(model_or_path, device, block_name, trust_remote_code) as original:
+        if pool:  # before it generates text
             check_fits(original.model, make_batches(list(pool.values())))
         spoken = original.silent or _sampled(original.model, tokenizer, min(size, _SAMPLED), seqlen, seed)
         (left_out if isinstance(spoken, str) else pool)[MODEL] = spoken  # type: ignore[assignment]
@@ -136,7 +141,13 @@ def choose(
             )
         ids = torch.cat(list(pool.values()))
         moments = sketch(
-            original.model, ids, seed=seed, on_block=original.on_block, on_done=original.on_done, device=device
+            original.model,
+            ids,
+            seed=seed,
+            block_name=block_name,
+            on_block=original.on_block,
+            on_done=original.on_done,
+            device=device,
         )
         channels = getattr(original.model.config.get_text_config(), "hidden_size", None)
     names = [name for name, windows in pool.items() for _ in windows]
@@ -195,24 +206,29 @@ class _Original:
 
 
 @contextmanager
-def _opened(model_or_path: PreTrainedModel | str | Path, device: torch.device | str | None) -> Iterator[_Original]:
+def _opened(
+    model_or_path: PreTrainedModel | str | Path,
+    device: torch.device | str | None,
+    block_name: str | None,
+    trust_remote_code: bool,
+) -> Iterator[_Original]:
     """A loaded model as it is, a small one loaded as a whole, and of a large one a block at a time."""
     if isinstance(model_or_path, PreTrainedModel):
         offloaded = any(parameter.is_meta for parameter in model_or_path.parameters())
         yield _Original(model_or_path, "it is offloaded, and every token would read all of it" if offloaded else None)
         return
-    model = skeleton(model_or_path)
+    model = skeleton(model_or_path, trust_remote_code)
     where = torch.device(device or "cpu")
     dtype = torch.float32 if where.type == "cpu" else model.dtype  # CPUs compute 16 bits slowly
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
     if needed <= free / 2:
-        yield _Original(load_whole(model_or_path, dtype).to(where))
+        yield _Original(load_whole(model_or_path, dtype, trust_remote_code).to(where))
         return
     silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with tempfile.TemporaryDirectory(prefix="gptq-offload-") as scratch:
-        model = load_streamed(model_or_path, scratch)
-        yield _Original(model, silent, take_offloading(model), lambda block: block.to("meta"))
+        model = load_streamed(model_or_path, scratch, None, block_name, trust_remote_code)
+        yield _Original(model, silent, take_offloading(model, block_name), lambda block: block.to("meta"))
 
 
 def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor | str:
@@ -251,6 +267,6 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, se
             ]
             return torch.cat(spoken).view(count, runs * length)[:, :seqlen]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
-        return f"it cannot be sampled from ({str(error).strip().partition(chr(10))[0]})"
+        return f"it cannot be sampled from ({first_line(error)})"
     finally:
         model.generation_config = before

@@ -126,6 +126,10 @@ def quantize(
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
+    block_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="List of blocks to quantize. Default: the language model's."),
+    ] = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
     ] = 4,
@@ -170,7 +174,9 @@ def quantize(
     )
     window = {"samples": samples, "seqlen": seqlen, "seed": seed}
     source = (calibration, text)
-    _run_quantize(model, out, config, source, window, batch_size, kld_windows, device, overwrite, json_target)
+    _run_quantize(
+        model, out, config, source, window, batch_size, kld_windows, device, overwrite, json_target, block_name
+    )
 
 
 def _run_quantize(
@@ -184,6 +190,7 @@ def _run_quantize(
     device: str,
     overwrite: bool,
     json_target: str | None,
+    block_name: str | None,
 ) -> None:
     from gptq_backend.calibration import set_aside
 
@@ -222,6 +229,7 @@ def _run_quantize(
             on_step=progress.on_step,
             on_choice=progress.on_choice,
             device=device,
+            block_name=block_name,
         )[1]
     if here is not None:  # the folder that this process stood in was replaced; relative paths mean the same again
         os.chdir(here)

@@ -9,46 +9,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gptq_backend import QuantizeConfig
 from gptq_backend.files import INDEX, STANDARD_FILES, checkpoint_files, embedded_settings, read_json, read_settings
 from gptq_backend.manifest import read_manifest
 
 from .errors import loading
+from .model_class import class_to_load, from_pretrained
 
 
 def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
 
     That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
-    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals
-    ``AutoModelForCausalLM.from_pretrained``.
+    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals ``from_pretrained``
+    of the class that the checkpoint names in ``architectures``: of ``AutoModelForCausalLM`` for a language model.
 
     Args:
         path: a folder, or a name on the hub (which must then be in transformers' own layout).
-        **kwargs: for ``from_pretrained``.
+        **kwargs: for ``from_pretrained``; ``trust_remote_code=True`` lets code that comes with the model run.
 
     Raises:
-        ConfigError: no quantization settings anywhere. CheckpointError: no usable weights. GPTQError: transformers
-            cannot load the model.
+        ConfigError: no quantization settings anywhere, or a class that is not to be had. CheckpointError: no usable
+            weights. GPTQError: transformers cannot load the model.
     """
     source = Path(path)
     if not source.is_dir():
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        return from_pretrained(class_to_load(path, kwargs), path, **kwargs)
     settings = read_settings(source)
     QuantizeConfig.from_dict(settings)  # refuses what is not GPTQ by another name
     weights = checkpoint_files(source, settings)
     if _is_standard(source):
-        with loading(path):
-            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        return _load(path, path, kwargs)
     view = tempfile.TemporaryDirectory(prefix="gptq-view-")
     _link_as_standard(source, settings, weights, Path(view.name))
-    with loading(path):
-        model = AutoModelForCausalLM.from_pretrained(view.name, **kwargs)
+    model = _load(path, view.name, kwargs)
     model.name_or_path = model.config._name_or_path = str(path)
-    weakref.finalize(model, view.cleanup)  # weights that are offloaded to disk are read through it
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        weakref.finalize(model, view.cleanup)  # weights are read through it
+    else:
+        view.cleanup()
     return model
+
+
+def _load(path: str | Path, folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    with loading(path, (Exception,)):  # a config.json of any content makes the code of models raise any kind
+        return from_pretrained(class_to_load(folder, kwargs), folder, **kwargs)
 
 
 def _is_standard(folder: Path) -> bool:

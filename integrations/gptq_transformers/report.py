@@ -72,6 +72,9 @@ def make_report(
     layers = [dataclasses.asdict(layer) for layer in report.layers]
     for layer in layers:
         layer["needed_help"] = calibration is not None and layer["method"] != "cholesky"
+    worst = max(
+        layers, key=lambda layer: math.inf if math.isnan(loss := layer["relative_loss"]) else loss, default=None
+    )
     errors = [layer["relative_loss"] for layer in layers if math.isfinite(layer["relative_loss"])]
     return {
         "model": str(model),
@@ -80,7 +83,7 @@ def make_report(
         "calibration": None if calibration is None else dict(calibration),
         "modules": len(layers),
         "mean_relative_loss": statistics.fmean(errors) if errors else None,
-        "worst_module": max(layers, key=lambda layer: layer["relative_loss"])["name"] if layers else None,
+        "worst_module": worst and worst["name"],
         "blocks": [dataclasses.asdict(block) for block in report.blocks],
         "distillation": distilled and {key: getattr(distilled, key) for key in ("before", "after", "kept")},
         "evaluation": None,

@@ -184,7 +184,7 @@ def test_the_models_text_begins_as_the_tokenizer_begins_a_text(prefix: list[int]
 
 
 def test_text_that_is_too_short_is_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"two windows of seqlen=32 .* it makes 1"):
+    with pytest.raises(CalibrationError, match=r"two windows of seqlen=32 .* it has 1"):
         choose(model(), tokenizer(), "x" * 50, **SMALL)
     with pytest.raises(CalibrationError, match="empty"):
         choose(model(), tokenizer(), ["", "  "], **SMALL)

@@ -218,7 +218,7 @@ def test_a_bug_is_not_taken_for_a_damaged_model(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    for place in ("api.quantize_model", "api.tokenize", "evaluate.evaluate"):
+    for place in ("api.quantize_model", "calibration_input.tokenize", "evaluate.evaluate"):
         with monkeypatch.context() as patch:
             patch.setattr(f"gptq_transformers.{place}", fail)
             result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--overwrite")
