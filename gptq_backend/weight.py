@@ -178,8 +178,8 @@ def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> Linea
     ``2**(b-1)``, whatever its format key says (v2 zeros under a v1 label are in circulation).
 
     Raises:
-        CheckpointError: packed words of another dtype, ``g_idx`` out of range or non-finite scales, with the module's
-            ``name``.
+        CheckpointError: packed words of another dtype, ``g_idx`` out of range, or non-finite scales or bias (which need
+            not be among ``tensors``), with the module's ``name``.
     """
     for key in {"qweight", "qzeros"} & tensors.keys():  # load_state_dict(assign=True) compares no dtypes
         if tensors[key].dtype != spec.word_dtype:
@@ -187,9 +187,12 @@ def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> Linea
                 f"{name}.{key}: the packed words are {tensors[key].dtype}, expected {spec.word_dtype}; a cast moves "
                 "them apart: load them as they were stored"
             )
-    if not tensors["scales"].isfinite().all():
-        bad = int((~tensors["scales"].isfinite()).sum())
-        raise CheckpointError(f"{name}.scales: {bad} values are NaN or infinite; the file is damaged, fetch it again")
+    for key in ("scales", "bias"):
+        if key in tensors and not tensors[key].isfinite().all():
+            bad = int((~tensors[key].isfinite()).sum())
+            raise CheckpointError(
+                f"{name}.{key}: {bad} values are NaN or infinite; the file is damaged, fetch it again"
+            )
     if spec.has_g_idx:
         g_idx = tensors["g_idx"]
         low, high = int(g_idx.min()), int(g_idx.max())

@@ -79,9 +79,10 @@ def prepare_model(
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
-        layer = QuantLinear(spec, name, backend, device="meta")
-        vars(layer)["weight"] = _placeholder(spec)
-        replace_module(model, name, layer)
+        dtype: Any = model.get_submodule(name).weight.dtype
+        if _kept_in_float32(model, f"{name}.weight", dtype):
+            dtype = torch.float32
+        replace_module(model, name, QuantLinear(spec, name, backend, device="meta", dtype=dtype))
         unused = [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
         ignored += [re.escape(manifest[key].key) + "$" for key in unused if key in manifest]
     ignored += [
@@ -108,7 +109,6 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
     _load_dense(model, plan)
     check_loaded(model, not_loaded(model))
     for name, layer in quant_linears(model):
-        vars(layer).pop("weight", None)
         _restore_dtypes(name, layer, plan.manifest)
         for parameter in layer.parameters():
             parameter.requires_grad_(False)  # transformers makes new ones, with gradients for floats
@@ -207,13 +207,6 @@ def forbid_casting(model: nn.Module) -> None:
 
 def _cast(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> nn.Module:
     return getattr(nn.Module, method)(model, *args, **kwargs)
-
-
-def _placeholder(spec: LinearSpec) -> Tensor:
-    """What a model may look at while transformers initialises the rest: GPT-2 sets ``c_proj.weight`` by name."""
-    weight = torch.empty(spec.out_features, spec.in_features, device="meta")
-    weight._is_hf_initialized = True  # type: ignore[attr-defined]
-    return weight
 
 
 def _other_modules(

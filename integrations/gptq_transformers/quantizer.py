@@ -19,7 +19,7 @@ from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.reader import read_manifest
 from gptq_backend.structure import replace_module
 
-from . import experts, loading
+from . import experts, loading, resizing
 from .config import GPTQConfig
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                     bool(caller.get("ignore_mismatched_sizes")),
                 )
         loading.allow_casting(model)
+        resizing.allow_resizing(model)
         self._loading = model
         return model
 
@@ -155,6 +156,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                 )
             replace_module(model, name, _as_class(layer.dequantize(dtype), classes.get(name)))
         loading.forbid_casting(model)
+        resizing.forbid_resizing(model)
         nn.Module.to(model, dtype)  # the embeddings and norms, which are not quantized
         for holder, key in (
             (model, "hf_quantizer"),
@@ -193,6 +195,7 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     model.config.quantization_config = quantizer.quantization_config
     loading.untie_quantized(model)
     loading.allow_casting(model)
+    resizing.allow_resizing(model)
     experts.group_experts(model)
 
 
