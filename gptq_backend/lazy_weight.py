@@ -80,8 +80,8 @@ class LazyWeight(Tensor):
 
     def _refuse(self) -> NoReturn:
         raise ConfigError(
-            f"{self._name}.weight is quantized and cannot be written to; replace the layer by its dequantize(), which is "
-            "an nn.Linear, and change that"
+            f"{self._name}.weight is quantized and cannot be written to; replace the layer by its dequantize(), "
+            "which is an nn.Linear, and change that"
         )
 
     def _again(self) -> LazyWeight:

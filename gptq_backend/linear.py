@@ -307,10 +307,12 @@ class QuantLinear(nn.Module):
                 self._serve(None, self.stored_spec, moved, bias)
                 self.prepare()
             else:
-                if shares:  # in place, which would pull the memory from under a kernel that is reading it
-                    tensors = {key: tensor if tensor.is_shared() else tensor.clone() for key, tensor in tensors.items()}
-                moved = {key: move(tensor) for key, tensor in tensors.items()}
-                if bias is not self.bias or any(moved[key] is not parameters[key].data for key in moved):
+                # Sharing is done in place, which would pull the memory from under a kernel that is reading it.
+                moved = {
+                    key: move(tensor.clone() if shares and not tensor.is_shared() else tensor)
+                    for key, tensor in tensors.items()
+                }
+                if bias is not self.bias or any(moved[key] is not tensor for key, tensor in tensors.items()):
                     self._serve(kernel, spec, moved, bias)
         return self
 
