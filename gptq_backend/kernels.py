@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,12 @@ def kernel_report(spec: LinearSpec, device: torch.device) -> dict[str, str | Non
     return {kernel.name: kernel.supports(spec, device) for kernel in KERNELS if not kernel.opt_in}
 
 
+def fastest(report: Mapping[str, str | None], expert: bool = False) -> Kernel:
+    """The row that is chosen after a ``report`` of :func:`kernel_report`; expert: see :func:`select_kernel`."""
+    serving = [kernel for kernel in KERNELS if kernel.name in report and report[kernel.name] is None]
+    return next((kernel for kernel in serving if expert and kernel.moe), serving[0])
+
+
 def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = None, expert: bool = False) -> Kernel:
     """The fastest row that serves ``spec`` on ``device``, or the row called ``name`` ("auto" and None choose).
 
@@ -127,8 +133,7 @@ def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = Non
     """
     if name in (None, "auto"):
         reasons = kernel_report(spec, device)
-        serving = [kernel for kernel in KERNELS if kernel.name in reasons and reasons[kernel.name] is None]
-        chosen = next((kernel for kernel in serving if expert and kernel.moe), serving[0])
+        chosen = fastest(reasons, expert)
         if chosen is REFERENCE:
             why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
             _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())

@@ -251,7 +251,12 @@ def require_model(path: str | Path) -> None:
     """
     folder = Path(path)
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise GPTQError(
+                    f"{path} holds an adapter (adapter_config.json) and no model; merge it into its base model (peft: "
+                    "merge_and_unload(), then save_pretrained), and pass that folder"
+                )
             raise GPTQError(f"{path} holds no config.json; expected a model folder as save_pretrained writes it")
     elif folder.exists():
         raise GPTQError(f"{path} is a file; expected a model folder as save_pretrained writes it")

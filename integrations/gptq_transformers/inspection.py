@@ -5,6 +5,7 @@ Reads headers, and of the values only scales, zeros and ``g_idx``; no model is l
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from gptq_backend import CheckpointError, GPTQError, LinearSpec, QuantizeConfig, kernel_report
+from gptq_backend.kernels import fastest
 from gptq_backend.manifest import Manifest, read_manifest, read_tensor
 from gptq_backend.reader import checkpoint_files, read_settings, resolve_specs
 from gptq_backend.weight import resolve
@@ -175,14 +177,12 @@ def _kernels(layers: Sequence[Layer], device: torch.device) -> list[dict[str, An
     used: Counter[str] = Counter()
     declined: dict[str, dict[str, Counter[str]]] = {}
     for layer in layers:
-        chosen, rejected = "none", {}
-        for row, reason in kernel_report(layer.spec, device).items():  # fastest first
-            if reason is None:
-                chosen = row
-                break
-            rejected[row] = reason
+        expert = "experts" in layer.name.split(".")
+        report = kernel_report(layer.spec, device)  # fastest first
+        chosen = fastest(report, expert).name
         used[chosen] += 1
-        for row, reason in rejected.items():
+        for row in itertools.takewhile(chosen.__ne__, report):
+            reason = report[row] or "has no grouped product for experts"
             declined.setdefault(chosen, {}).setdefault(row, Counter())[reason] += 1
     return [
         {

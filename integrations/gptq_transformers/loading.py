@@ -27,6 +27,7 @@ from gptq_backend.structure import linear_shapes, replace_module
 from gptq_backend.weight import LinearSpec, decode, resolve
 
 from . import experts
+from .finite import check_finite
 from .names import model_names
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,8 @@ def prepare_model(
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
-        dtype: Any = model.get_submodule(name).weight.dtype
-        if _kept_in_float32(model, f"{name}.weight", dtype):
-            dtype = torch.float32
+        weight: Any = model.get_submodule(name).weight
+        dtype = dtype_of_parameter(model, f"{name}.weight", weight.dtype)
         replace_module(model, name, QuantLinear(spec, name, backend, device="meta", dtype=dtype))
         unused = [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
         ignored += [re.escape(manifest[key].key) + "$" for key in unused if key in manifest]
@@ -105,6 +105,7 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
 
     Raises:
         CheckpointError: values are damaged, or a weight was not in the checkpoint.
+        ConfigError: a value does not fit the dtype that was asked for.
     """
     _load_dense(model, plan)
     check_loaded(model, not_loaded(model))
@@ -120,7 +121,8 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
         wanted = plan.dtypes.get(key)
         if key in plan.renamed and wanted is not None and not parameter.is_meta and parameter.dtype != wanted:
             # transformers 5.19 loads what it renamed in the file's dtype when the model is quantized
-            parameter.data = parameter.data.to(torch.float32 if _kept_in_float32(model, key, wanted) else wanted)
+            parameter.data = parameter.data.to(dtype_of_parameter(model, key, wanted))
+    check_finite(model, plan.manifest)
 
 
 def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
@@ -136,7 +138,10 @@ def untie_quantized(model: nn.Module) -> None:
     head = getter() if getter else None
     for name, layer in quant_linears(model):
         if layer is head:
-            for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
+            # T5 and its kin compute otherwise without the key: there a tied head is only left out below.
+            encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+            configs = () if encoder_decoder else (model.config, model.config.get_text_config(decoder=True))
+            for config in configs:
                 config.tie_word_embeddings = False
             tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
             if tied is not None:
@@ -293,11 +298,14 @@ def _restore_offloaded(name: str, layer: QuantLinear, part: str, dtype: torch.dt
     setattr(layer, part, nn.Parameter(getattr(layer, part).to(dtype), requires_grad=False))
 
 
-def _kept_in_float32(model: nn.Module, key: str, dtype: torch.dtype) -> bool:
-    kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+def dtype_of_parameter(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that transformers gives the parameter called ``key`` of a model that is loaded in ``dtype``."""
+    kept: list[str] = []
+    if dtype in (torch.float16, torch.bfloat16):
+        kept += getattr(model, "_keep_in_fp32_modules_strict", None) or []
     if dtype == torch.float16:
         kept += getattr(model, "_keep_in_fp32_modules", None) or []
-    return any(re.search(rf"(^|\.){module}($|\.)", key) for module in kept)
+    return torch.float32 if any(re.search(rf"(^|\.){module}($|\.)", key) for module in kept) else dtype
 
 
 def restored_classes(model: nn.Module) -> dict[str, type[nn.Module]]:
