@@ -17,7 +17,14 @@ from .errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_KEPT_LAZY = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_aten = torch.ops.aten
+_SCALED = {
+    _aten.mul_.Tensor: lambda number: number,
+    _aten.mul_.Scalar: lambda number: number,
+    _aten.div_.Tensor: lambda number: 1 / number,
+    _aten.div_.Scalar: lambda number: 1 / number,
+}
+_KEPT_LAZY = (_aten.detach.default, _aten.alias.default)
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -25,12 +32,14 @@ class LazyWeight(Tensor):
     """What model code sees as the weight of a quantized layer, [N, K].
 
     Questions about shape, strides, dtype and device are answered by the tensor itself. The first operation that needs
-    values makes them, and the object keeps them; the layer does not keep the object. It carries no gradient, cannot be
-    written to, and its copies and pickles are ordinary tensors.
+    values makes them, and the object keeps them; the layer does not keep the object. It carries no gradient, and its
+    copies and pickles are ordinary tensors. Of all that writes to a tensor only ``mul_`` and ``div_`` by a number change
+    the layer, as RWKV does it; the rest is a ConfigError.
 
     Args:
         name: of the layer, for messages.
         make: gives the values as an ordinary contiguous tensor of the same shape, dtype and device.
+        scale: multiplies the layer's weight by a number.
     """
 
     # transformers initialises some weights by name; those that say this are left alone.
@@ -38,6 +47,7 @@ class LazyWeight(Tensor):
 
     _name: str
     _make: Callable[[], Tensor]
+    _scale: Callable[[float], None]
     _dense: Tensor | None
 
     @staticmethod
@@ -48,9 +58,10 @@ class LazyWeight(Tensor):
         dtype: torch.dtype,
         device: torch.device,
         make: Callable[[], Tensor],
+        scale: Callable[[float], None],
     ) -> LazyWeight:
         self: LazyWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._name, self._make, self._dense = name, make, None
+        self._name, self._make, self._scale, self._dense = name, make, scale, None
         return self
 
     def materialize(self) -> Tensor:
@@ -67,6 +78,10 @@ class LazyWeight(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in _KEPT_LAZY:
             return args[0]._again()
+        if func in _SCALED and isinstance(args[0], LazyWeight) and _is_number(args[1]):
+            args[0]._scale(_SCALED[func](float(args[1])))
+            args[0]._dense = None
+            return args[0]
         schema = func._schema.arguments
         for argument, value in [*zip(schema, args), *((a, (kwargs or {}).get(a.name)) for a in schema)]:
             written = argument.alias_info is not None and argument.alias_info.is_write
@@ -85,7 +100,8 @@ class LazyWeight(Tensor):
         )
 
     def _again(self) -> LazyWeight:
-        other = LazyWeight(self._name, (self.shape[0], self.shape[1]), self.dtype, self.device, self._make)
+        shape = (self.shape[0], self.shape[1])
+        other = LazyWeight(self._name, shape, self.dtype, self.device, self._make, self._scale)
         other._dense = self._dense
         return other
 
@@ -113,6 +129,10 @@ class LazyWeight(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyWeight({self._name}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, Tensor) or (value.dim() == 0 and not isinstance(value, LazyWeight))
 
 
 def _warn_in_forward(name: str) -> None:

@@ -191,7 +191,7 @@ class QuantLinear(nn.Module):
             return self._traced_weight()
         shape = (self.out_features, self.in_features)
         make = functools.partial(self._dense_weight, self.compute_dtype)
-        return LazyWeight(self.name, shape, self.compute_dtype, self._device, make)
+        return LazyWeight(self.name, shape, self.compute_dtype, self._device, make, self._scale_weight)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of ``nn.Module``; whoever made something of the parameters sees by ``changes`` that it is outdated."""
@@ -266,6 +266,22 @@ class QuantLinear(nn.Module):
             finally:
                 if hook is not None:
                     hook.post_forward(self, None)
+
+    @changing_layout()
+    def _scale_weight(self, factor: float) -> None:
+        """Multiply the weight by a number that leaves the scales as exact as they are, such as a power of two."""
+        if factor == 1:
+            return
+        prepared, stored = self.kernel is not None, self._stored()
+        scales = (stored["scales"].double() * factor).to(stored["scales"].dtype)
+        if not torch.equal(scales.double() / factor, stored["scales"].double()):
+            raise ConfigError(
+                f"{self.name}.weight cannot be multiplied by {factor}: its scales are {scales.dtype}, which does not hold "
+                "the products exactly; replace the layer by its dequantize(), which is an nn.Linear"
+            )
+        self._serve(None, self.stored_spec, stored | {"scales": scales}, self.bias)
+        if prepared:
+            self.prepare()
 
     def _traced_weight(self) -> Tensor:
         """The same as a part of the graph that is being made, where it vanishes if only its dtype is looked at."""

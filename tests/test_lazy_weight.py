@@ -194,6 +194,41 @@ def test_writing_to_the_weight_is_refused_with_what_to_do(write: str) -> None:
     assert torch.equal(quantized.weight, before)
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        (lambda w: w.div_(2**3), 1 / 8),
+        (lambda w: w.mul_(4), 4),
+        (lambda w: w.data.mul_(0.5), 0.5),
+        (lambda w: w.div_(torch.tensor(2.0)), 0.5),
+        (lambda w: w.div_(2**0), 1),
+    ],
+)
+def test_scaling_the_weight_by_a_power_of_two_scales_the_layer(
+    change: Callable[[Tensor], Any], factor: float, prepared: bool
+) -> None:
+    quantized = layer(dtype=torch.float32)
+    if not prepared:
+        quantized.unprepare()
+    before, x = quantized.weight.clone(), torch.randn(2, 64)
+    expected = nn.functional.linear(x, before * factor, quantized.bias)
+    with torch.no_grad():
+        change(quantized.weight)
+    assert (quantized.kernel is not None) == prepared
+    assert torch.equal(quantized.weight, before * factor)
+    torch.testing.assert_close(quantized(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_scaling_that_the_scales_cannot_hold_is_refused() -> None:
+    quantized = layer()
+    before = quantized.weight.clone()
+    for number in (3.3, 1e9):
+        with pytest.raises(ConfigError, match=r"model\.q_proj\.weight cannot be multiplied by .* torch\.float16"):
+            quantized.weight.mul_(number)
+    assert torch.equal(quantized.weight, before)
+
+
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_its_dtype_follows_casts_of_the_model_as_that_of_a_dense_layer(cast: torch.dtype) -> None:
     model = nn.Sequential(layer(dtype=torch.float32), nn.Linear(32, 8))

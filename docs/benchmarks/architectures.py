@@ -280,8 +280,8 @@ def table() -> None:
         f"Made by `docs/benchmarks/architectures.py` with transformers "
         f"{content['versions']['transformers']}. Of each of "
         f"the {len(found)} architectures that it can make a causal language model of, a tiny random model is quantized "
-        "to 4 bits by `gptq_transformers.quantize`, saved, loaded by `from_pretrained`, and has to give the logits that "
-        f"it gave before it was saved: {', '.join(f'{count} {result}' for result, count in counts.most_common())}.",
+        "to 4 bits by `gptq_transformers.quantize`, saved, loaded by `from_pretrained`, and has to give the logits "
+        f"that it gave before it was saved: {', '.join(f'{count} {result}' for result, count in counts.most_common())}.",
         "",
         "*share*: of the weights without embeddings, how many are quantized. The rest are routers, convolutions, "
         "layers that the model's code reads in place of calling them, and experts in layouts that stay dense.",
