@@ -18,7 +18,7 @@ from .lazy_weight import LazyWeight
 from .modules import effect, offloading_hook
 from .phases import timed
 from .slots import Tensors
-from .weight import LinearSpec, QuantizedWeight, decode, encode, resolve
+from .weight import LinearSpec, QuantizedWeight, decode, empty_tensors, encode, resolve
 
 # Held while tensors change their layout, as several threads may call a layer for the first time at once. One for all
 # layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it: it
@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
         self._expert = False
         self.changes = 0  # of parameters, by assignment
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        tensors = _empty(spec, device)
+        tensors = empty_tensors(spec, device)
         bias = tensors.pop("bias", None)
         self._serve(None, spec, tensors, None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -276,8 +276,8 @@ class QuantLinear(nn.Module):
         scales = (stored["scales"].double() * factor).to(stored["scales"].dtype)
         if not torch.equal(scales.double() / factor, stored["scales"].double()):
             raise ConfigError(
-                f"{self.name}.weight cannot be multiplied by {factor}: its scales are {scales.dtype}, which does not hold "
-                "the products exactly; replace the layer by its dequantize(), which is an nn.Linear"
+                f"{self.name}.weight cannot be multiplied by {factor}: its scales are {scales.dtype}, which does not "
+                "hold the products exactly; replace the layer by its dequantize(), which is an nn.Linear"
             )
         self._serve(None, self.stored_spec, stored | {"scales": scales}, self.bias)
         if prepared:
@@ -316,7 +316,11 @@ class QuantLinear(nn.Module):
                 return self
             device, keeps_values, shares = effect(fn, home)
             if not keeps_values:
-                empty = {key: move(tensor) for key, tensor in _empty(self.stored_spec, "meta").items() if key != "bias"}
+                empty = {
+                    key: move(tensor)
+                    for key, tensor in empty_tensors(self.stored_spec, "meta").items()
+                    if key != "bias"
+                }
                 self._serve(None, self.stored_spec, empty, bias)
             elif device != home:
                 moved = {key: move(tensor) for key, tensor in kernel.unprepare(spec, tensors).items()}
@@ -347,7 +351,7 @@ class QuantLinear(nn.Module):
         ``state_dict()``, hence be a layer of those tensors.
         """
         device, bias = self._served[2]["qweight"].device, self.bias
-        empty = {key: tensor for key, tensor in _empty(self.stored_spec, device).items() if key != "bias"}
+        empty = {key: tensor for key, tensor in empty_tensors(self.stored_spec, device).items() if key != "bias"}
         self._serve(None, self.stored_spec, empty, bias)
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "original_devices", None):
@@ -395,12 +399,6 @@ class QuantLinear(nn.Module):
         self._served = (None, self.stored_spec, self._parameters)
         if prepared:  # by a kernel of the machine that reads the copy
             self.prepare()
-
-
-def _empty(spec: LinearSpec, device: torch.device | str | None) -> Tensors:
-    """The checkpoint's tensors, bias included, uninitialised."""
-    dtypes = spec.dtypes
-    return {key: torch.empty(shape, dtype=dtypes[key], device=device) for key, shape in spec.shapes.items()}
 
 
 def _without_bias(parameters: Mapping[str, Any]) -> Tensors:

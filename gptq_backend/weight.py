@@ -171,6 +171,12 @@ def unpack_zeros(spec: LinearSpec, qzeros: Tensor) -> Tensor:
     return (stored + spec.zero_offset) & ((1 << spec.bits) - 1)
 
 
+def empty_tensors(spec: LinearSpec, device: torch.device | str | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, bias included, uninitialised."""
+    dtypes = spec.dtypes
+    return {key: torch.empty(shape, dtype=dtypes[key], device=device) for key, shape in spec.shapes.items()}
+
+
 def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> LinearSpec:
     """Complete ``spec`` with what only the values tell: whether ``g_idx`` is real, and what the zeros mean.
 

@@ -274,6 +274,7 @@ def table() -> None:
     content = json.loads(RESULTS.read_text())
     found = content["architectures"]
     counts = Counter(entry["result"] for entry in found.values())
+    summary = ", ".join(f"{count} {result}" for result, count in counts.most_common())
     lines = [
         "# Models",
         "",
@@ -281,7 +282,7 @@ def table() -> None:
         f"{content['versions']['transformers']}. Of each of "
         f"the {len(found)} architectures that it can make a causal language model of, a tiny random model is quantized "
         "to 4 bits by `gptq_transformers.quantize`, saved, loaded by `from_pretrained`, and has to give the logits "
-        f"that it gave before it was saved: {', '.join(f'{count} {result}' for result, count in counts.most_common())}.",
+        f"that it gave before it was saved: {summary}.",
         "",
         "*share*: of the weights without embeddings, how many are quantized. The rest are routers, convolutions, "
         "layers that the model's code reads in place of calling them, and experts in layouts that stay dense.",
