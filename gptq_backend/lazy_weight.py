@@ -33,8 +33,8 @@ class LazyWeight(Tensor):
 
     Questions about shape, strides, dtype and device are answered by the tensor itself. The first operation that needs
     values makes them, and the object keeps them; the layer does not keep the object. It carries no gradient, and its
-    copies and pickles are ordinary tensors. Of all that writes to a tensor only ``mul_`` and ``div_`` by a number, which
-    RWKV does, change the layer; the rest is a ConfigError.
+    copies and pickles are ordinary tensors. Of all that writes to a tensor only ``mul_`` and ``div_`` by a number,
+    which RWKV does, change the layer; the rest is a ConfigError.
 
     Args:
         name: of the layer, for messages.

@@ -1,6 +1,6 @@
 """Which architectures work: a tiny random model of each -> quantize -> save -> ``from_pretrained`` -> the same logits.
 
-    python docs/benchmarks/architectures.py run [--only NAME,...]   # writes architectures.json, about ten minutes
+    python docs/benchmarks/architectures.py run [--only NAME,...]   # writes architectures.json, some minutes
     python docs/benchmarks/architectures.py table                   # writes ../models.md from it
 
 Every architecture that transformers can make a causal language model of is tried, each in a process of its own.
@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +241,12 @@ def run(only: list[str]) -> None:
     """Try all architectures, or those of ``only`` in the place of what was found before."""
     import torch
     import transformers
+    from transformers import AutoModelForCausalLM  # noqa: F401: once, for all processes
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
+    import gptq_transformers  # noqa: F401
+
+    torch.set_num_threads(1)
     old = json.loads(RESULTS.read_text())["architectures"] if only and RESULTS.exists() else {}
     found: dict[str, dict[str, Any]] = {name: entry for name, entry in old.items() if name in NAMES}
     for name in only or sorted(NAMES):
@@ -259,14 +263,28 @@ def run(only: list[str]) -> None:
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "one", name]
+    """:func:`one` in a process of its own, which a crash or a hang ends alone; it starts with everything imported."""
+    forked = multiprocessing.get_context("fork")
+    receiver, sender = forked.Pipe(duplex=False)
+    process = forked.Process(target=lambda: sender.send(quietly(name)))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return {"result": "failed", "note": f"not done after {LIMIT_S} s"}
-    if done.returncode:
-        return {"result": "failed", "note": f"exit code {done.returncode}: {done.stderr[-300:]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+        if not receiver.poll(LIMIT_S):
+            return {"result": "failed", "note": f"not done after {LIMIT_S} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"result": "failed", "note": f"exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def quietly(name: str) -> dict[str, Any]:
+    logging.disable(logging.WARNING)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return one(name)
 
 
 def table() -> None:
@@ -303,15 +321,11 @@ def table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table", "one"])
-    parser.add_argument("name", nargs="?")
+    parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if arguments.what == "one":
-        logging.disable(logging.WARNING)
-        print(json.dumps(one(arguments.name)))
-    elif arguments.what == "run":
+    if arguments.what == "run":
         run([name for name in arguments.only.split(",") if name])
     else:
         table()
