@@ -169,11 +169,17 @@ def _fields(fields: Mapping[str, Any]) -> list[str]:
     return ["input_ids"] + (["attention_mask"] if fields.get("attention_mask") is not None else [])
 
 
+def position_limit(config: Any) -> int | None:
+    """The longest sequence that a model of this config takes; None where it says nothing, or -1 for "any" as XLNet."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
 def check_fits(model: nn.Module, batches: list[Batch]) -> None:
     """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
     getter = getattr(model, "get_input_embeddings", None)
     vocabulary = getattr(getter() if getter else None, "num_embeddings", None)
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = position_limit(getattr(model, "config", None))
     for batch in batches:
         ids = batch["input_ids"]
         if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:

@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_backend import GPTQError, QuantLinear
 from gptq_backend.bench.timing import quartiles, synchronize
+from gptq_backend.calibration import position_limit
 
 from .experts import ExpertList
 
@@ -174,7 +175,7 @@ def random_prompt(model: nn.Module, batch: int, prompt: int, new_tokens: int) ->
     """
     config: Any = model.config
     config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = position_limit(config)
     if limit is not None and prompt + new_tokens > limit:
         raise GPTQError(f"a prompt of {prompt} and {new_tokens} new tokens exceed the model's {limit} positions")
     device = next(model.parameters()).device
