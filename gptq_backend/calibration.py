@@ -169,17 +169,11 @@ def _fields(fields: Mapping[str, Any]) -> list[str]:
     return ["input_ids"] + (["attention_mask"] if fields.get("attention_mask") is not None else [])
 
 
-def position_limit(config: Any) -> int | None:
-    """The longest sequence that a model of this config takes; None where it says nothing, or -1 for "any" as XLNet."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else None
-
-
 def check_fits(model: nn.Module, batches: list[Batch]) -> None:
     """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
     getter = getattr(model, "get_input_embeddings", None)
     vocabulary = getattr(getter() if getter else None, "num_embeddings", None)
-    longest = position_limit(getattr(model, "config", None))
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for batch in batches:
         ids = batch["input_ids"]
         if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -187,7 +181,7 @@ def check_fits(model: nn.Module, batches: list[Batch]) -> None:
                 f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
                 f"{vocabulary} entries; tokenize with the model's own tokenizer"
             )
-        if longest is not None and ids.shape[1] > longest:
+        if longest is not None and 0 < longest < ids.shape[1]:  # XLNet says -1 for any length
             raise CalibrationError(
                 f"a calibration sample has {ids.shape[1]} tokens, but the model takes at most {longest} "
                 "(max_position_embeddings); pass a smaller seqlen"

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
 from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
-from gptq_backend.calibration import cut, position_limit
+from gptq_backend.calibration import cut
 from gptq_backend.reader import embedded_settings
 
 from .api import from_quantized
@@ -204,8 +204,8 @@ def _check_limits(model: nn.Module, ids: Tensor) -> None:
     """Windows that the model cannot read end in an index error deep inside it; say it before."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit, vocabulary = position_limit(config), getattr(config, "vocab_size", None)
-    if limit is not None and ids.shape[1] > limit:
+    limit, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
+    if limit is not None and 0 < limit < ids.shape[1]:  # -1: any length
         raise GPTQError(f"windows of {ids.shape[1]} tokens exceed the model's {limit} positions; use a smaller seqlen")
     if vocabulary is not None and int(ids.max()) >= vocabulary:
         raise GPTQError(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from gptq_backend import CalibrationError, ConfigError, quantize_model
-from gptq_backend.calibration import position_limit, tokenize
+from gptq_backend.calibration import tokenize
 
 from . import experts, loading
 from .config import GPTQConfig
@@ -72,8 +72,8 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
 def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:
     """Token ids from ``config.dataset``: texts (each one sample, cut to the model's length), ids, or a known name."""
     dataset = config.dataset
-    limit = position_limit(model.config.get_text_config()) or _SEQLEN
-    seqlen = config.model_seqlen or min(limit, _SEQLEN)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _SEQLEN
+    seqlen = config.model_seqlen or (min(limit, _SEQLEN) if limit > 0 else _SEQLEN)  # -1: any length
     if isinstance(dataset, str):
         return tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
     if dataset and all(isinstance(text, str) for text in dataset):
