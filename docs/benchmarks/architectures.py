@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import os
 import tempfile
+import textwrap
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -232,7 +233,7 @@ def one(name: str) -> dict[str, Any]:
         "share": round(share, 3),
         "difference": difference,
         "change": round(float((after - before).norm() / before.norm()), 3),
-        "note": f"dynamic={RULES[name]}" if name in RULES else "",
+        "note": f"with `dynamic={RULES[name]}`" if name in RULES else "",
     }
 
 
@@ -301,17 +302,24 @@ def table() -> None:
     found = content["architectures"]
     counts = Counter(entry["result"] for entry in found.values())
     summary = ", ".join(f"{count} {result}" for result, count in counts.most_common())
+    version = content["versions"]["transformers"]
+    how = (
+        f"Made by `docs/benchmarks/architectures.py` with transformers {version}. Of each of the {len(found)} architectures "
+        "that it can make a causal language model of, a tiny random model is quantized to 4 bits by "
+        "`gptq_transformers.quantize`, saved and loaded by `from_pretrained`, and has to give the logits that it gave "
+        f"before it was saved: {summary}."
+    )
+    columns = (
+        "*layers*: how many are quantized. *share*: their part of all weights but embeddings. The rest are routers, "
+        "convolutions, layers that the model's code reads in place of calling them, towers of other kinds than language, "
+        "and experts in layouts that stay dense."
+    )
     lines = [
         "# Models",
         "",
-        f"Made by `docs/benchmarks/architectures.py` with transformers "
-        f"{content['versions']['transformers']}. Of each of "
-        f"the {len(found)} architectures that it can make a causal language model of, a tiny random model is quantized "
-        "to 4 bits by `gptq_transformers.quantize`, saved, loaded by `from_pretrained`, and has to give the logits "
-        f"that it gave before it was saved: {summary}.",
+        *textwrap.wrap(how, 120),
         "",
-        "*share*: of the weights without embeddings, how many are quantized. The rest are routers, convolutions, "
-        "layers that the model's code reads in place of calling them, and experts in layouts that stay dense.",
+        *textwrap.wrap(columns, 120),
         "",
         "| architecture | layers | share | |",
         "|---|---|---|---|",
