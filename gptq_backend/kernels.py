@@ -103,7 +103,7 @@ TRITON = Kernel(
     triton_layout.unprepare,
     triton_ops.apply,
     triton_ops.op,
-    functools.partial(_dequantize, "triton_dequantize", triton_ops.arguments),
+    triton_ops.dequantize_op,
     moe=moe.TRITON,
 )
 

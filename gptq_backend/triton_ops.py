@@ -255,24 +255,28 @@ _library.impl("triton_moe_gemm", moe_gemm, "CompositeExplicitAutograd")
 torch.library.register_fake("gptq_backend::triton_moe_gemm", _moe_gemm_fake, lib=_library)
 
 
-def arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
-    """The layout, as the operators take it."""
+def _arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
     tensors = (prepared["qweight"], prepared["scales"], *map(prepared.get, ("zeros", "perm", "groups")))
     return (*tensors, spec.in_features, spec.out_features, spec.bits, spec.group_size)
 
 
 def apply(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
     """See ``Kernel``."""
-    return gemm(x, *arguments(spec, prepared), bias)
+    return gemm(x, *_arguments(spec, prepared), bias)
 
 
 def op(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
     """See ``Kernel``."""
-    return _op(x, *arguments(spec, prepared), bias)
+    return _op(x, *_arguments(spec, prepared), bias)
+
+
+def dequantize_op(spec: LinearSpec, prepared: Tensors, dtype: torch.dtype) -> Tensor:
+    """See ``Kernel``."""
+    return torch.ops.gptq_backend.triton_dequantize(*_arguments(spec, prepared), dtype)
 
 
 def moe_op(
     spec: LinearSpec, stacked: Tensors, x: Tensor, order: Tensor, experts: Tensor, top_k: int, bias: Tensor | None
 ) -> Tensor:
     """See ``moe.MoeKernel``."""
-    return torch.ops.gptq_backend.triton_moe_gemm(x, *arguments(spec, stacked), order, experts, top_k, bias)
+    return torch.ops.gptq_backend.triton_moe_gemm(x, *_arguments(spec, stacked), order, experts, top_k, bias)

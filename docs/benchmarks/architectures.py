@@ -304,15 +304,15 @@ def table() -> None:
     summary = ", ".join(f"{count} {result}" for result, count in counts.most_common())
     version = content["versions"]["transformers"]
     how = (
-        f"Made by `docs/benchmarks/architectures.py` with transformers {version}. Of each of the {len(found)} architectures "
-        "that it can make a causal language model of, a tiny random model is quantized to 4 bits by "
+        f"Made by `docs/benchmarks/architectures.py` with transformers {version}. Of each of the {len(found)} "
+        "architectures that it can make a causal language model of, a tiny random model is quantized to 4 bits by "
         "`gptq_transformers.quantize`, saved and loaded by `from_pretrained`, and has to give the logits that it gave "
         f"before it was saved: {summary}."
     )
     columns = (
         "*layers*: how many are quantized. *share*: their part of all weights but embeddings. The rest are routers, "
-        "convolutions, layers that the model's code reads in place of calling them, towers of other kinds than language, "
-        "and experts in layouts that stay dense."
+        "convolutions, layers that the model's code reads in place of calling them, towers of other kinds than "
+        "language, and experts in layouts that stay dense."
     )
     lines = [
         "# Models",
