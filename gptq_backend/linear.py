@@ -232,14 +232,11 @@ class QuantLinear(nn.Module):
         """Where the layer computes."""
         if (hook := offloading_hook(self)) is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)
-        device: torch.device = self._served[2]["qweight"].device
-        return device
+        return self._served[2]["qweight"].device  # type: ignore[no-any-return]
 
     def _stored(self) -> Tensors:
         """The checkpoint's tensors, bias excluded."""
-        kernel, spec, parameters = self._served
-        held = _without_bias(parameters)
-        return held if kernel is None else kernel.unprepare(spec, held)
+        return _stored(*self._served)
 
     def _serve(
         self, kernel: Kernel | None, spec: LinearSpec, tensors: Mapping[str, Tensor], bias: nn.Parameter | None
@@ -316,11 +313,8 @@ class QuantLinear(nn.Module):
                 return self
             device, keeps_values, shares = effect(fn, home)
             if not keeps_values:
-                empty = {
-                    key: move(tensor)
-                    for key, tensor in empty_tensors(self.stored_spec, "meta").items()
-                    if key != "bias"
-                }
+                empty = _without_bias(empty_tensors(self.stored_spec, "meta"))
+                empty = {key: move(tensor) for key, tensor in empty.items()}
                 self._serve(None, self.stored_spec, empty, bias)
             elif device != home:
                 moved = {key: move(tensor) for key, tensor in kernel.unprepare(spec, tensors).items()}
@@ -350,9 +344,8 @@ class QuantLinear(nn.Module):
         """accelerate has put a prepared layer on the meta device; what it will bring for each call is the
         ``state_dict()``, hence be a layer of those tensors.
         """
-        device, bias = self._served[2]["qweight"].device, self.bias
-        empty = {key: tensor for key, tensor in empty_tensors(self.stored_spec, device).items() if key != "bias"}
-        self._serve(None, self.stored_spec, empty, bias)
+        device = self._served[2]["qweight"].device
+        self._serve(None, self.stored_spec, _without_bias(empty_tensors(self.stored_spec, device)), self.bias)
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "original_devices", None):
                 home = item.original_devices["qweight"]
@@ -385,10 +378,8 @@ class QuantLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        kernel, spec, parameters = state.pop("_served")
-        stored = _without_bias(parameters)
-        if kernel is not None:
-            stored = kernel.unprepare(spec, stored)
+        served = state.pop("_served")
+        stored, (kernel, _, parameters) = _stored(*served), served
         state["_parameters"] = {"bias": parameters["bias"]}
         state["_parameters"] |= {key: nn.Parameter(value, requires_grad=False) for key, value in stored.items()}
         return state | {"_was_prepared": kernel is not None}
@@ -399,6 +390,11 @@ class QuantLinear(nn.Module):
         self._served = (None, self.stored_spec, self._parameters)
         if prepared:  # by a kernel of the machine that reads the copy
             self.prepare()
+
+
+def _stored(kernel: Kernel | None, spec: LinearSpec, parameters: Mapping[str, Any]) -> Tensors:
+    held = _without_bias(parameters)
+    return held if kernel is None else kernel.unprepare(spec, held)
 
 
 def _without_bias(parameters: Mapping[str, Any]) -> Tensors:
