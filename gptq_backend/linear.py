@@ -232,7 +232,7 @@ class QuantLinear(nn.Module):
         """Where the layer computes."""
         if (hook := offloading_hook(self)) is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)
-        return self._served[2]["qweight"].device  # type: ignore[no-any-return]
+        return self._served[2]["qweight"].device
 
     def _stored(self) -> Tensors:
         """The checkpoint's tensors, bias excluded."""
