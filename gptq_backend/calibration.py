@@ -218,7 +218,7 @@ def check_fits(model: nn.Module, batches: list[Batch]) -> None:
                 f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
                 f"{vocabulary} entries; tokenize with the model's own tokenizer"
             )
-        if longest is not None and ids.shape[1] > longest:
+        if longest is not None and 0 < longest < ids.shape[1]:  # XLNet says -1 for any length
             raise CalibrationError(
                 f"a calibration sample has {ids.shape[1]} tokens, but the model takes at most {longest} "
                 "(max_position_embeddings); pass a smaller seqlen"

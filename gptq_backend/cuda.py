@@ -291,18 +291,14 @@ _op = define_operators(
 )
 
 
+def arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
+    """The layout, as the operators take it."""
+    tensors = (prepared["qweight"], prepared["scales"], prepared.get("zeros"), prepared.get("perm"))
+    return (*tensors, spec.in_features, spec.out_features, spec.bits)
+
+
 def _call(function: Any, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
-    return function(
-        x,
-        prepared["qweight"],
-        prepared["scales"],
-        prepared.get("zeros"),
-        prepared.get("perm"),
-        spec.in_features,
-        spec.out_features,
-        spec.bits,
-        bias,
-    )
+    return function(x, *arguments(spec, prepared), bias)
 
 
 apply: Any = functools.partial(_call, gemm)

@@ -118,7 +118,15 @@ def _quantized_linear(weight: QuantizedWeight, source: QuantLinear) -> QuantLine
     """A layer like ``source`` with another weight."""
     spec = source.stored_spec
     checkpoint_format = "gptq_p" if spec.planar else "gptq" if spec.zero_offset else "gptq_v2"
-    return QuantLinear.from_weight(weight, source.bias, checkpoint_format, spec.word_dtype, source.name, source.backend)
+    return QuantLinear.from_weight(
+        weight,
+        source.bias,
+        checkpoint_format,
+        spec.word_dtype,
+        source.name,
+        source.backend,
+        dtype=source.compute_dtype,
+    )
 
 
 def _identity(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Kernel:
         unprepare: the exact inverse, bit for bit.
         apply: ``(spec, prepared, x [..., K], bias [N] | None) -> y [..., N]`` in the dtype of x.
         op: the same call through ``torch.ops``, used while tracing or when a gradient is needed.
+        dequantize: ``(spec, prepared, dtype) -> weight [K, N]``, the transpose of ``nn.Linear.weight``, through
+            ``torch.ops``; None: the layer goes through ``unprepare``.
         opt_in: less exact than the others, hence never chosen unless asked for by name.
         moe: the grouped product for experts, where there is one.
     """
@@ -39,6 +42,7 @@ class Kernel:
     unprepare: Callable[[LinearSpec, Tensors], Tensors]
     apply: Callable[[LinearSpec, Tensors, Tensor, Tensor | None], Tensor]
     op: Callable[[LinearSpec, Tensors, Tensor, Tensor | None], Tensor]
+    dequantize: Callable[[LinearSpec, Tensors, torch.dtype], Tensor] | None = None
     opt_in: bool = False
     moe: moe.MoeKernel | None = None
 
@@ -46,19 +50,18 @@ class Kernel:
 def _reference(
     gemm: Callable[..., Tensor], spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return gemm(
-        x,
-        prepared["qweight"],
-        prepared["qzeros"],
-        prepared["scales"],
-        prepared["g_idx"] if spec.act_order else None,
-        spec.in_features,
-        spec.bits,
-        spec.group_size,
-        spec.zero_offset,
-        spec.planar,
-        bias,
-    )
+    return gemm(x, *ops.arguments(spec, prepared), bias)
+
+
+def _dequantize(
+    operator: str,
+    arguments: Callable[[LinearSpec, Tensors], tuple[Any, ...]],
+    spec: LinearSpec,
+    prepared: Tensors,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight: Tensor = getattr(torch.ops.gptq_backend, operator)(*arguments(spec, prepared), dtype)
+    return weight
 
 
 REFERENCE = Kernel(
@@ -68,12 +71,30 @@ REFERENCE = Kernel(
     unprepare=lambda spec, prepared: prepared,
     apply=functools.partial(_reference, ops.gemm),
     op=functools.partial(_reference, ops.op),
+    dequantize=functools.partial(_dequantize, "dequantize", ops.arguments),
 )
 
-CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op, moe=moe.CPU)
-CUDA = Kernel("cuda", cuda.supports, cuda_layout.prepare, cuda_layout.unprepare, cuda.apply, cuda.op)
+_dequantize_cpu = functools.partial(_dequantize, "cpu_dequantize", functools.partial(cpu.arguments, a8=False))
+CPU = Kernel("cpu", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply, cpu.op, _dequantize_cpu, moe=moe.CPU)
+CUDA = Kernel(
+    "cuda",
+    cuda.supports,
+    cuda_layout.prepare,
+    cuda_layout.unprepare,
+    cuda.apply,
+    cuda.op,
+    functools.partial(_dequantize, "cuda_dequantize", cuda.arguments),
+)
 CPU_W4A8 = Kernel(
-    "cpu_w4a8", cpu.supports, cpu.prepare, cpu.unprepare, cpu.apply_w4a8, cpu.op_w4a8, opt_in=True, moe=moe.CPU_W4A8
+    "cpu_w4a8",
+    cpu.supports,
+    cpu.prepare,
+    cpu.unprepare,
+    cpu.apply_w4a8,
+    cpu.op_w4a8,
+    _dequantize_cpu,
+    opt_in=True,
+    moe=moe.CPU_W4A8,
 )
 TRITON = Kernel(
     "triton",
@@ -82,6 +103,7 @@ TRITON = Kernel(
     triton_layout.unprepare,
     triton_ops.apply,
     triton_ops.op,
+    triton_ops.dequantize_op,
     moe=moe.TRITON,
 )
 
@@ -92,6 +114,12 @@ KERNELS: list[Kernel] = [CPU_W4A8, CPU, CUDA, TRITON, REFERENCE]
 def kernel_report(spec: LinearSpec, device: torch.device) -> dict[str, str | None]:
     """``{row: None if it can serve spec on device, else why not}``, fastest first, without the opt-in rows."""
     return {kernel.name: kernel.supports(spec, device) for kernel in KERNELS if not kernel.opt_in}
+
+
+def fastest(report: Mapping[str, str | None], expert: bool = False) -> Kernel:
+    """The row that is chosen after a ``report`` of :func:`kernel_report`; expert: see :func:`select_kernel`."""
+    serving = [kernel for kernel in KERNELS if kernel.name in report and report[kernel.name] is None]
+    return next((kernel for kernel in serving if expert and kernel.moe), serving[0])
 
 
 def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = None, expert: bool = False) -> Kernel:
@@ -105,8 +133,7 @@ def select_kernel(spec: LinearSpec, device: torch.device, name: str | None = Non
     """
     if name in (None, "auto"):
         reasons = kernel_report(spec, device)
-        serving = [kernel for kernel in KERNELS if kernel.name in reasons and reasons[kernel.name] is None]
-        chosen = next((kernel for kernel in serving if expert and kernel.moe), serving[0])
+        chosen = fastest(reasons, expert)
         if chosen is REFERENCE:
             why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
             _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .kernels import Kernel, select_kernel
+from .lazy_weight import LazyWeight
+from .modules import effect, offloading_hook
 from .phases import timed
 from .slots import Tensors
-from .weight import LinearSpec, QuantizedWeight, decode, encode, resolve
+from .weight import LinearSpec, QuantizedWeight, decode, empty_tensors, encode, resolve
 
 # Held while tensors change their layout, as several threads may call a layer for the first time at once. One for all
-# layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it.
+# layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it: it
+# reads one attribute, which is replaced as a whole.
 _LOCK = threading.RLock()
 
 
@@ -36,16 +40,23 @@ class QuantLinear(nn.Module):
     and lets it repack -> forward. Repacking is undone bit for bit wherever someone looks: ``state_dict()``,
     ``deepcopy`` and pickling always see the checkpoint's tensors, and ``.to(device)`` prepares again for the new
     device. Casting the model (``.half()``, ``.to(dtype)``) leaves the layer's stored dtypes alone: outputs follow the
-    dtype of x.
+    dtype of x. Threads may call the layer while another moves, casts, saves or reloads it.
 
     Args:
         spec: shapes, dtypes and format of the stored tensors.
         name: the layer's name in the model, for messages.
         backend: row of the kernel table, or None for the fastest that fits.
         device: where to create the empty parameters.
+        dtype: see ``compute_dtype``.
+
+    Attributes:
+        compute_dtype: what the weight of a dense layer in its place would have: the dtype of ``weight``, and what
+            adapters trained on top (PEFT) should use. By default that of the scales; casts of the model change it.
     """
 
     bias: nn.Parameter | None
+    # The kernel, or None before prepare(), the spec that it serves, and the parameters in its layout.
+    _served: tuple[Kernel | None, LinearSpec, dict[str, Any]]
 
     def __init__(
         self,
@@ -53,18 +64,18 @@ class QuantLinear(nn.Module):
         name: str = "linear",
         backend: str | None = None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.stored_spec = self.spec = spec
+        self.stored_spec = spec
         self.name, self.backend = name, backend
+        self.compute_dtype = dtype or spec.scales_dtype
         self._expert = False
         self.changes = 0  # of parameters, by assignment
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        self._kernel: Kernel | None = None
-        if not spec.has_bias:
-            self.register_parameter("bias", None)
-        dtypes = spec.dtypes
-        self._set({key: torch.empty(shape, dtype=dtypes[key], device=device) for key, shape in spec.shapes.items()})
+        tensors = empty_tensors(spec, device)
+        bias = tensors.pop("bias", None)
+        self._serve(None, spec, tensors, None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
     @timed("pack")
@@ -77,8 +88,9 @@ class QuantLinear(nn.Module):
         name: str = "linear",
         backend: str | None = None,
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> QuantLinear:
-        """A prepared layer that holds ``weight``; bias: [N] or None, kept in its dtype.
+        """A prepared layer that holds ``weight``; bias: [N] or None, kept in its dtype; dtype: see ``compute_dtype``.
 
         With a ``device`` other than that of the weight, codes are packed before they move, and it is prepared when it
         is first used there.
@@ -86,33 +98,35 @@ class QuantLinear(nn.Module):
         spec, tensors = encode(weight, checkpoint_format, word_dtype)
         if bias is not None:
             spec = dataclasses.replace(spec, has_bias=True, bias_dtype=bias.dtype)
-            tensors["bias"] = bias.detach()
-        layer = cls(spec, name, backend, device="meta")
+            bias = nn.Parameter(bias.detach().to(device or bias.device), requires_grad=False)
+        layer = cls(spec, name, backend, device="meta", dtype=dtype)
         if device is None or device == weight.codes.device:
-            layer._set(tensors)
+            layer._serve(None, spec, tensors, bias)
             return layer.prepare()
-        layer._set({key: tensor.to(device) for key, tensor in tensors.items()})
+        layer._serve(None, spec, {key: tensor.to(device) for key, tensor in tensors.items()}, bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [..., K] -> [..., N] in the dtype of x."""
-        if self._kernel is None:
+        kernel, spec, parameters = self._served
+        if kernel is None:
             return self._forward_unprepared(x)
-        parameters: Any = self._parameters
+        if torch.compiler.is_compiling():
+            # By the module's own attribute, which tells the compiler that they are parameters.
+            named: Any = self._parameters
+            return kernel.op(spec, named, x, named["bias"])
         bias = parameters["bias"]
-        if (
-            torch.compiler.is_compiling()
-            or type(x) is not Tensor
-            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        if type(x) is not Tensor or (
+            torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         ):
-            return self._kernel.op(self.spec, parameters, x, bias)
-        return self._kernel.apply(self.spec, parameters, x, bias)
+            return kernel.op(spec, parameters, x, bias)
+        return kernel.apply(spec, parameters, x, bias)
 
     # torch.compiler.disable would import torch._dynamo, which takes as long as torch itself, with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _forward_unprepared(self, x: Tensor) -> Tensor:
         """First call, or a layer whose weights an accelerate hook brings for this call only."""
-        if not _is_offloaded(self):
+        if offloading_hook(self) is None:
             return self.prepare()(x)
         spec = resolve(self.spec, self._stored(), self.name)
         kernel = select_kernel(spec, x.device, self.backend)
@@ -132,36 +146,52 @@ class QuantLinear(nn.Module):
         """
         if expert is not None and expert != self._expert:
             self._expert = expert
-            if self._kernel is not None and self._kernel is not self._select(self.spec):
+            if self.kernel is not None and self.kernel is not self._select(self.spec):
                 self.unprepare()
-        if self._kernel is not None:
+        if self.kernel is not None:
             return self
-        stored = self._stored()
+        stored, bias = self._stored(), self.bias
         if any(tensor.is_meta for tensor in stored.values()):
             raise CheckpointError(f"{self.name}: its weights were never loaded; load a state dict first")
-        self.spec = resolve(self.stored_spec, stored, self.name)
-        kernel = self._select(self.spec)
-        self._set(kernel.prepare(self.spec, stored))
-        self._kernel = kernel
+        checked = stored if bias is None else {**stored, "bias": bias.data}
+        spec = resolve(self.stored_spec, checked, self.name)
+        kernel = self._select(spec)
+        self._serve(kernel, spec, kernel.prepare(spec, stored), bias)
         return self
 
     def _select(self, spec: LinearSpec) -> Kernel:
-        device: Any = self._parameters["qweight"].device  # type: ignore[union-attr]
-        return select_kernel(spec, device, self.backend, self._expert)
+        return select_kernel(spec, self._device, self.backend, self._expert)
 
     @changing_layout()
     def unprepare(self) -> QuantLinear:
         """Return to the checkpoint's tensors, bit for bit."""
-        if self._kernel is not None:
-            stored = self._stored()
-            self._kernel = None
-            self._set(stored)
+        if self.kernel is not None:
+            self._serve(None, self.stored_spec, self._stored(), self.bias)
         return self
 
     @property
     def kernel(self) -> Kernel | None:
         """The row of the kernel table that serves it; None before :meth:`prepare`."""
-        return self._kernel
+        return self._served[0]
+
+    @property
+    def spec(self) -> LinearSpec:
+        """``stored_spec``, completed by :meth:`prepare` with what the values tell."""
+        return self._served[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight [N, K] in ``compute_dtype``, for code that reads it in place of calling the layer.
+
+        Its shape, dtype and device cost nothing, its values a dense layer, made by the first operation that needs them
+        (see :class:`LazyWeight`). It is no parameter: it has no gradient and is not saved. Assigning it, or tying
+        another weight to it, is a ConfigError.
+        """
+        if torch.compiler.is_compiling():
+            return self._traced_weight()
+        shape = (self.out_features, self.in_features)
+        make = functools.partial(self._dense_weight, self.compute_dtype)
+        return LazyWeight(self.name, shape, self.compute_dtype, self._device, make, self._scale_weight)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of ``nn.Module``; whoever made something of the parameters sees by ``changes`` that it is outdated."""
@@ -187,14 +217,9 @@ class QuantLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.to(dtype))
         return linear
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What adapters trained on top (PEFT) should use."""
-        return self.stored_spec.scales_dtype
-
     def extra_repr(self) -> str:
         spec = self.spec
-        kernel = self._kernel.name if self._kernel else "not prepared"
+        kernel = self.kernel.name if self.kernel else "not prepared"
         return (
             f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}, "
             f"sym={spec.sym}, act_order={spec.act_order}, bias={spec.has_bias}, kernel={kernel}"
@@ -202,48 +227,125 @@ class QuantLinear(nn.Module):
 
     # -- storage ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _device(self) -> torch.device:
+        """Where the layer computes."""
+        if (hook := offloading_hook(self)) is not None and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+        return self._served[2]["qweight"].device
+
     def _stored(self) -> Tensors:
         """The checkpoint's tensors, bias excluded."""
-        held = {key: value.data for key, value in self._parameters.items() if value is not None and key != "bias"}
-        return held if self._kernel is None else self._kernel.unprepare(self.spec, held)
+        return _stored(*self._served)
 
-    def _set(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make ``tensors`` the parameters; a bias that is not among them stays."""
-        for key in [key for key in self._parameters if key != "bias"]:
-            del self._parameters[key]
-        for key, tensor in tensors.items():
-            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+    def _serve(
+        self, kernel: Kernel | None, spec: LinearSpec, tensors: Mapping[str, Tensor], bias: nn.Parameter | None
+    ) -> None:
+        """Make ``tensors``, in the layout of ``kernel``, and ``bias`` the parameters, all at once."""
+        parameters: dict[str, Any] = {"bias": bias}
+        parameters |= {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
+        self.changes += 1
+        self._parameters = parameters
+        self._served = (kernel, spec, parameters)
+
+    def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """[N, K], rounded once to ``dtype``."""
+        hook = offloading_hook(self)
+        with torch.inference_mode(False), torch.no_grad():
+            if hook is not None:
+                hook.pre_forward(self)
+            try:
+                kernel, spec, parameters = self._served
+                wide = torch.promote_types(dtype, torch.float32)
+                if kernel is None or kernel.dequantize is None:
+                    return self.quantized_weight().dequantize(wide).to(dtype)
+                return kernel.dequantize(spec, parameters, wide).t().to(dtype).contiguous()
+            finally:
+                if hook is not None:
+                    hook.post_forward(self, None)
+
+    @changing_layout()
+    def _scale_weight(self, factor: float) -> None:
+        """Multiply the weight by a number that leaves the scales as exact as they are, such as a power of two."""
+        if factor == 1:
+            return
+        prepared, stored = self.kernel is not None, self._stored()
+        scales = (stored["scales"].double() * factor).to(stored["scales"].dtype)
+        if not torch.equal(scales.double() / factor, stored["scales"].double()):
+            raise ConfigError(
+                f"{self.name}.weight cannot be multiplied by {factor}: its scales are {scales.dtype}, which does not "
+                "hold the products exactly; replace the layer by its dequantize(), which is an nn.Linear"
+            )
+        self._serve(None, self.stored_spec, stored | {"scales": scales}, self.bias)
+        if prepared:
+            self.prepare()
+
+    def _traced_weight(self) -> Tensor:
+        """The same as a part of the graph that is being made, where it vanishes if only its dtype is looked at."""
+        kernel, dtype = self.kernel, self.compute_dtype
+        if kernel is None or kernel.dequantize is None:
+            return self._dense_weight_outside_of_graphs(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        parameters: Any = self._parameters
+        return kernel.dequantize(self.spec, parameters, wide).t().to(dtype).contiguous()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _dense_weight_outside_of_graphs(self, dtype: torch.dtype) -> Tensor:
+        return self._dense_weight(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        prepared = self._kernel is not None
-        self.unprepare()
-
-        def move_only(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move_only, recurse)
-        return self.prepare() if prepared and not self._parameters["qweight"].is_meta else self  # type: ignore[union-attr]
+        with changing_layout():
+            rest = nn.Module()  # what is like that of any other module
+            rest._parameters, rest._buffers, rest._modules = {"bias": self.bias}, self._buffers, self._modules
+            bias = nn.Module._apply(rest, move, recurse)._parameters["bias"]
+            kernel, spec, parameters = self._served
+            tensors = _without_bias(parameters)
+            home = tensors["qweight"].device
+            cast = fn(torch.empty(0, dtype=self.compute_dtype, device=home)).dtype
+            if cast.is_floating_point:
+                self.compute_dtype = cast
+            if kernel is None:
+                self._serve(None, spec, {key: move(tensor) for key, tensor in tensors.items()}, bias)
+                return self
+            device, keeps_values, shares = effect(fn, home)
+            if not keeps_values:
+                empty = _without_bias(empty_tensors(self.stored_spec, "meta"))
+                empty = {key: move(tensor) for key, tensor in empty.items()}
+                self._serve(None, self.stored_spec, empty, bias)
+            elif device != home:
+                moved = {key: move(tensor) for key, tensor in kernel.unprepare(spec, tensors).items()}
+                self._serve(None, self.stored_spec, moved, bias)
+                self.prepare()
+            else:
+                # Sharing is done in place, which would pull the memory from under a kernel that is reading it.
+                moved = {
+                    key: move(tensor.clone() if shares and not tensor.is_shared() else tensor)
+                    for key, tensor in tensors.items()
+                }
+                if bias is not self.bias or any(moved[key] is not tensor for key, tensor in tensors.items()):
+                    self._serve(kernel, spec, moved, bias)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ConfigError(
+                f"{self.name}.weight is quantized and cannot be assigned or tied to another; replace the layer by its "
+                "dequantize(), which is an nn.Linear, and assign the weight of that"
+            )
         super().__setattr__(name, value)
-        if name == "_hf_hook" and self._kernel is not None and _is_offloaded(self):
+        if name == "_hf_hook" and self.kernel is not None and offloading_hook(self) is not None:
             self._follow_offload(value)
 
     def _follow_offload(self, hook: Any) -> None:
         """accelerate has put a prepared layer on the meta device; what it will bring for each call is the
         ``state_dict()``, hence be a layer of those tensors.
         """
-        device = next(value for key, value in self._parameters.items() if key != "bias").device  # type: ignore[union-attr]
-        spec = self.stored_spec
-        self._kernel, self.spec = None, spec
-        self._set(
-            {
-                key: torch.empty(shape, dtype=spec.dtypes[key], device=device)
-                for key, shape in spec.shapes.items()
-                if key != "bias"
-            }
-        )
+        device = self._served[2]["qweight"].device
+        self._serve(None, self.stored_spec, _without_bias(empty_tensors(self.stored_spec, device)), self.bias)
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "original_devices", None):
                 home = item.original_devices["qweight"]
@@ -255,25 +357,45 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unprepare()
-        super()._load_from_state_dict(*args, **kwargs)
+    @changing_layout()
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        concerned = any(key.startswith(prefix) and "." not in key[len(prefix) :] for key in state_dict)
+        if concerned or self._load_state_dict_pre_hooks:
+            self.unprepare()
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        elif strict:  # as above, for a state dict, an adapter's for example, that has nothing of this layer
+            missing_keys += [f"{prefix}{key}" for key in self.stored_spec.shapes]
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        stored = self._stored()
-        state["_kernel"], state["spec"] = None, self.stored_spec
-        state["_parameters"] = {key: nn.Parameter(value, requires_grad=False) for key, value in stored.items()}
-        state["_parameters"]["bias"] = self.bias
-        return state | {"_was_prepared": self._kernel is not None}
+        served = state.pop("_served")
+        stored, (kernel, _, parameters) = _stored(*served), served
+        state["_parameters"] = {"bias": parameters["bias"]}
+        state["_parameters"] |= {key: nn.Parameter(value, requires_grad=False) for key, value in stored.items()}
+        return state | {"_was_prepared": kernel is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         prepared = state.pop("_was_prepared")
         super().__setstate__(state)
+        self._served = (None, self.stored_spec, self._parameters)
         if prepared:  # by a kernel of the machine that reads the copy
             self.prepare()
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(item, "offload", False) for item in getattr(hook, "hooks", [hook]))
+def _stored(kernel: Kernel | None, spec: LinearSpec, parameters: Mapping[str, Any]) -> Tensors:
+    held = _without_bias(parameters)
+    return held if kernel is None else kernel.unprepare(spec, held)
+
+
+def _without_bias(parameters: Mapping[str, Any]) -> Tensors:
+    return {key: value.data for key, value in parameters.items() if value is not None and key != "bias"}

@@ -125,6 +125,8 @@ class Grouped(nn.Module):
             if name in prepared[0]:
                 tensors = [each[name] for each in prepared]
                 out = cpu.in_huge_pages(tensors[0].new_empty((len(tensors), *tensors[0].shape)))
+                if out.is_cpu and tensors[0].is_shared():
+                    out.share_memory_()
                 self._hold(name, torch.stack(tensors, out=out))
         present = [bias.detach() for bias in biases if bias is not None]
         self._hold("bias", torch.stack(present) if present else None)

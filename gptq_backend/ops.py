@@ -10,10 +10,13 @@ the ``reference`` row of the kernel table calls. Arguments common to both, with 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .operators import check_input, define_operators
+from .slots import Tensors
 from .weight import LinearSpec, unpack_codes, unpack_zeros
 
 _LAYOUT = (
@@ -102,6 +105,13 @@ def gemm(
     if bias is not None:
         y = y + bias.to(compute)
     return y.to(x.dtype).view(*x.shape[:-1], spec.out_features)
+
+
+def arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
+    """The layout, as the operators take it."""
+    g_idx = prepared["g_idx"] if spec.act_order else None
+    tensors = (prepared["qweight"], prepared["qzeros"], prepared["scales"], g_idx)
+    return (*tensors, spec.in_features, spec.bits, spec.group_size, spec.zero_offset, spec.planar)
 
 
 _library = torch.library.Library("gptq_backend", "DEF")

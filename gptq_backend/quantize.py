@@ -511,7 +511,7 @@ class _Run:
         words = getattr(torch, config.pack_dtype)
         home, _ = self.placement.home(module.weight)  # type: ignore[arg-type]
         self.done[module] = QuantLinear.from_weight(
-            weight, bias, config.checkpoint_format, words, target.name, self.backend, home
+            weight, bias, config.checkpoint_format, words, target.name, self.backend, home, old.dtype
         )
 
     def add_report(self, entry: LayerReport) -> None:

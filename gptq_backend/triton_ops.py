@@ -270,6 +270,11 @@ def op(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> T
     return _op(x, *_arguments(spec, prepared), bias)
 
 
+def dequantize_op(spec: LinearSpec, prepared: Tensors, dtype: torch.dtype) -> Tensor:
+    """See ``Kernel``."""
+    return torch.ops.gptq_backend.triton_dequantize(*_arguments(spec, prepared), dtype)
+
+
 def moe_op(
     spec: LinearSpec, stacked: Tensors, x: Tensor, order: Tensor, experts: Tensor, top_k: int, bias: Tensor | None
 ) -> Tensor:

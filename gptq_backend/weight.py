@@ -171,6 +171,12 @@ def unpack_zeros(spec: LinearSpec, qzeros: Tensor) -> Tensor:
     return (stored + spec.zero_offset) & ((1 << spec.bits) - 1)
 
 
+def empty_tensors(spec: LinearSpec, device: torch.device | str | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, bias included, uninitialised."""
+    dtypes = spec.dtypes
+    return {key: torch.empty(shape, dtype=dtypes[key], device=device) for key, shape in spec.shapes.items()}
+
+
 def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> LinearSpec:
     """Complete ``spec`` with what only the values tell: whether ``g_idx`` is real, and what the zeros mean.
 
@@ -178,8 +184,8 @@ def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> Linea
     ``2**(b-1)``, whatever its format key says (v2 zeros under a v1 label are in circulation).
 
     Raises:
-        CheckpointError: packed words of another dtype, ``g_idx`` out of range or non-finite scales, with the module's
-            ``name``.
+        CheckpointError: packed words of another dtype, ``g_idx`` out of range, or non-finite scales or bias (which need
+            not be among ``tensors``), with the module's ``name``.
     """
     for key in {"qweight", "qzeros"} & tensors.keys():  # load_state_dict(assign=True) compares no dtypes
         if tensors[key].dtype != spec.word_dtype:
@@ -187,13 +193,14 @@ def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> Linea
                 f"{name}.{key}: the packed words are {tensors[key].dtype}, expected {spec.word_dtype}; a cast moves "
                 "them apart: load them as they were stored"
             )
-    largest = tensors["scales"].float() * ((1 << spec.bits) - 1)  # of what the weight can be
-    if not largest.isfinite().all():
-        bad = int((~largest.isfinite()).sum())
-        raise CheckpointError(
-            f"{name}.scales: {bad} values are NaN or infinite, or would make weights infinite; the file is "
-            "damaged, fetch it again"
-        )
+    largest = (1 << spec.bits) - 1  # code minus zero
+    for key, factor in (("scales", largest), ("bias", 1)):
+        if key in tensors and not (worst := tensors[key].float() * factor).isfinite().all():
+            bad = int((~worst.isfinite()).sum())
+            raise CheckpointError(
+                f"{name}.{key}: {bad} values are NaN or infinite, or would make weights infinite; the file is damaged, "
+                "fetch it again"
+            )
     spec = dataclasses.replace(spec, act_order=spec.has_g_idx and _has_act_order(spec, tensors["g_idx"], name))
     if spec.sym:
         stored = unpack_zeros(dataclasses.replace(spec, zero_offset=0), tensors["qzeros"])

@@ -175,7 +175,7 @@ def random_prompt(model: nn.Module, batch: int, prompt: int, new_tokens: int) ->
     config: Any = model.config
     config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and prompt + new_tokens > limit:
+    if limit is not None and 0 < limit < prompt + new_tokens:  # -1: any length
         raise GPTQError(f"a prompt of {prompt} and {new_tokens} new tokens exceed the model's {limit} positions")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)

@@ -22,6 +22,7 @@ from gptq_backend.reader import resolve_specs
 from gptq_backend.structure import linear_shapes
 from gptq_backend.weight import resolve
 
+from .finite import check_stored
 from .loading import absent, check_loaded, prepare_model, quant_linears
 from .names import checkpoint_names
 from .skeleton import UnknownModel, build_skeleton
@@ -135,6 +136,7 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
         plan = prepare_model(model, manifest, checkpoint.config, names)
         specs = {name: layer.stored_spec for name, layer in quant_linears(model)} | plan.dense
         check_loaded(model, absent(model, plan.manifest))
+        check_stored(plan.dtypes, plan.manifest)
     except CheckpointError as error:
         checkpoint.damaged["checkpoint"] = str(error)
         specs = specs or {name: layer.stored_spec for name, layer in quant_linears(model)}

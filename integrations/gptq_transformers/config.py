@@ -8,15 +8,17 @@ import functools
 import logging
 from typing import Any
 
+import torch
 from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
-from gptq_backend import KERNELS, ConfigError, QuantizeConfig
+from gptq_backend import KERNELS, ConfigError, LinearSpec, QuantizeConfig
 from gptq_backend.dialects import ALIASES
 
 logger = logging.getLogger(__name__)
 
-# Kernels of GPTQModel, AutoGPTQ and optimum. Code that names them must run unchanged, so they mean 'auto'.
+# Kernels of GPTQModel, AutoGPTQ and optimum. Code that names them must run unchanged, so they mean 'auto'; those that
+# are called as ours are ("cuda", "triton"), where ours cannot run.
 _FOREIGN_BACKENDS = frozenset(
     [
         "bitblas",
@@ -193,10 +195,10 @@ class GPTQConfig(StockGPTQConfig):
         rows = [kernel.name for kernel in KERNELS]
         if name in (None, "auto", "auto_trainable"):  # the last is what transformers' documentation tells users to pass
             return None
-        if name in rows:
+        if name in rows and not (name in _FOREIGN_BACKENDS and (why := _unusable_here(name))):
             return name
         if name in _FOREIGN_BACKENDS:
-            _warn_foreign(name)
+            _warn_foreign(name, why if name in rows else "it is a kernel of another library")
             return None
         raise ConfigError(f"backend={name!r} is not a kernel; choose 'auto' or one of {rows}")
 
@@ -208,6 +210,15 @@ def _is_kernel(backend: Any) -> bool:
     return name in _FOREIGN_BACKENDS or name in ("auto", "auto_trainable") or name in {row.name for row in KERNELS}
 
 
+def _unusable_here(name: str) -> str | None:
+    """Why the row of that name serves no device of this machine, not even an ordinary layer; None if it does one."""
+    ordinary = LinearSpec(in_features=128, out_features=128, bits=4, group_size=128, groups=1)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = [torch.device("cpu")] if accelerator is None else [torch.device(accelerator.type, 0), torch.device("cpu")]
+    reasons = [row.supports(ordinary, device) for row in KERNELS if row.name == name for device in devices]
+    return None if None in reasons else reasons[0]
+
+
 @functools.cache
-def _warn_foreign(name: str) -> None:
-    logger.warning("backend=%r is a kernel of another library; gptq_backend chooses one of its own ('auto')", name)
+def _warn_foreign(name: str, why: str) -> None:
+    logger.warning("backend=%r: %s; gptq_backend chooses a kernel itself ('auto')", name, why)

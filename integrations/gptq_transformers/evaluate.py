@@ -206,7 +206,7 @@ def _check_limits(model: nn.Module, ids: Tensor) -> None:
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
-    if limit is not None and ids.shape[1] > limit:
+    if limit is not None and 0 < limit < ids.shape[1]:  # -1: any length
         raise GPTQError(f"windows of {ids.shape[1]} tokens exceed the model's {limit} positions; use a smaller seqlen")
     if vocabulary is not None and int(ids.max()) >= vocabulary:
         raise GPTQError(
@@ -264,7 +264,12 @@ def require_model(path: str | Path) -> None:
     """
     folder = Path(path)
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise GPTQError(
+                    f"{path} holds an adapter (adapter_config.json) and no model; merge it into its base model (peft: "
+                    "merge_and_unload(), then save_pretrained), and pass that folder"
+                )
             raise GPTQError(f"{path} holds no config.json; expected a model folder as save_pretrained writes it")
     elif folder.exists():
         raise GPTQError(f"{path} is a file; expected a model folder as save_pretrained writes it")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptq_backend.expert_names import ExpertLayout
-from gptq_backend.linear import changing_layout
+from gptq_backend.linear import QuantLinear, changing_layout
 from gptq_backend.moe import Routing
 
 from .grouped import GroupedExperts
@@ -58,9 +58,9 @@ class ExpertList(nn.Module):
         Returns:
             [T, H] in the dtype of ``hidden_states``.
         """
-        if self._grouped is None or not self._grouped.current():
-            self.group()
-        grouped: Any = self._grouped
+        grouped = self._grouped
+        if grouped is None or not grouped.current():
+            grouped = self._group()
         if not grouped.serve(hidden_states):
             return self._by_expert(hidden_states, top_k_index, top_k_weights)
         routing = Routing(top_k_index, self.num_experts)
@@ -91,15 +91,19 @@ class ExpertList(nn.Module):
         outputs = [projection(x) for projection in before]
         return self._after(down(self._activate(outputs)))
 
-    @torch.compiler.disable
-    @changing_layout()
     def group(self) -> list[str]:
         """Multiply all experts in one call, where they allow it -> the obstacles, where they do not."""
-        if self._grouped is None or not self._grouped.current():
-            self._grouped = GroupedExperts(
+        return self._group().obstacles
+
+    @torch.compiler.disable
+    @changing_layout()
+    def _group(self) -> GroupedExperts:
+        grouped = self._grouped
+        if grouped is None or not grouped.current():
+            self._grouped = grouped = GroupedExperts(
                 {path: [self._place(path.format(i)) for i in range(self.num_experts)] for path in self.layout.paths}
             )
-        return self._grouped.obstacles
+        return grouped
 
     def ungroup(self) -> None:
         """Forget what :meth:`group` found; the next call finds it again."""
@@ -134,15 +138,18 @@ class ExpertList(nn.Module):
         joined = torch.cat(outputs, -1) if self._concatenated else torch.stack(outputs, -1).flatten(-2)
         return apply_gate(self, joined)
 
-    # Layers that change one after the other would each keep their old stack alive, and group() has to look again.
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertList:
-        self.ungroup()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self._grouped is not None and not self._grouped.current():  # a cast changes no layer
+            self.ungroup()
+            if all(layer.kernel is not None for layer in self.modules() if isinstance(layer, QuantLinear)):
+                self.group()
+        return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.ungroup()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            self.ungroup()  # layers that change one after the other would each keep their old stack alive
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_grouped": None}

@@ -5,6 +5,7 @@ Reads headers, and of the values only scales, zeros and ``g_idx``; no model is l
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from gptq_backend import GPTQError, kernel_report
+from gptq_backend.kernels import fastest
 
 from . import oddities
 from .checkpoint import Layer, read_checkpoint
@@ -78,17 +80,13 @@ def _kernels(layers: Sequence[Layer], device: torch.device) -> list[dict[str, An
     """Chosen rows, most used first: ``{"kernel", "modules", "declined": {row: {reason: modules}}}``."""
     used: Counter[str] = Counter()
     declined: dict[str, dict[str, Counter[str]]] = {}
-    for spec, count in Counter(
-        layer.spec for layer in layers
-    ).items():  # a mixture has thousands of layers of few specs
-        chosen, rejected = "none", {}
-        for row, reason in kernel_report(spec, device).items():  # fastest first
-            if reason is None:
-                chosen = row
-                break
-            rejected[row] = reason
+    # A mixture has thousands of layers of few specs.
+    for (spec, expert), count in Counter((layer.spec, "experts" in layer.name.split(".")) for layer in layers).items():
+        report = kernel_report(spec, device)  # fastest first
+        chosen = fastest(report, expert).name
         used[chosen] += count
-        for row, reason in rejected.items():
+        for row in itertools.takewhile(chosen.__ne__, report):
+            reason = report[row] or "has no grouped product for experts"
             declined.setdefault(chosen, {}).setdefault(row, Counter())[reason] += count
     return [
         {

@@ -22,6 +22,7 @@ from gptq_backend.structure import linear_shapes, replace_module
 from gptq_backend.weight import LinearSpec, decode, resolve
 
 from . import experts
+from .finite import check_finite
 from .names import CheckpointNames
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,9 @@ def prepare_model(
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
-        layer = QuantLinear(spec, name, backend, device="meta")
-        vars(layer)["weight"] = _placeholder(spec)
-        replace_module(model, name, layer)
+        weight: Any = model.get_submodule(name).weight
+        dtype = dtype_of_parameter(model, f"{name}.weight", weight.dtype)
+        replace_module(model, name, QuantLinear(spec, name, backend, device="meta", dtype=dtype))
         unused = [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
         ignored += [re.escape(manifest[key].key) + "$" for key in unused if key in manifest]
     ignored += [
@@ -136,12 +137,12 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
 
     Raises:
         CheckpointError: values are damaged, or a weight was not in the checkpoint.
+        ConfigError: a value does not fit the dtype that was asked for.
     """
     vars(model).pop("_get_key_renaming_mapping", None)
     _load_dense(model, plan)
     check_loaded(model, [key for key in not_loaded(model) if key not in plan.resized])
     for name, layer in quant_linears(model):
-        vars(layer).pop("weight", None)
         _restore_dtypes(name, layer, plan.manifest)
         for parameter in layer.parameters():
             parameter.requires_grad_(False)  # transformers makes new ones, with gradients for floats
@@ -153,7 +154,8 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
         wanted = plan.dtypes.get(key)
         if key in plan.renamed and wanted is not None and not parameter.is_meta and parameter.dtype != wanted:
             # transformers 5.19 loads what it renamed in the file's dtype when the model is quantized
-            parameter.data = parameter.data.to(torch.float32 if _kept_in_float32(model, key, wanted) else wanted)
+            parameter.data = parameter.data.to(dtype_of_parameter(model, key, wanted))
+    check_finite(model, plan.manifest)
 
 
 def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
@@ -169,7 +171,10 @@ def untie_quantized(model: nn.Module) -> None:
     head = getter() if getter else None
     for name, layer in quant_linears(model):
         if layer is head:
-            for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
+            # T5 and its kin compute otherwise without the key: there a tied head is only left out below.
+            encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+            configs = () if encoder_decoder else (model.config, model.config.get_text_config(decoder=True))
+            for config in configs:
                 config.tie_word_embeddings = False
             tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
             if tied is not None:
@@ -257,13 +262,6 @@ def forbid_casting(model: nn.Module) -> None:
 
 def _cast(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> nn.Module:
     return getattr(nn.Module, method)(model, *args, **kwargs)
-
-
-def _placeholder(spec: LinearSpec) -> Tensor:
-    """What a model may look at while transformers initialises the rest: GPT-2 sets ``c_proj.weight`` by name."""
-    weight = torch.empty(spec.out_features, spec.in_features, device="meta")
-    weight._is_hf_initialized = True  # type: ignore[attr-defined]
-    return weight
 
 
 def _other_modules(
@@ -357,11 +355,14 @@ def _restore_offloaded(name: str, layer: QuantLinear, part: str, dtype: torch.dt
     setattr(layer, part, nn.Parameter(getattr(layer, part).to(dtype), requires_grad=False))
 
 
-def _kept_in_float32(model: nn.Module, key: str, dtype: torch.dtype) -> bool:
-    kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+def dtype_of_parameter(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that transformers gives the parameter called ``key`` of a model that is loaded in ``dtype``."""
+    kept: list[str] = []
+    if dtype in (torch.float16, torch.bfloat16):
+        kept += getattr(model, "_keep_in_fp32_modules_strict", None) or []
     if dtype == torch.float16:
         kept += getattr(model, "_keep_in_fp32_modules", None) or []
-    return any(re.search(rf"(^|\.){module}($|\.)", key) for module in kept)
+    return torch.float32 if any(re.search(rf"(^|\.){module}($|\.)", key) for module in kept) else dtype
 
 
 def restored_classes(model: nn.Module) -> dict[str, type[nn.Module]]:

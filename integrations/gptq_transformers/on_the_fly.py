@@ -72,7 +72,7 @@ def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:
     """Token ids from ``config.dataset``: texts (each one sample, cut to the model's length), ids, or a known name."""
     dataset = config.dataset
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _SEQLEN
-    seqlen = config.model_seqlen or min(limit, _SEQLEN)
+    seqlen = config.model_seqlen or (min(limit, _SEQLEN) if limit > 0 else _SEQLEN)  # -1: any length
     if isinstance(dataset, str):
         return tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
     if dataset and all(isinstance(text, str) for text in dataset):

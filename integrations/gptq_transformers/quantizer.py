@@ -19,7 +19,7 @@ from gptq_backend.files import checkpoint_files, read_json
 from gptq_backend.manifest import read_manifest
 from gptq_backend.structure import replace_module
 
-from . import experts, loading
+from . import experts, loading, resizing
 from .config import GPTQConfig
 from .names import checkpoint_names
 from .skeleton import check_size
@@ -113,6 +113,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                 )
             self._renamings = loading.follow_renamings(model, self._plan)
         loading.allow_casting(model)
+        resizing.allow_resizing(model)
         self._loading = model
         return model
 
@@ -148,8 +149,14 @@ class GPTQBackendQuantizer(HfQuantizer):
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Replace the quantized layers by ordinary ones, in ``dtype`` (default: the model's), in place."""
-        dtype = dtype or model.dtype
+        """Replace the quantized layers by ordinary ones, in place.
+
+        Args:
+            dtype: what to cast all parameters to that are of the model's dtype, as loading in it would; buffers, and
+                parameters that the model keeps in float32, stay. None: the layers get the dtype that dense ones would
+                have, and nothing else changes.
+        """
+        old = model.dtype
         classes = loading.restored_classes(model)
         for module in model.modules():
             if isinstance(module, experts.ExpertList):
@@ -159,9 +166,14 @@ class GPTQBackendQuantizer(HfQuantizer):
                 raise ConfigError(
                     f"{name}: its weights are offloaded; load the model without offloading to dequantize it"
                 )
-            replace_module(model, name, _as_class(layer.dequantize(dtype), classes.get(name)))
+            own = layer.compute_dtype
+            if dtype is not None and own == old:
+                own = loading.dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
+            replace_module(model, name, _as_class(layer.dequantize(own), classes.get(name)))
         loading.forbid_casting(model)
-        nn.Module.to(model, dtype)  # the embeddings and norms, which are not quantized
+        resizing.forbid_resizing(model)
+        if dtype is not None:
+            _cast_parameters(model, old, dtype)
         for holder, key in (
             (model, "hf_quantizer"),
             (model, "quantization_method"),
@@ -199,7 +211,15 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     model.config.quantization_config = quantizer.quantization_config
     loading.untie_quantized(model)
     loading.allow_casting(model)
+    resizing.allow_resizing(model)
     experts.group_experts(model)
+
+
+def _cast_parameters(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
+    """Cast those of dtype ``old``; others, and buffers such as rotary frequencies, are what they are on purpose."""
+    for key, parameter in model.named_parameters():
+        if parameter.dtype == old:
+            parameter.data = parameter.data.to(loading.dtype_of_parameter(model, key, new))
 
 
 def _as_class(linear: nn.Linear, wanted: type[nn.Module] | None) -> nn.Module:

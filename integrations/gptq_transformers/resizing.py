@@ -1,0 +1,55 @@
+"""``resize_token_embeddings`` of a model whose output embedding is quantized."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from torch import nn
+
+from gptq_backend import QuantLinear
+from gptq_backend.structure import replace_module
+
+logger = logging.getLogger(__name__)
+
+
+def allow_resizing(model: nn.Module) -> None:
+    """Let ``resize_token_embeddings`` work; transformers changes the input embedding and then fails at the output."""
+    if hasattr(model, "resize_token_embeddings"):
+        setattr(model, "resize_token_embeddings", functools.partial(_resize, model))  # noqa: B010
+
+
+def forbid_resizing(model: nn.Module) -> None:
+    """Undo :func:`allow_resizing`."""
+    vars(model).pop("resize_token_embeddings", None)
+
+
+def _resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *more: Any, **options: Any
+) -> Any:
+    """As the model's class does it, after a quantized output embedding of another size was dequantized."""
+    head = model.get_output_embeddings()
+    if isinstance(head, QuantLinear):
+        rows = model.get_input_embeddings().weight.shape[0] if new_num_tokens is None else new_num_tokens
+        multiple = pad_to_multiple_of or 1
+        if -(-rows // multiple) * multiple != head.out_features:
+            _dequantize_head(model, head)
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *more, **options)
+
+
+def _dequantize_head(model: Any, head: QuantLinear) -> None:
+    name = next(name for name, module in model.named_modules() if module is head)
+    dense = head.dequantize(head.compute_dtype)
+    logger.warning(
+        "%s is quantized, and new tokens need rows in full precision: it was dequantized to resize it (%d MB in place "
+        "of %d), and will be saved so",
+        name,
+        dense.weight.nbytes >> 20,
+        head.stored_spec.nbytes >> 20,
+    )
+    dense.requires_grad_(False)
+    replace_module(model, name, dense)
+    settings = getattr(model.config, "quantization_config", None)
+    if getattr(settings, "lm_head", None):
+        settings.lm_head = False
