@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING
 
 from gptq_backend import CheckpointError
 from gptq_backend.files import read_json
 from gptq_backend.manifest import Manifest
 
 from .errors import first_line
-from .model_class import class_to_load, from_config, read_config
 
 # Settings that a model repeats modules by, in the spelling of any architecture.
 _REPEATS = re.compile(r"(^|_)(n|num)_\w*?(layers?|blocks?|experts?)$|^depth$")
@@ -56,6 +54,11 @@ def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module:
     Raises:
         CheckpointError: config.json is missing or cannot be used. UnknownModel: this transformers has no class for it.
     """
+    # Modelling code, which is not there yet when transformers asks this package for its quantizer.
+    from transformers import CONFIG_MAPPING
+
+    from .model_class import class_to_load, from_config, read_config
+
     path = folder / "config.json"
     content = read_json(path)
     check_size(content, manifest)
