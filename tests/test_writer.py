@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, quantize_model
+from gptq_backend.output import atomic_folder, check_output
 from gptq_backend.reader import checkpoint_files, read_config, read_manifest, read_tensor, resolve_specs
-from gptq_backend.writer import atomic_folder, check_output, write_checkpoint
+from gptq_backend.writer import write_checkpoint
 
 
 def leftovers(parent):

@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.calibration import draw, tokenize
 from gptq_backend.errors import CalibrationError, CheckpointError, ConfigError
+from gptq_backend.locks import scratch_folder
+from gptq_backend.output import atomic_folder
 from gptq_backend.progress import Progress
 from gptq_backend.quantize import OnLayer
 from gptq_backend.reader import checkpoint_files, embedded_settings, read_manifest, read_settings
-from gptq_backend.writer import atomic_folder
 
 from .auto_calibration import AUTO, Choice, choose
 from .config import GPTQConfig, StockGPTQConfig
@@ -97,7 +97,7 @@ def quantize(
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
         progress = Progress(None if output is None or not config.tier.trains else _progress_folder(output))
         stack.enter_context(_telling_of(progress))
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptq-offload-"))
+        scratch = stack.enter_context(scratch_folder("offload"))
         if isinstance(calibration, os.PathLike) or _names_a_file(calibration):
             raise CalibrationError(f"calibration is the path {calibration}; pass its text, e.g. with read_text()")
         if calibration is not None and not isinstance(calibration, str):
@@ -259,7 +259,7 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     source = Path(path)
     if not source.is_dir() or _is_standard(source):
         return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    with tempfile.TemporaryDirectory(prefix="gptq-view-") as view:
+    with scratch_folder("view") as view:
         _link_as_standard(source, Path(view))
         model = AutoModelForCausalLM.from_pretrained(view, **kwargs)
     model.name_or_path = model.config._name_or_path = str(path)

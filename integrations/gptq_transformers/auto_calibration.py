@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import CalibrationError
 from gptq_backend.calibration import check_fits, cut, draw, make_batches, tokenize
+from gptq_backend.locks import scratch_folder
 from gptq_backend.selection import Selection, select, sketch
 from gptq_backend.structure import evaluating
 
@@ -210,7 +210,7 @@ def _opened(model_or_path: PreTrainedModel | str | Path, device: torch.device | 
         yield _Original(load_whole(model_or_path, dtype).to(where))
         return
     silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
-    with tempfile.TemporaryDirectory(prefix="gptq-offload-") as scratch:
+    with scratch_folder("offload") as scratch:
         model = load_streamed(model_or_path, scratch)
         yield _Original(model, silent, take_offloading(model), lambda block: block.to("meta"))
 

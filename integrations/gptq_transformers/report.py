@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import re
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -20,7 +18,7 @@ import transformers
 
 from gptq_backend import QuantizeReport
 from gptq_backend import __version__ as version
-from gptq_backend.writer import follow_umask
+from gptq_backend.locks import write_text
 
 JSON_NAME, HTML_NAME = "quantize_report.json", "quantize_report.html"
 
@@ -110,21 +108,8 @@ def write_reports(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write both files into ``folder``, each whole or not at all. Returns their paths (JSON, HTML)."""
     text = json.dumps(finite(report), indent=2) + "\n"
     for name, content in ((JSON_NAME, text), (HTML_NAME, render_html(report))):
-        write_atomically(folder / name, content)
+        write_text(folder / name, content)
     return folder / JSON_NAME, folder / HTML_NAME
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file beside ``path`` and rename it, so that no half of it is ever seen."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        follow_umask(Path(partial))  # mkstemp makes it private
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def finite(value: Any) -> Any:

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from gptq_backend import CalibrationError, GPTQError, LayerReport
+from gptq_backend.locks import write_text
 
 from .errors import first_line, is_out_of_memory
-from .report import duration, finite, percent, write_atomically
+from .report import duration, finite, percent
 
 Json = Annotated[
     str | None,
@@ -126,7 +127,7 @@ def write_json(target: str | None, value: Mapping[str, Any]) -> None:
     if target == "-":
         sys.stdout.write(text)
     else:
-        write_atomically(Path(target), text)
+        write_text(Path(target), text)
 
 
 def read_text(path: Path) -> str:
