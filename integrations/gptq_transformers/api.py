@@ -52,6 +52,7 @@ def quantize(
     on_step: Callable[[int, int, float], None] | None = None,
     on_choice: Callable[[Choice], None] | None = None,
     device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
     """Quantize a causal language model.
 
@@ -78,6 +79,7 @@ def quantize(
         on_step: called in a distillation with the steps done, the steps in all, and the divergence on the batch.
         on_choice: called with what "auto" chose, before the work.
         device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
+        trust_remote_code: run the Python code that comes with the model; without, such a model is refused.
 
     Returns:
         The quantized model and the report.
@@ -103,7 +105,7 @@ def quantize(
         if calibration is not None and not isinstance(calibration, str):
             calibration = [calibration] if isinstance(calibration, Mapping) else list(calibration)
         if tokenizer is None and (output is not None or _is_text(calibration)):
-            tokenizer = _load_tokenizer(path, required=_is_text(calibration))
+            tokenizer = _load_tokenizer(path, _is_text(calibration), trust_remote_code)
         if calibration == AUTO:
             own = text if text is None or isinstance(text, str) else list(text)
             choice = choose(
@@ -114,6 +116,7 @@ def quantize(
                 seqlen=512 if seqlen is None else seqlen,
                 seed=seed,
                 device=device,
+                trust_remote_code=trust_remote_code,
             )
             logger.info("calibration='auto' uses %s", choice.summary())
             if on_choice is not None:
@@ -125,7 +128,9 @@ def quantize(
             if seqlen is not None:
                 raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
             calibration = draw(calibration, samples, seed)
-        model = load_streamed(path, scratch, config) if isinstance(model_or_path, str | Path) else model_or_path
+        model: Any = model_or_path
+        if isinstance(model_or_path, str | Path):
+            model = load_streamed(path, scratch, config, trust_remote_code)
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
         unfuse_experts(model)
@@ -145,7 +150,7 @@ def quantize(
             on_step=on_step,
             on_block=take_offloading(model),
             on_done=None if writer is None else writer.add,
-            teacher=lambda: original or load_whole(path),
+            teacher=lambda: original or load_whole(path, trust_remote_code=trust_remote_code),
             progress=progress,
             device=device,
         )
@@ -231,9 +236,9 @@ def _names_a_file(text: Any) -> bool:
     return isinstance(text, str) and text != AUTO and len(text) < 1024 and "\0" not in text and Path(text).is_file()
 
 
-def _load_tokenizer(path: str | Path, required: bool) -> Any:
+def _load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         if required:
             raise CalibrationError(

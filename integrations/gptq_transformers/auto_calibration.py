@@ -14,7 +14,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -25,6 +24,7 @@ from gptq_backend.locks import scratch_folder
 from gptq_backend.selection import Selection, select, sketch
 from gptq_backend.structure import evaluating
 
+from .memory import bytes_of, free_bytes
 from .streaming import load_streamed, load_whole, skeleton, take_offloading
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ def choose(
     seqlen: int = 512,
     seed: int = 0,
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> Choice:
     """Choose windows of text to calibrate on.
 
@@ -98,6 +99,7 @@ def choose(
         seqlen: tokens per window.
         seed: of the draw, the model's text and the sketch; the same seed gives the same choice.
         device: where to compute; None: where the weights are.
+        trust_remote_code: run the Python code that comes with the model.
 
     Raises:
         CalibrationError: ``text`` is shorter than two windows, or all sources are. ConfigError: quantized already.
@@ -122,7 +124,7 @@ def choose(
             left_out[name] = f"shorter than two windows of {seqlen} tokens"
         else:
             pool[name] = windows
-    with _opened(model_or_path, device) as original:
+    with _opened(model_or_path, device, trust_remote_code) as original:
         if pool:  # before the model speaks
             check_fits(original.model, make_batches(list(pool.values())))
         spoken = original.silent or _sampled(original.model, tokenizer, min(size, _SAMPLED), seqlen, seed)
@@ -195,23 +197,24 @@ class _Original:
 
 
 @contextmanager
-def _opened(model_or_path: PreTrainedModel | str | Path, device: torch.device | str | None) -> Iterator[_Original]:
+def _opened(
+    model_or_path: PreTrainedModel | str | Path, device: torch.device | str | None, trust_remote_code: bool
+) -> Iterator[_Original]:
     """A loaded model as it is, a small one loaded as a whole, and of a large one a block at a time."""
     if isinstance(model_or_path, PreTrainedModel):
         offloaded = any(parameter.is_meta for parameter in model_or_path.parameters())
         yield _Original(model_or_path, "it is offloaded, and every token would read all of it" if offloaded else None)
         return
-    model = skeleton(model_or_path)
+    model = skeleton(model_or_path, trust_remote_code)
     where = torch.device(device or "cpu")
     dtype = torch.float32 if where.type == "cpu" else model.dtype  # CPUs compute 16 bits slowly
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
+    needed, free = bytes_of(model, dtype), free_bytes(where)
     if needed <= free / 2:
-        yield _Original(load_whole(model_or_path, dtype).to(where))
+        yield _Original(load_whole(model_or_path, dtype, trust_remote_code=trust_remote_code).to(where))
         return
     silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with scratch_folder("offload") as scratch:
-        model = load_streamed(model_or_path, scratch)
+        model = load_streamed(model_or_path, scratch, trust_remote_code=trust_remote_code)
         yield _Original(model, silent, take_offloading(model), lambda block: block.to("meta"))
 
 

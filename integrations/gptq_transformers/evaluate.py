@@ -215,7 +215,12 @@ def _check_limits(model: nn.Module, ids: Tensor) -> None:
 
 
 def load_model(
-    path: str | Path, dtype: str | None = None, device: str = "cpu", backend: str | None = None
+    path: str | Path,
+    dtype: str | None = None,
+    device: str = "cpu",
+    backend: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """A model to evaluate, quantized or not.
 
@@ -225,6 +230,7 @@ def load_model(
             matrix products are slow or inexact, and ``auto`` elsewhere.
         device: where it runs.
         backend: row of the kernel table for a quantized model.
+        trust_remote_code: run the Python code that comes with the model; without, such a model is refused.
 
     Raises:
         GPTQError: no such model or device, or the model cannot be loaded.
@@ -232,11 +238,14 @@ def load_model(
     require_model(path)
     require_device(device)
     name = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
-    options: dict[str, Any] = {"dtype": name if name == "auto" else getattr(torch, name)}
+    options: dict[str, Any] = {
+        "dtype": name if name == "auto" else getattr(torch, name),
+        "trust_remote_code": trust_remote_code,
+    }
     if device != "cpu":
         options["device_map"] = device
     with loading(path), warnings.catch_warnings():
-        if not is_quantized(path):
+        if not is_quantized(path, trust_remote_code):
             return AutoModelForCausalLM.from_pretrained(path, **options).eval()
         if backend is not None:
             options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
@@ -286,13 +295,14 @@ def require_device(name: str) -> None:
         raise GPTQError(f"device {name!r} cannot be used here; choose one like cpu or cuda:0 ({reason})") from None
 
 
-def is_quantized(path: str | Path) -> bool:
+def is_quantized(path: str | Path, trust_remote_code: bool = False) -> bool:
     """Whether a model's configuration says that it is quantized."""
     folder = Path(path)
     if any((folder / name).is_file() for name in ("quantize_config.json", "quant_config.json")):
         return True
     if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return getattr(config, "quantization_config", None) is not None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:

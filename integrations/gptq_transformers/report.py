@@ -176,6 +176,24 @@ def percent(share: float | None) -> str:
     return f"{value:.{digits}f} %"
 
 
+def significant(value: float | None) -> str:
+    """Three significant digits, without an exponent down to a millionth."""
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    if value == 0 or abs(value) < 1e-6:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A figure and its standard error, to the same place: 0.00123 ± 0.00005."""
+    shown = significant(value)
+    if error is None or not math.isfinite(error):
+        return shown
+    places = len(shown.partition(".")[2]) if "e" not in shown else 0
+    return f"{shown} ± {error:.{places}f}" if float(f"{error:.{places}f}") else f"{shown} ± {significant(error)}"
+
+
 def megabytes(size: int | None) -> str:
     """Bytes for people."""
     return "n/a" if size is None else f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
@@ -221,11 +239,10 @@ def _cards(report: Mapping[str, Any]) -> str:
         (", ".join(methods), "method"),
     ]
     if (found := report["evaluation"]) is not None:
-        error = "" if found["kld_stderr"] is None else f" ± {found['kld_stderr']:.4f}"
-        cards.insert(2, (f"{found['kld']:.4f}{error}", "KL divergence, nats"))
+        cards.insert(2, (with_error(found["kld"], found["kld_stderr"]), "KL divergence, nats"))
     if (found := report["distillation"]) is not None:
         label = "held-out KL divergence, distilled" + ("" if found["kept"] else "; undone")
-        cards.insert(2, (f"{found['before']:.4f} → {found['after']:.4f}", label))
+        cards.insert(2, (f"{significant(found['before'])} → {significant(found['after'])}", label))
     return "".join(f'<div class="card"><b>{escape(value)}</b><span>{label}</span></div>' for value, label in cards)
 
 

@@ -24,31 +24,35 @@ from .experts import unfuse_experts
 _SHARD_BYTES = 10**9  # what may wait in memory for its file to be written
 
 
-def skeleton(path: str | Path) -> PreTrainedModel:
+def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights, on the meta device.
 
     Raises:
         ConfigError: it is quantized. GPTQError: it cannot be loaded.
     """
     with loading(path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
     with loading(path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def load_whole(path: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_whole(
+    path: str | Path, dtype: torch.dtype | str = "auto", *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model in memory.
 
     Raises:
         GPTQError: it cannot be loaded.
     """
     with loading(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def load_streamed(path: str | Path, scratch: str, config: QuantizeConfig | None = None) -> PreTrainedModel:
+def load_streamed(
+    path: str | Path, scratch: str, config: QuantizeConfig | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
 
     Fused experts have to be split in memory, so such a model is loaded as a whole.
@@ -56,13 +60,15 @@ def load_streamed(path: str | Path, scratch: str, config: QuantizeConfig | None 
     Raises:
         ConfigError: ``config`` does not fit the model; no weight was read. GPTQError: it cannot be loaded.
     """
-    model, device_map = skeleton(path), None
+    model, device_map = skeleton(path, trust_remote_code), None
     if not unfuse_experts(model):
         if config is not None:
             find_structure(model, config)
         device_map = _device_map(model, "", set(find_blocks(model)))
     with loading(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map, offload_folder=scratch)
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", device_map=device_map, offload_folder=scratch, trust_remote_code=trust_remote_code
+        )
 
 
 def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str]:

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from gptq_backend import CalibrationError, ConfigError
+from gptq_cli.app import app
 from gptq_transformers import auto_calibration, quantize
 from gptq_transformers.auto_calibration import MODEL, USER, choose, packaged_texts
-from gptq_transformers.cli import app
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests" / "data" / "checkpoints" / "llama-4-32-sym" / "tokenizer.json"
