@@ -22,8 +22,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from .errors import CheckpointError
 from .locks import claim
 
@@ -35,6 +33,7 @@ _TAKEN = {
     errno.ENOTDIR,
 }  # what a rename onto a folder with something in it, or a file, says
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:
@@ -77,11 +76,9 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
             yield beside
             _settle(beside)
             finished = True
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) in _FULL or "No space left" in str(error):
-                raise CheckpointError(
-                    f"no space left on the disk of {path.parent}; nothing was written: free some"
-                ) from None
+        except Exception as error:
+            if _is_full(error):
+                raise _full(path) from None
             raise
         finally:
             if not finished:
@@ -99,11 +96,15 @@ def follow_umask(path: Path) -> None:
 def clear_leftovers(path: Path) -> None:
     """Put back or remove what a killed run left beside ``path``, and say so; the caller holds its lock."""
     for old in _siblings(path, "replaced"):
-        if os.path.lexists(path):
-            logger.warning("%s holds what a killed run was about to replace; remove it if you do not need it", old)
-        else:
+        if not os.path.lexists(path):
             os.rename(old, path)
             logger.warning("a run was killed while it replaced %s; the old folder was put back", path)
+        elif old.with_suffix(".partial").exists():  # it was killed before, and this is not its result
+            aside = _set_aside(old, path)
+            logger.warning("a run was killed while it replaced %s; the old folder is now %s", path, aside)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+            logger.warning("removed %s, which a killed run had replaced", old)
     for half in _siblings(path, "partial"):
         shutil.rmtree(half, ignore_errors=True)
         logger.warning("removed %s, which a killed run left", half)
@@ -165,6 +166,15 @@ def _writable(path: Path) -> Iterator[None]:
                 f"no space left on the disk of {path.parent}; nothing was written: free some"
             ) from None
         raise CheckpointError(f"{path.parent} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk is; libraries written in Rust say so in a SafetensorError or a bare Exception."""
+    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS)
+
+
+def _full(path: Path) -> CheckpointError:
+    return CheckpointError(f"no space left on the disk of {path.parent}; nothing was written: free some")
 
 
 def _settle(folder: Path) -> None:
@@ -243,6 +253,8 @@ def _replace_in_two_steps(beside: Path, path: Path) -> None:
     finally:
         if old.exists() and not os.path.lexists(path):
             old.rename(path)
+        elif old.exists() and not beside.exists():
+            old.rename(beside)
 
 
 def exchange(one: Path, other: Path) -> bool:

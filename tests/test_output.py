@@ -163,6 +163,7 @@ def test_two_steps_that_fail_leave_the_old_folder_or_the_new_one(
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
         write(out, overwrite=True)
     assert (out / "model").read_text() == ("new" if step == 3 else "old")
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("swaps", [True, False])
@@ -191,12 +192,30 @@ def test_a_folder_that_was_moved_aside_is_kept_where_its_place_is_taken(
 ) -> None:
     out = tmp_path / "out"
     write(out)
+    (out / "model").write_text("old")
     dying(BETWEEN_RENAMES, out)
     out.mkdir()
     write(out)
-    (aside,) = tmp_path.glob(".out.*.replaced")
-    assert (aside / "model").read_text() == "new"
-    assert f"{aside} holds what a killed run was about to replace" in caplog.text
+    assert (tmp_path / "out-2" / "model").read_text() == "old"
+    assert (out / "model").read_text() == "new"
+    assert f"the old folder is now {tmp_path / 'out-2'}" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2"]
+
+
+def test_a_folder_that_was_replaced_goes_if_its_run_was_killed_just_then(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    write(out)
+    (out / "model").write_text("old")
+    dying(BETWEEN_RENAMES.replace('str(target).endswith(".replaced")', "self.name.endswith('.partial')"), out)
+    assert (out / "model").read_text() == "new"
+    assert list(tmp_path.glob(".out.*.replaced"))
+    with pytest.raises(CheckpointError, match="not empty"):
+        write(out)
+    write(out, overwrite=True)
+    assert "which a killed run had replaced" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_second_run_for_the_same_folder_is_refused_at_once_and_the_first_goes_on(tmp_path: Path) -> None:

@@ -79,9 +79,17 @@ def test_a_mount_point_is_refused_before_the_work_and_not_at_its_end(tmp_path, m
     check_output(tmp_path / "mounted" / "inside")
 
 
-def test_a_full_disk_gets_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        Exception("No space left on device (os error 28)"),  # of tokenizers
+    ],
+)
+def test_a_full_disk_gets_one_sentence(tmp_path, error):
     with pytest.raises(CheckpointError, match="no space left"), atomic_folder(tmp_path / "out"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     assert leftovers(tmp_path) == []
 
 
