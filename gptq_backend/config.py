@@ -91,6 +91,7 @@ _REFUSED_METHODS = {
     "auto-round": "export it again with AutoRound's `format='auto_gptq'`",
     "intel/auto-round": "export it again with AutoRound's `format='auto_gptq'`",
     "awq": "load it with an AWQ library",
+    "compressed-tensors": "load it with vLLM, or with transformers and the package compressed-tensors",
 }
 
 
@@ -257,7 +258,9 @@ class QuantizeConfig:
         if method in _REFUSED_METHODS:
             raise ConfigError(f"quant_method={method!r} is not a GPTQ checkpoint; {_REFUSED_METHODS[method]}")
         if method != "gptq":
-            raise ConfigError(f"quant_method={method!r} is not supported; expected 'gptq'")
+            raise ConfigError(
+                f"quant_method={method!r} is not GPTQ; load it with the library that made it, or quantize the original"
+            )
         known, extra = _known(values)
         return cls(**known, extra=extra)
 

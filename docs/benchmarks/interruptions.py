@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -77,7 +76,7 @@ class Row:
     with_leftovers: int = 0
     cleared: int = 0
     same_bits: int = 0
-    by_tier: Counter[str] = field(default_factory=Counter)
+    tiers: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))
 
 
 class Bench:
@@ -175,24 +174,13 @@ class Bench:
 def forked(work: Callable[[], None], log: Path, kill: tuple[float, int] | None = None) -> int:
     """Call ``work`` in a child process whose output goes to ``log`` -> its exit code, or minus the signal."""
     log.write_bytes(b"")
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, set(SIGNALS.values()) - {signal.SIGKILL}
+    )  # until the child is ready for them
     child = os.fork()
     if child == 0:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        target = os.open(log, os.O_WRONLY | os.O_APPEND)
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        code = 0
-        try:
-            work()
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException:
-            traceback.print_exc()
-            code = 70
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end_as_a_program(work, log)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     if kill is not None:
         time.sleep(kill[0])
         os.kill(child, kill[1])
@@ -205,6 +193,31 @@ def forked(work: Callable[[], None], log: Path, kill: tuple[float, int] | None =
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     raise SystemExit(f"a run did not end within {TIMEOUT} s:\n{log.read_text()}")
+
+
+def _end_as_a_program(work: Callable[[], None], log: Path) -> None:
+    """Call ``work`` and end this process as the interpreter would, whatever comes; nothing above it is unwound."""
+    code = 70
+    try:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            target = os.open(log, os.O_WRONLY | os.O_APPEND)
+            os.dup2(target, 1)
+            os.dup2(target, 2)
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            work()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except KeyboardInterrupt:
+            code = gptq_cli.INTERRUPTED
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 class Operations:
@@ -260,71 +273,81 @@ def disk(kind: str, bench: Bench) -> Iterator[Path]:
 
 def moment(bench: Bench, row: Row, folder: Path, tier: str, draw: random.Random) -> list[str]:
     """Interrupt one run, look, run again, look -> what is wrong."""
-    out, number, wrong = folder / "out", SIGNALS[row.signal], []
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = "nothing"
-    if draw.random() < 0.7:
-        shutil.copytree(bench.model, out)
-        before = digest(out)
-    filler = folder / "filler"
-    if row.disk == "full":
-        free = shutil.disk_usage(folder).free
-        filler.write_bytes(b"\0" * max(0, free - int(draw.uniform(0, 1.5) * bench.bytes[tier])))
+    out, number = folder / "out", SIGNALS[row.signal]
+    before = set_up(bench, row, folder, tier, draw)
     no_swap = row.disk == "no swap"
 
-    def prepare(step: int | None = None) -> None:
+    def prepare(step: int = 0) -> None:
         if no_swap:
             output.exchange = lambda *_: False
-        if step is not None:
+        if step:
             Operations(bench.scratch, step, number).watch()
 
     if draw.random() < 0.5:
         kill = draw.uniform(0, 1.05 * bench.seconds[tier]), number
-        code = bench.run(tier, folder, prepare, kill=kill)
-        when = f"after {kill[0]:.3f} s"
+        code, when = bench.run(tier, folder, prepare, kill=kill), f"after {kill[0]:.3f} s"
     else:
         step = draw.randint(1, bench.events[tier])
-        code = bench.run(tier, folder, lambda: prepare(step))
-        when = f"at file operation {step} of {bench.events[tier]}"
-    said = bench.log.read_text()
+        code, when = bench.run(tier, folder, lambda: prepare(step)), f"at operation {step} of {bench.events[tier]}"
     case = f"{row.disk} disk, {row.signal}, {tier}, {when}, exit {code}"
     row.moments += 1
-    row.by_tier[tier] += 1
-    row.finished += code == 0
-    if code == 1 and row.disk == "full":
-        row.disk_full += 1
-        if "error: " not in said.splitlines()[-1] or "no space left" not in said.splitlines()[-1]:
-            wrong.append(f"{case}: the last line is not about the disk: {said[-400:]}")
-    elif code not in (0, 128 + number, -number):
-        wrong.append(f"{case}: unexpected exit: {said[-1500:]}")
-    row.interrupted += code in (128 + number, -number)
-    filler.unlink(missing_ok=True)
-    if code != 0 and no_swap and digest(out) == "nothing" and before != "nothing":
-        again = bench.run(tier, folder, overwrite=False)
+    row.tiers[tier] += 1
+    wrong = judge_exit(bench, row, code, number)
+    (folder / "filler").unlink(missing_ok=True)
+    if no_swap and digest(out) == "nothing" != before:
         row.put_back += 1
-        if again != 1 or "put back" not in bench.log.read_text():
-            wrong.append(f"{case}: OUT was not put back: {bench.log.read_text()[-400:]}")
-    now = digest(out)
-    row.old += now == before != "nothing"
-    row.new += now == bench.expected[tier]
-    row.nothing += now == before == "nothing"
-    if now not in (before, bench.expected[tier]):
-        wrong.append(f"{case}: OUT is neither old nor new but {sorted(map(str, out.rglob('*')))}")
-    if (folder / "out.json").exists():
-        json.loads((folder / "out.json").read_text())
+        if bench.run(tier, folder, prepare, overwrite=False) != 1 or "put back" not in bench.log.read_text():
+            wrong.append(f"OUT was not put back: {bench.log.read_text()[-400:]}")
+    wrong += judge_output(row, out, before, bench.expected[tier])
     left = leftovers(bench, folder)
     row.with_leftovers += bool(left)
-    again = bench.run(tier, folder)
+    again = bench.run(tier, folder, prepare)
     same = again == 0 and digest(out) == bench.expected[tier]
     row.same_bits += same
     if not same:
-        wrong.append(f"{case}: the run after it exits {again}, other bits: {bench.log.read_text()[-1500:]}")
+        wrong.append(f"the run after it exits {again}, or gives other bits: {bench.log.read_text()[-1500:]}")
     still = leftovers(bench, folder)
     row.cleared += bool(left) and not still
     if still:
-        wrong.append(f"{case}: {still} is left after the next run, of {left}")
-    return wrong
+        wrong.append(f"{still} is left after the next run, of {left}")
+    return [f"{case}: {sentence}" for sentence in wrong]
+
+
+def set_up(bench: Bench, row: Row, folder: Path, tier: str, draw: random.Random) -> str:
+    """Put an older checkpoint at OUT, or not, and fill the disk, if it is to be full -> what OUT is."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if draw.random() < 0.7:
+        shutil.copytree(bench.model, folder / "out")
+    if row.disk == "full":
+        room = int(draw.uniform(0, 1.5) * bench.bytes[tier])
+        (folder / "filler").write_bytes(b"\0" * max(0, shutil.disk_usage(folder).free - room))
+    return digest(folder / "out")
+
+
+def judge_exit(bench: Bench, row: Row, code: int, number: int) -> list[str]:
+    """How the run ended -> what is wrong with that."""
+    said = bench.log.read_text()
+    row.finished += code == 0
+    row.interrupted += code in (128 + number, -number)
+    if code == 1 and row.disk == "full":
+        row.disk_full += 1
+        last = said.splitlines()[-1]
+        return [] if last.startswith("error: ") and "no space left" in last else [f"not about the disk: {said[-400:]}"]
+    return [] if code in (0, 128 + number, -number) else [f"unexpected exit: {said[-1500:]}"]
+
+
+def judge_output(row: Row, out: Path, before: str, new: str) -> list[str]:
+    """What OUT is -> what is wrong with that."""
+    now = digest(out)
+    row.old += now == before != "nothing"
+    row.new += now == new
+    row.nothing += now == before == "nothing"
+    if (result := out.with_name("out.json")).exists():
+        json.loads(result.read_text())
+    if now in (before, new):
+        return []
+    return [f"OUT is neither old nor new but {sorted(str(path.relative_to(out)) for path in out.rglob('*'))}"]
 
 
 def leftovers(bench: Bench, folder: Path) -> list[str]:

@@ -73,8 +73,12 @@ class Dtype(str, Enum):
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of the original model.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub name of the original model.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)
+    ],
     bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with a free zero.")] = True,
@@ -200,7 +204,9 @@ def quantize(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or name of a model, quantized or not.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or name of a model, quantized or not.", show_default=False)
+    ],
     reference: Annotated[
         str | None,
         typer.Option(metavar="REF", help="Model to compare with, usually the original.", show_default=False),
@@ -244,7 +250,7 @@ def evaluate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a quantized checkpoint.", show_default=False)],
     device: Annotated[
         list[str] | None,
         typer.Option(help="Devices to choose kernels for (repeatable). Default: all of this machine."),

@@ -180,7 +180,9 @@ def _dtypes(text: str) -> list[str]:
 
 @app.command("model")
 def bench_model(
-    model: Annotated[str, typer.Argument(help="Folder or name of a model, quantized or not.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or name of a model, quantized or not.", show_default=False)
+    ],
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Model to alternate with, usually the original.")
     ] = None,

@@ -22,14 +22,16 @@ _TWICE = 5.0  # seconds in which a signal that comes again is the same one
 class CommandGroup(TyperGroup):
     """Ends what a user can cause with one line on stderr and exit code 1; anything else is a bug, with its trace."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the options of the whole program."""
+        with _interruptible():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with unwinding_signals():
+        with _interruptible(), unwinding_signals():
             try:
                 return super().invoke(ctx)
-            except KeyboardInterrupt:
-                print("interrupted; nothing was left half-written", file=sys.stderr)
-                raise typer.Exit(INTERRUPTED) from None
             except (typer.Exit, typer.Abort, _USAGE):
                 raise
             except Exception as error:
@@ -40,6 +42,15 @@ class CommandGroup(TyperGroup):
                     raise
                 print(f"error: {printable(message)}", file=sys.stderr)
                 raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half-written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextlib.contextmanager

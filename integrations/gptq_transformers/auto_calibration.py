@@ -115,8 +115,8 @@ def choose(
         pool[USER] = _windows(text, tokenizer, seqlen, max(_LEAST, math.ceil(_POOL * samples * share)), seed)
         if len(pool[USER]) < 2:
             raise CalibrationError(
-                f"of your text calibration='auto' needs two windows of seqlen={seqlen} tokens at least, one to use and "
-                f"one to judge by, and it makes {len(pool[USER])}; pass more text, a smaller seqlen, or no text"
+                f"calibration='auto' needs at least two windows of {seqlen} tokens from your text (one to use, one to "
+                f"judge by), but it has {len(pool[USER])}; pass more text, a smaller seqlen, or no text"
             )
     for name, content in packaged.items():
         windows = _windows(content, tokenizer, seqlen, size, seed)

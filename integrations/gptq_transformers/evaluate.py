@@ -261,9 +261,16 @@ def require_model(path: str | Path) -> None:
     folder = Path(path)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise GPTQError(f"{path} holds no config.json; expected a model folder as save_pretrained writes it")
+            files = sorted(folder.glob("*.gguf"))
+            raise GPTQError(
+                _convert_gguf(files[0])
+                if files
+                else f"{path} holds no config.json; expected a model folder as save_pretrained writes it"
+            )
     elif folder.exists():
-        raise GPTQError(f"{path} is a file; expected a model folder as save_pretrained writes it")
+        if folder.suffix == ".gguf":
+            raise GPTQError(_convert_gguf(folder))
+        raise GPTQError(f"{path} is a file; expected the folder that holds the weights, config.json and tokenizer")
     elif folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         raise GPTQError(f"{path} does not exist; expected a model folder")
     elif not any(_is_cached(str(path), name) for name in ("config.json", "adapter_config.json")):
@@ -275,6 +282,15 @@ def require_model(path: str | Path) -> None:
             ) from None
         except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
             raise GPTQError(f"no folder {path} exists, and the hub could not be reached: {error}") from None
+
+
+def _convert_gguf(file: Path) -> str:
+    """What to do with a model in GGUF's format."""
+    source = f"from_pretrained({str(file.parent)!r}, gguf_file={file.name!r})"
+    return (
+        f"{file} is a GGUF file; expected a model folder: make one with transformers, calling "
+        f"AutoModelForCausalLM.{source}.save_pretrained(FOLDER) and the same with AutoTokenizer"
+    )
 
 
 def _is_cached(model: str, file: str) -> bool:

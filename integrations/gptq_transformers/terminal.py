@@ -118,8 +118,13 @@ def read_text(path: Path) -> str:
     Raises:
         GPTQError: it does not exist or is not text.
     """
-    if not path.is_file():
-        raise GPTQError(f"{path} is not a file; expected a text file in UTF-8")
+    if not path.exists():
+        raise GPTQError(
+            f"{path} is not a file; expected a text file in UTF-8 (names of data sets are not looked up: save some of "
+            "its text to a file)"
+        )
+    if path.is_dir():
+        raise GPTQError(f"{path} is a folder; expected a text file in UTF-8")
     try:
         return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -132,6 +137,12 @@ def read_calibration(path: Path) -> list[str]:
     Raises:
         GPTQError: see :func:`read_text`. CalibrationError: a line of a ``.jsonl`` file is neither, or it has none.
     """
+    if not path.exists():
+        raise CalibrationError(
+            f"{path} is not a file; expected a text file (UTF-8, or .jsonl with a text per line), or auto: names of "
+            "data sets are not looked up, so save some of its text to a file, or pass --calibration auto, which needs "
+            "no text"
+        )
     text = read_text(path)
     if path.suffix != ".jsonl":
         return [text]

@@ -101,18 +101,32 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
     bad_lines = tmp_path / "bad.jsonl"
     bad_lines.write_text('{"text": "fine"}\n{"other": 1}\n')
     with_text = ["--calibration", TEXT]
+    gguf = tmp_path / "gguf" / "model.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    other = shutil.copytree(quantized, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (other / "config.json").write_text(json.dumps(config))
     expected = [
         (["quantize", original, out, *with_text, "--bits", "5"], "bits=5 is not supported"),
         (["quantize", original, out, *with_text, "--group-size", "0"], "group_size=0"),
         (["quantize", original, out, *with_text, "--dynamic", "{"], "--dynamic is not valid JSON"),
         (["quantize", original, out, "--calibration", short], "fewer than one window of seqlen=512"),
         (["quantize", original, out, "--calibration", tmp_path / "none.txt"], "is not a file"),
+        (["quantize", original, out, "--calibration", "wikitext2"], "save some of its text to a file, or pass --calib"),
+        (["quantize", original, out, "--calibration", tmp_path], "is a folder; expected a text file"),
+        (["eval", original, "--text", "wikitext2"], "save some of its text to a file"),
+        (["quantize", gguf, out, *with_text], "gguf_file='model.gguf').save_pretrained(FOLDER)"),
+        (["eval", gguf.parent, "--text", TEXT], "gguf_file='model.gguf').save_pretrained(FOLDER)"),
+        (["quantize", original / "model.safetensors", out, *with_text], "expected the folder that holds the weights"),
+        (["inspect", other], "load it with vLLM, or with transformers and the package compressed-tensors"),
         (["quantize", original, out, "--calibration", binary], "is not UTF-8 text"),
         (["quantize", original, out, "--calibration", bad_lines], "line 2: expected a JSON string"),
         (["quantize", tmp_path / "none", out, *with_text], "does not exist"),
         (["quantize", tmp_path, out, *with_text], "holds no config.json"),
         (["quantize", quantized, out, *with_text], "is quantized already"),
-        (["quantize", original, quantized, *SMALL, *with_text], "not empty"),
+        (["quantize", original, quantized, *SMALL, *with_text], "replace it with --overwrite"),
         (["quantize", original, out, *with_text, "--json", tmp_path / "none" / "x.json"], "its folder does not exist"),
         (["quantize", original, out, *with_text, "--json", tmp_path], "is a folder; expected a file"),
         (["eval", original, "--text", short], "fewer than one window of seqlen=1024"),
@@ -127,7 +141,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
     ]
     for command, message in expected:
         assert message in error(run(*command)), command
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "binary.txt", "short.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "binary.txt", "gguf", "other", "short.txt"]
 
 
 def test_ctrl_c_in_the_middle_exits_130_and_leaves_nothing(
