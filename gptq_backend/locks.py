@@ -40,12 +40,13 @@ class Claim:
         """Let go of the file, if that was not done; with ``remove``, delete it too, while it is still held."""
         if self.descriptor is None:
             return
-        if remove and os.name != "nt":
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # of another user, in a folder that lets nobody else remove it
+            if remove and os.name != "nt":
+                self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
         self.descriptor = None
-        if remove and os.name == "nt":  # which does not delete open files
-            with suppress(OSError):
+        with suppress(OSError):
+            if remove and os.name == "nt":  # which does not delete open files
                 self.path.unlink(missing_ok=True)
 
 
@@ -59,6 +60,8 @@ def claim(path: Path) -> Claim:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:
+            if not path.exists():
+                raise
             descriptor = os.open(path, os.O_RDONLY)  # left by another user; local file systems lock it all the same
         try:
             locked = _lock(descriptor)

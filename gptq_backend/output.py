@@ -78,7 +78,7 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
             finished = True
         except Exception as error:
             if _is_full(error):
-                raise _full(path) from None
+                raise _full(path, error) from None
             raise
         finally:
             if not finished:
@@ -173,8 +173,11 @@ def _is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS)
 
 
-def _full(path: Path) -> CheckpointError:
-    return CheckpointError(f"no space left on the disk of {path.parent}; nothing was written: free some")
+def _full(path: Path, error: Exception) -> CheckpointError:
+    named = getattr(error, "filename", None)
+    beside = named is None or path.parent in Path(os.fsdecode(named)).parents
+    where = path.parent if beside else Path(os.fsdecode(named)).parent
+    return CheckpointError(f"no space left on the disk of {where}; nothing was written to {path}: free some")
 
 
 def _settle(folder: Path) -> None:

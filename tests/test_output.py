@@ -249,6 +249,14 @@ def test_without_locks_nothing_that_may_be_a_live_runs_is_touched(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.12345678.partial", "out"]
 
 
+def test_a_full_disk_elsewhere_is_named(tmp_path: Path) -> None:
+    for file in (None, str(tmp_path / ".out.12345678.partial" / "model")):
+        with pytest.raises(CheckpointError, match=f"disk of {tmp_path};"), atomic_folder(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device", file)
+    with pytest.raises(CheckpointError, match="disk of /somewhere/else;"), atomic_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/else/file")
+
+
 @settings(max_examples=60)
 @given(name=st.text("ab.*[]{}-_01", min_size=1, max_size=6).filter(lambda name: name.strip(".")), data=st.data())
 def test_only_names_that_a_run_for_this_folder_makes_are_leftovers(name: str, data: st.DataObject) -> None:
