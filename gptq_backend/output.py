@@ -174,9 +174,9 @@ def _is_full(error: Exception) -> bool:
 
 
 def _full(path: Path, error: Exception) -> CheckpointError:
-    named = getattr(error, "filename", None)
-    beside = named is None or path.parent in Path(os.fsdecode(named)).parents
-    where = path.parent if beside else Path(os.fsdecode(named)).parent
+    where, named = path.parent, getattr(error, "filename", None)
+    if isinstance(named, str | bytes) and where not in Path(os.fsdecode(named)).parents:
+        where = Path(os.fsdecode(named)).parent
     return CheckpointError(f"no space left on the disk of {where}; nothing was written to {path}: free some")
 
 
