@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .dialects import as_flag, as_integer, as_number, canonical, require_gptq
 from .errors import ConfigError
+from .patterns import Patterns, compiled
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gptq_p")
@@ -47,9 +48,20 @@ def _integer_from(least: int, optional: bool = True) -> _Rule:
     return lambda value: (optional and value is None) or (type(value) is int and value >= least), expected
 
 
-_READ: dict[str, _Rule] = {"sym": _FLAG, "desc_act": _FLAG, "lm_head": _FLAG}
-# What a quantizing run needs and a reader of its result does not.
+def _are_names(value: Any) -> bool:
+    """A name, names, or lists of names, as the three generations of tools have them."""
+    lists = value if isinstance(value, list | tuple) else [value]
+    inside = [name for entry in lists for name in (entry if isinstance(entry, list | tuple) else [entry])]
+    return all(isinstance(name, str) for name in inside)
+
+
+_READ: dict[str, _Rule] = {"sym": _FLAG}
+# What a quantizing run needs and a reader of its result does not: the tensors tell.
 _WRITE_ONLY: dict[str, _Rule] = {
+    "desc_act": _FLAG,
+    "lm_head": _FLAG,
+    "pack_dtype": (lambda value: isinstance(value, str) and value in PACK_DTYPES, f"choose one of {PACK_DTYPES}"),
+    "modules_in_block_to_quantize": (lambda value: value is None or _are_names(value), "pass a list of names or None"),
     "static_groups": _FLAG,
     "act_group_aware": _OPTIONAL_FLAG,
     "damp_percent": (lambda value: type(value) in (int, float) and 0 < value < 1, "pass a number between 0 and 1"),
@@ -73,25 +85,6 @@ _WHOLE_RUN = {
     "lm_head",
     "keep_edge_blocks",
     "modules_in_block_to_quantize",
-}
-
-# Spellings found in published checkpoints -> ours.
-ALIASES = {
-    "w_bit": "bits",
-    "wbits": "bits",
-    "q_group_size": "group_size",
-    "groupsize": "group_size",
-    "format": "checkpoint_format",
-    "method": "quant_method",
-    "act_order": "desc_act",
-    "percdamp": "damp_percent",
-}
-# Formats that carry the GPTQ name but not the GPTQ tensors, with what to do about each.
-_REFUSED_METHODS = {
-    "auto-round": "export it again with AutoRound's `format='auto_gptq'`",
-    "intel/auto-round": "export it again with AutoRound's `format='auto_gptq'`",
-    "awq": "load it with an AWQ library",
-    "compressed-tensors": "load it with vLLM, or with transformers and the package compressed-tensors",
 }
 
 
@@ -185,8 +178,6 @@ class QuantizeConfig:
                 f"checkpoint_format={self.checkpoint_format!r} is not supported; "
                 f"choose one of {CHECKPOINT_FORMATS}{hint}"
             )
-        if self.pack_dtype not in PACK_DTYPES:
-            raise ConfigError(f"pack_dtype={self.pack_dtype!r} is not supported; choose one of {PACK_DTYPES}")
         if self.modules_in_block_to_quantize is not None:
             object.__setattr__(self, "modules_in_block_to_quantize", _flat(self.modules_in_block_to_quantize))
         if self.dynamic is not None and not isinstance(self.dynamic, Mapping):
@@ -196,10 +187,7 @@ class QuantizeConfig:
         for pattern, overrides in (self.dynamic or {}).items():
             if not isinstance(pattern, str) or not isinstance(overrides, Mapping):
                 raise ConfigError(f"dynamic: {pattern!r}: {overrides!r} is not a regex with a mapping of settings")
-            try:
-                re.compile(_strip_sign(pattern))
-            except re.error as error:
-                raise ConfigError(f"dynamic: {pattern!r} is not a regular expression ({error})") from None
+        self._patterns()
 
     @property
     def group_aware(self) -> bool:
@@ -216,52 +204,57 @@ class QuantizeConfig:
         return dataclasses.replace(QUALITIES[self.quality], **chosen)
 
     def for_module(self, name: str) -> QuantizeConfig | None:
-        """The settings of module ``name`` after the ``dynamic`` rules, or None when a rule skips it."""
-        for pattern, overrides in (self.dynamic or {}).items():
-            if not re.match(_strip_sign(pattern), name):
-                continue
-            if pattern.startswith("-:"):
-                return None
-            changes, rest = _known(canonical(overrides))
-            changes["extra"] = {**self.extra, **{key: rest[key] for key in rest if key in _WRITE_ONLY}}
-            if changes.get("desc_act"):
-                changes.setdefault("act_group_aware", False)  # they exclude each other; the rule is what was meant
+        """The settings of module ``name`` after the ``dynamic`` rules, or None when a rule skips it.
+
+        Raises:
+            ConfigError: the rule has a value that is not supported, or matching it takes too long.
+        """
+        number = self._patterns().first(name) if self.dynamic else None
+        if self.dynamic is None or number is None:
+            return self
+        pattern, overrides = list(self.dynamic.items())[number]
+        if pattern.startswith("-:"):
+            return None
+        changes, rest = _known(canonical(overrides))
+        changes.pop("dynamic", None)  # a rule has no rules of its own
+        changes["extra"] = {**self.extra, **{key: rest[key] for key in rest if key in _WRITE_ONLY}}
+        if changes.get("desc_act"):
+            changes.setdefault("act_group_aware", False)  # they exclude each other; the rule is what was meant
+        try:
             return dataclasses.replace(self, dynamic=None, **changes)
-        return self
+        except ConfigError as error:
+            raise ConfigError(f"the dynamic rule {pattern[:60]!r}: {error}") from None
 
     def vain_rules(self, names: Iterable[str]) -> list[str]:
         """What of ``dynamic`` has no effect, as sentences. names: of all linear layers."""
-        found, names = [], list(names)
-        for pattern, overrides in (self.dynamic or {}).items():
-            if not any(re.match(_strip_sign(pattern), name) for name in names):
+        found: list[str] = []
+        if not self.dynamic:
+            return found
+        unused = self._patterns().unused(list(names))
+        for number, (pattern, overrides) in enumerate(self.dynamic.items()):
+            if number in unused:
                 found.append(f"the rule {pattern!r} matches the beginning of no layer's full name")
             if whole := sorted(_WHOLE_RUN & canonical(overrides).keys()):
                 found.append(f"the rule {pattern!r} sets what is the same for all layers: {', '.join(whole)}")
-            if unknown := sorted(_known(canonical(overrides))[1]):
+            if unknown := sorted(map(str, _known(canonical(overrides))[1])):
                 found.append(f"the rule {pattern!r} has unknown settings: {', '.join(unknown)}")
         return found
+
+    def _patterns(self) -> Patterns:
+        return compiled(tuple(map(_strip_sign, self.dynamic or {})))
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> QuantizeConfig:
         """Read a ``quantization_config`` or ``quantize_config.json`` dictionary of any known dialect.
 
-        A checkpoint is not refused for how it was made: values of ``quality`` and the like that are not known here go
-        to ``extra``, and :meth:`require_run` raises for them.
+        Numbers and booleans may be JSON strings. A checkpoint is not refused for how it was made: values of ``quality``
+        and the like that are not known here go to ``extra``, and :meth:`require_run` raises for them.
+
+        Raises:
+            ConfigError: another format, or a value that a reader needs is not supported.
         """
-        values = canonical(source)
-        method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "gptq")).lower()
-        if method == "marlin" or source.get("is_marlin_format"):
-            raise ConfigError(
-                "this checkpoint is serialized for Marlin (tensors B and s); that layout cannot be read here: "
-                "use the GPTQ checkpoint that it was made from"
-            )
-        if method in _REFUSED_METHODS:
-            raise ConfigError(f"quant_method={method!r} is not a GPTQ checkpoint; {_REFUSED_METHODS[method]}")
-        if method != "gptq":
-            raise ConfigError(
-                f"quant_method={method!r} is not GPTQ; load it with the library that made it, or quantize the original"
-            )
-        known, extra = _known(values)
+        require_gptq(source)
+        known, extra = _known(canonical(source))
         return cls(**known, extra=extra)
 
     def require_run(self) -> None:
@@ -277,8 +270,8 @@ class QuantizeConfig:
                 out[item.name] = list(value) if isinstance(value, tuple) else value
         out["act_group_aware"] = self.extra.get("act_group_aware", self.group_aware)
         out["dynamic"] = {k: dict(v) for k, v in self.dynamic.items()} if self.dynamic else None
-        modules = self.modules_in_block_to_quantize
-        out["modules_in_block_to_quantize"] = [list(modules)] if modules else None
+        if modules := self.modules_in_block_to_quantize:
+            out["modules_in_block_to_quantize"] = [list(modules)]
         out.update(quant_method="gptq", format=self.checkpoint_format)
         return {key: value for key, value in out.items() if value is not None}
 
@@ -287,30 +280,31 @@ def _strip_sign(pattern: str) -> str:
     return pattern[2:] if pattern[:2] in ("-:", "+:") else pattern
 
 
-def canonical(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys in our spelling; an alias never overrides the canonical key."""
-    out = {key: value for key, value in source.items() if key not in ALIASES and value is not None}
-    for alias, key in ALIASES.items():
-        if source.get(alias) is not None:
-            out.setdefault(key, source[alias])
-    if "checkpoint_format" in out:
-        out["checkpoint_format"] = str(getattr(out["checkpoint_format"], "value", out["checkpoint_format"])).lower()
-    if "pack_dtype" in out:
-        out["pack_dtype"] = str(out["pack_dtype"]).removeprefix("torch.")
-    return out
-
-
 def _flat(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(name for entry in names for name in _flat(entry))
 
 
 def _known(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split canonical ``values`` into keyword arguments of QuantizeConfig and the rest."""
+    """Split canonical ``values`` into keyword arguments of QuantizeConfig, typed, and the rest as it is."""
     names = {item.name for item in dataclasses.fields(QuantizeConfig)} - {"extra"}
-    flags = {key for key, rule in (_READ | _WRITE_ONLY).items() if rule in (_FLAG, _OPTIONAL_FLAG)}
-    values = {key: bool(value) if key in flags and value in (0, 1) else value for key, value in values.items()}
-    names -= {key for key, (accepts, _) in _WRITE_ONLY.items() if key in values and not accepts(values[key])}
-    known = {key: value for key, value in values.items() if key in names}
+    known = {key: _TYPED.get(key, _same)(value) for key, value in values.items() if key in names}
+    for key, (accepts, _) in _WRITE_ONLY.items():
+        if key in known and not accepts(known[key]):
+            del known[key]
     if known.get("desc_act") and known.get("act_group_aware"):
         known["act_group_aware"] = False  # stock GPTQConfig resolves the pair this way too
-    return known, {key: value for key, value in values.items() if key not in names and key != "quant_method"}
+    return known, {key: value for key, value in values.items() if key not in known and key != "quant_method"}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_TYPED: dict[str, Callable[[Any], Any]] = {
+    "bits": as_integer,
+    "group_size": as_integer,
+    "damp_percent": as_number,
+    **{key: as_flag for key, rule in (_READ | _WRITE_ONLY).items() if rule in (_FLAG, _OPTIONAL_FLAG)},
+    **dict.fromkeys(("search_finalists", "refine_sweeps", "block_epochs", "distill_epochs"), as_integer),
+    "keep_edge_blocks": as_integer,
+}

@@ -136,26 +136,37 @@ def write_text(path: Path, content: str) -> None:
     partial.close()
 
 
-@contextmanager
-def scratch_folder(purpose: str) -> Iterator[str]:
-    """A folder for temporary files, ``gptq-PURPOSE-*``, that vanishes in the end; those of dead processes do so first.
+class Scratch:
+    """A folder for temporary files, ``gptq-PURPOSE-*``; with it, those that dead processes left are removed.
 
     Args:
         purpose: "offload", "view" or "bench".
     """
-    clear_scratch()
-    while True:
-        folder = tempfile.mkdtemp(prefix=f"gptq-{purpose}-")
-        with suppress(FileNotFoundError):  # somebody cleared it away before it was locked
-            held = claim(Path(folder) / _LOCK)
-            break
-    try:
-        yield folder
-    finally:
+
+    def __init__(self, purpose: str) -> None:
+        clear_scratch()
+        while True:
+            self.path = tempfile.mkdtemp(prefix=f"gptq-{purpose}-")
+            with suppress(FileNotFoundError):  # somebody cleared it away before it was locked
+                self._held = claim(Path(self.path) / _LOCK)
+                break
+
+    def remove(self) -> None:
+        """Remove it with all that is in it. Idempotent."""
         if os.name == "nt":
-            held.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        held.close()
+            self._held.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._held.close()
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[str]:
+    """The path of a :class:`Scratch` that is removed in the end."""
+    scratch = Scratch(purpose)
+    try:
+        yield scratch.path
+    finally:
+        scratch.remove()
 
 
 def clear_scratch() -> None:

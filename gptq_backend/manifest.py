@@ -1,14 +1,18 @@
-"""What a checkpoint's files hold: names, dtypes and shapes from safetensors headers, and single tensors on demand."""
+"""What a checkpoint's files hold: names, dtypes and shapes of all tensors, and the values of single ones on demand.
+
+Headers are parsed by the safetensors library, which checks every length, offset and shape against the file before
+anything is allocated. Pickled files are read as plain tensors only, never with anything that would run code.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pickle
+import stat
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +20,6 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-_HEADER_LIMIT = 100 << 20  # what the safetensors library accepts
 FETCH_AGAIN = "the file is damaged or was changed: fetch it again"
 _DTYPES = {
     "F64": torch.float64,
@@ -34,6 +37,88 @@ _DTYPES = {
 }
 
 
+def require_regular(path: Path) -> None:
+    """Refuse what must not be opened: opening a pipe waits for a writer, and a device need not end.
+
+    Raises:
+        CheckpointError: ``path``, links followed, is missing or not a regular file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{path} cannot be read ({reason}); check the path and its permissions") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise CheckpointError(f"{path} is {kind}, expected a file; fetch it again")
+
+
+class TensorFile:
+    """A file of tensors, opened once, at its first use: opening a safetensors file parses its whole header.
+
+    Args:
+        path: a safetensors file, or by any other name a pickled one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened: Any = None
+
+    def __repr__(self) -> str:
+        return f"TensorFile({str(self.path)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # an open file cannot be pickled
+        return TensorFile, (self.path,)
+
+    def manifest(self) -> Manifest:
+        """All its tensors.
+
+        Raises:
+            CheckpointError: it cannot be read, is truncated, tampered with, or holds code.
+        """
+        if self.path.suffix != ".safetensors":
+            return {
+                name: TensorInfo(tensor.dtype, tuple(tensor.shape), self, name)
+                for name, tensor in self._pickled().items()
+            }
+        manifest = {}
+        file = self._safetensors()
+        for key in list(file.keys()):  # it is no mapping
+            found = file.get_slice(key)
+            manifest[key] = TensorInfo(_DTYPES.get(found.get_dtype()), tuple(found.get_shape()), self, key)
+        return manifest
+
+    def tensor(self, key: str) -> Tensor:
+        """The values of one tensor, in the dtype of the file."""
+        if self.path.suffix != ".safetensors":
+            return self._pickled()[key].clone()
+        try:
+            tensor: Tensor = self._safetensors().get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: {error}; {FETCH_AGAIN}") from None
+        return tensor
+
+    def _safetensors(self) -> Any:
+        if self._opened is None:
+            require_regular(self.path)
+            try:
+                self._opened = safe_open(self.path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                reason = _first_line(error).removeprefix("Error while deserializing header: ")
+                raise CheckpointError(
+                    f"{self.path}, which has {self.path.stat().st_size} bytes, cannot be read as safetensors "
+                    f"({reason}); {FETCH_AGAIN}"
+                ) from None
+        return self._opened
+
+    def _pickled(self) -> dict[str, Tensor]:
+        if self._opened is None:
+            require_regular(self.path)
+            self._opened = _load_pickle(self.path)
+        tensors: dict[str, Tensor] = self._opened
+        return tensors
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One stored tensor.
@@ -47,12 +132,17 @@ class TensorInfo:
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
-    file: Path
+    file: TensorFile
     key: str
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file; 0 for types not known here."""
+        return self.numel * self.dtype.itemsize if self.dtype else 0
 
 
 Manifest = dict[str, TensorInfo]
@@ -62,93 +152,54 @@ def read_manifest(files: Sequence[str | Path]) -> Manifest:
     """Names, dtypes and shapes of all tensors, from headers only (a pickled ``.bin`` is mapped, not read).
 
     Raises:
-        CheckpointError: a file is truncated, tampered with, or holds code.
+        CheckpointError: see :meth:`TensorFile.manifest`.
     """
     manifest: Manifest = {}
-    for file in map(Path, files):
-        manifest.update(_read_header(file) if file.suffix == ".safetensors" else _read_pickled_header(file))
+    for file in files:
+        manifest.update(TensorFile(Path(file)).manifest())
     return manifest
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
     """The values of one tensor, in the dtype of the file."""
-    if info.file.suffix != ".safetensors":
-        return _load_pickle(info.file)[info.key].clone()
-    try:
-        with safe_open(info.file, framework="pt") as file:
-            return file.get_tensor(info.key)
-    except SafetensorError as error:
-        raise CheckpointError(f"{info.file}: {error}; {FETCH_AGAIN}") from None
-
-
-def _read_header(file: Path) -> Manifest:
-    try:
-        size = os.path.getsize(file)
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-                raise CheckpointError(
-                    f"{file}: the header claims {length} bytes in a file of {size}; it is truncated or no safetensors "
-                    "file: fetch it again"
-                )
-            header = json.loads(stream.read(length).decode("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}; check the path and its permissions") from None
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file}: its header is not valid JSON; {FETCH_AGAIN}") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: its header is a {type(header).__name__}, expected an object; {FETCH_AGAIN}")
-    header.pop("__metadata__", None)
-    manifest, spans = {}, []
-    for name, entry in header.items():
-        try:
-            dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
-            first, last = map(int, entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{file}: the header's entry for {name} is incomplete; {FETCH_AGAIN}") from None
-        info = TensorInfo(_DTYPES.get(dtype), shape, file, name)
-        if info.dtype is not None and info.numel * info.dtype.itemsize != last - first:
-            raise CheckpointError(
-                f"{file}: {name} has {last - first} bytes, expected {info.numel * info.dtype.itemsize} for "
-                f"{dtype} {list(shape)}; {FETCH_AGAIN}"
-            )
-        manifest[name] = info
-        spans.append((first, last, name))
-    end = 0
-    for first, last, name in sorted(spans):
-        if first != end or last < first:
-            raise CheckpointError(f"{file}: {name} starts at byte {first}, expected {end}; {FETCH_AGAIN}")
-        end = last
-    if 8 + length + end != size:
-        raise CheckpointError(f"{file} has {size} bytes, expected {8 + length + end}; {FETCH_AGAIN}")
-    return manifest
-
-
-def _read_pickled_header(file: Path) -> Manifest:
-    content = _load_pickle(file)
-    return {
-        name: TensorInfo(tensor.dtype, tuple(tensor.shape), file, name)
-        for name, tensor in content.items()
-        if isinstance(tensor, Tensor)
-    }
+    return info.file.tensor(info.key)
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.bin`` or ``.pt``, never anything that would run code."""
+    """Tensors of a ``.bin`` or ``.pt``; nothing larger than the file itself."""
+    size = file.stat().st_size
+    if zipfile.is_zipfile(file) and any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
+        raise CheckpointError(
+            f"{file} holds compressed entries, which torch.save never writes; convert it to safetensors where it was "
+            "made"
+        )
     try:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written by a torch before 1.6, whose files cannot be mapped
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged pickle raises any kind
         raise CheckpointError(
-            f"{file} cannot be read as plain tensors ({reason}); fetch it again, or convert it to safetensors where it "
-            "was made"
+            f"{file} cannot be read as plain tensors ({_first_line(error)}); fetch it again, or convert it to "
+            "safetensors where it was made"
         ) from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors")
-    return content
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(
+                f"{file}: {name!r} is a {tensor.layout} tensor, expected plain tensors with names; convert the file to "
+                "safetensors where it was made"
+            )
+        if tensor.numel() * tensor.element_size() > size:  # a view that repeats few bytes: copying would make it real
+            raise CheckpointError(
+                f"{file}: {name} is a tensor of {list(tensor.shape)} in a file of {size} bytes; {FETCH_AGAIN}"
+            )
+    return tensors
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

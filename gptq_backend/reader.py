@@ -1,4 +1,4 @@
-"""Read a checkpoint: its settings, its files, and one spec per quantized layer.
+"""One spec per quantized layer of a checkpoint, from the names, dtypes and shapes of its tensors.
 
 The manifest decides which layers are quantized and how, from the shapes of what is stored. The config is only
 cross-checked: published configs miss ``dynamic`` rules, list wrong modules and mislabel formats.
@@ -6,114 +6,23 @@ cross-checked: published configs miss ``dynamic`` rules, list wrong modules and 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from .config import SUPPORTED_BITS, QuantizeConfig, canonical
-from .errors import CheckpointError, ConfigError
-from .manifest import FETCH_AGAIN, Manifest, TensorInfo, read_manifest, read_tensor
-from .weight import LinearSpec
-
-__all__ = [
-    "TGI_TENSORS",
-    "Manifest",
-    "TensorInfo",
-    "checkpoint_files",
-    "claimed_group_size",
-    "embedded_settings",
-    "quantized_modules",
-    "read_config",
-    "read_manifest",
-    "read_settings",
-    "read_tensor",
-    "resolve_specs",
-]
+from .config import SUPPORTED_BITS, QuantizeConfig
+from .errors import CheckpointError
+from .manifest import Manifest, TensorInfo, read_tensor
+from .weight import LinearSpec, check_groups
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILES = ("config.json", "quantize_config.json", "quant_config.json")
-# Two scalars that text-generation-inference stored instead of a config.
-TGI_TENSORS = ("gptq_bits", "gptq_groupsize")
-
 _WORDS = (torch.int32, torch.int8, torch.int16, torch.int64)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
+_INDICES = (torch.int32, torch.int64, torch.int16)
 _PARTS = ("qweight", "qzeros", "scales")
-
-
-def read_config(folder: str | Path) -> QuantizeConfig:
-    """The settings of the checkpoint in ``folder``, see :func:`read_settings`."""
-    return QuantizeConfig.from_dict(read_settings(folder))
-
-
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The quantization settings as written: from config.json, else from quantize_config.json or quant_config.json.
-
-    Raises:
-        ConfigError: there are none. CheckpointError: a file is not JSON, or holds no object.
-    """
-    folder = Path(folder)
-    for name in SETTINGS_FILES:
-        if not (folder / name).is_file():
-            continue
-        content = _read_json(folder / name)
-        if name == "config.json":
-            content = embedded_settings(content)
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{folder / name}: quantization_config is {content!r}, expected an object")
-        if content:
-            return content
-    if folder.is_dir() and (scalars := _tgi_settings(folder)):
-        return scalars
-    raise ConfigError(
-        f"{folder} has no quantization settings: expected quantization_config in config.json, or quantize_config.json; "
-        "if the checkpoint is quantized, add a quantize_config.json with bits, group_size, desc_act and sym"
-    )
-
-
-def embedded_settings(config: Mapping[str, Any]) -> Any:
-    """The quantization settings in the content of a config.json, or in its ``text_config``; {} if there are none."""
-    sections = (config, config.get("text_config") or {})
-    return next(filter(None, (section.get("quantization_config") for section in sections)), {})
-
-
-def checkpoint_files(folder: str | Path, settings: Mapping[str, Any] | None = None) -> list[Path]:
-    """The files that hold the weights: by index, by standard name, by AutoGPTQ's name, or the only one there is.
-
-    Args:
-        folder: the checkpoint.
-        settings: its quantization settings, which may name the file (``model_basename``).
-
-    Raises:
-        CheckpointError: none, several that nothing tells apart, or a shard is missing.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; expected one with a checkpoint's files")
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            return _sharded(index)
-        candidates = [f"{stem}{suffix}", *_autogptq_names(settings or {}, suffix)]
-        for name in candidates:
-            if (folder / name).is_file():
-                return [folder / name]
-        found = sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith(("adapter_", ".")))
-        if len(found) == 1 or (found and _complete_shards(found)):
-            return found
-        if found:
-            names = ", ".join(path.name for path in found)
-            raise CheckpointError(
-                f"{folder} holds several weight files ({names}) and no index; name one in quantize_config.json as "
-                "model_basename, or remove the others"
-            )
-    raise CheckpointError(f"{folder} holds no *.safetensors and no *.bin file; fetch the checkpoint's weights")
 
 
 def quantized_modules(manifest: Manifest) -> list[str]:
@@ -151,52 +60,6 @@ def resolve_specs(
         specs[name] = _resolve(name, manifest, configs[name], shape, has_bias)
     _warn_once_for_all(specs, configs, manifest)
     return specs
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); {FETCH_AGAIN}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object; {FETCH_AGAIN}")
-    return content
-
-
-def _tgi_settings(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = read_manifest(checkpoint_files(folder))
-    except CheckpointError:
-        return {}  # the caller's message about missing settings helps more
-    if not all(name in manifest for name in TGI_TENSORS):
-        return {}
-    bits, group_size = (int(read_tensor(manifest[name]).flatten()[0]) for name in TGI_TENSORS)
-    return {"quant_method": "gptq", "bits": bits, "group_size": group_size}
-
-
-def _autogptq_names(settings: Mapping[str, Any], suffix: str) -> list[str]:
-    names = [f"{settings['model_basename']}{suffix}"] if settings.get("model_basename") else []
-    found = canonical(settings)
-    return [*names, f"gptq_model-{found.get('bits')}bit-{found.get('group_size')}g{suffix}"]
-
-
-def _sharded(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; {FETCH_AGAIN}")
-    files = sorted({index.parent / str(name) for name in weight_map.values()})
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(files)} shards named in {index.name} are missing "
-            f"({', '.join(missing[:3])}); fetch them"
-        )
-    return files
-
-
-def _complete_shards(files: list[Path]) -> bool:
-    numbers = [re.search(r"-(\d+)-of-(\d+)\.", file.name) for file in files]
-    return all(numbers) and all(int(match[2]) == len(files) for match in numbers if match)
 
 
 def _warn_once_for_all(
@@ -248,6 +111,8 @@ def _resolve(
             raise CheckpointError(f"{name}.{part} has shape {list(parts[part].shape)}, expected a non-empty matrix")
     qweight, scales = parts["qweight"], parts["scales"]
     g_idx = manifest.get(f"{name}.g_idx")
+    if g_idx is not None and g_idx.numel:
+        _check_dtype(name, "g_idx", g_idx, _INDICES)
     if shape:
         _check_sizes(name, shape, qweight, scales, g_idx)
     word_bits = qweight.dtype.itemsize * 8  # type: ignore[union-attr]
@@ -263,6 +128,7 @@ def _resolve(
         zero_offset=1 if config.checkpoint_format == "gptq" else 0,
         planar=config.checkpoint_format == "gptq_p" and bits == 3,
         sym=config.sym,
+        act_order=config.desc_act and not config.static_groups,
         has_g_idx=g_idx is not None and g_idx.numel > 0,
         empty_g_idx=g_idx is not None and g_idx.numel == 0,
         has_bias=_has_bias(name, manifest, has_bias),
@@ -303,8 +169,6 @@ def _check_shapes(name: str, spec: LinearSpec, manifest: Manifest) -> None:
             f"{name}.qzeros is {manifest[f'{name}.qzeros'].dtype}, expected {spec.word_dtype} as qweight; "
             "export it anew"
         )
-    if spec.has_g_idx:
-        _check_dtype(name, "g_idx", manifest[f"{name}.g_idx"], (torch.int32, torch.int64, torch.int16))
 
 
 def _in_features(qweight: TensorInfo, g_idx: TensorInfo | None, bits: int, word_bits: int) -> int:
@@ -334,7 +198,9 @@ def _group_size(name: str, features: int, groups: int, g_idx: TensorInfo | None,
     if features % groups == 0:
         return features // groups
     if g_idx is not None and g_idx.numel == features:
-        return int(torch.bincount(read_tensor(g_idx).long().clamp_min(0)).max())
+        values = read_tensor(g_idx)
+        check_groups(name, values, groups)  # before the largest sizes what is counted
+        return int(torch.bincount(values.long()).max())
     raise CheckpointError(
         f"{name}.scales has {groups} rows, expected {math.ceil(features / claimed)} for {features} inputs in groups of "
         f"{claimed}; correct group_size in the config or fetch the checkpoint again"

@@ -30,7 +30,7 @@ class LinearSpec:
         sym: the checkpoint claims a symmetric grid; checked against the zeros by :func:`resolve`.
         has_g_idx, has_bias: whether the tensor exists in the checkpoint.
         empty_g_idx: it exists without elements, which means the same as absent.
-        act_order: ``g_idx`` is not ``arange(K) // group_size``; known after :func:`resolve`.
+        act_order: ``g_idx`` is not ``arange(K) // group_size``; before :func:`resolve` what the checkpoint claims.
         word_dtype, scales_dtype, bias_dtype, g_idx_dtype: dtypes in the checkpoint.
     """
 
@@ -187,19 +187,14 @@ def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> Linea
                 f"{name}.{key}: the packed words are {tensors[key].dtype}, expected {spec.word_dtype}; a cast moves "
                 "them apart: load them as they were stored"
             )
-    if not tensors["scales"].isfinite().all():
-        bad = int((~tensors["scales"].isfinite()).sum())
-        raise CheckpointError(f"{name}.scales: {bad} values are NaN or infinite; the file is damaged, fetch it again")
-    if spec.has_g_idx:
-        g_idx = tensors["g_idx"]
-        low, high = int(g_idx.min()), int(g_idx.max())
-        if low < 0 or high >= spec.groups:
-            raise CheckpointError(
-                f"{name}.g_idx: values span {low}..{high}, expected 0..{spec.groups - 1} ({spec.groups} rows of "
-                "scales); the file is damaged, fetch it again"
-            )
-        trivial = torch.equal(g_idx.cpu().int(), spec.trivial_g_idx)
-        spec = dataclasses.replace(spec, act_order=not trivial)
+    largest = tensors["scales"].float() * ((1 << spec.bits) - 1)  # of what the weight can be
+    if not largest.isfinite().all():
+        bad = int((~largest.isfinite()).sum())
+        raise CheckpointError(
+            f"{name}.scales: {bad} values are NaN or infinite, or would make weights infinite; the file is "
+            "damaged, fetch it again"
+        )
+    spec = dataclasses.replace(spec, act_order=spec.has_g_idx and _has_act_order(spec, tensors["g_idx"], name))
     if spec.sym:
         stored = unpack_zeros(dataclasses.replace(spec, zero_offset=0), tensors["qzeros"])
         middle = 1 << (spec.bits - 1)
@@ -210,6 +205,29 @@ def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> Linea
             logger.warning("%s: config says sym, but the zeros vary; they are used as stored (asymmetric)", name)
             spec = dataclasses.replace(spec, sym=False)
     return spec
+
+
+def check_groups(name: str, g_idx: Tensor, groups: int) -> None:
+    """Raises CheckpointError where ``g_idx`` of the layer called ``name`` names groups that do not exist."""
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise CheckpointError(
+            f"{name}.g_idx: values span {low}..{high}, expected 0..{groups - 1} ({groups} rows of scales); the file is "
+            "damaged, fetch it again"
+        )
+
+
+def _has_act_order(spec: LinearSpec, g_idx: Tensor, name: str) -> bool:
+    check_groups(name, g_idx, spec.groups)
+    if spec.groups > 1 and bool((g_idx == g_idx[0]).all()):  # a placeholder that nobody filled, not one group for all
+        if spec.act_order:
+            raise CheckpointError(
+                f"{name}.g_idx is {int(g_idx[0])} for all {len(g_idx)} inputs, expected {spec.groups} groups, since "
+                "desc_act is true; the order is lost: fetch the file again or export it anew"
+            )
+        logger.warning("%s.g_idx was never filled; the groups are taken as contiguous, as without act-order", name)
+        return False
+    return not torch.equal(g_idx.cpu().int(), spec.trivial_g_idx)
 
 
 def _group_size(g_idx: Tensor, groups: int) -> int:

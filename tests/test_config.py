@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
+import time
 from typing import Any
 
 import pytest
@@ -39,6 +41,71 @@ def test_dialects(source: dict[str, Any], expected: dict[str, Any]) -> None:
     assert {key: getattr(config, key) for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"bits": "3", "group_size": "-1", "sym": "false", "damp_percent": "0.1", "desc_act": "True"},
+        {"bits": 3.0, "group_size": -1.0, "sym": 0, "damp_percent": 0.1, "desc_act": 1.0},
+        {"wbits": " 3 ", "groupsize": "-1.0", "sym": "False", "percdamp": "1e-1", "act_order": "TRUE"},
+    ],
+)
+def test_numbers_and_booleans_may_be_strings_or_floats(source: dict[str, Any]) -> None:
+    config = QuantizeConfig.from_dict(source)
+    assert (config.bits, config.group_size, config.sym, config.damp_percent, config.desc_act) == (
+        3, -1, False, 0.1, True,
+    )  # fmt: skip
+    assert all(type(value) is int for value in (config.bits, config.group_size))
+
+
+@pytest.mark.parametrize("source", [None, "gptq", 4, ["bits"], [{"bits": 4}], True])
+def test_settings_that_are_no_object_are_refused(source: Any) -> None:
+    with pytest.raises(ConfigError, match="quantization_config is .*, expected an object"):
+        QuantizeConfig.from_dict(source)
+
+
+@pytest.mark.parametrize("overrides", [{"dynamic": {}}, {"dynamic": {".*": {"bits": 8}}}, {"dynamic": 5}])
+def test_a_rule_has_no_rules_of_its_own(overrides: dict[str, Any]) -> None:
+    found = QuantizeConfig.from_dict({"bits": 4, "dynamic": {".*": {"bits": 3, **overrides}}}).for_module("layer")
+    assert found is not None
+    assert (found.bits, found.dynamic) == (3, None)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(a+)+$",
+        r"(\w+\.?)+X",
+        r"(.*)*\.nope$",
+        r"(.*?,?){60}[!?]",
+        r"((.|.)*)*(?<!j)",
+        r"(.?){40}(.?){40}!?(?!)",
+    ],
+)
+def test_a_pattern_is_matched_or_refused_in_bounded_time(pattern: str) -> None:
+    start = time.process_time()
+    config = QuantizeConfig(dynamic={pattern: {"bits": 8}})
+    with contextlib.suppress(ConfigError):
+        for i in range(2000):
+            config.for_module(f"model.layers.{i}.self_attn.q_proj_and_a_longer_name_than_usual_{'a' * (i % 40)}")
+    assert time.process_time() - start < 5
+
+
+def test_a_pattern_that_would_run_for_years_is_named() -> None:
+    config = QuantizeConfig(dynamic={r"(.*?,?){60}[!?]": {"bits": 8}})
+    with pytest.raises(ConfigError, match=r"dynamic: matching names against '.*60.*' takes too long; write it"):
+        config.for_module("model.layers.10.self_attn.q_proj_" + "a" * 40)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(" * 5000, "(" * 400 + ")" * 400, "a{99999999999}", "[", "*", r"\1", "x" * 100_000]
+)
+def test_what_is_no_pattern_is_refused_in_one_sentence(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="dynamic: ") as found:
+        QuantizeConfig(dynamic={pattern: {}})
+    assert len(str(found.value)) < 300
+    assert "\n" not in str(found.value)
+
+
 def test_enum_values_of_frameworks_are_read() -> None:
     class Method(enum.Enum):
         GPTQ = "gptq"
@@ -50,12 +117,16 @@ def test_enum_values_of_frameworks_are_read() -> None:
     ("source", "message"),
     [
         ({"bits": 5}, r"bits=5.*\(2, 3, 4, 8\)"),
-        ({"bits": "4"}, "bits='4'"),
+        ({"bits": "four"}, "bits='four'"),
+        ({"bits": "4.5"}, "bits='4.5'"),
+        ({"bits": float("nan")}, "bits=nan"),
+        ({"bits": [4]}, r"bits=\[4\]"),
         ({"bits": True}, "bits=True"),
         ({"bits": 4, "group_size": 0}, "group_size=0"),
         ({"bits": 4, "group_size": -2}, "group_size=-2.*-1"),
-        ({"bits": 4, "group_size": 64.0}, "group_size=64.0 is not an integer"),
-        ({"bits": 4, "desc_act": "yes"}, "desc_act='yes'.*True or False"),
+        ({"bits": 4, "group_size": 64.5}, "group_size=64.5 is not an integer"),
+        ({"bits": 4, "group_size": {}}, "group_size={} is not an integer"),
+        ({"bits": 4, "sym": "yes"}, "sym='yes'.*True or False"),
         ({"bits": 4, "checkpoint_format": "exl2"}, "exl2.*gptq_v2"),
         ({"bits": 4, "checkpoint_format": "marlin"}, "Marlin"),
         ({"bits": 4, "is_marlin_format": True}, "Marlin"),
@@ -64,8 +135,7 @@ def test_enum_values_of_frameworks_are_read() -> None:
         ({"bits": 4, "quant_method": "intel/auto-round"}, "auto_gptq"),
         ({"bits": 4, "quant_method": "awq"}, "awq"),
         ({"bits": 4, "quant_method": "hqq"}, "hqq.*gptq"),
-        ({"bits": 4, "pack_dtype": "int4"}, "int4.*int32"),
-        ({"bits": 4, "dynamic": {"+:(": {"bits": 8}}}, r"\+:\(.*regular expression"),
+        ({"bits": 4, "dynamic": {"+:(": {"bits": 8}}}, r"'\('.*regular expression"),
         ({"bits": 4, "dynamic": {"q_proj": None}}, "'q_proj': None is not a regex with a mapping"),
         ({"bits": 4, "dynamic": {5: {"bits": 8}}}, "5: .* is not a regex with a mapping"),
     ],
@@ -81,11 +151,18 @@ WRITE_ONLY = [
     ({"search_finalists": 0}, "search_finalists=0.*at least 1"),
     ({"search_finalists": True}, "search_finalists=True"),
     ({"refine_sweeps": -1}, "refine_sweeps=-1"),
-    ({"refine_sweeps": 1.0}, "refine_sweeps=1.0"),
-    ({"distill_epochs": "2"}, "distill_epochs='2'"),
+    ({"refine_sweeps": 1.5}, "refine_sweeps=1.5"),
+    ({"distill_epochs": "two"}, "distill_epochs='two'"),
     ({"damp_percent": 0}, "damp_percent=0"),
     ({"damp_percent": 1.5}, "damp_percent=1.5"),
-    ({"damp_percent": "0.01"}, "damp_percent='0.01'"),
+    ({"damp_percent": float("inf")}, "damp_percent=inf"),
+    ({"damp_percent": "x"}, "damp_percent='x'"),
+    ({"damp_percent": []}, r"damp_percent=\[\]"),
+    ({"desc_act": "yes"}, "desc_act='yes'.*True or False"),
+    ({"lm_head": {}}, "lm_head={}"),
+    ({"pack_dtype": "int4"}, "int4.*int32"),
+    ({"modules_in_block_to_quantize": [None]}, r"modules_in_block_to_quantize=\[None\]"),
+    ({"modules_in_block_to_quantize": 5}, "modules_in_block_to_quantize=5"),
     ({"keep_edge_blocks": -1}, "keep_edge_blocks"),
     ({"scale_search": "mse"}, "scale_search='mse'.*True or False"),
     ({"signed_scales": "no"}, "signed_scales='no'.*None"),

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, quantize_model
+from gptq_backend.files import checkpoint_files, read_settings
+from gptq_backend.manifest import read_manifest, read_tensor
 from gptq_backend.output import atomic_folder, check_output
-from gptq_backend.reader import checkpoint_files, read_config, read_manifest, read_tensor, resolve_specs
+from gptq_backend.reader import resolve_specs
 from gptq_backend.writer import write_checkpoint
 
 
@@ -119,7 +121,7 @@ def test_shards_read_back_bit_for_bit(tmp_path):
     assert set(manifest) == set(state)
     for name, tensor in state.items():
         assert torch.equal(read_tensor(manifest[name]), tensor)
-    assert read_config(tmp_path / "out").to_dict() == config.to_dict()
+    assert QuantizeConfig.from_dict(read_settings(tmp_path / "out")).to_dict() == config.to_dict()
     specs = resolve_specs(manifest, config)
     assert {spec.bits for spec in specs.values()} == {3}
     assert len(specs) == 6

@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["GPTQConfig", "from_quantized", "quantize", "register"]
 
-_LAZY = {"GPTQConfig": "config", "attach": "quantizer", "from_quantized": "api", "quantize": "api"}
+_LAZY = {"GPTQConfig": "config", "attach": "quantizer", "from_quantized": "load_quantized", "quantize": "api"}
 
 
 def register() -> None:

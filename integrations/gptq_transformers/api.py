@@ -1,10 +1,9 @@
-"""The Python API: quantize a model, load a quantized one."""
+"""The Python API: quantize a model."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.calibration import draw, tokenize
@@ -22,7 +21,6 @@ from gptq_backend.locks import scratch_folder
 from gptq_backend.output import atomic_folder
 from gptq_backend.progress import Progress
 from gptq_backend.quantize import OnLayer
-from gptq_backend.reader import checkpoint_files, embedded_settings, read_manifest, read_settings
 
 from .auto_calibration import AUTO, Choice, choose
 from .config import GPTQConfig, StockGPTQConfig
@@ -245,59 +243,3 @@ def _load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool) -
                 f"no tokenizer could be loaded from {path} ({first_line(error)}); pass tokenizer= or token ids"
             ) from None
         return None
-
-
-def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
-
-    That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
-    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals
-    ``AutoModelForCausalLM.from_pretrained``.
-
-    Args:
-        path: a folder, or a name on the hub (which must then be in transformers' own layout).
-        **kwargs: for ``from_pretrained``.
-
-    Raises:
-        ConfigError: no quantization settings anywhere. CheckpointError: no usable weights.
-    """
-    source = Path(path)
-    if not source.is_dir() or _is_standard(source):
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    with scratch_folder("view") as view:
-        _link_as_standard(source, Path(view))
-        model = AutoModelForCausalLM.from_pretrained(view, **kwargs)
-    model.name_or_path = model.config._name_or_path = str(path)
-    return model
-
-
-def _is_standard(folder: Path) -> bool:
-    """Whether plain ``from_pretrained`` finds both the settings and the weights."""
-    names = {path.name for path in folder.iterdir()}
-    weights = {name for stem in ("model.safetensors", "pytorch_model.bin") for name in (stem, f"{stem}.index.json")}
-    if not names & weights or "config.json" not in names:
-        return False
-    settings = embedded_settings(json.loads((folder / "config.json").read_text()))
-    return settings.get("quant_method") == "gptq"
-
-
-def _link_as_standard(folder: Path, view: Path) -> None:
-    """Fill ``view`` with links to the files of a checkpoint, named and configured as transformers expects."""
-    settings = read_settings(folder)
-    QuantizeConfig.from_dict(settings)  # refuses what is not GPTQ by another name
-    weights = checkpoint_files(folder, settings)
-    for path in folder.iterdir():
-        if path.is_file() and path not in weights:
-            (view / path.name).symlink_to(path.resolve())
-    for path in weights:
-        name = path.name
-        if len(weights) == 1:
-            name = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
-        (view / name).symlink_to(path.resolve())
-    if len(weights) > 1 and not list(view.glob("*.index.json")):
-        index = {"metadata": {}, "weight_map": {key: info.file.name for key, info in read_manifest(weights).items()}}
-        (view / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = settings | {"quant_method": "gptq"}
-    (view / "config.json").unlink(missing_ok=True)
-    (view / "config.json").write_text(json.dumps(config))

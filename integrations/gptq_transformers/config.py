@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_backend import KERNELS, ConfigError, QuantizeConfig
-from gptq_backend.config import ALIASES
+from gptq_backend.dialects import ALIASES
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,20 @@ _RUN = (
 )
 
 
+# Settings that have one type; the others are kept as they were written.
+_TYPED = {item.name for item in dataclasses.fields(QuantizeConfig)} - {
+    "dynamic", "extra", "modules_in_block_to_quantize",
+}  # fmt: skip
+
+
+# name -> arguments of datasets.load_dataset; only the start of c4 is fetched, its files are large
+DATASETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
+    "c4": (("allenai/c4", "en"), {"split": "train", "streaming": True}),
+}
+DATASETS["c4-new"] = DATASETS["c4"]
+
+
 class GPTQConfig(StockGPTQConfig):
     """Settings of :class:`gptq_backend.QuantizeConfig` in the clothes that ``from_pretrained`` expects.
 
@@ -82,17 +97,34 @@ class GPTQConfig(StockGPTQConfig):
             elif key not in ("checkpoint_format", "quant_method") and alias in kwargs:  # those keep both spellings
                 value = kwargs.pop(alias)
                 kwargs.setdefault(key, value)
-        if kwargs.get("desc_act"):
-            kwargs["act_group_aware"] = False  # as the stock class decides, which warns about its own default
-        QuantizeConfig.from_dict(kwargs | ({} if bits is None else {"bits": bits}))  # refuses with clearer messages
-        super().__init__(bits=4 if bits is None else bits, tokenizer=tokenizer, dataset=dataset, **kwargs)
-        checkpoint_format = kwargs.get("checkpoint_format") or kwargs.get("format") or "gptq"
-        self.format = self.checkpoint_format = str(checkpoint_format).lower()
+        read = QuantizeConfig.from_dict(kwargs | ({} if bits is None else {"bits": bits}))
+        # The stock class checks how a checkpoint was made, too (damp_percent, the name of the data set), which is not
+        # for its reader to judge; and it warns of an act_group_aware that it would turn off by itself.
+        super().__init__(
+            bits=read.bits,
+            group_size=read.group_size,
+            sym=read.sym,
+            desc_act=read.desc_act,
+            act_group_aware=read.group_aware,
+            format=read.checkpoint_format,
+            backend=kwargs.pop("backend", None),
+        )
+        self.tokenizer, self.dataset = tokenizer, dataset
+        self.checkpoint_format = read.checkpoint_format
         for key, value in kwargs.items():
-            if not hasattr(self, key):
-                setattr(self, key, value)
+            if not hasattr(type(self), key) and key not in _RUN and key not in ("format", "quant_method"):
+                known = key in _TYPED and key not in read.extra
+                setattr(self, key, getattr(read, key) if known else value)
         for key in _RUN:
             setattr(self, key, kwargs.get(key))  # None, which is not written, in place of the stock class's defaults
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What a checkpoint says. A kernel that nobody knows is no reason to refuse it: another one is chosen."""
+        stored = {key: value for key, value in config_dict.items() if key != "self"}
+        if not _is_kernel(stored.get("backend")):
+            del stored["backend"]
+        return super().from_dict(stored, return_unused_kwargs, **kwargs)
 
     @classmethod
     def adopt(cls, config: Any) -> GPTQConfig:
@@ -103,6 +135,24 @@ class GPTQConfig(StockGPTQConfig):
         adopted = cls(**copy.deepcopy(values))
         adopted.tokenizer = config.tokenizer
         return adopted
+
+    def require_run(self) -> None:
+        """Refuse what an unquantized model cannot be quantized with, before it is loaded.
+
+        Raises:
+            ConfigError: no calibration data, a data set that nobody knows, or a setting with an unknown value.
+        """
+        if self.dataset is None:
+            raise ConfigError(
+                "this model is not quantized yet, and GPTQConfig has no calibration data to quantize it with; pass "
+                "GPTQConfig(..., dataset=[texts], tokenizer=...), or dataset='wikitext2' or 'c4'"
+            )
+        if isinstance(self.dataset, str) and self.dataset not in DATASETS:
+            raise ConfigError(
+                f"dataset={self.dataset!r} is not a known data set; choose one of {tuple(DATASETS)}, or pass "
+                "dataset=[texts] of your own"
+            )
+        self.to_quantize_config().require_run()
 
     def forget_run(self) -> None:
         """Drop what only the quantizing, now done, had a use for."""
@@ -149,6 +199,13 @@ class GPTQConfig(StockGPTQConfig):
             _warn_foreign(name)
             return None
         raise ConfigError(f"backend={name!r} is not a kernel; choose 'auto' or one of {rows}")
+
+
+def _is_kernel(backend: Any) -> bool:
+    if backend is None:
+        return True
+    name = str(getattr(backend, "value", backend)).lower()
+    return name in _FOREIGN_BACKENDS or name in ("auto", "auto_trainable") or name in {row.name for row in KERNELS}
 
 
 @functools.cache

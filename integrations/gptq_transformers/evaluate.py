@@ -24,10 +24,10 @@ from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
 from gptq_backend.calibration import cut
-from gptq_backend.reader import embedded_settings
+from gptq_backend.files import embedded_settings
 
-from .api import from_quantized
 from .errors import loading
+from .load_quantized import from_quantized
 
 # Positions whose distributions are compared at once: with 128k words a chunk stays near 128 MB per model.
 _ROWS = 256

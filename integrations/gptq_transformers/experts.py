@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend.errors import ConfigError
-from gptq_backend.linear import changing_layout
-from gptq_backend.moe import Routing
-from gptq_backend.structure import replace_module
+from gptq_backend.expert_names import ExpertLayout, default_layout, expert_layout, expert_renaming, stored_place
+from gptq_backend.structure import is_linear, replace_module
 
-from .grouped import GroupedExperts
+from .expert_list import ExpertList, halves
 
 logger = logging.getLogger(__name__)
 
@@ -63,119 +62,8 @@ class _Layout:
         return names + tuple(f"{name}_bias" for name in names) if self.biased else names
 
     @property
-    def default_names(self) -> tuple[str, ...]:
-        """Of the projections, where transformers has no conversion that tells."""
-        return ("gate_proj", "up_proj", "down_proj") if self.first == "gate_up_proj" else ("up_proj", "down_proj")
-
-
-class ExpertList(nn.Module):
-    """Experts as children "0", "1", ...; each an ``nn.ModuleDict`` of its projections, in the order gate, up, down.
-
-    Args:
-        fused: the module that it replaces; its settings and its activation are taken over, its parameters are not.
-        experts: one per expert.
-        fused_names: the parameters of ``fused`` that the experts stand for.
-    """
-
-    def __init__(self, fused: nn.Module, experts: Sequence[nn.ModuleDict], fused_names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.fused_class, self.fused_names = type(fused), fused_names
-        for key, value in vars(fused).items():  # what the class's _apply_gate reads: clamping limits and the like
-            if not key.startswith("_") and key not in ("training", "forward"):
-                setattr(self, key, value)
-        self.num_experts = len(experts)
-        for name, child in fused.named_children():
-            self.add_module(name, child)
-        for i, expert in enumerate(experts):
-            self.add_module(str(i), expert)
-        self.training = fused.training
-        self._grouped: GroupedExperts | None = None
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts' outputs; an expert without tokens does not run.
-
-        Args:
-            hidden_states: float [T, H].
-            top_k_index: int [T, k], expert of each slot; entries >= num_experts count for nothing.
-            top_k_weights: float [T, k].
-
-        Returns:
-            [T, H] in the dtype of ``hidden_states``.
-        """
-        if self._grouped is None or not self._grouped.current():
-            self.group()
-        grouped: Any = self._grouped
-        if not grouped.serve(hidden_states):
-            return self._by_expert(hidden_states, top_k_index, top_k_weights)
-        routing = Routing(top_k_index, self.num_experts)
-        outputs = [y for call in grouped.before for y in call(hidden_states, routing, top_k_index.shape[1])]
-        y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0]).unflatten(0, top_k_index.shape)
-        weights = top_k_weights.float()
-        if "post_expert_norm" in self._modules:  # it need not take zeros to zeros
-            weights = weights.masked_fill((top_k_index < 0) | (top_k_index >= self.num_experts), 0)
-        return (y.float() * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
-
-    # The loop depends on the data, so a graph would break at every expert; break once around all of them.
-    @torch.compiler.disable
-    def _by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What :meth:`forward` says, one expert after the other; works for layers of any kind."""
-        output = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():
-            if not 0 <= index < self.num_experts:
-                continue
-            # In ascending token order: calibration may tell the rows of padding only while rows are in place.
-            tokens, slots = torch.where(top_k_index == index)
-            result = self.expert(index, hidden_states[tokens]) * top_k_weights[tokens, slots, None]
-            output.index_add_(0, tokens, result.to(output.dtype))
-        return output
-
-    def expert(self, index: int, x: Tensor) -> Tensor:
-        """Expert ``index`` applied to x [T, H] -> [T, H]."""
-        *before, down = self._modules[str(index)].values()  # type: ignore[union-attr,operator]
-        outputs = [projection(x) for projection in before]
-        return self._after(down(self._activate(outputs)))
-
-    @torch.compiler.disable
-    @changing_layout()
-    def group(self) -> list[str]:
-        """Multiply all experts in one call, where they allow it -> the obstacles, where they do not."""
-        if self._grouped is None or not self._grouped.current():
-            self._grouped = GroupedExperts([self._modules[str(i)] for i in range(self.num_experts)])  # type: ignore[misc]
-        return self._grouped.obstacles
-
-    def ungroup(self) -> None:
-        """Forget what :meth:`group` found; the next call finds it again."""
-        self._grouped = None
-
-    def _after(self, y: Tensor) -> Tensor:
-        norm = self._modules.get("post_expert_norm")
-        return y if norm is None else norm(y)
-
-    def _activate(self, outputs: list[Tensor]) -> Tensor:
-        if len(outputs) == 1:
-            return self.act_fn(outputs[0])  # type: ignore[operator]
-        apply_gate = getattr(self.fused_class, "_apply_gate", None)
-        if apply_gate is None:
-            return self.act_fn(outputs[0]) * outputs[1]  # type: ignore[operator]
-        joined = torch.cat(outputs, -1) if self._concatenated else torch.stack(outputs, -1).flatten(-2)
-        return apply_gate(self, joined)
-
-    # Layers that change one after the other would each keep their old stack alive, and group() has to look again.
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertList:
-        self.ungroup()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.ungroup()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_grouped": None}
-
-    @property
-    def _concatenated(self) -> bool:
-        return bool(getattr(self, "is_concatenated", True))
+    def gated(self) -> bool:
+        return self.first == "gate_up_proj"
 
 
 def unfuse_experts(model: nn.Module) -> list[str]:
@@ -200,7 +88,8 @@ def unfuse_experts(model: nn.Module) -> list[str]:
             logger.warning("%s (%s): its 3-D expert weights stay in 16 bits", name, type(module).__name__)
     conversions = _model_conversions(model) if found else []
     for name, layout in found.items():
-        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, conversions))
+        names = _projection_names(name, layout, conversions)
+        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, names))
     return list(found)
 
 
@@ -218,22 +107,74 @@ def group_experts(model: nn.Module) -> None:
         logger.info("the experts of %d layers are multiplied by grouped products", len(obstacles))
 
 
-def replace_fused_experts(model: nn.Module, quantized_modules: Iterable[str]) -> list[str]:
+def replace_fused_experts(model: nn.Module, layers: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """Prepare ``model``, still without weights, for a checkpoint with one tensor per expert.
 
     When any quantized layer is an expert's, all experts modules are replaced, also where a layer's experts are dense
     or mixed: such a checkpoint names them alike everywhere. Dense experts are plain ``nn.Linear``.
 
     Args:
-        quantized_modules: names of the quantized layers as the model has them.
+        model: a ``PreTrainedModel``.
+        layers: full names of all the checkpoint's layers, as the model has them.
+        quantized: those that are quantized.
 
     Returns:
         Names of the replaced modules.
+
+    Raises:
+        CheckpointError: the experts' layers have names that are not known.
     """
-    fused = tuple(f"{name}." for name, module in model.named_modules() if _layout(module) is not None)
-    if not fused or not any(name.startswith(fused) for name in quantized_modules):
+    found = {name: layout for name, module in model.named_modules() if (layout := _layout(module)) is not None}
+    inside = tuple(f"{name}." for name in found)
+    if not found or not any(name.startswith(inside) for name in quantized):
         return []
-    return unfuse_experts(model)
+    by_module: dict[str, list[str]] = {name: [] for name in found}
+    for layer in layers:
+        if layer.startswith(inside):
+            by_module[next(name for name in _parents(layer) if name in found)].append(layer)
+    conversions = _model_conversions(model)
+    for name, layout in found.items():
+        names = expert_layout(name, by_module[name], layout.gated) or _projection_names(name, layout, conversions)
+        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, names))
+    return list(found)
+
+
+def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """Regular expressions, with what to put instead, for a checkpoint whose experts are in other places than the
+    model's, or are called otherwise where the model has them as single layers; {} if there is nothing to rename.
+
+    Args:
+        model: a ``PreTrainedModel``, weights may be on meta.
+        layers: full names of the checkpoint's layers, as far as transformers renames them by itself.
+
+    Raises:
+        CheckpointError: see :func:`expert_names.expert_renaming`.
+    """
+    renaming: dict[str, str] = {}
+    lists = {name: layout for name, module in model.named_modules() if (layout := _list_layout(name, module))}
+    fused = [name for name, module in model.named_modules() if _layout(module) is not None]
+    if lists:
+        renaming |= expert_renaming(layers, lists)
+    for name in fused:  # what they are called inside, an ExpertList takes from the checkpoint
+        place = stored_place(name, layers, fused)
+        own, wanted = (each.rpartition(".")[0] for each in (place, name))
+        if own != wanted:
+            renaming[re.escape(f"{own}.")] = f"{wanted}."
+    return renaming
+
+
+def _list_layout(name: str, module: nn.Module) -> ExpertLayout | None:
+    """The layout of experts that the model itself has as a list of modules."""
+    if name.rpartition(".")[2] != "experts" or not isinstance(module, nn.ModuleList):
+        return None
+    layers = [f"{name}.{key}" for key, child in module.named_modules() if is_linear(child)]
+    per_expert = len(layers) / max(1, len(module))
+    return expert_layout(name, layers, gated=True) if per_expert == 3 else None
+
+
+def _parents(name: str) -> Iterable[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) -> list[Any]:
@@ -251,7 +192,7 @@ def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) 
     return [
         conversion
         for conversion in weight_conversions
-        if not (hasattr(conversion, "operations") and any(_produces(conversion, parameter) for parameter in gone))
+        if not (hasattr(conversion, "operations") and any(produces(conversion, parameter) for parameter in gone))
     ]
 
 
@@ -277,35 +218,30 @@ def _layout(module: nn.Module) -> _Layout | None:
     return layout if all(parameters[name].dim() == 3 for name in (layout.first, "down_proj")) else None
 
 
-def _unfused(fused: nn.Module, layout: _Layout, name: str, conversions: Sequence[Any]) -> ExpertList:
+def _unfused(fused: nn.Module, layout: _Layout, name: str, names: ExpertLayout) -> ExpertList:
     hook = getattr(fused, "_hf_hook", None)
     if any(getattr(item, "offload", False) for item in getattr(hook, "hooks", [hook])):
         raise ConfigError(
             f"{name}: its weights are offloaded to CPU or disk; load the model without offloading to split its experts"
         )
-    names = _projection_names(name, layout, conversions)
     experts = []
     for index in range(fused.down_proj.shape[0]):  # type: ignore[index,union-attr]
-        matrices = [*_matrices(fused, layout.first, index, layout), *_matrices(fused, "down_proj", index, layout)]
-        experts.append(nn.ModuleDict({key: _linear(*pair) for key, pair in zip(names, matrices, strict=True)}))
-    return ExpertList(fused, experts, layout.parameters)
+        first = _matrices(fused, layout.first, index, layout, split=layout.gated and not names.joined)
+        experts.append([_linear(*pair) for pair in (*first, *_matrices(fused, "down_proj", index, layout))])
+    return ExpertList(fused, experts, names, layout.parameters)
 
 
-def _matrices(fused: nn.Module, parameter: str, index: int, layout: _Layout) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight [N, K] and bias [N] of each projection that lies in ``parameter`` of expert ``index``; views."""
+def _matrices(
+    fused: nn.Module, parameter: str, index: int, layout: _Layout, split: bool = False
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight [N, K] and bias [N] of each projection that lies in ``parameter`` of expert ``index``."""
     weight = getattr(fused, parameter)[index]
     weight = weight.t() if layout.transposed else weight
     bias = getattr(fused, f"{parameter}_bias")[index] if layout.biased else None
-    if parameter != "gate_up_proj":
+    if not split:
         return [(weight, bias)]
-    return list(zip(_halves(weight, layout), (None, None) if bias is None else _halves(bias, layout), strict=True))
-
-
-def _halves(tensor: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
-    if not layout.concatenated:
-        return tensor[::2], tensor[1::2]
-    gate, up = tensor.chunk(2)
-    return gate, up
+    biases = (None, None) if bias is None else halves(bias, 0, layout.concatenated)
+    return list(zip(halves(weight, 0, layout.concatenated), biases, strict=True))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -327,19 +263,20 @@ def _model_conversions(model: nn.Module) -> list[Any]:
     return list(get_model_conversion_mapping(model))
 
 
-def _projection_names(module: str, layout: _Layout, conversions: Sequence[Any]) -> tuple[str, ...]:
-    """Gate, up and down as the checkpoint calls them: ``*.w1.weight``, ``*.w3.weight`` become ``gate_up_proj``."""
+def _projection_names(module: str, layout: _Layout, conversions: Sequence[Any]) -> ExpertLayout:
+    """As published checkpoints call them: ``*.w1.weight``, ``*.w3.weight`` become ``gate_up_proj``."""
     names: list[str] = []
     for parameter in (layout.first, "down_proj"):
         for conversion in conversions:
             sources = [re.search(r"\*\.(\w+)\.weight$", pattern) for pattern in conversion.source_patterns]
-            if all(sources) and _produces(conversion, f"{module}.{parameter}"):
+            if all(sources) and produces(conversion, f"{module}.{parameter}"):
                 names += [match[1] for match in sources if match]
                 break
-    return tuple(names) if len(names) == len(layout.default_names) else layout.default_names
+    default = default_layout(layout.gated)
+    return ExpertLayout(tuple(f"{{}}.{name}" for name in names)) if len(names) == len(default.paths) else default
 
 
-def _produces(conversion: Any, parameter: str) -> bool:
+def produces(conversion: Any, parameter: str) -> bool:
     """Whether one of the conversion's targets is the model parameter of that full name."""
     targets = (pattern.replace("\\", "").strip("^$") for pattern in conversion.target_patterns)
     return any(parameter.endswith(target) for target in targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +22,19 @@ class GroupedExperts:
     module in its place, ends :meth:`current`.
 
     Args:
-        experts: the projections of each, in the order gate, up, down, or up, down.
+        places: for each projection, in the order gate, up, down, or up, down, where its layer is for each expert: the
+            children of its parent, and its name among them.
 
     Attributes:
         obstacles: for each projection that cannot be grouped, why.
     """
 
-    def __init__(self, experts: Sequence[nn.ModuleDict]) -> None:
+    def __init__(self, places: Mapping[str, Sequence[tuple[dict[str, Any], str]]]) -> None:
         self.obstacles: list[str] = []
         self.before: list[_Call] = []
         self.after: list[_Call] = []
-        names = [*experts[0]]
-        columns = {name: [expert[name] for expert in experts] for name in names}
+        names = [*places]
+        columns = {path: [children[name] for children, name in column] for path, column in places.items()}
         self._grouped = all(isinstance(layer, QuantLinear) for column in columns.values() for layer in column)
         if self._grouped:
             self.before = self._calls({name: columns[name] for name in names[:-1]})
@@ -43,9 +44,9 @@ class GroupedExperts:
             self.obstacles.append("they are not all quantized")
         # All of them are looked at in every call: tuples, since their attributes would take as long as the rest of it.
         self._held: list[_Held] = [
-            (expert._modules, name, layer, getattr(layer, "changes", 0))
-            for name in names
-            for expert, layer in zip(experts, columns[name], strict=True)
+            (children, name, children[name], getattr(children[name], "changes", 0))
+            for column in places.values()
+            for children, name in column
         ]
         self._hooks = [
             hooks for _, _, layer, _ in self._held for hooks in (layer._forward_hooks, layer._forward_pre_hooks)

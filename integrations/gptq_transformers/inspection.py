@@ -5,50 +5,18 @@ Reads headers, and of the values only scales, zeros and ``g_idx``; no model is l
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptq_backend import CheckpointError, GPTQError, LinearSpec, QuantizeConfig, kernel_report
-from gptq_backend.manifest import Manifest, read_manifest, read_tensor
-from gptq_backend.reader import checkpoint_files, read_settings, resolve_specs
-from gptq_backend.weight import resolve
+from gptq_backend import GPTQError, kernel_report
 
 from . import oddities
+from .checkpoint import Layer, read_checkpoint
 from .report import megabytes
-
-
-@dataclass
-class Layer:
-    """One quantized module. ``claimed`` is its spec by headers and config, ``spec`` also by its values."""
-
-    name: str
-    claimed: LinearSpec
-    spec: LinearSpec
-
-
-@dataclass
-class Checkpoint:
-    """A checkpoint's files, read as far as :func:`inspect_checkpoint` needs them.
-
-    Args:
-        damaged: what is wrong with modules that cannot be used, by name.
-        unbiased: linear layers that the model has without a bias, where its config names a known architecture.
-    """
-
-    folder: Path
-    settings: Mapping[str, Any]
-    config: QuantizeConfig
-    files: Sequence[Path]
-    manifest: Manifest
-    unbiased: Collection[str] = ()
-    layers: list[Layer] = field(default_factory=list)
-    damaged: dict[str, str] = field(default_factory=dict)
 
 
 def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -> dict[str, Any]:
@@ -70,7 +38,7 @@ def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -
     modules = [_describe(layer) for layer in checkpoint.layers]
     quantized = sum(layer.spec.in_features * layer.spec.out_features for layer in checkpoint.layers)
     packed = sum(layer.spec.nbytes for layer in checkpoint.layers)
-    total = sum(info.numel * info.dtype.itemsize for info in checkpoint.manifest.values() if info.dtype)
+    total = sum(info.nbytes for info in checkpoint.manifest.values())
     return {
         "path": str(path),
         "files": [file.name for file in checkpoint.files],
@@ -85,70 +53,6 @@ def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -
         "damaged": checkpoint.damaged,
         "kernels": {str(device): _kernels(checkpoint.layers, device) for device in chosen},
     }
-
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Settings, headers and the small tensors of the checkpoint in folder ``path``."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise GPTQError(f"{path} is not a folder; expected one with a quantized checkpoint")
-    settings = read_settings(folder)
-    config = QuantizeConfig.from_dict(settings)
-    files = checkpoint_files(folder, settings)
-    manifest = read_manifest(files)
-    checkpoint = Checkpoint(folder, settings, config, files, manifest, unbiased_layers(folder))
-    logger = logging.getLogger("gptq_backend")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # its warnings, one per module, are what `odd` sums up
-    try:
-        for name, tensors in _by_module(manifest).items():
-            _read_module(checkpoint, name, tensors)
-    finally:
-        logger.setLevel(level)
-    if not checkpoint.layers and not checkpoint.damaged:
-        raise CheckpointError(
-            f"{path} has quantization settings, but none of its {len(manifest)} tensors is a qweight; it is not "
-            "quantized, or in another format"
-        )
-    return checkpoint
-
-
-def _by_module(manifest: Manifest) -> dict[str, Manifest]:
-    modules: dict[str, Manifest] = {}
-    for name, info in manifest.items():
-        modules.setdefault(name.rpartition(".")[0], {})[name] = info
-    return modules
-
-
-def _read_module(checkpoint: Checkpoint, name: str, tensors: Manifest) -> None:
-    """Add the module to ``layers`` or, one bad module hiding no other, to ``damaged``."""
-    try:
-        for claimed in resolve_specs(tensors, checkpoint.config).values():
-            wanted = ("scales", "qzeros", "g_idx") if claimed.has_g_idx else ("scales", "qzeros")
-            values = {part: read_tensor(tensors[f"{name}.{part}"]) for part in wanted}
-            checkpoint.layers.append(Layer(name, claimed, resolve(claimed, values, name)))
-    except CheckpointError as error:
-        checkpoint.damaged[name] = str(error)
-
-
-def unbiased_layers(folder: Path) -> set[str]:
-    """Names of linear layers without bias in the model that ``config.json`` describes; empty if nobody knows it.
-
-    Only the structure is built, without weights.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from gptq_backend.structure import is_linear
-
-    if not (folder / "config.json").is_file():
-        return set()
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError):  # custom code, or newer than this transformers
-        return set()
-    return {name for name, module in model.named_modules() if is_linear(module) and module.bias is None}
 
 
 def local_devices() -> list[torch.device]:
@@ -174,16 +78,18 @@ def _kernels(layers: Sequence[Layer], device: torch.device) -> list[dict[str, An
     """Chosen rows, most used first: ``{"kernel", "modules", "declined": {row: {reason: modules}}}``."""
     used: Counter[str] = Counter()
     declined: dict[str, dict[str, Counter[str]]] = {}
-    for layer in layers:
+    for spec, count in Counter(
+        layer.spec for layer in layers
+    ).items():  # a mixture has thousands of layers of few specs
         chosen, rejected = "none", {}
-        for row, reason in kernel_report(layer.spec, device).items():  # fastest first
+        for row, reason in kernel_report(spec, device).items():  # fastest first
             if reason is None:
                 chosen = row
                 break
             rejected[row] = reason
-        used[chosen] += 1
+        used[chosen] += count
         for row, reason in rejected.items():
-            declined.setdefault(chosen, {}).setdefault(row, Counter())[reason] += 1
+            declined.setdefault(chosen, {}).setdefault(row, Counter())[reason] += count
     return [
         {
             "kernel": row,

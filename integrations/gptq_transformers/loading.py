@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +14,14 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
-from gptq_backend.reader import (
-    TGI_TENSORS,
-    Manifest,
-    quantized_modules,
-    read_manifest,
-    read_tensor,
-    resolve_specs,
-)
+from gptq_backend.files import TGI_TENSORS
+from gptq_backend.manifest import Manifest, read_tensor
+from gptq_backend.reader import quantized_modules, resolve_specs
 from gptq_backend.structure import linear_shapes, replace_module
 from gptq_backend.weight import LinearSpec, decode, resolve
 
 from . import experts
-from .names import model_names
+from .names import checkpoint_names, layer_names
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +32,14 @@ class Plan:
 
     Args:
         manifest: the checkpoint's tensors by the model's names.
+        renamings: regular expressions on names, and what to put instead, beside transformers' own.
         renamed: those whose name in the file differs.
         dtypes: of the model's own parameters, as they should be after loading.
         dense: layers that are quantized in the file but are no linear layers in the model (routers), by name.
     """
 
     manifest: Manifest
+    renamings: dict[str, str] = field(default_factory=dict)
     renamed: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     dense: dict[str, LinearSpec] = field(default_factory=dict)
@@ -51,19 +47,25 @@ class Plan:
 
 def prepare_model(
     model: nn.Module,
-    files: Iterable[str | Path],
+    stored: Manifest,
     config: QuantizeConfig,
     backend: str | None = None,
     key_mapping: dict[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> Plan:
-    """Swap the modules that ``files`` hold quantized for empty :class:`QuantLinear` on meta.
+    """Swap the modules that are quantized in a checkpoint for empty :class:`QuantLinear` on meta.
+
+    Args:
+        model: a ``PreTrainedModel`` without weights.
+        stored: the checkpoint's tensors, by their names in the files.
+        config: its settings.
+        backend: row of the kernel table, or None.
+        key_mapping, ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not fit together or to the model.
     """
-    stored = read_manifest(list(files))
-    names = model_names(model, stored, key_mapping)
+    names, renamings = checkpoint_names(model, stored, key_mapping)
     manifest = {names[key]: info for key, info in stored.items()}
     quantized = quantized_modules(manifest)
     if not quantized:
@@ -71,11 +73,11 @@ def prepare_model(
             "config.json says that the model is quantized with GPTQ, but no tensor is called *.qweight; remove "
             "quantization_config from it, or fetch the quantized weights"
         )
-    experts.replace_fused_experts(model, set(quantized))
+    experts.replace_fused_experts(model, layer_names(manifest), quantized)
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     specs = resolve_specs(manifest, config, shapes, biased)
-    plan = Plan(manifest, renamed={name for key, name in names.items() if key != name})
+    plan = Plan(manifest, renamings, renamed={name for key, name in names.items() if key != name})
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
@@ -99,12 +101,39 @@ def prepare_model(
     return plan
 
 
+def follow_renamings(model: nn.Module, plan: Plan) -> list[Any]:
+    """Let transformers load under the names that :func:`prepare_model` found; after it come those of transformers.
+
+    Returns:
+        For transformers 5: what to add to its conversions, which ``save_pretrained`` undoes. Version 4 asks ``model``
+        for its names, until :func:`finish_model`.
+    """
+    prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
+    both = dict(plan.renamings)  # a file of the base model lacks its prefix, and gets it after all renaming
+    for pattern, replacement in plan.renamings.items():
+        both.setdefault(pattern.removeprefix(prefix), replacement.removeprefix(prefix.replace("\\", "")))
+    try:
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4
+        if both:
+            original = model._get_key_renaming_mapping
+
+            def renaming_mapping(keys: list[str], key_mapping: Any = None, *args: Any, **kwargs: Any) -> Any:
+                own = {f"^{pattern}": replacement for pattern, replacement in both.items()}
+                return original(keys, {**(key_mapping or {}), **own}, *args, **kwargs)  # type: ignore[operator]
+
+            model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
+        return []
+    return [WeightRenaming(f"^{pattern}", replacement) for pattern, replacement in both.items()]
+
+
 def finish_model(model: nn.Module, plan: Plan) -> None:
     """Restore what the loader cast, check that it found everything, and prepare the layers for their device.
 
     Raises:
         CheckpointError: values are damaged, or a weight was not in the checkpoint.
     """
+    vars(model).pop("_get_key_renaming_mapping", None)
     _load_dense(model, plan)
     check_loaded(model, not_loaded(model))
     for name, layer in quant_linears(model):
@@ -141,6 +170,23 @@ def untie_quantized(model: nn.Module) -> None:
             tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
             if tied is not None:
                 model.all_tied_weights_keys = {k: v for k, v in tied.items() if not k.startswith(f"{name}.")}
+
+
+def absent(model: nn.Module, manifest: Manifest) -> list[str]:
+    """Parameters of a model prepared by :func:`prepare_model` that the files do not have, under any name.
+
+    What transformers ties, makes of other tensors or drops is not among them.
+    """
+    converters = experts.remaining_converters(model)
+    tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
+    if tied is None:
+        tied = getattr(model, "_tied_weights_keys", None) or ()
+        tied = tied if model.config.get_text_config(decoder=True).tie_word_embeddings else ()
+    return [
+        key
+        for key, _ in model.named_parameters()
+        if key not in manifest and key not in tied and not any(experts.produces(each, key) for each in converters)
+    ]
 
 
 def not_loaded(model: nn.Module) -> list[str]:
@@ -261,6 +307,13 @@ def _check_dense_shapes(model: nn.Module, manifest: Manifest, parameters: Mappin
             f"{key}: the checkpoint has shape {list(stored.shape)}, the model {list(parameter.shape)}; config.json and "
             f"the weights belong to different models: fetch both again{_experts_hint(model)}"
         )
+    for key, parameter in parameters.items():
+        dtype = manifest[key].dtype if key in manifest else None
+        if dtype is not None and parameter.is_floating_point() and not dtype.is_floating_point:
+            raise CheckpointError(
+                f"{key} is stored as {dtype}, expected a floating-point type like torch.float16; the file is damaged "
+                "or was changed: fetch it again"
+            )
 
 
 def _load_dense(model: nn.Module, plan: Plan) -> None:

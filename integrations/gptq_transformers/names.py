@@ -7,6 +7,44 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from .experts import expert_places
+
+
+def checkpoint_names(
+    model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """``{name in the checkpoint: name in the model}``, and the renamings of experts that are among them.
+
+    Args:
+        model, keys, key_mapping: see :func:`model_names`.
+
+    Returns:
+        The renamings are regular expressions on the beginning of a name, with what to put instead; transformers does
+        not know them, and has to be told (see ``loading.follow_renamings``).
+
+    Raises:
+        CheckpointError: experts whose names are not known.
+    """
+    names = model_names(model, keys, key_mapping)
+    renamings = expert_places(model, list(layer_names(names.values())))
+    if renamings:
+        names = {key: _renamed(name, renamings) for key, name in names.items()}
+    return names, renamings
+
+
+def layer_names(keys: Iterable[str]) -> list[str]:
+    """The names of layers that have a weight, quantized or not, each once."""
+    layers = (key.rpartition(".") for key in keys)
+    return list(dict.fromkeys(layer for layer, _, part in layers if part in ("qweight", "weight")))
+
+
+def _renamed(name: str, renamings: Mapping[str, str]) -> str:
+    for pattern, replacement in renamings.items():
+        name, count = re.subn(f"^{pattern}", replacement, name)
+        if count:
+            break
+    return name
+
 
 def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> dict[str, str]:
     """``{name in the checkpoint: name in the model}``.

@@ -1,24 +1,24 @@
 """What is odd about a checkpoint: where its config and its tensors disagree, and what is in it beside them.
 
-Each finder takes a checkpoint as :mod:`inspection` reads it and yields sentences. None of them is an error: the tensors
-decide, and the checkpoint loads. What cannot be loaded is damage, which ``inspection`` reports apart.
+Each finder takes a checkpoint as :mod:`checkpoint` reads it and yields sentences. None of them is an error: the tensors
+decide, and the checkpoint loads. What cannot be loaded is damage, which is reported apart.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_backend import ConfigError, QuantizeConfig
+from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
+from gptq_backend.files import SETTINGS_FILES, settings_in
 from gptq_backend.manifest import read_tensor
-from gptq_backend.reader import SETTINGS_FILES, claimed_group_size, embedded_settings
+from gptq_backend.reader import claimed_group_size
 
 if TYPE_CHECKING:
-    from .inspection import Checkpoint, Layer
+    from .checkpoint import Checkpoint, Layer
 
 _PARTS = {"qweight", "qzeros", "scales", "g_idx", "bias"}
 _COMPARED = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "lm_head")
@@ -55,15 +55,10 @@ def _where_settings_are(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return settings_in(path)
+    except CheckpointError:
         return {}  # of the file that is used, reading has complained already
-    if path.name == "config.json":
-        content = embedded_settings(content)
-    return content or {}
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[str]:
@@ -172,6 +167,14 @@ def _biases(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{_count(other, checkpoint)} have a bias that is not zero, though the model has none; it is added"
 
 
+def _structure(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.unknown:
+        yield f"the model's structure is not known ({checkpoint.unknown}): shapes and names were not held against it"
+    if checkpoint.skipped:
+        names = _some(checkpoint.skipped)
+        yield f"{len(checkpoint.skipped)} quantized modules that the model does not have, ignored: {names}"
+
+
 def _extras(checkpoint: Checkpoint) -> Iterator[str]:
     names = {layer.name for layer in checkpoint.layers}
     extras = [key for key in checkpoint.manifest if key.rpartition(".")[0] in names and _part(key) not in _PARTS]
@@ -217,5 +220,6 @@ _FINDERS: tuple[Callable[[Checkpoint], Iterator[str]], ...] = (
     _act_order,
     _which_modules,
     _biases,
+    _structure,
     _extras,
 )

@@ -12,19 +12,13 @@ from gptq_backend import CalibrationError, ConfigError, quantize_model
 from gptq_backend.calibration import tokenize
 
 from . import experts, loading
-from .config import GPTQConfig
+from .config import DATASETS, GPTQConfig
 
 logger = logging.getLogger(__name__)
 
 # As optimum does it for the same arguments: 128 windows of 2048 tokens, shorter where the model is.
 _SAMPLES = 128
 _SEQLEN = 2048
-# name -> arguments of datasets.load_dataset; only the start of c4 is fetched, its files are large
-_NAMED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
-    "c4": (("allenai/c4", "en"), {"split": "train", "streaming": True}),
-}
-_NAMED["c4-new"] = _NAMED["c4"]
 # Rows that surely make 128 windows.
 _ROWS = {"wikitext2": 20_000, "c4": 2048, "c4-new": 2048}
 
@@ -106,7 +100,7 @@ def _named_texts(name: str) -> list[str]:
             f"dataset={name!r} needs the package datasets, which cannot be imported ({error}): `pip install datasets`, "
             f"or {alternative}"
         ) from None
-    positional, keywords = _NAMED[name]
+    positional, keywords = DATASETS[name]
     try:
         rows = datasets.load_dataset(*positional, **keywords)
         return [row["text"] for row in itertools.islice(rows, _ROWS[name])]

@@ -10,17 +10,18 @@ from types import FrameType
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
-from gptq_backend.reader import read_manifest
+from gptq_backend.files import checkpoint_files, read_json
+from gptq_backend.manifest import read_manifest
 from gptq_backend.structure import replace_module
 
 from . import experts, loading
 from .config import GPTQConfig
+from .skeleton import check_size
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,15 @@ _LOCALS = (
     "device_mesh",
     "distributed_config",
     "ignore_mismatched_sizes",
+    "download_kwargs",
+    "gguf_file",
     "key_mapping",
     "pretrained_model_name_or_path",
+    "state_dict",
+    "subfolder",
     "tp_plan",
+    "use_safetensors",
+    "variant",
 )
 
 
@@ -53,6 +60,7 @@ class GPTQBackendQuantizer(HfQuantizer):
         super().__init__(GPTQConfig.adopt(quantization_config), **kwargs)
         self._plan: loading.Plan | None = None
         self._loading: Any = None
+        self._renamings: list[Any] = []  # of experts, for transformers 5
 
     # -- before loading --------------------------------------------------------------------------------------------
 
@@ -77,15 +85,12 @@ class GPTQBackendQuantizer(HfQuantizer):
                 "tp_plan is not supported for GPTQ checkpoints, because transformers would cut the packed weights in "
                 "the wrong dimension; leave it out, use device_map, or serve the model with vLLM"
             )
-        if not self.pre_quantized and self.quantization_config.dataset is None:
-            raise ConfigError(
-                "this model is not quantized yet, and GPTQConfig has no calibration data to quantize it with; pass "
-                "GPTQConfig(..., dataset=[texts], tokenizer=...), or dataset='wikitext2' or 'c4'"
-            )
-        folder = Path(str(caller.get("pretrained_model_name_or_path")))
-        if self.pre_quantized and transformers.__version__.startswith("4.") and folder.is_dir():
-            # Version 4 opens the file before it asks us anything more, and then says only "incomplete metadata".
-            read_manifest(sorted(folder.glob("*.safetensors")))
+        if not self.pre_quantized:
+            self.quantization_config.require_run()
+        elif (folder := _local_folder(caller)) is not None:
+            # Before transformers builds the model and opens files: what they claim may be anything.
+            manifest = read_manifest(checkpoint_files(folder))
+            check_size(read_json(folder / "config.json"), manifest)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
@@ -100,12 +105,13 @@ class GPTQBackendQuantizer(HfQuantizer):
             with torch.device("cpu"):  # transformers calls this under torch.device("meta")
                 self._plan = loading.prepare_model(
                     model,
-                    files,
+                    read_manifest(files),
                     config.to_quantize_config(),
                     config.kernel,
                     caller.get("key_mapping"),
                     bool(caller.get("ignore_mismatched_sizes")),
                 )
+            self._renamings = loading.follow_renamings(model, self._plan)
         loading.allow_casting(model)
         self._loading = model
         return model
@@ -115,7 +121,7 @@ class GPTQBackendQuantizer(HfQuantizer):
         model = model if model is not None else self._loading
         if not self.pre_quantized or model is None:
             return weight_conversions
-        return experts.drop_fused_conversions(weight_conversions, model)
+        return [*experts.drop_fused_conversions(weight_conversions, model), *self._renamings]
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """For transformers 4: the names that it did not find and is about to fill with random values."""
@@ -137,7 +143,7 @@ class GPTQBackendQuantizer(HfQuantizer):
             self.quantization_config.forget_run()
             self.pre_quantized = True
         # This object stays with the model, also in copies and pickles: nothing of the loading belongs there.
-        self._plan = self._loading = None
+        self._plan, self._loading, self._renamings = None, None, []
         model.config.quantization_config = self.quantization_config
         return model
 
@@ -212,6 +218,17 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _local_folder(caller: dict[str, Any]) -> Path | None:
+    """The folder whose files are about to be read in the usual way; None for the hub and for arguments that choose."""
+    if any(caller.get(key) is not None for key in ("variant", "gguf_file", "state_dict")):
+        return None
+    if caller.get("use_safetensors") is not None:
+        return None
+    subfolder = caller.get("subfolder") or (caller.get("download_kwargs") or {}).get("subfolder") or ""
+    folder = Path(str(caller.get("pretrained_model_name_or_path")), subfolder)
+    return folder if folder.is_dir() and (folder / "config.json").is_file() else None
 
 
 def _from_pretrained_locals() -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gptq_backend import CheckpointError, LinearSpec, QuantizeConfig
-from gptq_backend.reader import Manifest, checkpoint_files, quantized_modules, read_manifest, resolve_specs
+from gptq_backend.files import checkpoint_files
+from gptq_backend.manifest import Manifest, read_manifest
+from gptq_backend.reader import quantized_modules, resolve_specs
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 

@@ -18,7 +18,9 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from vllm.model_executor.models.utils import WeightsMapper
 
 from gptq_backend import KERNELS, ConfigError, LinearSpec, QuantizeConfig
-from gptq_backend.reader import TGI_TENSORS, TensorInfo, read_tensor, resolve_specs
+from gptq_backend.files import TGI_TENSORS
+from gptq_backend.manifest import TensorFile, TensorInfo, read_tensor
+from gptq_backend.reader import resolve_specs
 
 from . import choice
 from .checkpoint import PARTS, Checkpoint, Use
@@ -181,7 +183,7 @@ class GPTQBackendConfig(QuantizationConfig):
         if stored is None:
             infos = {
                 f"{name}.{part}": TensorInfo(
-                    tensor.dtype, tuple(tensor.shape), self.checkpoint.folder, f"{name}.{part}"
+                    tensor.dtype, tuple(tensor.shape), TensorFile(self.checkpoint.folder), f"{name}.{part}"
                 )
                 for part, tensor in tensors.items()
             }

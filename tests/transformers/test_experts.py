@@ -157,7 +157,7 @@ def test_nothing_happens_to_models_without_fused_experts() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY))
     before = [*model.named_modules()]
     assert unfuse_experts(model) == []
-    assert replace_fused_experts(model, {"model.layers.0.mlp.gate_proj"}) == []
+    assert replace_fused_experts(model, ["model.layers.0.mlp.gate_proj"], ["model.layers.0.mlp.gate_proj"]) == []
     assert drop_fused_conversions(["anything"], model) == ["anything"]
     assert [*model.named_modules()] == before
 
@@ -177,8 +177,9 @@ def test_modules_of_transformers_4_are_left_as_they_are(name: str) -> None:
 def test_replacing_happens_on_meta_and_only_for_quantized_experts() -> None:
     with torch.device("meta"):
         model = build_on_meta("mixtral")
-    assert replace_fused_experts(model, {"model.layers.0.self_attn.q_proj"}) == []
-    replaced = replace_fused_experts(model, {"model.layers.1.mlp.experts.0.w1"})
+    layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts.0.w1"]
+    assert replace_fused_experts(model, layers, layers[:1]) == []
+    replaced = replace_fused_experts(model, layers, layers[1:])
     assert replaced == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert model.model.layers[0].mlp.experts.get_submodule("3.w2").weight.is_meta
     assert model.model.layers[0].mlp.experts.get_submodule("3.w2").weight.shape == (64, 96)

@@ -194,7 +194,7 @@ def test_threads_that_call_experts_for_the_first_time_do_not_stack_them_twice(mo
         return check_grouped(experts)
 
     experts.ungroup()
-    monkeypatch.setattr(gptq_transformers.experts, "GroupedExperts", slow)
+    monkeypatch.setattr(gptq_transformers.expert_list, "GroupedExperts", slow)
     with ThreadPoolExecutor(3) as threads:
         assert all(torch.equal(y, expected) for y in threads.map(call, range(3)))
     assert len(made) == 1

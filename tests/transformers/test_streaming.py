@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, Zamba2Config
 
 from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
-from gptq_backend.reader import checkpoint_files, read_manifest, read_tensor
+from gptq_backend.files import checkpoint_files
+from gptq_backend.manifest import read_manifest, read_tensor
 from gptq_transformers import quantize, streaming
 from tests.transformers.test_api import logits, samples, source
 

@@ -1,0 +1,101 @@
+"""How published checkpoints and other tools spell settings -> our names, types and values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ConfigError
+
+# Spellings found in published checkpoints -> ours.
+ALIASES = {
+    "w_bit": "bits",
+    "wbits": "bits",
+    "q_group_size": "group_size",
+    "groupsize": "group_size",
+    "format": "checkpoint_format",
+    "method": "quant_method",
+    "act_order": "desc_act",
+    "percdamp": "damp_percent",
+}
+# Formats that carry the GPTQ name but not the GPTQ tensors, with what to do about each.
+_REFUSED_METHODS = {
+    "auto-round": "export it again with AutoRound's `format='auto_gptq'`",
+    "intel/auto-round": "export it again with AutoRound's `format='auto_gptq'`",
+    "awq": "load it with an AWQ library",
+    "compressed-tensors": "load it with vLLM, or with transformers and the package compressed-tensors",
+}
+_INTEGER = re.compile(r"[+-]?\d{1,18}(\.0*)?")
+_FLAGS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def canonical(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys in our spelling, without those whose value is None; an alias never overrides the canonical key."""
+    out = {key: value for key, value in source.items() if key not in ALIASES and value is not None}
+    for alias, key in ALIASES.items():
+        if source.get(alias) is not None:
+            out.setdefault(key, source[alias])
+    if "checkpoint_format" in out:
+        out["checkpoint_format"] = str(getattr(out["checkpoint_format"], "value", out["checkpoint_format"])).lower()
+    if "pack_dtype" in out:
+        out["pack_dtype"] = str(out["pack_dtype"]).removeprefix("torch.")
+    return out
+
+
+def require_gptq(source: Mapping[str, Any]) -> None:
+    """Refuse settings of other formats, with what to do about each.
+
+    Raises:
+        ConfigError: ``source`` is not a mapping, or its quantization method is another one.
+    """
+    if not isinstance(source, Mapping):
+        raise ConfigError(
+            f"quantization_config is {_shown(source)}, expected an object with bits, group_size and so on; correct the "
+            "config file or fetch it again"
+        )
+    values = canonical(source)
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "gptq")).lower()
+    if method == "marlin" or source.get("is_marlin_format"):
+        raise ConfigError(
+            "this checkpoint is serialized for Marlin (tensors B and s); that layout cannot be read here: "
+            "use the GPTQ checkpoint that it was made from"
+        )
+    if method in _REFUSED_METHODS:
+        raise ConfigError(f"quant_method={method!r} is not a GPTQ checkpoint; {_REFUSED_METHODS[method]}")
+    if method != "gptq":
+        raise ConfigError(
+            f"quant_method={_shown(method)} is not supported, expected 'gptq'; load the checkpoint with a library for "
+            "that method"
+        )
+
+
+def as_integer(value: Any) -> Any:
+    """``4`` for "4", "4.0" and 4.0, as JSON written by hand or by other languages has them; else ``value`` itself."""
+    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+        return int(value.strip().partition(".")[0])
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value
+
+
+def as_flag(value: Any) -> Any:
+    """``True`` for "true", "True", 1 and "1", likewise ``False``; else ``value`` itself."""
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().lower(), value)
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else value
+
+
+def as_number(value: Any) -> Any:
+    """``0.1`` for "0.1"; else ``value`` itself."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

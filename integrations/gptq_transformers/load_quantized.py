@@ -1,0 +1,81 @@
+"""``from_quantized``: ``from_pretrained`` for quantized checkpoints in places that transformers does not look at."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gptq_backend import QuantizeConfig
+from gptq_backend.files import INDEX, STANDARD_FILES, checkpoint_files, embedded_settings, read_json, read_settings
+from gptq_backend.locks import Scratch
+from gptq_backend.manifest import read_manifest
+
+from .errors import loading
+
+
+def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
+
+    That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
+    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals
+    ``AutoModelForCausalLM.from_pretrained``.
+
+    Args:
+        path: a folder, or a name on the hub (which must then be in transformers' own layout).
+        **kwargs: for ``from_pretrained``.
+
+    Raises:
+        ConfigError: no quantization settings anywhere. CheckpointError: no usable weights. GPTQError: transformers
+            cannot load the model.
+    """
+    source = Path(path)
+    if not source.is_dir():
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    settings = read_settings(source)
+    QuantizeConfig.from_dict(settings)  # refuses what is not GPTQ by another name
+    weights = checkpoint_files(source, settings)
+    if _is_standard(source):
+        with loading(path):
+            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    view = Scratch("view")
+    try:
+        _link_as_standard(source, settings, weights, Path(view.path))
+        with loading(path):
+            model = AutoModelForCausalLM.from_pretrained(view.path, **kwargs)
+    except BaseException:
+        view.remove()
+        raise
+    model.name_or_path = model.config._name_or_path = str(path)
+    weakref.finalize(model, view.remove)  # weights that are offloaded to disk are read through it
+    return model
+
+
+def _is_standard(folder: Path) -> bool:
+    """Whether plain ``from_pretrained`` finds both the settings and the weights."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    settings = embedded_settings(config)
+    named = isinstance(settings, Mapping) and settings.get("quant_method") == "gptq"
+    return named and any((folder / name).is_file() for name in STANDARD_FILES)
+
+
+def _link_as_standard(folder: Path, settings: Mapping[str, Any], weights: list[Path], view: Path) -> None:
+    """Fill ``view`` with links to the files of a checkpoint, named and configured as transformers expects."""
+    config = read_json(folder / "config.json")
+    single, *_ = STANDARD_FILES if weights[0].suffix == ".safetensors" else STANDARD_FILES[2:]
+    for path in folder.iterdir():
+        if path.is_file() and path not in weights and path.name != "config.json" and not path.name.endswith(INDEX):
+            (view / path.name).symlink_to(path.resolve())
+    for path in weights:
+        link = view / (single if len(weights) == 1 else path.relative_to(folder))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    if len(weights) > 1:
+        where = {key: str(info.file.path.relative_to(folder)) for key, info in read_manifest(weights).items()}
+        (view / f"{single}{INDEX}").write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
+    config["quantization_config"] = {**settings, "quant_method": "gptq"}
+    (view / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,0 +1,89 @@
+"""The model that a checkpoint's config.json describes, without weights, and what can be said before it is built.
+
+Building takes time and memory by what config.json claims, which anyone may have written; so it is held against the
+tensors that the files really have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_backend import CheckpointError
+from gptq_backend.files import read_json
+from gptq_backend.manifest import Manifest
+
+from .errors import first_line
+
+# Settings that a model repeats modules by, in the spelling of any architecture.
+_REPEATS = re.compile(r"(^|_)(n|num)_\w*?(layers?|blocks?|experts?)$|^depth$")
+_MAX_EXPERTS = 4096  # of one layer; fused ones are a single tensor
+
+
+class UnknownModel(Exception):
+    """No class of the running transformers fits: custom code, or an architecture that is newer."""
+
+
+def check_size(config: Mapping[str, Any], manifest: Manifest) -> None:
+    """Refuse a config.json that claims more layers than there are tensors.
+
+    Raises:
+        CheckpointError: with the setting.
+    """
+    for key, value in _integers(config):
+        if not _REPEATS.search(key):
+            continue
+        most = max(len(manifest), _MAX_EXPERTS) if "expert" in key else len(manifest)
+        if value > most:
+            raise CheckpointError(
+                f"config.json says {key}={value}, but the files hold only {len(manifest)} tensors; config.json and the "
+                "weights belong to different models: fetch both again"
+            )
+
+
+def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module | None:
+    """The model on the meta device, of the class that config.json names; None if there is no config.json.
+
+    No code of the folder is run.
+
+    Raises:
+        CheckpointError: config.json cannot be used. UnknownModel: this transformers has no class for it.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    content = read_json(path)
+    check_size(content, manifest)
+    if content.get("model_type") not in CONFIG_MAPPING:
+        raise UnknownModel(f"this transformers has no model_type {content.get('model_type')!r:.60}")
+    names = content.get("architectures")
+    named = [getattr(transformers, name, None) for name in names if isinstance(name, str)] if names else []
+    known = [each for each in named if isinstance(each, type) and issubclass(each, nn.Module)]
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            if known:
+                return known[0]._from_config(config, attn_implementation="eager")  # type: ignore[attr-defined]
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+    except Exception as error:  # whatever a config of any content makes a model's code raise
+        raise CheckpointError(
+            f"{path} describes no model that transformers can build ({type(error).__name__}: {first_line(error)}); "
+            "fetch it again"
+        ) from None
+
+
+def _integers(section: Mapping[str, Any], depth: int = 3) -> Iterator[tuple[str, int]]:
+    for key, value in section.items():
+        if type(value) is int:
+            yield key, value
+        elif isinstance(value, Mapping) and depth:
+            yield from _integers(value, depth - 1)
