@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CalibrationError
+from .structure import input_embeddings
 
 Batch = dict[str, Tensor]
 # Enough rows to keep a matrix multiplication busy, few enough that no activation gets large.
@@ -91,6 +93,17 @@ def set_aside(
     return [rest[i * len(rest) // count] for i in range(count)] if len(rest) > count else rest
 
 
+def require_sequences(samples: Sequence[Any]) -> None:
+    """Raises CalibrationError for a sample that is one number: of a flat sequence of ids, each would be a sample."""
+    for index, sample in enumerate(samples):
+        ids = sample.get("input_ids") if isinstance(sample, Mapping) else sample
+        if isinstance(ids, Number) or getattr(ids, "ndim", None) == 0:
+            raise CalibrationError(
+                f"calibration sample {index} is one number and not a sequence of token ids; to calibrate on a single "
+                "sequence, pass it in a list: [ids]"
+            )
+
+
 def make_batches(samples: Sequence[Any] | Mapping[str, Any], batch_size: int | None = None) -> list[Batch]:
     """Group samples of equal length.
 
@@ -101,13 +114,14 @@ def make_batches(samples: Sequence[Any] | Mapping[str, Any], batch_size: int | N
         batch_size: sequences per batch; None aims at about 2048 tokens.
 
     Raises:
-        CalibrationError: nothing in it, an entry that is not token ids or whose mask has another shape, or
-            ``batch_size`` below 1.
+        CalibrationError: nothing in it, an entry that is not token ids (or a single one) or whose mask has another
+            shape, or ``batch_size`` below 1.
     """
     if isinstance(samples, Mapping):
         samples = [samples]
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size} must be positive, or None for about 2048 tokens")
+    require_sequences(samples)
     rows: dict[tuple[int, bool], list[Batch]] = {}
     for index, sample in enumerate(samples):
         fields = sample if isinstance(sample, Mapping) else {"input_ids": sample}
@@ -171,8 +185,7 @@ def _fields(fields: Mapping[str, Any]) -> list[str]:
 
 def check_fits(model: nn.Module, batches: list[Batch]) -> None:
     """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
-    getter = getattr(model, "get_input_embeddings", None)
-    vocabulary = getattr(getter() if getter else None, "num_embeddings", None)
+    vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for batch in batches:
         ids = batch["input_ids"]

@@ -28,7 +28,7 @@ from .blockwise import BlockReport, Example, output_tensor, train_block
 from .calibration import Batch, check_fits, make_batches, model_inputs
 from .config import QuantizeConfig
 from .distill import distill
-from .errors import ConfigError
+from .errors import CalibrationError, ConfigError, GPTQError
 from .factors import Factors, LayerInput, Shared
 from .gptq import quantize_weight
 from .linear import QuantLinear
@@ -48,6 +48,7 @@ from .structure import (
     is_conv1d,
     linear_shapes,
     replace_module,
+    special_linears,
     untie,
 )
 from .training import judges
@@ -152,12 +153,21 @@ class _Run:
         self.structure = find_structure(model, config, block_name)
         for sentence in config.vain_rules(linear_shapes(model)):
             logger.warning("dynamic: %s", sentence)
+        if special := special_linears(self.structure):
+            name, kind = next(iter(special.items()))
+            logger.warning(
+                "%s (%s) and %d layers like it stay in 16 bits: they do not compute a plain product",
+                name,
+                kind,
+                len(special) - 1,
+            )
         self.report = QuantizeReport(self.structure.describe(config))
         self.arrived: dict[Target, list[LayerInput]] = {}  # what the waiting tasks are about to feed each layer
         self.done: dict[nn.Module, QuantLinear] = {}
         self.pending: list[tuple[Target, Shared | None]] = []
         self.second_pass = False  # the current block runs again, quantized (true_sequential=False)
         self.current: Block | None = None
+        self.entered: set[Block] = set()
         self.originals: dict[int, Tensor] = {}  # what the original block returned, by batch
         self.examples: dict[int, Example] = {}  # of the quantized block, likewise
         self.replaying = False  # for hooks that are to do nothing meanwhile
@@ -180,6 +190,13 @@ class _Run:
                 self.round_to_nearest()
             else:
                 self.calibrate(self.batches)
+        wanted = [target.module for block in self.structure.blocks for target in block.targets]
+        if wanted and not any(module in self.done for module in wanted):
+            raise ConfigError(
+                f"no layer was quantized: no calibration token reached one in {self.structure.blocks[0].name} to "
+                f"{self.structure.blocks[-1].name}; name the blocks that read text with block_name (for GPTQConfig: "
+                "block_name_to_quantize)"
+            )
         self.report.seconds = time.perf_counter() - self.start
         return self.report
 
@@ -215,6 +232,11 @@ class _Run:
         with self.hooks():
             lockstep.run(tasks, self.stage, ranks.__getitem__)
         self.leave()
+        for block in self.structure.blocks:
+            if block not in self.entered:  # no batch came by; its weights are wanted all the same
+                self.enter(block)
+                self.finished = True
+                self.leave()
         if self.structure.head is not None:
             self.install(self.structure.head)
         self.placement.send_back(outside)
@@ -231,7 +253,16 @@ class _Run:
             _NUMBER.set(number)
             _ORIGINAL.set(original)
             _MASK.set(inputs.get("attention_mask"))
-            self.model(**inputs)
+            try:
+                self.model(**inputs)
+            except (TypeError, ValueError, AttributeError) as error:
+                if self.entered or isinstance(error, GPTQError):
+                    raise
+                # Before the first block nothing of ours has run: the model wants other inputs, like images or sound.
+                raise CalibrationError(
+                    f"{type(self.model).__name__} cannot be called with token ids alone ({error}), so calibration is "
+                    "not possible; pass calibration=None, which rounds to nearest"
+                ) from error
 
         return forward
 
@@ -267,8 +298,9 @@ class _Run:
                 self.quantize_block(block, run)
             return run()
 
+        restore = _Restore(block.module, vars(block.module).get("forward"))
         block.module.forward = forward
-        return _Restore(block.module)
+        return restore
 
     def run_original(self, block: Block, run: Callable[[], Any]) -> Any:
         """Keep what the block returns before it is quantized."""
@@ -338,6 +370,7 @@ class _Run:
         self.placement.bring(tensors_of(block.module))
         self.stacks.enter(block)
         self.current, self.second_pass = block, False
+        self.entered.add(block)
 
     def train(self, block: Block) -> None:
         targets = {
@@ -501,12 +534,16 @@ class _Run:
 
 @dataclass
 class _Restore:
-    """Undo an instance's own ``forward``."""
+    """Undo a change of an instance's ``forward``: accelerate, too, gives instances one of their own."""
 
     module: nn.Module
+    before: Callable[..., Any] | None
 
     def remove(self) -> None:
-        del self.module.forward
+        if self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
 
 
 def _check_trainable(model: nn.Module, config: QuantizeConfig, batches: list[Batch] | None) -> None:
@@ -515,9 +552,15 @@ def _check_trainable(model: nn.Module, config: QuantizeConfig, batches: list[Bat
     asked = f"block_epochs={tier.block_epochs}, distill_epochs={tier.distill_epochs} (quality={config.quality!r})"
     if batches is None:
         raise ConfigError(
-            f"{asked}: both train on calibration data, and there are none; pass calibration, or set them to 0"
+            f"{asked}: training needs calibration data, but none was given; pass calibration, or set both to 0"
         )
     judges(len(batches))
+    getter = getattr(model, "get_output_embeddings", None)
+    if tier.distill_epochs and getter is not None and getter() is None:
+        raise ConfigError(
+            f"{asked}: a distillation compares predictions of tokens, which {type(model).__name__} does not make; set "
+            "distill_epochs=0"
+        )
     if any(tensor.is_inference() for tensor in tensors_of(model)):
         raise ConfigError(
             f"{asked}: the model was loaded in torch.inference_mode and cannot be trained; load it outside of it"

@@ -77,6 +77,7 @@ def sketch(
     ids: Tensor,
     *,
     seed: int = 0,
+    block_name: str | None = None,
     on_block: Callable[[nn.Module], None] | None = None,
     on_done: Callable[[nn.Module], None] | None = None,
     device: torch.device | str | None = None,
@@ -90,6 +91,7 @@ def sketch(
         model: called as ``model(input_ids=...)``; unchanged afterwards.
         ids: int64 [N, T].
         seed: of the projection.
+        block_name: name of the list of blocks, where :func:`structure.find_blocks` would choose another.
         on_block, on_done: called with each block before it is used, and when nothing reads it any more.
         device: where to compute; None means where the weights are.
 
@@ -102,13 +104,16 @@ def sketch(
     """
     batches = make_batches(list(ids))
     check_fits(model, batches)
-    return _Sketcher(model, seed, on_block, on_done, Placement(device)).run([batch["input_ids"] for batch in batches])
+    blocks = find_blocks(model, block_name)
+    sketcher = _Sketcher(model, blocks, seed, on_block, on_done, Placement(device))
+    return sketcher.run([batch["input_ids"] for batch in batches])
 
 
 class _Sketcher:
     def __init__(
         self,
         model: nn.Module,
+        found: Mapping[str, nn.Module],
         seed: int,
         on_block: Callable[[nn.Module], None] | None,
         on_done: Callable[[nn.Module], None] | None,
@@ -116,7 +121,7 @@ class _Sketcher:
     ) -> None:
         self.model, self.seed, self.placement = model, seed, placement
         self.on_block, self.on_done = on_block, on_done
-        blocks = [Block(name, module, ()) for name, module in find_blocks(model).items()]
+        blocks = [Block(name, module, ()) for name, module in found.items()]
         probes = sorted({int(len(blocks) * depth) for depth in _DEPTHS})
         self.blocks = blocks[: probes[-1] + 1]
         self.found: dict[Block, list[Tensor]] = {blocks[i]: [] for i in probes}  # a tensor per batch, in their order

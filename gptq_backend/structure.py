@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import QuantizeConfig
@@ -16,6 +18,7 @@ from .errors import ConfigError
 
 # Layers that models do not call: Mamba's code hands the weight of this one to a kernel.
 _READ_BY_WEIGHT = {"dt_proj"}
+_LEAST_SHARE = 1 / 32  # of the heaviest list's weights, for another to be the language model's
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +89,42 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module computes ``x @ W + b`` from an unquantized 2-D weight."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight directly
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return _computes_product(module)
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+_tried: dict[tuple[type[nn.Module], torch.Size], bool] = {}
+
+
+def _computes_product(module: nn.Linear) -> bool:
+    """Whether a subclass with a ``forward`` of its own still computes ``x @ W + b``: routers that choose experts,
+    layers that work on groups of channels or on a normalized weight do not. It is tried on random numbers.
+    """
+    shape = dense_weight(module).shape
+    known = _tried.get((type(module), shape))
+    if known is not None:
+        return known
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu")
+
+    weight, x = numbers(*shape), numbers(2, 3, shape[1])
+    bias = None if module.bias is None else numbers(shape[0])
+    expected = nn.functional.linear(x, weight, bias)
+    trial = copy.copy(module)
+    others = {key: each for key, each in module._parameters.items() if key not in ("weight", "bias")}
+    trial.__dict__["_parameters"] = {"weight": weight, "bias": bias, **others}
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found = type(module).forward(trial, x)
+        same = isinstance(found, Tensor) and found.shape == expected.shape
+        same = same and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    except Exception:  # whatever the code of a model raises for what it was not made for
+        same = False
+    _tried[type(module), shape] = same
+    return same
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -108,14 +146,16 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn.Module]:
     """The repeated blocks of ``model`` in order, by full name.
 
-    They are the children of the outermost ``nn.ModuleList`` that holds most linear weights, or of the module called
-    ``block_name``.
+    They are the children of the module called ``block_name``, or of an outermost ``nn.ModuleList`` with linear layers:
+    the one nearest to the embedding of tokens, so that of a model that sees and reads, the tower that reads is taken.
+    Of equally near ones, and of a model that does not tell its embedding, it is the one with most weights. Lists that
+    are small beside another, like the heads of a byte model, do not count.
 
     Raises:
         ConfigError: no repeated blocks.
     """
     if block_name is None:
-        block_name = _heaviest_list(model)
+        block_name = _list_of_blocks(model)
     try:
         children = model.get_submodule(block_name)._modules
     except AttributeError:
@@ -157,6 +197,22 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
     return structure
 
 
+def special_linears(structure: Structure) -> dict[str, str]:
+    """Layers of the blocks, by name, that are linear by their class and not by what they compute, with that class.
+
+    Routers, which stay as they are in any case, are not among them.
+    """
+    found = {}
+    for block in structure.blocks:
+        for name, module in block.module.named_modules(prefix=block.name):
+            if isinstance(getattr(module, "experts", None), nn.Module):
+                continue
+            for key, child in module.named_children():
+                if isinstance(child, nn.Linear) and not is_linear(child):
+                    found[f"{name}.{key}"] = type(child).__name__
+    return found
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the submodule called ``name``."""
     parent, _, child = name.rpartition(".")
@@ -175,19 +231,43 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _heaviest_list(model: nn.Module) -> str:
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The embedding of tokens, of a model that tells which one that is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        found = getter() if getter else None
+    except (NotImplementedError, AttributeError):  # of transformers, for a model without
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _list_of_blocks(model: nn.Module) -> str:
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
-    sizes = {name: _linear_elements(module) for name, module in lists.items()}
-    best = max(sizes, key=lambda name: sizes[name], default=None)
-    if best is None or not sizes[best]:
+    sizes = {name: size for name, module in lists.items() if (size := _linear_elements(module))}
+    if not sizes:
         raise ConfigError(
             f"{type(model).__name__} has no list of repeated blocks with linear layers; name the list with "
             "block_name_to_quantize"
         )
-    return best
+    most = max(sizes.values())
+    sizes = {name: size for name, size in sizes.items() if size >= _LEAST_SHARE * most}
+    embedding = input_embeddings(model)
+    start = next((name for name, module in model.named_modules() if module is embedding), None)
+    if start is None:
+        return max(sizes, key=lambda name: sizes[name])
+    return min(sizes, key=lambda name: (*_distance(start, name), -sizes[name]))
+
+
+def _distance(start: str, name: str) -> tuple[int, int]:
+    """From one module to another in the tree of names: steps up to their common parent, then steps down."""
+    first, second = start.split("."), name.split(".")
+    common = 0
+    while common < min(len(first), len(second)) and first[common] == second[common]:
+        common += 1
+    return len(first) - common, len(second) - common
 
 
 def _linear_elements(module: nn.Module) -> int:

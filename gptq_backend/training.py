@@ -29,8 +29,8 @@ def judges(batches: int) -> list[int]:
     """
     if batches < 2:
         raise CalibrationError(
-            "one batch of calibration data, of which training holds one out; pass more samples or a smaller "
-            "batch_size, or set block_epochs=0 and distill_epochs=0"
+            f"training needs at least two calibration batches (one is held out), got {batches}; pass more samples or a "
+            "smaller batch_size, or set block_epochs=0 and distill_epochs=0"
         )
     return [*range(_HELD_OUT - 1, batches, _HELD_OUT)] or [batches - 1]
 
@@ -122,7 +122,11 @@ class Training:
         self.fixed = [(parameter, parameter.dtype, parameter.requires_grad) for parameter in fixed]
         self.before = [(vector.data, vector.requires_grad) for vector in self.vectors]
         self.stored = [stored(vector) for vector in self.vectors]
-        for parameter in fixed:
+        self.layers = {name: _Trained(sources[name], place) for name, place in self.places.items()}
+
+    def begin(self) -> None:
+        """Change the module; whatever happens here, :meth:`end` undoes it."""
+        for parameter, _, _ in self.fixed:
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(_computing(parameter))
         for vector in self.vectors:
@@ -132,9 +136,8 @@ class Training:
             nn.Parameter(vector.detach().to(torch.promote_types(vector.dtype, torch.float32), copy=True))
             for vector in self.vectors
         ]
-        self.layers = {name: _Trained(sources[name], place) for name, place in self.places.items()}
         for name, layer in self.layers.items():
-            replace_module(module, name, layer)
+            replace_module(self.module, name, layer)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -229,6 +232,7 @@ def trainable(
     with evaluating(module):
         state = Training(module, sources, vectors, stored)
         try:
+            state.begin()
             yield state
         finally:
             state.end()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptq_backend import CalibrationError
 from gptq_backend.calibration import cut, draw, make_batches, set_aside, tokenize
@@ -157,3 +160,25 @@ def test_what_is_not_token_ids_is_refused_by_position(samples: list[Any], messag
 def test_a_batch_size_that_holds_nothing_is_refused(size: int) -> None:
     with pytest.raises(CalibrationError, match=f"batch_size={size} must be positive"):
         make_batches([torch.arange(4)], batch_size=size)
+
+
+ids = st.lists(st.integers(0, 99), min_size=1, max_size=20)
+
+
+@given(flat=ids, kind=st.sampled_from([list, tuple, torch.tensor, np.array, np.int64, iter]))
+def test_a_flat_sequence_of_ids_is_refused_whatever_holds_it(flat: list[int], kind: Any) -> None:
+    flat = [kind(each) for each in flat] if kind is np.int64 else kind(flat)
+    samples = list(flat) if kind is iter else flat
+    with pytest.raises(CalibrationError, match=r"sample 0 is one number .*pass it in a list: \[ids\]"):
+        make_batches(samples)
+
+
+@given(rows=st.lists(ids, min_size=1, max_size=5), data=st.data())
+def test_one_number_among_sequences_is_refused_and_named(rows: list[list[int]], data: st.DataObject) -> None:
+    make = data.draw(st.sampled_from([lambda row: row, torch.tensor, np.array, lambda row: {"input_ids": row}]))
+    samples = [make(row) for row in rows]
+    assert sum(batch["input_ids"].numel() for batch in make_batches(samples)) == sum(map(len, rows))
+    place = data.draw(st.integers(0, len(samples)))
+    number = data.draw(st.sampled_from([7, torch.tensor(7), np.int64(7), {"input_ids": 7}, {"input_ids": np.array(7)}]))
+    with pytest.raises(CalibrationError, match=f"sample {place} is one number"):
+        make_batches([*samples[:place], number, *samples[place:]])

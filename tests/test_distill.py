@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_backend import CalibrationError, QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend import CalibrationError, QuantizeConfig, QuantLinear, quantize_model, training
 from gptq_backend.distill import distill
 from gptq_backend.progress import Progress
+from gptq_backend.structure import replace_module
 from gptq_backend.training import judges, schedule
 from tests.toy import Toy, samples, toy
 
@@ -162,6 +163,32 @@ def test_an_error_leaves_the_model_as_it_was(pair: tuple[Toy, Toy]) -> None:
     assert [p.requires_grad for p in student.parameters()] == [p.requires_grad for p in pair[0].parameters()]
 
 
+def test_an_error_while_the_training_is_set_up_leaves_the_model_as_it_was(
+    pair: tuple[Toy, Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = copy.deepcopy(pair[0]).to(torch.bfloat16)
+    before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
+    gradients = [parameter.requires_grad for parameter in student.parameters()]
+    replaced = []
+
+    def fail(model: nn.Module, name: str, module: nn.Module) -> None:
+        if len(replaced) == 3:
+            replaced.append(name)
+            raise RuntimeError("out of memory")
+        replaced.append(name)
+        replace_module(model, name, module)
+
+    monkeypatch.setattr(training, "replace_module", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        distill(student, pair[1], samples(16), batch_size=2)
+    assert len(replaced) > 4, "nothing was put back"
+    assert sum(isinstance(module, QuantLinear) for module in student.modules()) == 14
+    after = student.state_dict()
+    assert {key: tensor.dtype for key, tensor in after.items()} == {key: t.dtype for key, t in before.items()}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert [parameter.requires_grad for parameter in student.parameters()] == gradients
+
+
 def test_one_batch_is_too_little(pair: tuple[Toy, Toy]) -> None:
-    with pytest.raises(CalibrationError, match="holds one out"):
+    with pytest.raises(CalibrationError, match="at least two calibration batches"):
         distill(copy.deepcopy(pair[0]), pair[1], samples(2), batch_size=2)

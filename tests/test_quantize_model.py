@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gptq_backend.factors as factors
 from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
 from gptq_backend.hessian import Hessian
-from tests.toy import VOCABULARY, Mlp, SparseMlp, samples, toy
+from tests.toy import VOCABULARY, Mlp, SparseMlp, Toy, samples, toy
 
 
 def config(**settings: Any) -> QuantizeConfig:
@@ -191,9 +191,9 @@ def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
     assert len(report.distillation.losses) == 2 * 7
     assert [each.name for each in report.blocks] == ["blocks.0", "blocks.1"]
     untouched = toy()
-    with pytest.raises(CalibrationError, match="holds one out"):
+    with pytest.raises(CalibrationError, match="at least two calibration batches"):
         quantize_model(untouched, settings, samples(2), batch_size=2, teacher=toy)
-    with pytest.raises(ConfigError, match="train on calibration data"):
+    with pytest.raises(ConfigError, match="training needs calibration data"):
         quantize_model(untouched, settings, None, teacher=toy)
     assert not any(isinstance(module, QuantLinear) for module in untouched.modules()), "found out after the work"
 
@@ -435,3 +435,87 @@ def test_quantized_model_computes_with_the_weight_that_it_stores() -> None:
     ids = torch.stack(samples(2, seed=9))
     with torch.no_grad():
         torch.testing.assert_close(model(ids), dense(ids))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_block_keeps_the_forward_that_its_instance_was_given(calibrated: bool) -> None:
+    model, calls = toy(), []
+    plain = model.blocks[1].forward
+
+    def own(*args: Any, **kwargs: Any) -> Any:  # as accelerate's hooks do it
+        calls.append(args)
+        return plain(*args, **kwargs)
+
+    model.blocks[1].forward = own
+    quantize_model(model, config(), samples() if calibrated else None)
+    assert model.blocks[1].forward is own
+    assert "forward" not in vars(model.blocks[0])
+    calls.clear()
+    model(samples()[0][None])
+    assert len(calls) == 1
+
+
+def test_a_failed_run_leaves_forwards_as_they_were() -> None:
+    model = toy()
+    own = model.blocks[1].forward = model.blocks[1].forward
+    with pytest.raises(RuntimeError, match="boom"):
+        quantize_model(model, config(), samples(), on_layer=lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    assert vars(model.blocks[1])["forward"] is own
+    assert "forward" not in vars(model.blocks[0])
+
+
+class Skipping(Toy):
+    """Only the first of its blocks runs."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        blocks, self.blocks = self.blocks, self.blocks[:1]
+        try:
+            return super().forward(input_ids, attention_mask)
+        finally:
+            self.blocks = blocks
+
+
+def test_a_block_that_no_token_reaches_is_brought_and_finished_and_stays(caplog: pytest.LogCaptureFixture) -> None:
+    model = Skipping()
+    brought, finished = [], []
+    report = quantize_model(
+        model,
+        config(),
+        samples(),
+        on_block=brought.append,
+        on_done=lambda name, block: finished.append(name),
+    )
+    assert brought == list(model.blocks)
+    assert finished == ["blocks.0", "blocks.1"]
+    assert {name.split(".")[1] for name in quantized_names(model)} == {"0"}
+    assert set(report.config.dynamic or {}) == {
+        rf"-:blocks\.1\.{name}$"
+        for name in (*(rf"attn\.{key}" for key in "qkvo"), *(rf"mlp\.{key}" for key in ("gate", "up", "down")))
+    }
+    assert "blocks.1.attn.q: never called with a calibration token; kept in 16 bits" in caplog.text
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_run_that_quantizes_nothing_is_an_error(head: bool) -> None:
+    model = toy()
+    model.unused = nn.ModuleList(Mlp() for _ in range(2)).double()
+    with pytest.raises(ConfigError, match=r"no layer was quantized: .* unused.0 to unused.1; .*block_name"):
+        quantize_model(model, config(lm_head=head), samples(), block_name="unused")
+
+
+def test_a_model_that_wants_other_inputs_says_so_before_its_blocks() -> None:
+    class Seeing(Toy):
+        def forward(self, input_ids: Tensor, attention_mask: Any = None, pixels: Any = None) -> Tensor:
+            if pixels is None:
+                raise ValueError("You have to specify pixels")
+            return super().forward(input_ids)
+
+    with pytest.raises(CalibrationError, match=r"Seeing cannot be called with token ids alone \(You have to specify"):
+        quantize_model(Seeing().double(), config(), samples())
+
+
+def test_an_error_behind_the_first_block_is_not_taken_for_missing_inputs() -> None:
+    model = toy()
+    model.norm.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("of its own")))
+    with pytest.raises(ValueError, match="^of its own$"):
+        quantize_model(model, config(lm_head=True), samples())

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from gptq_backend import ConfigError, QuantizeConfig
-from gptq_backend.structure import dense_weight, find_structure, is_linear, linear_shapes, replace_module, untie
+from gptq_backend.structure import (
+    dense_weight,
+    find_blocks,
+    find_structure,
+    is_linear,
+    linear_shapes,
+    replace_module,
+    special_linears,
+    untie,
+)
 
 
 class Conv1D(nn.Module):
@@ -79,6 +88,86 @@ def test_the_heavier_of_two_towers_is_chosen_and_a_name_overrides_it() -> None:
     )
     assert find_structure(model, QuantizeConfig()).blocks[0].name == "text.0"
     assert find_structure(model, QuantizeConfig(), block_name="vision").blocks[3].name == "vision.3"
+
+
+class Tower(nn.Module):
+    def __init__(self, blocks: int, width: int, reads: bool = False) -> None:
+        super().__init__()
+        if reads:
+            self.words = nn.Embedding(16, width)
+        self.inner = nn.ModuleDict({"layers": nn.ModuleList(Block(width) for _ in range(blocks))})
+
+
+class Towers(nn.Module):
+    """A model that sees and reads, whose visual tower is the heavier one."""
+
+    def __init__(self, vision: int = 16, text: int = 8, beside: bool = False) -> None:
+        super().__init__()
+        towers = {"vision": Tower(3, vision), "text": Tower(2, text, reads=True)}
+        self.model = nn.ModuleDict(towers)
+        if beside:  # the parts of the text's tower lie beside the other
+            self.model = nn.ModuleDict({"vision": towers["vision"], "words": towers["text"].words})
+            self.model["layers"] = towers["text"].inner["layers"]
+        self.lm_head = nn.Linear(text, 16)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return next(module for module in self.modules() if isinstance(module, nn.Embedding))
+
+
+@pytest.mark.parametrize(("beside", "expected"), [(False, "model.text.inner.layers.0"), (True, "model.layers.0")])
+def test_the_tower_of_the_token_embedding_is_chosen_however_light_it_is(beside: bool, expected: str) -> None:
+    model = Towers(beside=beside)
+    assert next(iter(find_blocks(model))) == expected
+    named = find_structure(model, QuantizeConfig(group_size=4), "model.vision.inner.layers")
+    assert named.blocks[0].name == "model.vision.inner.layers.0"
+
+
+def test_a_list_of_trifles_near_the_embedding_is_not_the_language_model() -> None:
+    assert next(iter(find_blocks(Towers(vision=64, text=4)))) == "model.vision.inner.layers.0"
+
+
+def test_a_model_that_does_not_know_its_embedding_is_judged_by_weight() -> None:
+    model = Towers()
+    model.get_input_embeddings = lambda: (_ for _ in ()).throw(NotImplementedError)  # type: ignore[method-assign]
+    assert next(iter(find_blocks(model))) == "model.vision.inner.layers.0"
+
+
+class Plain(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Normalized(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, nn.functional.normalize(self.weight), self.bias)
+
+
+class Grouped(nn.Linear):
+    """Two halves of the output from two halves of the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.weight.chunk(2)
+        left, right = x.chunk(2, -1)
+        return torch.cat([left @ first.T, right @ second.T], -1)
+
+
+class Choosing(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x).topk(1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(Plain, True), (Normalized, False), (Grouped, False), (Choosing, False)]
+)
+def test_a_layer_is_linear_by_what_it_computes(kind: type[nn.Linear], expected: bool, device: str) -> None:
+    with torch.device(device):
+        layer = kind(8, 6)
+    assert is_linear(layer) == expected
+    model = Model([nn.ModuleDict({"odd": layer, "mlp": nn.Linear(8, 8)})])
+    structure = find_structure(model, QuantizeConfig(group_size=4))
+    assert ("decoder.layers.0.odd" in [target.name for target in structure.targets]) == expected
+    assert special_linears(structure) == ({} if expected else {"decoder.layers.0.odd": kind.__name__})
 
 
 def test_routers_stay_dense_and_shared_experts_do_not() -> None:

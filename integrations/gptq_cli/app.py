@@ -142,6 +142,10 @@ def quantize(
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
+    block_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="List of blocks to quantize. Default: the language model's."),
+    ] = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
     ] = 4,
@@ -194,6 +198,7 @@ def quantize(
         dynamic,
         source,
         batch_size=batch_size,
+        block_name=block_name,
         kld_windows=kld_windows,
         device=device,
         trust_remote_code=trust_remote_code,

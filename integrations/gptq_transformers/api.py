@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
-from gptq_backend.calibration import draw, tokenize
 from gptq_backend.errors import CalibrationError, CheckpointError, ConfigError
 from gptq_backend.locks import scratch_folder
 from gptq_backend.output import atomic_folder
@@ -23,8 +21,10 @@ from gptq_backend.progress import Progress
 from gptq_backend.quantize import OnLayer
 
 from .auto_calibration import AUTO, Choice, choose
+from .calibration_input import given, is_text, load_tokenizer, token_ids
+from .completeness import keep_all_tensors
 from .config import GPTQConfig, StockGPTQConfig
-from .errors import first_line
+from .dispatch import keeping_hooks
 from .experts import unfuse_experts
 from .quantizer import attach
 from .streaming import BlockWriter, load_streamed, load_whole, take_offloading
@@ -50,13 +50,15 @@ def quantize(
     on_step: Callable[[int, int, float], None] | None = None,
     on_choice: Callable[[Choice], None] | None = None,
     device: str | torch.device | None = None,
+    block_name: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
-    """Quantize a causal language model.
+    """Quantize a model that reads token ids: a language model, a classifier, an embedding model.
 
     Args:
-        model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the blocks'
-            16-bit weights are read one block at a time, and written, if there is an ``output``, a file at a time.
+        model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the class in
+            ``architectures`` is loaded (a causal language model if there is none), the blocks' 16-bit weights are read
+            one block at a time, and written, if there is an ``output``, a file at a time.
         config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
         calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
             ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot train); ``"auto"`` chooses
@@ -77,7 +79,9 @@ def quantize(
         on_step: called in a distillation with the steps done, the steps in all, and the divergence on the batch.
         on_choice: called with what "auto" chose, before the work.
         device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
-        trust_remote_code: run the Python code that comes with the model; without, such a model is refused.
+        block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``; None chooses, see
+            :func:`gptq_backend.structure.find_blocks`.
+        trust_remote_code: let code that comes with the model run.
 
     Returns:
         The quantized model and the report.
@@ -86,6 +90,7 @@ def quantize(
         ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written. GPTQError: the
             model cannot be loaded.
     """
+    block_name = block_name or _block_name(config)
     config = _as_config(config)
     if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
         raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
@@ -98,12 +103,9 @@ def quantize(
         progress = Progress(None if output is None or not config.tier.trains else _progress_folder(output))
         stack.enter_context(_telling_of(progress))
         scratch = stack.enter_context(scratch_folder("offload"))
-        if isinstance(calibration, os.PathLike) or _names_a_file(calibration):
-            raise CalibrationError(f"calibration is the path {calibration}; pass its text, e.g. with read_text()")
-        if calibration is not None and not isinstance(calibration, str):
-            calibration = [calibration] if isinstance(calibration, Mapping) else list(calibration)
-        if tokenizer is None and (output is not None or _is_text(calibration)):
-            tokenizer = _load_tokenizer(path, _is_text(calibration), trust_remote_code)
+        calibration = given(calibration)
+        if tokenizer is None and (output is not None or is_text(calibration)):
+            tokenizer = load_tokenizer(path, is_text(calibration), trust_remote_code)
         if calibration == AUTO:
             own = text if text is None or isinstance(text, str) else list(text)
             choice = choose(
@@ -114,55 +116,69 @@ def quantize(
                 seqlen=512 if seqlen is None else seqlen,
                 seed=seed,
                 device=device,
+                block_name=block_name,
                 trust_remote_code=trust_remote_code,
             )
             logger.info("calibration='auto' uses %s", choice.summary())
             if on_choice is not None:
                 on_choice(choice)
             calibration = choice.samples
-        elif _is_text(calibration):
-            calibration = tokenize(calibration, tokenizer, seqlen, samples, seed)  # type: ignore[arg-type]
-        elif calibration is not None:
-            if seqlen is not None:
-                raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
-            calibration = draw(calibration, samples, seed)
-        model: Any = model_or_path
-        if isinstance(model_or_path, str | Path):
-            model = load_streamed(path, scratch, config, trust_remote_code)
+        else:
+            calibration = token_ids(calibration, tokenizer, seqlen, samples, seed)
+        from_folder = isinstance(model_or_path, str | Path)
+        if from_folder:
+            model = load_streamed(path, scratch, config, block_name, trust_remote_code)
+        else:
+            model = model_or_path
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
-        unfuse_experts(model)
+        if device is not None:
+            _check_in_one_place(model, device)
+        with keeping_hooks(model):
+            unfuse_experts(model)
         original = None
-        if calibration is not None and config.tier.distill_epochs and not isinstance(model_or_path, str | Path):
+        if calibration is not None and config.tier.distill_epochs and not from_folder:
             original = copy.deepcopy(model)
         writer = None
-        if folder is not None and isinstance(model_or_path, str | Path) and not config.tier.distill_epochs:
-            writer = BlockWriter.of(model, folder)
-        report = quantize_model(
-            model,
-            config,
-            calibration,
-            batch_size=batch_size,
-            backend=backend,
-            on_layer=on_layer,
-            on_step=on_step,
-            on_block=take_offloading(model),
-            on_done=None if writer is None else writer.add,
-            teacher=lambda: original or load_whole(path, trust_remote_code=trust_remote_code),
-            progress=progress,
-            device=device,
-        )
+        if folder is not None and from_folder and not config.tier.distill_epochs:
+            writer = BlockWriter.of(model, folder, block_name)
+        bring = take_offloading(model, block_name)
+        with keeping_hooks(model):
+            report = quantize_model(
+                model,
+                config,
+                calibration,
+                batch_size=batch_size,
+                block_name=block_name,
+                backend=backend,
+                on_layer=on_layer,
+                on_step=on_step,
+                on_block=bring,
+                on_done=None if writer is None else writer.add,
+                teacher=lambda: original or load_whole(path, trust_remote_code=trust_remote_code),
+                progress=progress,
+                device=device,
+            )
         attach(model, report.config)
         if folder is not None:
-            with _generation_settings_as_they_are(model, folder):
-                if writer is None:
-                    model.save_pretrained(folder)
-                else:
-                    writer.save()
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            _write(model, folder, writer, path if from_folder else None, tokenizer)
     progress.remove()
     return model, report
+
+
+def _write(
+    model: PreTrainedModel, folder: Path, writer: BlockWriter | None, original: str | Path | None, tokenizer: Any
+) -> None:
+    """All files of the checkpoint; ``original`` is the folder that no tensor may be lost of."""
+    with _generation_settings_as_they_are(model, folder):
+        if writer is None:
+            model.save_pretrained(folder)
+        else:
+            writer.save()
+    if original is not None:
+        keep_all_tensors(original, model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _check_spared(original: str | Path, output: str | Path) -> None:
@@ -208,6 +224,16 @@ def _telling_of(progress: Progress) -> Iterator[None]:
         raise
 
 
+def _check_in_one_place(model: PreTrainedModel, device: str | torch.device) -> None:
+    """Raises ConfigError for a model spread over several accelerators, between which its own hooks move data."""
+    places = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+    if len(places) > 1:
+        raise ConfigError(
+            f"device={str(device)!r} is one place to compute, but the model's device_map spreads it over several; "
+            "leave device out, or load the model without device_map"
+        )
+
+
 def _progress_folder(output: str | Path) -> Path:
     """``OUT.progress`` beside the folder OUT, which does not exist yet."""
     folder = Path(output).resolve()
@@ -226,20 +252,8 @@ def _as_config(config: Any) -> QuantizeConfig:
     return read
 
 
-def _is_text(calibration: Any) -> bool:
-    return isinstance(calibration, str) or (bool(calibration) and isinstance(calibration[0], str))
-
-
-def _names_a_file(text: Any) -> bool:
-    return isinstance(text, str) and text != AUTO and len(text) < 1024 and "\0" not in text and Path(text).is_file()
-
-
-def _load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
-        if required:
-            raise CalibrationError(
-                f"no tokenizer could be loaded from {path} ({first_line(error)}); pass tokenizer= or token ids"
-            ) from None
-        return None
+def _block_name(config: Any) -> str | None:
+    """``block_name_to_quantize`` of a dictionary or a ``GPTQConfig``."""
+    if isinstance(config, Mapping):
+        return config.get("block_name_to_quantize")
+    return getattr(config, "block_name_to_quantize", None)

@@ -24,6 +24,7 @@ from gptq_backend.locks import scratch_folder
 from gptq_backend.selection import Selection, select, sketch
 from gptq_backend.structure import evaluating
 
+from .errors import first_line
 from .memory import bytes_of, free_bytes
 from .streaming import load_streamed, load_whole, skeleton, take_offloading
 
@@ -83,6 +84,7 @@ def choose(
     seqlen: int = 512,
     seed: int = 0,
     device: torch.device | str | None = None,
+    block_name: str | None = None,
     trust_remote_code: bool = False,
 ) -> Choice:
     """Choose windows of text to calibrate on.
@@ -99,7 +101,8 @@ def choose(
         seqlen: tokens per window.
         seed: of the draw, the model's text and the sketch; the same seed gives the same choice.
         device: where to compute; None: where the weights are.
-        trust_remote_code: run the Python code that comes with the model.
+        block_name: name of the list of blocks, where :func:`structure.find_blocks` would choose another.
+        trust_remote_code: let code that comes with the model run.
 
     Raises:
         CalibrationError: ``text`` is shorter than two windows, or all sources are. ConfigError: quantized already.
@@ -115,8 +118,8 @@ def choose(
         pool[USER] = _windows(text, tokenizer, seqlen, max(_LEAST, math.ceil(_POOL * samples * share)), seed)
         if len(pool[USER]) < 2:
             raise CalibrationError(
-                f"calibration='auto' needs at least two windows of {seqlen} tokens from your text (one to use, one to "
-                f"judge by), but it has {len(pool[USER])}; pass more text, a smaller seqlen, or no text"
+                f"calibration='auto' needs at least two windows of seqlen={seqlen} tokens from your text, but it has "
+                f"{len(pool[USER])}; pass more text, a smaller seqlen, or no text"
             )
     for name, content in packaged.items():
         windows = _windows(content, tokenizer, seqlen, size, seed)
@@ -124,8 +127,8 @@ def choose(
             left_out[name] = f"shorter than two windows of {seqlen} tokens"
         else:
             pool[name] = windows
-    with _opened(model_or_path, device, trust_remote_code) as original:
-        if pool:  # before the model speaks
+    with _opened(model_or_path, device, block_name, trust_remote_code) as original:
+        if pool:  # before it generates text
             check_fits(original.model, make_batches(list(pool.values())))
         spoken = original.silent or _sampled(original.model, tokenizer, min(size, _SAMPLED), seqlen, seed)
         (left_out if isinstance(spoken, str) else pool)[MODEL] = spoken  # type: ignore[assignment]
@@ -138,7 +141,13 @@ def choose(
             )
         ids = torch.cat(list(pool.values()))
         moments = sketch(
-            original.model, ids, seed=seed, on_block=original.on_block, on_done=original.on_done, device=device
+            original.model,
+            ids,
+            seed=seed,
+            block_name=block_name,
+            on_block=original.on_block,
+            on_done=original.on_done,
+            device=device,
         )
         channels = getattr(original.model.config.get_text_config(), "hidden_size", None)
     names = [name for name, windows in pool.items() for _ in windows]
@@ -198,7 +207,10 @@ class _Original:
 
 @contextmanager
 def _opened(
-    model_or_path: PreTrainedModel | str | Path, device: torch.device | str | None, trust_remote_code: bool
+    model_or_path: PreTrainedModel | str | Path,
+    device: torch.device | str | None,
+    block_name: str | None,
+    trust_remote_code: bool,
 ) -> Iterator[_Original]:
     """A loaded model as it is, a small one loaded as a whole, and of a large one a block at a time."""
     if isinstance(model_or_path, PreTrainedModel):
@@ -210,12 +222,12 @@ def _opened(
     dtype = torch.float32 if where.type == "cpu" else model.dtype  # CPUs compute 16 bits slowly
     needed, free = bytes_of(model, dtype), free_bytes(where)
     if needed <= free / 2:
-        yield _Original(load_whole(model_or_path, dtype, trust_remote_code=trust_remote_code).to(where))
+        yield _Original(load_whole(model_or_path, dtype, trust_remote_code).to(where))
         return
     silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with scratch_folder("offload") as scratch:
-        model = load_streamed(model_or_path, scratch, trust_remote_code=trust_remote_code)
-        yield _Original(model, silent, take_offloading(model), lambda block: block.to("meta"))
+        model = load_streamed(model_or_path, scratch, None, block_name, trust_remote_code)
+        yield _Original(model, silent, take_offloading(model, block_name), lambda block: block.to("meta"))
 
 
 def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor | str:
@@ -254,6 +266,6 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, se
             ]
             return torch.cat(spoken).view(count, runs * length)[:, :seqlen]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
-        return f"it cannot be sampled from ({str(error).strip().partition(chr(10))[0]})"
+        return f"it cannot be sampled from ({first_line(error)})"
     finally:
         model.generation_config = before

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+from transformers import AutoConfig, GPTQConfig
 from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
@@ -28,6 +28,7 @@ from gptq_backend.files import embedded_settings
 
 from .errors import loading
 from .load_quantized import from_quantized
+from .model_class import class_of, from_pretrained, predicts_next_token, read_config
 
 # Positions whose distributions are compared at once: with 128k words a chunk stays near 128 MB per model.
 _ROWS = 256
@@ -222,7 +223,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A model to evaluate, quantized or not.
+    """A language model to evaluate, quantized or not.
 
     Args:
         path: folder, or name of a model on a hub.
@@ -233,20 +234,24 @@ def load_model(
         trust_remote_code: run the Python code that comes with the model; without, such a model is refused.
 
     Raises:
-        GPTQError: no such model or device, or the model cannot be loaded.
+        GPTQError: no such model or device, the model cannot be loaded, or it does not predict the next token.
     """
     require_model(path)
     require_device(device)
+    config = read_config(path, trust_remote_code)
+    if not predicts_next_token(config):
+        raise GPTQError(
+            f"{path} is a {config.architectures[0]}, which does not predict the next token; perplexity and KL "
+            "divergence are measured of causal language models only"
+        )
     name = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
-    options: dict[str, Any] = {
-        "dtype": name if name == "auto" else getattr(torch, name),
-        "trust_remote_code": trust_remote_code,
-    }
+    options: dict[str, Any] = {"dtype": name if name == "auto" else getattr(torch, name)}
+    options["trust_remote_code"] = trust_remote_code
     if device != "cpu":
         options["device_map"] = device
     with loading(path), warnings.catch_warnings():
         if not is_quantized(path, trust_remote_code):
-            return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+            return from_pretrained(class_of(config, path, trust_remote_code), path, **options).eval()
         if backend is not None:
             options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")

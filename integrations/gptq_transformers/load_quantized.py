@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gptq_backend import QuantizeConfig
 from gptq_backend.files import INDEX, STANDARD_FILES, checkpoint_files, embedded_settings, read_json, read_settings
@@ -16,18 +16,19 @@ from gptq_backend.locks import Scratch
 from gptq_backend.manifest import read_manifest
 
 from .errors import loading
+from .model_class import class_to_load, from_pretrained
 
 
 def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
 
     That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
-    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals
-    ``AutoModelForCausalLM.from_pretrained``.
+    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals ``from_pretrained``
+    of the class that the checkpoint names in ``architectures``: of ``AutoModelForCausalLM`` for a language model.
 
     Args:
         path: a folder, or a name on the hub (which must then be in transformers' own layout).
-        **kwargs: for ``from_pretrained``.
+        **kwargs: for ``from_pretrained``; ``trust_remote_code=True`` lets code that comes with the model run.
 
     Raises:
         ConfigError: no quantization settings anywhere. CheckpointError: no usable weights. GPTQError: transformers
@@ -35,18 +36,18 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     source = Path(path)
     if not source.is_dir():
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        return from_pretrained(class_to_load(path, kwargs), path, **kwargs)
     settings = read_settings(source)
     QuantizeConfig.from_dict(settings)  # refuses what is not GPTQ by another name
     weights = checkpoint_files(source, settings)
     if _is_standard(source):
         with loading(path):
-            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            return from_pretrained(class_to_load(path, kwargs), path, **kwargs)
     view = Scratch("view")
     try:
         _link_as_standard(source, settings, weights, Path(view.path))
         with loading(path):
-            model = AutoModelForCausalLM.from_pretrained(view.path, **kwargs)
+            model = from_pretrained(class_to_load(view.path, kwargs), view.path, **kwargs)
     except BaseException:
         view.remove()
         raise

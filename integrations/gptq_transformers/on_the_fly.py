@@ -9,10 +9,13 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from gptq_backend import CalibrationError, ConfigError, quantize_model
-from gptq_backend.calibration import tokenize
+from gptq_backend.calibration import require_sequences, tokenize
 
 from . import experts, loading
+from .calibration_input import load_tokenizer
 from .config import DATASETS, GPTQConfig
+from .dispatch import keeping_hooks
+from .errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
             "memory: leave device_map out, or use gptq_transformers.quantize(), which reads one block at a time"
         )
     samples = calibration_samples(model, config)
-    experts.unfuse_experts(model)
+    with keeping_hooks(model):
+        experts.unfuse_experts(model)
     settings = config.to_quantize_config()
     bar = transformers_logging.tqdm(desc="Quantizing", unit="layer")
 
@@ -46,15 +50,16 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
         bar.update(1)
 
     try:
-        report = quantize_model(
-            model,
-            settings,
-            samples,
-            batch_size=config.batch_size if (config.batch_size or 1) > 1 else None,
-            block_name=config.block_name_to_quantize,
-            backend=config.kernel,
-            on_layer=show,
-        )
+        with keeping_hooks(model):
+            report = quantize_model(
+                model,
+                settings,
+                samples,
+                batch_size=config.batch_size if (config.batch_size or 1) > 1 else None,
+                block_name=config.block_name_to_quantize,
+                backend=config.kernel,
+                on_layer=show,
+            )
     finally:
         bar.close()
     # Blocks kept in 16 bits are described by rules now, for other readers of the checkpoint.
@@ -72,6 +77,7 @@ def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:
         return tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
     if dataset and all(isinstance(text, str) for text in dataset):
         return [ids[:seqlen] for ids in tokenize(dataset, _tokenizer(model, config))]
+    require_sequences(dataset)
     return list(dataset)
 
 
@@ -79,16 +85,7 @@ def _tokenizer(model: Any, config: GPTQConfig) -> Any:
     tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
     if not isinstance(tokenizer, str):
         return tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CalibrationError(
-            f"no tokenizer could be loaded from {tokenizer!r} ({reason}); pass GPTQConfig(tokenizer=...) an object "
-            "or a folder"
-        ) from None
+    return load_tokenizer(tokenizer, True, way_on="pass GPTQConfig(tokenizer=...) an object or a folder")
 
 
 def _named_texts(name: str) -> list[str]:
@@ -97,13 +94,12 @@ def _named_texts(name: str) -> list[str]:
         import datasets
     except ImportError as error:
         raise CalibrationError(
-            f"dataset={name!r} needs the package datasets, which cannot be imported ({error}): `pip install datasets`, "
-            f"or {alternative}"
+            f"dataset={name!r} needs the package datasets, which cannot be imported ({first_line(error)}): "
+            f"`pip install datasets`, or {alternative}"
         ) from None
     positional, keywords = DATASETS[name]
     try:
         rows = datasets.load_dataset(*positional, **keywords)
         return [row["text"] for row in itertools.islice(rows, _ROWS[name])]
     except Exception as error:  # whatever the hub client, its HTTP library and the file readers raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(f"dataset={name!r} cannot be fetched ({reason}); {alternative}") from error
+        raise CalibrationError(f"dataset={name!r} cannot be fetched ({first_line(error)}); {alternative}") from error

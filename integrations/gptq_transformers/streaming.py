@@ -6,52 +6,79 @@ import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gptq_backend import ConfigError, QuantizeConfig
+from gptq_backend import ConfigError, GPTQError, QuantizeConfig
 from gptq_backend.phases import timed
 from gptq_backend.structure import find_blocks, find_structure
 from gptq_backend.writer import Shards
 
 from .errors import loading
 from .experts import unfuse_experts
+from .model_class import causal_class, class_of, from_config, from_pretrained, read_config
 
 _SHARD_BYTES = 10**9  # what may wait in memory for its file to be written
 
 
 def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights, on the meta device.
+    """The model that config.json names, without its weights, on the meta device.
 
     Raises:
-        ConfigError: it is quantized. GPTQError: it cannot be loaded.
+        ConfigError: it is quantized, an encoder-decoder, or of a class that is not to be had. GPTQError: it cannot be
+            loaded.
     """
-    with loading(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = read_config(path, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
+    loader = class_of(config, path, trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False) and config.architectures != [causal_class(config)]:
+        raise ConfigError(
+            f"{path} is an encoder-decoder model, which cannot be quantized from its folder; load it and pass the "
+            "model instead, of which one stack of blocks is quantized"
+        )
     with loading(path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return from_config(loader, config, trust_remote_code)
 
 
 def load_whole(
-    path: str | Path, dtype: torch.dtype | str = "auto", *, trust_remote_code: bool = False
+    path: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """The model in memory.
+    """The model that config.json names, in memory.
+
+    Args:
+        path: folder, or name on the hub.
+        dtype: of the weights; ``auto`` is as stored.
+        trust_remote_code: let the model's own code run.
+        **kwargs: for ``from_pretrained``.
 
     Raises:
-        GPTQError: it cannot be loaded.
+        GPTQError: it cannot be loaded, or its files lack weights that it needs.
     """
+    loader = class_of(read_config(path, trust_remote_code), path, trust_remote_code)
     with loading(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, info = from_pretrained(
+            loader, path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise GPTQError(
+            f"the files of {path} lack {len(missing)} weights that {type(model).__name__} needs ({missing[0]}, ...), "
+            "and transformers would make them up; fetch all files, or correct architectures in config.json"
+        )
+    return model
 
 
 def load_streamed(
-    path: str | Path, scratch: str, config: QuantizeConfig | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    scratch: str,
+    config: QuantizeConfig | None = None,
+    block_name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
 
@@ -63,12 +90,9 @@ def load_streamed(
     model, device_map = skeleton(path, trust_remote_code), None
     if not unfuse_experts(model):
         if config is not None:
-            find_structure(model, config)
-        device_map = _device_map(model, "", set(find_blocks(model)))
-    with loading(path):
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", device_map=device_map, offload_folder=scratch, trust_remote_code=trust_remote_code
-        )
+            find_structure(model, config, block_name)
+        device_map = _device_map(model, "", set(find_blocks(model, block_name)))
+    return load_whole(path, "auto", trust_remote_code, device_map=device_map, offload_folder=scratch)
 
 
 def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str]:
@@ -85,10 +109,11 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
     return device_map
 
 
-def take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
-    """Free ``model`` of accelerate's hooks -> a function that brings a block's offloaded weights for good.
+def take_offloading(model: PreTrainedModel, block_name: str | None = None) -> Callable[[nn.Module], None]:
+    """Free ``model`` of accelerate's offloading -> a function that brings a block's offloaded weights for good.
 
-    What is offloaded beside the blocks is brought at once. Both raise GPTQError where weights are missing or have
+    What is offloaded beside the blocks is brought at once. The hooks of a model that is only spread over devices stay:
+    they carry what its blocks hand on. Both raise GPTQError where weights are missing or have
     another shape: nobody has looked at them before.
     """
     hooks = {}
@@ -97,10 +122,11 @@ def take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "offload", False):
                 hooks[module] = item
-    with loading(model.name_or_path):
-        remove_hook_from_submodules(model)
-    if hasattr(model, "hf_device_map"):
-        del model.hf_device_map
+    if hooks:
+        with loading(model.name_or_path):
+            remove_hook_from_submodules(model)
+        if hasattr(model, "hf_device_map"):
+            del model.hf_device_map
 
     def bring(modules: Iterable[nn.Module]) -> None:
         with loading(model.name_or_path):
@@ -109,7 +135,7 @@ def take_offloading(model: PreTrainedModel) -> Callable[[nn.Module], None]:
                     hooks.pop(module).pre_forward(module)
 
     if hooks:
-        inside = {module for block in find_blocks(model).values() for module in block.modules()}
+        inside = {module for block in find_blocks(model, block_name).values() for module in block.modules()}
         bring([module for module in hooks if module not in inside])
     return lambda block: bring(block.modules())
 
@@ -124,7 +150,7 @@ class BlockWriter:
         self.model, self.folder, self.shards = model, folder, Shards(folder, _SHARD_BYTES)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, folder: Path) -> BlockWriter | None:
+    def of(cls, model: PreTrainedModel, folder: Path, block_name: str | None = None) -> BlockWriter | None:
         """None where only ``save_pretrained`` knows what to write: other names in the file, tensors that blocks share.
 
         None on Windows too, which does not rename files that are mapped.
@@ -132,7 +158,7 @@ class BlockWriter:
         renamed = getattr(model, "_weight_conversions", None) or getattr(model, "_checkpoint_conversion_mapping", None)
         if renamed or os.name == "nt":
             return None
-        states = [block.state_dict(keep_vars=True) for block in find_blocks(model).values()]
+        states = [block.state_dict(keep_vars=True) for block in find_blocks(model, block_name).values()]
         held = list(itertools.chain.from_iterable(state.values() for state in states))
         return cls(model, folder) if len(set(map(id, held))) == len(held) else None
 

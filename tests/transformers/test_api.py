@@ -1,18 +1,30 @@
 """quantize() and from_quantized(): a folder in, a folder out, nothing half done."""
 
+import gc
 import json
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BatchEncoding, GPTQConfig, LlamaConfig
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
+    BlenderbotSmallTokenizer,
+    CTRLTokenizer,
+    GPTQConfig,
+    LlamaConfig,
+)
 
 from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
-from gptq_transformers import from_quantized, quantize
+from gptq_transformers import calibration_input, from_quantized, quantize
 from gptq_transformers.api import _progress_folder
 
 CONFIG = QuantizeConfig(group_size=32)
@@ -117,6 +129,52 @@ def test_settings_and_weights_under_autogptq_names_are_found(source, samples, tm
     loaded = from_quantized(folder, dtype="auto")
     assert loaded.config._name_or_path == str(folder)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def _under_old_names(folder, shards=1, suffix=".safetensors", index=False):
+    """Give a checkpoint AutoGPTQ's names."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    where = {}
+    for i in range(shards):
+        part = f"-{i + 1:05d}-of-{shards:05d}" if shards > 1 else ""
+        path = folder / f"gptq_model-4bit-32g{part}{suffix}"
+        content = dict(tensors[i::shards])
+        save_file(content, path, {"format": "pt"}) if suffix == ".safetensors" else torch.save(content, path)
+        where |= dict.fromkeys(content, path.name)
+    if index:
+        (folder / f"gptq_model-4bit-32g{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize(
+    ("shards", "suffix", "index"), [(1, ".bin", False), (2, ".bin", False), (2, ".safetensors", False),
+                                    (2, ".safetensors", True)],
+)  # fmt: skip
+def test_old_names_are_found_whole_and_in_shards(source, samples, tmp_path, shards, suffix, index):
+    model, _ = quantize(source, CONFIG, samples, output=tmp_path / "out")
+    _under_old_names(tmp_path / "out", shards, suffix, index)
+    assert torch.equal(logits(from_quantized(tmp_path / "out", dtype="auto")), logits(model))
+
+
+def test_weights_of_old_names_may_stay_on_disk(source, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    quantize(source, CONFIG, samples, output=tmp_path / "out")
+    _under_old_names(tmp_path / "out")
+    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    device_map |= {f"model.layers.{i}": "disk" for i in range(3)}
+    model = from_quantized(
+        tmp_path / "out", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "off"
+    )
+    whole = from_quantized(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.arange(40)[None]).logits, whole(torch.arange(40)[None]).logits)
+    del model
+    gc.collect()
+    assert not list((tmp_path / "temporary").glob("gptq-view-*"))
 
 
 @pytest.mark.parametrize("method", [None, "GPTQ"])
@@ -228,6 +286,79 @@ def test_the_path_of_a_text_is_not_taken_for_text(source, tmp_path):
     for path in (tmp_path / "text.txt", str(tmp_path / "text.txt")):
         with pytest.raises(CalibrationError, match="is the path .*text.txt"):
             quantize(source, CONFIG, path)
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        torch.arange(32),
+        torch.arange(32).numpy(),
+        list(range(32)),
+        tuple(range(32)),
+        [np.int64(1), np.int64(2)],
+        BatchEncoding({"input_ids": list(range(32))})["input_ids"],
+        (number for number in range(32)),
+        b"bytes",
+    ],
+)
+def test_one_flat_sequence_of_ids_is_refused_before_the_model_is_read(flat, tmp_path):
+    with pytest.raises(CalibrationError, match=r"sample 0 is one number .*\[ids\]"):
+        quantize(tmp_path / "nowhere", CONFIG, flat)
+
+
+@pytest.mark.parametrize("value", [5, torch.tensor(5), object()])
+def test_what_is_no_sequence_at_all_is_refused(value, tmp_path):
+    with pytest.raises(CalibrationError, match=f"calibration is a {type(value).__name__}; expected text"):
+        quantize(tmp_path / "nowhere", CONFIG, value)
+
+
+@pytest.mark.parametrize("error", [TypeError("no vocabulary"), IndexError(), OSError("line one\nline two")])
+def test_a_tokenizer_that_cannot_be_made_is_one_sentence_or_no_matter(source, samples, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(calibration_input.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(CalibrationError, match=r"no tokenizer could be loaded from .* pass tokenizer= or") as raised:
+        quantize(source, CONFIG, "some text")
+    assert "\n" not in str(raised.value)
+    quantize(source, CONFIG, samples, output=tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", [BlenderbotSmallTokenizer, CTRLTokenizer])
+def test_a_tokenizer_whose_vocabulary_is_missing_is_no_matter_for_token_ids(source, samples, tmp_path, kind):
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind.__name__}))
+    with pytest.raises(CalibrationError, match="no tokenizer could be loaded from"):
+        quantize(source, CONFIG, "some text")
+    quantize(source, CONFIG, samples, output=tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["GPT2Config", "LlamaConfig", "T5Config", "CTRLConfig"])
+def test_a_tokenizer_without_a_vocabulary_is_none(kind, tmp_path):
+    """transformers 5 makes one up, to which all words are unknown."""
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    assert calibration_input.load_tokenizer(tmp_path, required=False) is None
+    with pytest.raises(CalibrationError, match="no tokenizer could be loaded from .*; pass tokenizer= or token ids"):
+        calibration_input.load_tokenizer(tmp_path, required=True)
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    assert len(calibration_input.load_tokenizer(tmp_path, required=True)("some text")["input_ids"]) == 10
+
+
+@pytest.mark.parametrize("how", ["argument", "dictionary", "GPTQConfig"])
+def test_the_list_of_blocks_can_be_named(source, samples, how):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.other = torch.nn.ModuleList([torch.nn.Linear(64, 64)])
+    name, settings = "model.other", {"bits": 4, "group_size": 32}
+    config = {"dictionary": settings | {"block_name_to_quantize": name}, "argument": settings}.get(how)
+    config = config or GPTQConfig(**settings, block_name_to_quantize=name)
+    named = {"block_name": name} if how == "argument" else {}
+    # A list of layers instead of blocks has nothing inside them.
+    with pytest.raises(ConfigError, match=r"no layer .*model.other.0"):
+        quantize(model, config, samples, **named)
 
 
 def test_misspelled_settings_are_named(source, samples, caplog):

@@ -1,0 +1,25 @@
+"""accelerate's hooks, which send what a module reads to the module's device, outlive the exchange of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate.hooks import add_hook_to_module
+from torch import nn
+
+
+@contextmanager
+def keeping_hooks(model: nn.Module) -> Iterator[None]:
+    """Afterwards a module that took the place of one with a hook has that hook.
+
+    Hooks that load offloaded weights are not for others: their weights are those of the module that is gone.
+    """
+    hooks = {name: module._hf_hook for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
+    yield
+    modules = dict(model.named_modules())
+    for name, hook in hooks.items():
+        module = modules.get(name)
+        offloads = any(getattr(item, "offload", False) for item in getattr(hook, "hooks", [hook]))
+        if module is not None and not hasattr(module, "_hf_hook") and not offloads:
+            add_hook_to_module(module, hook)
