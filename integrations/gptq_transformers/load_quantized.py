@@ -43,16 +43,17 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if _is_standard(source):
         with loading(path):
             return from_pretrained(class_to_load(path, kwargs), path, **kwargs)
-    view = Scratch("view")
+    view, model = Scratch("view"), None
     try:
         _link_as_standard(source, settings, weights, Path(view.path))
         with loading(path):
             model = from_pretrained(class_to_load(view.path, kwargs), view.path, **kwargs)
-    except BaseException:
-        view.remove()
-        raise
+    finally:
+        if model is not None and "disk" in getattr(model, "hf_device_map", {}).values():
+            weakref.finalize(model, view.remove)  # weights are read from there
+        else:
+            view.remove()
     model.name_or_path = model.config._name_or_path = str(path)
-    weakref.finalize(model, view.remove)  # weights that are offloaded to disk are read through it
     return model
 
 

@@ -184,7 +184,9 @@ def test_the_models_text_begins_as_the_tokenizer_begins_a_text(prefix: list[int]
 
 
 def test_text_that_is_too_short_is_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"at least two windows of 32 tokens from your text .* it has 1"):
+    with pytest.raises(
+        CalibrationError, match=r"at least two windows of seqlen=32 tokens from your text, but it has 1"
+    ):
         choose(model(), tokenizer(), "x" * 50, **SMALL)
     with pytest.raises(CalibrationError, match="empty"):
         choose(model(), tokenizer(), ["", "  "], **SMALL)
