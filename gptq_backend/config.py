@@ -58,6 +58,7 @@ def _are_names(value: Any) -> bool:
 _READ: dict[str, _Rule] = {"sym": _FLAG}
 # What a quantizing run needs and a reader of its result does not: the tensors tell.
 _WRITE_ONLY: dict[str, _Rule] = {
+    "group_size": (lambda value: type(value) is int and (value == -1 or value > 0), "use -1 or a positive integer"),
     "desc_act": _FLAG,
     "lm_head": _FLAG,
     "pack_dtype": (lambda value: isinstance(value, str) and value in PACK_DTYPES, f"choose one of {PACK_DTYPES}"),
@@ -163,10 +164,6 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in SUPPORTED_BITS:
             raise ConfigError(f"bits={self.bits!r} is not supported; choose one of {SUPPORTED_BITS}")
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
-            raise ConfigError(f"group_size={self.group_size!r} is not an integer; use -1 or a positive integer")
-        if self.group_size != -1 and self.group_size <= 0:
-            raise ConfigError(f"group_size={self.group_size} is not supported; use -1 or a positive integer")
         for name, (accepts, expected) in (_READ | _WRITE_ONLY).items():
             if not accepts(value := getattr(self, name)):
                 raise ConfigError(f"{name}={value!r} is not supported; {expected}")

@@ -122,10 +122,6 @@ def test_enum_values_of_frameworks_are_read() -> None:
         ({"bits": float("nan")}, "bits=nan"),
         ({"bits": [4]}, r"bits=\[4\]"),
         ({"bits": True}, "bits=True"),
-        ({"bits": 4, "group_size": 0}, "group_size=0"),
-        ({"bits": 4, "group_size": -2}, "group_size=-2.*-1"),
-        ({"bits": 4, "group_size": 64.5}, "group_size=64.5 is not an integer"),
-        ({"bits": 4, "group_size": {}}, "group_size={} is not an integer"),
         ({"bits": 4, "sym": "yes"}, "sym='yes'.*True or False"),
         ({"bits": 4, "checkpoint_format": "exl2"}, "exl2.*gptq_v2"),
         ({"bits": 4, "checkpoint_format": "marlin"}, "Marlin"),
@@ -146,6 +142,10 @@ def test_refusals_name_the_key_the_value_and_the_way_out(source: dict[str, Any],
 
 
 WRITE_ONLY = [
+    ({"group_size": 0}, "group_size=0"),
+    ({"group_size": -2}, "group_size=-2.*-1"),
+    ({"group_size": 64.5}, "group_size=64.5 is not supported; use -1 or a positive integer"),
+    ({"group_size": {}}, "group_size={} is not"),
     ({"quality": "superb"}, "quality='superb'.*'fast', 'default', 'best'"),
     ({"quality": ["best"]}, r"quality=\['best'\]"),
     ({"search_finalists": 0}, "search_finalists=0.*at least 1"),

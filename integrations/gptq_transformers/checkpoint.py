@@ -123,20 +123,25 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
     if model is None:
         checkpoint.unknown = checkpoint.unknown or "there is no config.json"
         return None
-    names, _ = checkpoint_names(model, manifest)
-    own = {name: names.get(f"{name}.qweight", "").removesuffix(".qweight") for name in modules}
+    try:
+        names = checkpoint_names(model, manifest)
+    except CheckpointError as error:  # experts that nobody knows: nothing more can be said of the model's layers
+        checkpoint.damaged["checkpoint"] = str(error)
+        return None
+    own = {name: names.of.get(f"{name}.qweight", "").removesuffix(".qweight") for name in modules}
     unbiased = {name for name, module in model.named_modules() if getattr(module, "bias", 0) is None}
     checkpoint.unbiased = {name for name, key in own.items() if key in unbiased}
     specs: dict[str, LinearSpec] = {}
     try:
-        plan = prepare_model(model, manifest, checkpoint.config)
+        plan = prepare_model(model, manifest, checkpoint.config, names)
         specs = {name: layer.stored_spec for name, layer in quant_linears(model)} | plan.dense
         check_loaded(model, absent(model, plan.manifest))
     except CheckpointError as error:
         checkpoint.damaged["checkpoint"] = str(error)
+        specs = specs or {name: layer.stored_spec for name, layer in quant_linears(model)}
         if not specs:
-            specs = _one_by_one(checkpoint, model, modules, names)
-    by_model = {names[key]: info for key, info in manifest.items()}
+            specs = _one_by_one(checkpoint, model, modules, names.of)
+    by_model = {names.of[key]: info for key, info in manifest.items()}
     return {
         name: (spec, {part: by_model[f"{own[name]}.{part}"] for part in spec.shapes})
         for name in modules

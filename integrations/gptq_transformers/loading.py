@@ -21,7 +21,7 @@ from gptq_backend.structure import linear_shapes, replace_module
 from gptq_backend.weight import LinearSpec, decode, resolve
 
 from . import experts
-from .names import checkpoint_names, layer_names
+from .names import CheckpointNames, layer_names
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Plan:
         manifest: the checkpoint's tensors by the model's names.
         renamings: regular expressions on names, and what to put instead, beside transformers' own.
         renamed: those whose name in the file differs.
+        resized: dense ones of another size than the model's, which the user allows and transformers makes anew.
         dtypes: of the model's own parameters, as they should be after loading.
         dense: layers that are quantized in the file but are no linear layers in the model (routers), by name.
     """
@@ -41,6 +42,7 @@ class Plan:
     manifest: Manifest
     renamings: dict[str, str] = field(default_factory=dict)
     renamed: set[str] = field(default_factory=set)
+    resized: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     dense: dict[str, LinearSpec] = field(default_factory=dict)
 
@@ -49,8 +51,8 @@ def prepare_model(
     model: nn.Module,
     stored: Manifest,
     config: QuantizeConfig,
+    names: CheckpointNames,
     backend: str | None = None,
-    key_mapping: dict[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> Plan:
     """Swap the modules that are quantized in a checkpoint for empty :class:`QuantLinear` on meta.
@@ -59,14 +61,14 @@ def prepare_model(
         model: a ``PreTrainedModel`` without weights.
         stored: the checkpoint's tensors, by their names in the files.
         config: its settings.
+        names: what the model calls them.
         backend: row of the kernel table, or None.
-        key_mapping, ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
+        ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not fit together or to the model.
     """
-    names, renamings = checkpoint_names(model, stored, key_mapping)
-    manifest = {names[key]: info for key, info in stored.items()}
+    manifest = {names.of[key]: info for key, info in stored.items()}
     quantized = quantized_modules(manifest)
     if not quantized:
         raise CheckpointError(
@@ -77,7 +79,7 @@ def prepare_model(
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     specs = resolve_specs(manifest, config, shapes, biased)
-    plan = Plan(manifest, renamings, renamed={name for key, name in names.items() if key != name})
+    plan = Plan(manifest, names.renamings, renamed={name for key, name in names.of.items() if key != name})
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
@@ -93,10 +95,11 @@ def prepare_model(
     known = [] if known is None else known
     model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])  # a list in version 4, a set in 5
     untie_quantized(model)
-    inside = tuple(f"{name}." for name in specs)
-    dense = {key: p for key, p in model.named_parameters() if not (inside and key.startswith(inside))}
+    dense = {key: p for key, p in model.named_parameters() if key.rpartition(".")[0] not in specs}
     plan.dtypes = {key: parameter.dtype for key, parameter in dense.items()}
-    if not ignore_mismatched_sizes:
+    if ignore_mismatched_sizes:
+        plan.resized = {key for key, p in dense.items() if key in manifest and manifest[key].shape != tuple(p.shape)}
+    else:
         _check_dense_shapes(model, manifest, dense)
     return plan
 
@@ -135,7 +138,7 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
     """
     vars(model).pop("_get_key_renaming_mapping", None)
     _load_dense(model, plan)
-    check_loaded(model, not_loaded(model))
+    check_loaded(model, [key for key in not_loaded(model) if key not in plan.resized])
     for name, layer in quant_linears(model):
         vars(layer).pop("weight", None)
         _restore_dtypes(name, layer, plan.manifest)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
 from .experts import expert_places
 
 
-def checkpoint_names(
-    model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None
-) -> tuple[dict[str, str], dict[str, str]]:
-    """``{name in the checkpoint: name in the model}``, and the renamings of experts that are among them.
+@dataclass(frozen=True)
+class CheckpointNames:
+    """What a model calls the tensors of a checkpoint.
 
     Args:
-        model, keys, key_mapping: see :func:`model_names`.
+        of: ``{name in the checkpoint: name in the model}``.
+        renamings: those of experts that are among them: regular expressions on the beginning of a name, with what to
+            put instead. transformers does not know them, and has to be told (see ``loading.follow_renamings``).
+    """
 
-    Returns:
-        The renamings are regular expressions on the beginning of a name, with what to put instead; transformers does
-        not know them, and has to be told (see ``loading.follow_renamings``).
+    of: dict[str, str]
+    renamings: dict[str, str]
+
+
+def checkpoint_names(
+    model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None
+) -> CheckpointNames:
+    """Names in the model, see :func:`model_names`, also of experts that the checkpoint calls otherwise.
 
     Raises:
         CheckpointError: experts whose names are not known.
@@ -29,7 +37,7 @@ def checkpoint_names(
     renamings = expert_places(model, list(layer_names(names.values())))
     if renamings:
         names = {key: _renamed(name, renamings) for key, name in names.items()}
-    return names, renamings
+    return CheckpointNames(names, renamings)
 
 
 def layer_names(keys: Iterable[str]) -> list[str]:

