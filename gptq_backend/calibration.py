@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CalibrationError
+from .errors import CalibrationError, GPTQError
 from .structure import input_embeddings
 
 Batch = dict[str, Tensor]
@@ -177,6 +178,29 @@ def model_inputs(model: nn.Module, batch: Batch, device: torch.device | None) ->
     if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         inputs["use_cache"] = False
     return inputs
+
+
+@contextmanager
+def calling(model: nn.Module, begun: Callable[[], bool]) -> Iterator[None]:
+    """Around a call of ``model`` with token ids, whose blocks have hooks.
+
+    Args:
+        model: what is called.
+        begun: whether a block was reached; until then nothing of ours has run, and an error means that the model wants
+            other inputs, like images or sound.
+
+    Raises:
+        CalibrationError: it does.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        if begun() or isinstance(error, GPTQError):
+            raise
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be called with token ids alone ({error}), so calibration is not possible; "
+            "pass calibration=None, which rounds to nearest"
+        ) from error
 
 
 def _fields(fields: Mapping[str, Any]) -> list[str]:

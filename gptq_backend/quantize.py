@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from . import lockstep, packing
 from .blockwise import BlockReport, Example, output_tensor, train_block
-from .calibration import Batch, check_fits, make_batches, model_inputs
+from .calibration import Batch, calling, check_fits, make_batches, model_inputs
 from .config import QuantizeConfig
 from .distill import distill
-from .errors import CalibrationError, ConfigError, GPTQError
+from .errors import ConfigError
 from .factors import Factors, LayerInput, Shared
 from .gptq import quantize_weight
 from .linear import QuantLinear
@@ -253,16 +253,8 @@ class _Run:
             _NUMBER.set(number)
             _ORIGINAL.set(original)
             _MASK.set(inputs.get("attention_mask"))
-            try:
+            with calling(self.model, lambda: bool(self.entered)):
                 self.model(**inputs)
-            except (TypeError, ValueError, AttributeError) as error:
-                if self.entered or isinstance(error, GPTQError):
-                    raise
-                # Before the first block nothing of ours has run: the model wants other inputs, like images or sound.
-                raise CalibrationError(
-                    f"{type(self.model).__name__} cannot be called with token ids alone ({error}), so calibration is "
-                    "not possible; pass calibration=None, which rounds to nearest"
-                ) from error
 
         return forward
 

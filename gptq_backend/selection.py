@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lockstep
-from .calibration import check_fits, make_batches, model_inputs
+from .calibration import calling, check_fits, make_batches, model_inputs
 from .errors import CalibrationError
 from .placement import Placement, tensors_of
 from .structure import Block, evaluating, find_blocks
@@ -128,12 +128,13 @@ class _Sketcher:
         inside = {id(tensor) for block in blocks for tensor in tensors_of(block.module)}
         self.outside = [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
         self.current: Block | None = None
+        self.begun = False  # a block was reached
 
     def run(self, batches: list[Tensor]) -> Tensor:
         handles = [block.module.register_forward_pre_hook(self.hook(block), with_kwargs=True) for block in self.blocks]
         ranks = {block: i for i, block in enumerate(self.blocks)}
         inputs = [model_inputs(self.model, {"input_ids": ids}, self.placement.device) for ids in batches]
-        tasks = [partial(self.model, **each) for each in inputs]
+        tasks = [partial(self.call, each) for each in inputs]
         try:
             self.placement.bring(self.outside)
             with torch.no_grad(), evaluating(self.model):
@@ -145,8 +146,13 @@ class _Sketcher:
             self.placement.send_back(self.outside)
         return torch.stack([torch.cat(moments) for moments in self.found.values()], dim=1)
 
+    def call(self, inputs: dict[str, Any]) -> None:
+        with calling(self.model, lambda: self.begun):
+            self.model(**inputs)
+
     def hook(self, block: Block) -> Callable[..., None]:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.begun = True
             if block in self.found:
                 self.found[block].append(self.moments(next(iter((*args, *kwargs.values())))))
             if block is self.blocks[-1]:

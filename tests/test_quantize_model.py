@@ -519,3 +519,17 @@ def test_an_error_behind_the_first_block_is_not_taken_for_missing_inputs() -> No
     model.norm.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("of its own")))
     with pytest.raises(ValueError, match="^of its own$"):
         quantize_model(model, config(lm_head=True), samples())
+
+
+def test_a_layer_that_is_linear_only_by_its_class_stays_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = toy()
+    for block in model.blocks:
+        block.attn.o = Doubling(32, 32).double()
+    report = quantize_model(model, config(), samples())
+    assert len(report.layers) == 12
+    assert isinstance(model.blocks[1].attn.o, Doubling)
+    assert "blocks.0.attn.o (Doubling) and 1 layers like it stay in 16 bits" in caplog.text

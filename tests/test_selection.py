@@ -231,3 +231,14 @@ def test_a_weight_that_is_never_quantized_may_be_shared() -> None:
     model = toy(blocks=2)
     model.blocks[1].mlp.down.weight = model.blocks[0].mlp.down.weight
     assert sketch(model, torch.stack(samples(2))).shape[0] == 2
+
+
+def test_a_model_that_wants_other_inputs_says_so_and_the_blocks_can_be_named() -> None:
+    model = toy()
+    ids = torch.stack(samples(2))
+    assert sketch(model, ids, block_name="blocks").shape == sketch(model, ids).shape
+    with pytest.raises(ConfigError, match="'nowhere' is not a module"):
+        sketch(model, ids, block_name="nowhere")
+    model.embed.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("pixels are missing")))
+    with pytest.raises(CalibrationError, match=r"Toy cannot be called with token ids alone \(pixels are missing\)"):
+        sketch(model, ids)

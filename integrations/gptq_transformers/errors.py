@@ -33,7 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def loading(path: str | Path) -> Iterator[None]:
     """Errors that transformers raises for a model that it cannot load become one sentence about ``path``.
 
-    Put nothing else inside: a bug would look like a damaged model.
+    Put nothing of ours inside: a bug would look like a damaged model.
 
     Raises:
         GPTQError: it cannot be loaded.

@@ -239,7 +239,7 @@ def load_model(
     require_model(path)
     require_device(device)
     config = read_config(path, trust_remote_code)
-    if not predicts_next_token(config):
+    if not predicts_next_token(config, path):
         raise GPTQError(
             f"{path} is a {config.architectures[0]}, which does not predict the next token; perplexity and KL "
             "divergence are measured of causal language models only"

@@ -37,9 +37,11 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any
     """
     with loading(path):
         content, _ = PretrainedConfig.get_config_dict(path, **kwargs)
-        known = content.get("model_type") in CONFIG_MAPPING
-    if content.get("auto_map") and not known and not trust_remote_code:
-        raise _own_code(path, _named(content.get("architectures"), path) or "its model")
+        known = str(content.get("model_type")) in CONFIG_MAPPING
+        own = bool(content.get("auto_map")) and not known
+        named = content.get("architectures")
+    if own and not trust_remote_code:
+        raise _own_code(path, _named(named, path) or "its model")
     with loading(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
 
@@ -54,7 +56,8 @@ def class_of(config: Any, path: str | Path, trust_remote_code: bool = False) -> 
     wanted, causal = _named(getattr(config, "architectures", None), path), causal_class(config)
     if wanted is None or wanted == causal:
         return AutoModelForCausalLM
-    references = getattr(config, "auto_map", None) or {}
+    references = getattr(config, "auto_map", None)
+    references = references if isinstance(references, dict) else {}
     own = [key for key, value in references.items() if key.startswith("AutoModel") and _ends_in(value, wanted)]
     if own and trust_remote_code:
         return getattr(transformers, own[0])
@@ -113,9 +116,9 @@ def causal_class(config: Any) -> str | None:
     return None if found is None else found.__name__
 
 
-def predicts_next_token(config: Any) -> bool:
+def predicts_next_token(config: Any, path: str | Path) -> bool:
     """Whether perplexity, and the divergence of predictions, mean anything for the model of a configuration."""
-    wanted, causal = _named(getattr(config, "architectures", None), "the model"), causal_class(config)
+    wanted, causal = _named(getattr(config, "architectures", None), path), causal_class(config)
     if wanted is None or wanted == causal or wanted.endswith(_LANGUAGE_MODELS):
         return True
     found = _class_called(wanted)

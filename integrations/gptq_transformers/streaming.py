@@ -67,8 +67,9 @@ def load_whole(
         )
     if missing := sorted(info["missing_keys"]):
         raise GPTQError(
-            f"the files of {path} lack {len(missing)} weights that {type(model).__name__} needs ({missing[0]}, ...), "
-            "and transformers would make them up; fetch all files, or correct architectures in config.json"
+            f"{path} cannot be loaded: its files lack {len(missing)} weights that {type(model).__name__} needs "
+            f"({', '.join(missing[:3])}), and transformers would make them up; fetch all files, correct "
+            "architectures in config.json, or load the model yourself and pass it instead of its folder"
         )
     return model
 
