@@ -70,6 +70,8 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
         if alone:
             clear_leftovers(path)
             check_output(folder, overwrite)  # of which the folder itself may be one
+        else:
+            _name_leftovers(path)
         beside = _made_beside(path)
         finished = False
         try:
@@ -110,10 +112,20 @@ def clear_leftovers(path: Path) -> None:
         logger.warning("removed %s, which a killed run left", half)
 
 
+def _name_leftovers(path: Path) -> None:
+    """Without locks nobody knows whether the run that moved a folder aside still lives."""
+    if not os.path.lexists(path):
+        for old in _siblings(path, "replaced"):
+            logger.warning("unless another run is just replacing %s, it was moved to %s; move it back", path, old)
+
+
 def _siblings(path: Path, kind: str) -> list[Path]:
     """Folders beside ``path`` that a run for it made, the newest first."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.{kind}")
-    found = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
+    try:
+        found = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
+    except PermissionError:  # a folder that can be written, but not listed
+        return []
     folders = [entry for entry in found if entry.is_dir() and not entry.is_symlink()]
     return sorted(folders, key=lambda entry: -entry.stat().st_mtime)
 

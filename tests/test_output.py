@@ -238,15 +238,18 @@ def test_a_second_run_for_the_same_folder_is_refused_at_once_and_the_first_goes_
 
 
 def test_without_locks_nothing_that_may_be_a_live_runs_is_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unsupported(*_: object) -> bool:
         return False
 
     monkeypatch.setattr("gptq_backend.locks._lock", unsupported)
-    (tmp_path / ".out.12345678.partial").mkdir()
+    left = [".out.12345678.partial", ".out.12345678.replaced"]
+    for name in left:
+        (tmp_path / name).mkdir()
     write(tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.12345678.partial", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "out"]
+    assert f"it was moved to {tmp_path / left[1]}; move it back" in caplog.text
 
 
 def test_a_full_disk_elsewhere_is_named(tmp_path: Path) -> None:

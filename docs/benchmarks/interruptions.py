@@ -1,6 +1,6 @@
 """What is left when `gptq-backend quantize` is interrupted at random moments: kill -9, Ctrl-C, SIGTERM, SIGHUP.
 
-    python docs/benchmarks/interruptions.py --moments 200 --json docs/benchmarks/interruptions.json
+    python docs/benchmarks/interruptions.py --moments 800 --disks normal --json normal.json
 
 Each run is the real command on a tiny model with random weights, in a process forked from one that has imported torch
 already. Half of the moments are random in time, the other half random among the run's file operations (which are few,
