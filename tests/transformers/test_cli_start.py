@@ -234,7 +234,9 @@ def test_a_models_own_code_runs_only_when_asked_for_and_nobody_is_asked(
     for command in commands:
         result = run(*command)
         assert result.exit_code == 1, result.output
-        assert "pass --trust-remote-code (trust_remote_code=True in Python)" in result.stderr.splitlines()[-1]
+        last = result.stderr.splitlines()[-1]
+        assert "--trust-remote-code" in last
+        assert last.startswith(f"error: {command[1]} ") or f" {command[1]} (" in last, last
         result = run(*command, "--trust-remote-code")
         assert result.exit_code == 0, result.output
         assert "could not be compared" not in result.output
