@@ -156,6 +156,21 @@ def expert_renaming(names: Iterable[str], layouts: Mapping[str, ExpertLayout]) -
     return renaming | around
 
 
+def renamed(name: str, renaming: Mapping[str, str]) -> str:
+    """A name after :func:`expert_renaming`."""
+    for pattern, replacement in renaming.items():
+        name, count = re.subn(f"^{pattern}", replacement, name)
+        if count:
+            break
+    return name
+
+
+def layer_names(keys: Iterable[str]) -> list[str]:
+    """The names of layers that have a weight, quantized or not, each once."""
+    layers = (key.rpartition(".") for key in keys)
+    return list(dict.fromkeys(layer for layer, _, part in layers if part in ("qweight", "weight")))
+
+
 def _block(module: str) -> str:
     """``model.layers.0.`` of ``model.layers.0.mlp.experts``."""
     parts = module.split(".")

@@ -121,7 +121,7 @@ def checkpoint_files(folder: str | Path, settings: Mapping[str, Any] | None = No
         if isinstance(explicit, str) or (folder / name).exists() or (folder / name).is_symlink():
             _warn_of_both(folder)
             file = _inside(folder, name, "the checkpoint")
-            return _sharded(file) if name.endswith(INDEX) else [file]
+            return indexed_files(file) if name.endswith(INDEX) else [file]
     return _only_files(folder)
 
 
@@ -163,7 +163,12 @@ def _named(settings: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{stem}{suffix}{INDEX}"
 
 
-def _sharded(index: Path) -> list[Path]:
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names.
+
+    Raises:
+        CheckpointError: it names none, or some that are missing or that must not be read.
+    """
     folder = index.parent
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_backend import CheckpointError
 from gptq_backend import expert_names as module
-from gptq_backend.expert_names import ExpertLayout, expert_layout, expert_renaming, stored_place
+from gptq_backend.expert_names import ExpertLayout, expert_layout, expert_renaming, renamed, stored_place
 
 PLACE = "model.layers.3.mlp.experts"
 SPELLINGS = [
@@ -40,14 +38,6 @@ def test_an_unknown_layout_is_named_in_one_sentence() -> None:
         expert_layout(PLACE, [f"{PLACE}.{i}.{name}" for i in range(2) for name in ("alpha", "beta")], gated=True)
 
 
-def rename(name: str, renaming: dict[str, str]) -> str:
-    for pattern, replacement in renaming.items():
-        name, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            break
-    return name
-
-
 @given(
     st.sampled_from(module._APART), st.sampled_from(["mlp", "block_sparse_moe", "feed_forward"]),
     st.sampled_from(["{}.%s", "%s.{}"]), st.sets(st.integers(0, 120), min_size=1, max_size=4),
@@ -66,7 +56,7 @@ def test_a_renaming_turns_all_names_into_the_models(
     names |= {f"model.layers.{n}.{parent}.gate": f"model.layers.{n}.block_sparse_moe.gate" for n in layers}
     names |= {"model.layers.500.mlp.gate_proj": "model.layers.500.mlp.gate_proj"}
     renaming = expert_renaming(names, layouts)
-    assert {name: rename(f"{name}.qweight", renaming) for name in names} == {
+    assert {name: renamed(f"{name}.qweight", renaming) for name in names} == {
         name: f"{own}.qweight" for name, own in names.items()
     }
 

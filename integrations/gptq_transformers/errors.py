@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from gptq_backend import GPTQError
 
@@ -29,9 +30,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ("CPUAllocator", "out of memory"))
 
 
+# Of transformers, for a model that it cannot load; others are more likely bugs.
+_KINDS = (ValueError, KeyError, RuntimeError, SafetensorError, AttributeError, OSError)
+
+
 @contextmanager
-def loading(path: str | Path) -> Iterator[None]:
-    """Errors that transformers raises for a model that it cannot load become one sentence about ``path``.
+def loading(path: str | Path, kinds: tuple[type[Exception], ...] = _KINDS) -> Iterator[None]:
+    """Errors of these ``kinds`` become one sentence about the model in ``path``, which cannot be loaded.
 
     Put nothing of ours inside: a bug would look like a damaged model.
 
@@ -40,7 +45,7 @@ def loading(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # a config.json of any content makes the code of models raise any kind
+    except kinds as error:
         if isinstance(error, GPTQError) or is_out_of_memory(error):
             raise
         if isinstance(error, OSError) and error.errno is not None:

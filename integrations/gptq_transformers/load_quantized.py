@@ -31,8 +31,8 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         **kwargs: for ``from_pretrained``; ``trust_remote_code=True`` lets code that comes with the model run.
 
     Raises:
-        ConfigError: no quantization settings anywhere. CheckpointError: no usable weights. GPTQError: transformers
-            cannot load the model.
+        ConfigError: no quantization settings anywhere, or a class that is not to be had. CheckpointError: no usable
+            weights. GPTQError: transformers cannot load the model.
     """
     source = Path(path)
     if not source.is_dir():
@@ -41,20 +41,23 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     QuantizeConfig.from_dict(settings)  # refuses what is not GPTQ by another name
     weights = checkpoint_files(source, settings)
     if _is_standard(source):
-        with loading(path):
-            return from_pretrained(class_to_load(path, kwargs), path, **kwargs)
+        return _load(path, path, kwargs)
     view, model = Scratch("view"), None
     try:
         _link_as_standard(source, settings, weights, Path(view.path))
-        with loading(path):
-            model = from_pretrained(class_to_load(view.path, kwargs), view.path, **kwargs)
+        model = _load(path, view.path, kwargs)
     finally:
         if model is not None and "disk" in getattr(model, "hf_device_map", {}).values():
-            weakref.finalize(model, view.remove)  # weights are read from there
+            weakref.finalize(model, view.remove)  # weights are read through it
         else:
             view.remove()
     model.name_or_path = model.config._name_or_path = str(path)
     return model
+
+
+def _load(path: str | Path, folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    with loading(path, (Exception,)):  # a config.json of any content makes the code of models raise any kind
+        return from_pretrained(class_to_load(folder, kwargs), folder, **kwargs)
 
 
 def _is_standard(folder: Path) -> bool:

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
+from gptq_backend.expert_names import layer_names
 from gptq_backend.files import TGI_TENSORS
 from gptq_backend.manifest import Manifest, read_tensor
 from gptq_backend.reader import quantized_modules, resolve_specs
@@ -21,7 +22,7 @@ from gptq_backend.structure import linear_shapes, replace_module
 from gptq_backend.weight import LinearSpec, decode, resolve
 
 from . import experts
-from .names import CheckpointNames, layer_names
+from .names import CheckpointNames
 
 logger = logging.getLogger(__name__)
 

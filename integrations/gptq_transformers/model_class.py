@@ -35,14 +35,14 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any
     Raises:
         ConfigError: it needs code of its own. GPTQError: it cannot be read.
     """
-    with loading(path):
+    with loading(path, (Exception,)):  # transformers raises any kind for a config.json with other types than it expects
         content, _ = PretrainedConfig.get_config_dict(path, **kwargs)
         known = str(content.get("model_type")) in CONFIG_MAPPING
         own = bool(content.get("auto_map")) and not known
         named = content.get("architectures")
     if own and not trust_remote_code:
         raise _own_code(path, _named(named, path) or "its model")
-    with loading(path):
+    with loading(path, (Exception,)):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
 
 

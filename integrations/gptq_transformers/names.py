@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gptq_backend.expert_names import layer_names, renamed
+
 from .experts import expert_places
 
 
@@ -36,22 +38,8 @@ def checkpoint_names(
     names = model_names(model, keys, key_mapping)
     renamings = expert_places(model, list(layer_names(names.values())))
     if renamings:
-        names = {key: _renamed(name, renamings) for key, name in names.items()}
+        names = {key: renamed(name, renamings) for key, name in names.items()}
     return CheckpointNames(names, renamings)
-
-
-def layer_names(keys: Iterable[str]) -> list[str]:
-    """The names of layers that have a weight, quantized or not, each once."""
-    layers = (key.rpartition(".") for key in keys)
-    return list(dict.fromkeys(layer for layer, _, part in layers if part in ("qweight", "weight")))
-
-
-def _renamed(name: str, renamings: Mapping[str, str]) -> str:
-    for pattern, replacement in renamings.items():
-        name, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            break
-    return name
 
 
 def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> dict[str, str]:

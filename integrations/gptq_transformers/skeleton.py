@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from gptq_backend import CheckpointError
 from gptq_backend.files import read_json
 from gptq_backend.manifest import Manifest
 
 from .errors import first_line
+from .model_class import class_to_load, from_config, read_config
 
 # Settings that a model repeats modules by, in the spelling of any architecture.
 _REPEATS = re.compile(r"(^|_)(n|num)_\w*?(layers?|blocks?|experts?)$|^depth$")
@@ -54,10 +56,6 @@ def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module | None:
     Raises:
         CheckpointError: config.json cannot be used. UnknownModel: this transformers has no class for it.
     """
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -65,15 +63,11 @@ def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module | None:
     check_size(content, manifest)
     if content.get("model_type") not in CONFIG_MAPPING:
         raise UnknownModel(f"this transformers has no model_type {content.get('model_type')!r:.60}")
-    names = content.get("architectures")
-    named = [getattr(transformers, name, None) for name in names if isinstance(name, str)] if names else []
-    known = [each for each in named if isinstance(each, type) and issubclass(each, nn.Module)]
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
+        config._attn_implementation = "eager"  # another one may be the name of a kernel on the hub
         with torch.device("meta"):
-            if known:
-                return known[0]._from_config(config, attn_implementation="eager")  # type: ignore[attr-defined]
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+            return from_config(class_to_load(folder, {"config": config}), config)
     except Exception as error:  # whatever a config of any content makes a model's code raise
         raise CheckpointError(
             f"{path} describes no model that transformers can build ({type(error).__name__}: {first_line(error)}); "

@@ -42,7 +42,7 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
             f"{path} is an encoder-decoder model, which cannot be quantized from its folder; load it and pass the "
             "model instead, of which one stack of blocks is quantized"
         )
-    with loading(path), torch.device("meta"):
+    with loading(path, (Exception,)), torch.device("meta"):  # only transformers' code: any kind is the model's fault
         return from_config(loader, config, trust_remote_code)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptq_backend import CheckpointError, LinearSpec, QuantizeConfig
-from gptq_backend.files import checkpoint_files
+from gptq_backend.expert_names import ExpertLayout, expert_renaming, layer_names, renamed
+from gptq_backend.files import INDEX, STANDARD_FILES, checkpoint_files, indexed_files
 from gptq_backend.manifest import Manifest, read_manifest
 from gptq_backend.reader import quantized_modules, resolve_specs
 
@@ -42,7 +44,14 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(checkpoint_files(folder, settings))
+        files = checkpoint_files(folder, settings)
+        index = self.folder / f"{STANDARD_FILES[0]}{INDEX}"
+        if index.is_file() and indexed_files(index) != files:
+            raise CheckpointError(
+                f"{folder} has both {STANDARD_FILES[0]}, which transformers reads, and the shards of {index.name}, "
+                "which vLLM reads; remove one of them"
+            )
+        self.manifest: Manifest = read_manifest(files)
         if not quantized_modules(self.manifest):
             raise CheckpointError(
                 f"{folder}: its config says that the model is quantized with GPTQ, but no tensor is called *.qweight; "
@@ -50,14 +59,51 @@ class Checkpoint:
             )
         resolve_specs(self.manifest, QuantizeConfig(), {})  # what can be refused without knowing the model
         self._stored = {name: name for name in self.manifest}  # vLLM's tensor name -> the file's
-        self._modules = _module_names(self._stored)
+        self._mappers: list[Any] = []
+        self.renamings: dict[str, str] = {}  # the file's tensor name -> the one that vLLM's model is to load it by
+        self._find_modules()
 
     def rename(self, mapper: Any) -> None:
         """Apply a model's ``WeightsMapper``, which turns the names in the file into vLLM's."""
         renamed = {mapper.map_name(name): stored for name, stored in self._stored.items()}
         renamed.pop(None, None)
         self._stored = renamed
-        self._modules = _module_names(renamed)
+        self._mappers.append(mapper)
+        self._find_modules()
+
+    def place_experts(self, module: str, layout: ExpertLayout) -> None:
+        """Find the experts of vLLM's layer ``module``, which it calls as ``layout`` says, by whatever name they have.
+
+        What has another name in the file than vLLM looks for is in ``renamings`` afterwards.
+
+        Raises:
+            CheckpointError: names that are not known, or matrices that vLLM does not have.
+        """
+        renaming = expert_renaming(self._layers, {module: layout})
+        for name, stored in list(self._stored.items()) if renaming else ():
+            if (wanted := renamed(name, renaming)) != name:
+                self._stored[wanted] = self._stored.pop(name)
+                self.renamings[stored] = self._before_mappers(stored, wanted)
+        if renaming:
+            self._find_modules()
+
+    def _before_mappers(self, stored: str, wanted: str) -> str:
+        """The name that the model's own mappers turn into ``wanted``: of the file up to the block, then vLLM's."""
+        start, rest = (_split_at_block(name) for name in (stored, wanted))
+        found = start[0] + rest[1]
+        mapped = found
+        for mapper in self._mappers:
+            mapped = mapper.map_name(mapped)
+        if mapped != wanted:
+            raise CheckpointError(
+                f"{stored}: vLLM's model looks for this tensor as {wanted}, and its own names cannot be put in the "
+                "place of the checkpoint's; export the checkpoint with the names of the original model"
+            )
+        return found
+
+    def _find_modules(self) -> None:
+        self._modules = [name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")]
+        self._layers = layer_names(self._stored)
 
     def stored_name(self, module: str) -> str | None:
         """The file's name of vLLM's layer ``module``; None if the file does not have it under a name known here."""
@@ -90,5 +136,7 @@ class Checkpoint:
         return resolve_specs(self.manifest, settings, shapes, biased)
 
 
-def _module_names(names: Mapping[str, str]) -> list[str]:
-    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+def _split_at_block(name: str) -> tuple[str, str]:
+    """``model.layers.0.`` and what comes after it."""
+    match = re.match(r".*?\.\d+\.", name)
+    return ("", name) if match is None else (match[0], name[match.end() :])

@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from vllm.model_executor.models.utils import WeightsMapper
 
 from gptq_backend import KERNELS, ConfigError, LinearSpec, QuantizeConfig
+from gptq_backend.expert_names import ExpertLayout
 from gptq_backend.files import TGI_TENSORS
 from gptq_backend.manifest import TensorFile, TensorInfo, read_tensor
 from gptq_backend.reader import resolve_specs
@@ -80,10 +81,12 @@ class GPTQBackendConfig(QuantizationConfig):
         """``gptq``, under which this class is registered, when this plugin serves the checkpoint."""
         return "gptq" if choice.serves(hf_quant_cfg, user_quant) else None
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Keep ``g_idx``, which the base class drops; drop the scalars of text-generation-inference."""
-        return WeightsMapper(orig_to_new_prefix=dict.fromkeys(TGI_TENSORS))
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """Keep ``g_idx``, which the base class drops; drop the scalars of text-generation-inference; call experts as
+        the model does.
+        """
+        names: list[Any] = [_Renaming(self.checkpoint.renamings)] if self.checkpoint.renamings else []
+        return WeightsMapper(orig_to_new_renaming=names, orig_to_new_prefix=dict.fromkeys(TGI_TENSORS))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Called by the model's class, before its layers are built, with the names that it changes."""
@@ -103,6 +106,7 @@ class GPTQBackendConfig(QuantizationConfig):
 
         checkpoint = self.checkpoint
         if isinstance(layer, RoutedExperts):
+            checkpoint.place_experts(prefix, _expert_layout(layer))
             quantized = checkpoint.quantized_inside(prefix)
             return GPTQMoEMethod(self, layer) if quantized else UnquantizedFusedMoEMethod(layer.moe_config)
         if isinstance(layer, ParallelLMHead):
@@ -194,6 +198,22 @@ class GPTQBackendConfig(QuantizationConfig):
         spec = self._specs[stored]
         bias = read_tensor(self.checkpoint.manifest[f"{stored}.bias"]) if spec.has_bias and not use.biased else None
         return spec, bias
+
+
+def _expert_layout(layer: RoutedExperts) -> ExpertLayout:
+    """By the names that vLLM looks for."""
+    names = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name]
+    return ExpertLayout(tuple(f"{{}}.{name}" for name in names if name is not None))
+
+
+class _Renaming:
+    """What vLLM's mapper takes for a renaming of transformers: here a table."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def rename_source_key(self, key: str) -> tuple[str, None]:
+        return self.names.get(key, key), None
 
 
 def _requested_kernel() -> str | None:
