@@ -296,8 +296,10 @@ def moment(bench: Bench, row: Row, folder: Path, tier: str, draw: random.Random)
     (folder / "filler").unlink(missing_ok=True)
     if no_swap and digest(out) == "nothing" != before:
         row.put_back += 1
-        if bench.run(tier, folder, prepare, overwrite=False) != 1 or "put back" not in bench.log.read_text():
-            wrong.append(f"OUT was not put back: {bench.log.read_text()[-400:]}")
+        code = bench.run(tier, folder, prepare, overwrite=False)
+        said = " ".join(bench.log.read_text().split())  # lines are wrapped
+        if code != 1 or "the old folder was put back" not in said or digest(out) != before:
+            wrong.append(f"OUT was not put back: {said[-800:]}")
     wrong += judge_output(row, out, before, bench.expected[tier])
     left = leftovers(bench, folder)
     row.with_leftovers += bool(left)
