@@ -170,7 +170,10 @@ def indexed_files(index: Path) -> list[Path]:
         CheckpointError: it names none, or some that are missing or that must not be read.
     """
     folder = index.parent
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(content.get("metadata", {}), dict):
+        raise CheckpointError(f"{index}: metadata is {content['metadata']!r:.60}, expected an object; {FETCH_AGAIN}")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from names of tensors to names of files; {FETCH_AGAIN}")
     names = sorted(set(weight_map.values()))

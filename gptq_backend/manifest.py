@@ -183,9 +183,10 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read as plain tensors ({_first_line(error)}); fetch it again, or convert it to "
             "safetensors where it was made"
         ) from None
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a dictionary of tensors")
+    if isinstance(content.get("state_dict"), dict):  # frameworks would find no tensor in it
+        raise CheckpointError(f"{file} holds a dictionary with the tensors under 'state_dict'; save that part alone")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_quantized:

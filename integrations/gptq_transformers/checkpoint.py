@@ -117,11 +117,10 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
     try:
         model = build_skeleton(checkpoint.folder, manifest)
     except UnknownModel as error:
-        model, checkpoint.unknown = None, str(error)
+        checkpoint.unknown = str(error)
+        return None
     except CheckpointError as error:
-        model, checkpoint.unknown, checkpoint.damaged["config.json"] = None, str(error), str(error)
-    if model is None:
-        checkpoint.unknown = checkpoint.unknown or "there is no config.json"
+        checkpoint.unknown = checkpoint.damaged["config.json"] = str(error)
         return None
     try:
         names = checkpoint_names(model, manifest)

@@ -65,7 +65,10 @@ def _is_standard(folder: Path) -> bool:
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     settings = embedded_settings(config)
     named = isinstance(settings, Mapping) and settings.get("quant_method") == "gptq"
-    return named and any((folder / name).is_file() for name in STANDARD_FILES)
+    first = next((name for name in STANDARD_FILES if (folder / name).is_file()), None)
+    if not named or first is None:
+        return False
+    return not first.endswith(INDEX) or "metadata" in read_json(folder / first)  # transformers needs it
 
 
 def _link_as_standard(folder: Path, settings: Mapping[str, Any], weights: list[Path], view: Path) -> None:

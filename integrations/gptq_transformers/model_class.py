@@ -90,10 +90,16 @@ def class_to_load(path: str | Path, kwargs: dict[str, Any]) -> Any:
     config = kwargs.get("config")
     if not isinstance(config, PretrainedConfig):
         config = read_config(path, trusted, **{key: kwargs[key] for key in _OF_THE_HUB if key in kwargs})
-    wanted = _named(getattr(config, "architectures", None), path) or ""
-    if causal_class(config) is not None and wanted.endswith(_LANGUAGE_MODELS):
-        return AutoModelForCausalLM
-    return class_of(config, path, trusted)
+    causal = causal_class(config) is not None
+    try:
+        wanted = _named(getattr(config, "architectures", None), path) or ""
+        if causal and wanted.endswith(_LANGUAGE_MODELS):
+            return AutoModelForCausalLM
+        return class_of(config, path, trusted)
+    except ConfigError:
+        if not causal:
+            raise
+        return AutoModelForCausalLM  # as plain from_pretrained would; random weights are refused when it has loaded
 
 
 def from_pretrained(loader: Any, path: str | Path, **kwargs: Any) -> Any:

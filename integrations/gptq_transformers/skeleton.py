@@ -48,24 +48,23 @@ def check_size(config: Mapping[str, Any], manifest: Manifest) -> None:
             )
 
 
-def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module | None:
-    """The model on the meta device, of the class that config.json names; None if there is no config.json.
+def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module:
+    """The model on the meta device, of the class that config.json names.
 
     No code of the folder is run.
 
     Raises:
-        CheckpointError: config.json cannot be used. UnknownModel: this transformers has no class for it.
+        CheckpointError: config.json is missing or cannot be used. UnknownModel: this transformers has no class for it.
     """
     path = folder / "config.json"
-    if not path.exists():
-        return None
     content = read_json(path)
     check_size(content, manifest)
-    if content.get("model_type") not in CONFIG_MAPPING:
+    if str(content.get("model_type")) not in CONFIG_MAPPING:
         raise UnknownModel(f"this transformers has no model_type {content.get('model_type')!r:.60}")
     try:
         config = read_config(folder)
         config._attn_implementation = "eager"  # another one may be the name of a kernel on the hub
+        config.dtype = torch.float32  # what it says matters only for values
         with torch.device("meta"):
             return from_config(class_to_load(folder, {"config": config}), config)
     except Exception as error:  # whatever a config of any content makes a model's code raise
