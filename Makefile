@@ -113,7 +113,7 @@ $(VENV)/.overlay-5.23: Makefile | $(VENV)/.torch
 
 # -- on a machine with a GPU -------------------------------------------------------------------------------------------
 
-GPU_CLI := PYTHONPATH=integrations $(GPU_PYTHON) -m gptq_transformers
+GPU_CLI := PYTHONPATH=integrations $(GPU_PYTHON) -m gptq_cli
 SANITIZER := $(shell command -v compute-sanitizer)
 
 build/.gpu: setup.py $(wildcard csrc/*/*)

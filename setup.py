@@ -32,9 +32,14 @@ LEVELS = {
 }
 SANITIZE = os.environ.get("GPTQ_BACKEND_SANITIZE")  # e.g. address,undefined
 EXTRA = ["-g", "-O1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
+COMPILER = "g++ or clang++"
+if platform.system() == "Darwin":
+    COMPILER = "a compiler with OpenMP, which Apple's clang++ is not (e.g. Homebrew's gcc, named in CC and CXX)"
+# Without these options pip takes the wheel that it made, without kernels, from its cache.
+AGAIN = "then: pip install --no-cache-dir --force-reinstall --no-deps gptq-backend (or its folder)"
 LOST = {
-    "gptq_backend._cpu": "on a CPU only its slow plain-torch kernel serves. Install g++ or clang++ and install again",
-    "gptq_backend._cuda": "on NVIDIA GPUs Triton serves. Install a CUDA toolkit that fits g++ and install again",
+    "gptq_backend._cpu": f"on a CPU only its slow plain-torch kernel serves. Install {COMPILER}, {AGAIN}",
+    "gptq_backend._cuda": f"on NVIDIA GPUs Triton serves. Install a CUDA toolkit that fits g++, {AGAIN}",
 }
 
 

@@ -78,7 +78,7 @@ def cli(*arguments: Any, quiet: bool = False) -> None:
     """Run ``gptq-backend``."""
     shown = [os.path.relpath(part) if isinstance(part, Path) else str(part) for part in arguments]
     print(f"   gptq-backend {' '.join(shown)}", flush=True)
-    run(sys.executable, "-m", "gptq_transformers.cli", *arguments, capture=quiet)
+    run(sys.executable, "-m", "gptq_cli", *arguments, capture=quiet)
 
 
 def find_gguf(out: Path) -> Path:

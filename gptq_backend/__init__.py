@@ -1,13 +1,12 @@
 """GPTQ quantization and quantized linear layers for PyTorch. Imports torch and safetensors, no framework."""
 
-__version__ = "0.1.0"
-
 from .config import QuantizeConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, GPTQError
 from .kernels import KERNELS, Kernel, kernel_report, select_kernel
 from .linear import QuantLinear
 from .quantize import quantize_model
 from .reports import LayerReport, QuantizeReport
+from .version import __version__ as __version__
 from .weight import LinearSpec, QuantizedWeight
 
 __all__ = [

@@ -28,7 +28,11 @@ _cpu: Any
 try:
     _cpu = importlib.import_module("gptq_backend._cpu")
 except ImportError as error:
-    _cpu, _MISSING = None, f"the native extension is not there ({error}); reinstall with a C++ compiler"
+    _cpu = None
+    _MISSING = (
+        f"the native extension is not there ({error}); install g++ or clang++, and then gptq-backend again with pip's "
+        "options --no-cache-dir --force-reinstall --no-deps"  # or pip takes the wheel that it made without
+    )
 
 _STRIP = 16
 # A block shares one activation scale; csrc/cpu/kernel.h has the reason for the limit.

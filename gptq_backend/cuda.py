@@ -24,7 +24,11 @@ _cuda: Any
 try:
     _cuda = importlib.import_module("gptq_backend._cuda")
 except ImportError as error:
-    _cuda, _MISSING = None, f"the CUDA extension is not there ({error}); install again on a machine with nvcc"
+    _cuda = None
+    _MISSING = (
+        f"the CUDA extension is not there ({error}); install nvcc, and then gptq-backend again with pip's options "
+        "--no-cache-dir --force-reinstall --no-deps"
+    )
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Largest dense slice that exists at a time: one that a second-level cache holds would leave multiprocessors idle.

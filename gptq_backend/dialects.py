@@ -24,6 +24,7 @@ _REFUSED_METHODS = {
     "auto-round": "export it again with AutoRound's `format='auto_gptq'`",
     "intel/auto-round": "export it again with AutoRound's `format='auto_gptq'`",
     "awq": "load it with an AWQ library",
+    "compressed-tensors": "load it with vLLM, or with transformers and the package compressed-tensors",
 }
 _INTEGER = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False}

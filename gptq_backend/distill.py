@@ -110,7 +110,7 @@ def distill(
         for name, source in sources.items():
             replace_module(model, name, _quantized_linear(results[name], source))
     else:
-        logger.warning("distillation did not lower the held-out divergence (%.4f -> %.4f); undone", before, after)
+        logger.warning("distillation did not lower the held-out divergence (%.3g -> %.3g); undone", before, after)
     return DistillReport(before, after, tuple(losses), state.keep)
 
 

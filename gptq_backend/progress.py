@@ -121,7 +121,7 @@ class Progress:
 
 def digest(before: str, facts: Any, tensors: Iterable[Tensor]) -> str:
     """Of this library's version, JSON values and tensors, and of the digest ``before`` them."""
-    from . import __version__
+    from .version import __version__
 
     found = hashlib.sha256(json.dumps([__version__, before, facts], default=str).encode())
     for tensor in tensors:

@@ -1,91 +1,21 @@
-"""Write a checkpoint folder so that it exists whole or not at all."""
+"""Write the files of a checkpoint folder."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import QuantizeConfig
-from .errors import CheckpointError
+from .output import atomic_folder
 from .phases import timed
 
 _MAX_SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
-
-
-def check_output(folder: str | Path, overwrite: bool = False) -> None:
-    """Refuse a folder that holds something, before any work is done for it.
-
-    Raises:
-        CheckpointError: it is a file or a mount point, or not empty while ``overwrite`` is off.
-    """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file; expected a new or empty folder: choose another name")
-    if path.resolve().is_mount():  # of "." the parent would be itself
-        raise CheckpointError(f"{path} is a mount point, which a finished folder cannot replace; name one inside it")
-    if path.exists() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(f"{path} already exists and is not empty; choose another folder or allow overwriting it")
-
-
-@contextmanager
-def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that takes its place on success and vanishes on any exception.
-
-    A process that is killed leaves it: ``.NAME.*.partial``.
-
-    Raises:
-        CheckpointError: as :func:`check_output`, or its parent cannot be written, or the disk is full (whatever library
-            found out).
-    """
-    check_output(folder, overwrite)
-    path = Path(folder).resolve()
-    made = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise CheckpointError(f"{path.parent} cannot be written ({error.strerror}); choose another folder") from None
-    old = beside.with_suffix(".replaced")
-    try:
-        yield beside
-        for made_private in (beside, *beside.rglob("*")):  # by mkdtemp, and files by some versions of safetensors
-            follow_umask(made_private)
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
-    except (OSError, SafetensorError) as error:
-        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
-            raise CheckpointError(
-                f"no space left on the disk of {path.parent}; nothing was written: free some"
-            ) from None
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-        for parent in made:  # from the inside out, those that are still empty
-            with suppress(OSError):
-                parent.rmdir()
-
-
-def follow_umask(path: Path) -> None:
-    """Give a file or folder the permissions that a plain ``open`` or ``mkdir`` would."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_checkpoint(
@@ -107,7 +37,7 @@ def write_checkpoint(
         max_shard_bytes: start another file beyond this size.
 
     Raises:
-        CheckpointError: see :func:`atomic_folder`.
+        CheckpointError: see :func:`.output.atomic_folder`.
     """
     seen, unique = set(), {}
     for name, tensor in tensors.items():

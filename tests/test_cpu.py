@@ -358,7 +358,8 @@ def test_installs_without_a_compiler_and_says_what_is_lost(tmp_path: Path) -> No
     for options in ([], ["--inplace"]):  # as `pip install .` and `pip install -e .` do
         done = build(*options)
         assert done.returncode == 0, done.stderr
-        assert "only its slow plain-torch kernel serves. Install g++ or clang++" in done.stderr
+        assert "only its slow plain-torch kernel serves. Install" in done.stderr
+        assert "pip install --no-cache-dir --force-reinstall --no-deps gptq-backend" in done.stderr
     assert build(GPTQ_BACKEND_REQUIRE_NATIVE="1").returncode != 0
 
 
@@ -397,3 +398,12 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", tests]
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "passed" in done.stdout
+
+
+def test_a_missing_extension_says_how_to_get_it_past_pips_cache() -> None:
+    code = (
+        "import sys; sys.modules['gptq_backend._cpu'] = sys.modules['gptq_backend._cuda'] = None; "
+        "from gptq_backend import cpu, cuda; print(cpu._MISSING, cuda._MISSING)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.count("--no-cache-dir --force-reinstall --no-deps") == 2

@@ -13,8 +13,9 @@ from torch import nn
 from gptq_backend import CheckpointError, QuantizeConfig, quantize_model
 from gptq_backend.files import checkpoint_files, read_settings
 from gptq_backend.manifest import read_manifest, read_tensor
+from gptq_backend.output import atomic_folder, check_output
 from gptq_backend.reader import resolve_specs
-from gptq_backend.writer import atomic_folder, check_output, write_checkpoint
+from gptq_backend.writer import write_checkpoint
 
 
 def leftovers(parent):
@@ -80,9 +81,17 @@ def test_a_mount_point_is_refused_before_the_work_and_not_at_its_end(tmp_path, m
     check_output(tmp_path / "mounted" / "inside")
 
 
-def test_a_full_disk_gets_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        Exception("No space left on device (os error 28)"),  # of tokenizers
+    ],
+)
+def test_a_full_disk_gets_one_sentence(tmp_path, error):
     with pytest.raises(CheckpointError, match="no space left"), atomic_folder(tmp_path / "out"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     assert leftovers(tmp_path) == []
 
 

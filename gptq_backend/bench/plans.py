@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import cuda
 from ..linear import QuantLinear
+from ..locks import write_text
 from . import products
 from .layers import DTYPES, Problem, Weight
 from .machine import describe_machine
@@ -80,7 +81,7 @@ def main(target: str) -> None:
         chosen = rows[-1]["us"].get(rows[-1]["chosen"], float("nan"))
         print(f"{n}x{k} M={count:<4} {us:8.1f} us  {best:<60} chosen: {chosen / us:.2f}x that")
     result = {"machine": describe_machine(device, f"python -m gptq_backend.bench.plans {target}"), "rows": rows}
-    Path(target).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(Path(target), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,9 +15,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.errors import CalibrationError, CheckpointError, ConfigError
+from gptq_backend.locks import scratch_folder
+from gptq_backend.output import atomic_folder
 from gptq_backend.progress import Progress
 from gptq_backend.quantize import OnLayer
-from gptq_backend.writer import atomic_folder
 
 from .auto_calibration import AUTO, Choice, choose
 from .calibration_input import given, is_text, load_tokenizer, token_ids
@@ -30,8 +30,6 @@ from .quantizer import attach
 from .streaming import BlockWriter, load_streamed, load_whole, take_offloading
 
 logger = logging.getLogger(__name__)
-
-_WEIGHTS = {".safetensors", ".bin", ".pt"}  # suffixes of files that hold them
 
 
 def quantize(
@@ -104,7 +102,7 @@ def quantize(
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
         progress = Progress(None if output is None or not config.tier.trains else _progress_folder(output))
         stack.enter_context(_telling_of(progress))
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptq-offload-"))
+        scratch = stack.enter_context(scratch_folder("offload"))
         calibration = given(calibration)
         if tokenizer is None and (output is not None or is_text(calibration)):
             tokenizer = load_tokenizer(path, is_text(calibration), trust_remote_code)

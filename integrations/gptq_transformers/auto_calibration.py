@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,17 +14,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import CalibrationError
 from gptq_backend.calibration import check_fits, cut, draw, make_batches, tokenize
+from gptq_backend.locks import scratch_folder
 from gptq_backend.selection import Selection, select, sketch
 from gptq_backend.structure import evaluating
 
 from .errors import first_line
+from .memory import bytes_of, free_bytes
 from .streaming import load_streamed, load_whole, skeleton, take_offloading
 
 logger = logging.getLogger(__name__)
@@ -220,13 +220,12 @@ def _opened(
     model = skeleton(model_or_path, trust_remote_code)
     where = torch.device(device or "cpu")
     dtype = torch.float32 if where.type == "cpu" else model.dtype  # CPUs compute 16 bits slowly
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
+    needed, free = bytes_of(model, dtype), free_bytes(where)
     if needed <= free / 2:
         yield _Original(load_whole(model_or_path, dtype, trust_remote_code).to(where))
         return
     silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
-    with tempfile.TemporaryDirectory(prefix="gptq-offload-") as scratch:
+    with scratch_folder("offload") as scratch:
         model = load_streamed(model_or_path, scratch, None, block_name, trust_remote_code)
         yield _Original(model, silent, take_offloading(model, block_name), lambda block: block.to("meta"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_backend import GPTQError, QuantizeConfig, quantize_model
 from gptq_backend.bench.layers import DTYPES
+from gptq_backend.locks import scratch_folder
 from gptq_backend.phases import Recorder, record
 
 from .bench_shape import SHAPES
@@ -85,7 +85,7 @@ def run(
     tokens = torch.randint(0, vocabulary, (samples, seqlen), generator=torch.Generator().manual_seed(0))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with tempfile.TemporaryDirectory(prefix="gptq-bench-") as folder, record(device) as recorder:
+    with scratch_folder("bench") as folder, record(device) as recorder:
         laps, writer = _Laps(recorder), BlockWriter.of(model, Path(folder))
         assert writer is not None
 

@@ -21,6 +21,7 @@ from gptq_backend import QuantLinear
 from gptq_backend.bench import products
 from gptq_backend.bench.layers import DTYPES, Problem, Weight
 from gptq_backend.bench.machine import describe_machine
+from gptq_backend.locks import write_text
 
 from . import bench_model
 
@@ -102,7 +103,7 @@ def main(arguments: list[str]) -> None:
     command = "python -m gptq_transformers.bench_shape " + " ".join(arguments)
     result = {"machine": describe_machine(device, command), "shape": asked.shape, "bytes": memory}
     result["rows"] = [dataclasses.asdict(row) for row in rows]
-    asked.target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(asked.target, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

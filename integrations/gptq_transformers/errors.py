@@ -13,7 +13,12 @@ from gptq_backend import GPTQError
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, or the name of its type if it has none."""
+    """Of its message, or the name of its type if it has none; in short, if it asks whether to run a model's code."""
+    if "trust_remote_code" in str(error) and not isinstance(error, GPTQError):
+        return (
+            "it comes with Python code of its own, which is not run unasked; read it, and if you trust it pass "
+            "--trust-remote-code (trust_remote_code=True in Python)"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

@@ -220,6 +220,7 @@ def load_model(
     dtype: str | None = None,
     device: str = "cpu",
     backend: str | None = None,
+    *,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A language model to evaluate, quantized or not.
@@ -230,7 +231,7 @@ def load_model(
             matrix products are slow or inexact, and ``auto`` elsewhere.
         device: where it runs.
         backend: row of the kernel table for a quantized model.
-        trust_remote_code: let code that comes with the model run.
+        trust_remote_code: run the Python code that comes with the model; without, such a model is refused.
 
     Raises:
         GPTQError: no such model or device, the model cannot be loaded, or it does not predict the next token.
@@ -249,7 +250,7 @@ def load_model(
     if device != "cpu":
         options["device_map"] = device
     with loading(path), warnings.catch_warnings():
-        if not is_quantized(path):
+        if not is_quantized(path, trust_remote_code):
             return from_pretrained(class_of(config, path, trust_remote_code), path, **options).eval()
         if backend is not None:
             options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
@@ -270,9 +271,13 @@ def require_model(path: str | Path) -> None:
                     f"{path} holds an adapter (adapter_config.json) and no model; merge it into its base model (peft: "
                     "merge_and_unload(), then save_pretrained), and pass that folder"
                 )
+            if files := sorted(folder.glob("*.gguf")):
+                raise GPTQError(_convert_gguf(files[0]))
             raise GPTQError(f"{path} holds no config.json; expected a model folder as save_pretrained writes it")
     elif folder.exists():
-        raise GPTQError(f"{path} is a file; expected a model folder as save_pretrained writes it")
+        if folder.suffix == ".gguf":
+            raise GPTQError(_convert_gguf(folder))
+        raise GPTQError(f"{path} is a file; expected the folder that holds the weights, config.json and tokenizer")
     elif folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         raise GPTQError(f"{path} does not exist; expected a model folder")
     elif not any(_is_cached(str(path), name) for name in ("config.json", "adapter_config.json")):
@@ -284,6 +289,15 @@ def require_model(path: str | Path) -> None:
             ) from None
         except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
             raise GPTQError(f"no folder {path} exists, and the hub could not be reached: {error}") from None
+
+
+def _convert_gguf(file: Path) -> str:
+    """What to do with a model in GGUF's format."""
+    source = f"from_pretrained({str(file.parent)!r}, gguf_file={file.name!r})"
+    return (
+        f"{file} is a GGUF file; expected a model folder: make one with transformers, calling "
+        f"AutoModelForCausalLM.{source}.save_pretrained(FOLDER) and the same with AutoTokenizer"
+    )
 
 
 def _is_cached(model: str, file: str) -> bool:
@@ -304,13 +318,14 @@ def require_device(name: str) -> None:
         raise GPTQError(f"device {name!r} cannot be used here; choose one like cpu or cuda:0 ({reason})") from None
 
 
-def is_quantized(path: str | Path) -> bool:
+def is_quantized(path: str | Path, trust_remote_code: bool = False) -> bool:
     """Whether a model's configuration says that it is quantized."""
     folder = Path(path)
     if any((folder / name).is_file() for name in ("quantize_config.json", "quant_config.json")):
         return True
     if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return getattr(config, "quantization_config", None) is not None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gptq_backend import QuantizeConfig
 from gptq_backend.files import INDEX, STANDARD_FILES, checkpoint_files, embedded_settings, read_json, read_settings
+from gptq_backend.locks import Scratch
 from gptq_backend.manifest import read_manifest
 
 from .errors import loading
@@ -42,14 +42,16 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     weights = checkpoint_files(source, settings)
     if _is_standard(source):
         return _load(path, path, kwargs)
-    view = tempfile.TemporaryDirectory(prefix="gptq-view-")
-    _link_as_standard(source, settings, weights, Path(view.name))
-    model = _load(path, view.name, kwargs)
+    view, model = Scratch("view"), None
+    try:
+        _link_as_standard(source, settings, weights, Path(view.path))
+        model = _load(path, view.path, kwargs)
+    finally:
+        if model is not None and "disk" in getattr(model, "hf_device_map", {}).values():
+            weakref.finalize(model, view.remove)  # weights are read through it
+        else:
+            view.remove()
     model.name_or_path = model.config._name_or_path = str(path)
-    if "disk" in getattr(model, "hf_device_map", {}).values():
-        weakref.finalize(model, view.cleanup)  # weights are read through it
-    else:
-        view.cleanup()
     return model
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import re
 import statistics
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import transformers
 
 from gptq_backend import QuantizeReport
 from gptq_backend import __version__ as version
-from gptq_backend.writer import follow_umask
+from gptq_backend.locks import write_text
 
 JSON_NAME, HTML_NAME = "quantize_report.json", "quantize_report.html"
 
@@ -49,7 +47,8 @@ th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--li
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child, td.left { text-align: left; }
 tr.odd td { color: var(--odd); } summary { cursor: pointer; margin: 8px 0; } code { font-size: 13px; }
 """
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 128, 52, 8, 18  # of one panel, in SVG units
+_WIDTH, _HEIGHT, _TOP, _BOTTOM = 360, 128, 12, 18  # of one panel, in SVG units
+_CHARACTER, _SPACE = 6.2, 5  # width of a digit of the labels at most; between a label and its line
 
 
 def make_report(
@@ -72,9 +71,6 @@ def make_report(
     layers = [dataclasses.asdict(layer) for layer in report.layers]
     for layer in layers:
         layer["needed_help"] = calibration is not None and layer["method"] != "cholesky"
-    worst = max(
-        layers, key=lambda layer: math.inf if math.isnan(loss := layer["relative_loss"]) else loss, default=None
-    )
     errors = [layer["relative_loss"] for layer in layers if math.isfinite(layer["relative_loss"])]
     return {
         "model": str(model),
@@ -83,7 +79,7 @@ def make_report(
         "calibration": None if calibration is None else dict(calibration),
         "modules": len(layers),
         "mean_relative_loss": statistics.fmean(errors) if errors else None,
-        "worst_module": worst and worst["name"],
+        "worst_module": max(layers, key=_badness)["name"] if layers else None,
         "blocks": [dataclasses.asdict(block) for block in report.blocks],
         "distillation": distilled and {key: getattr(distilled, key) for key in ("before", "after", "kept")},
         "evaluation": None,
@@ -100,6 +96,11 @@ def make_report(
     }
 
 
+def _badness(layer: Mapping[str, Any]) -> float:
+    """For sorting; NaN, which compares with nothing, is the worst."""
+    return layer["relative_loss"] if math.isfinite(layer["relative_loss"]) else math.inf
+
+
 def weights_size(path: str | Path) -> int | None:
     """Bytes of a folder's weight files; None for a name on a hub."""
     folder = Path(path)
@@ -113,21 +114,8 @@ def write_reports(report: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write both files into ``folder``, each whole or not at all. Returns their paths (JSON, HTML)."""
     text = json.dumps(finite(report), indent=2) + "\n"
     for name, content in ((JSON_NAME, text), (HTML_NAME, render_html(report))):
-        write_atomically(folder / name, content)
+        write_text(folder / name, content)
     return folder / JSON_NAME, folder / HTML_NAME
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file beside ``path`` and rename it, so that no half of it is ever seen."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        follow_umask(Path(partial))  # mkstemp makes it private
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def finite(value: Any) -> Any:
@@ -167,7 +155,7 @@ over a bar for its module.{note} The tables' column "steps" is the error after t
 refinement.</p>{legend}
 <div class="grid panels">{panels}</div>
 <h2>Worst modules</h2>
-{_table(sorted(layers, key=lambda layer: -layer["relative_loss"])[:10])}
+{_table(sorted(layers, key=_badness, reverse=True)[:10])}
 {_blocks(report["blocks"])}
 <details><summary>All {len(layers)} modules, in the order they were done</summary>{_table(layers)}</details>
 <details><summary>Settings</summary><pre><code>{escape(json.dumps(finite(report["settings"]), indent=2))}
@@ -186,12 +174,26 @@ def by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 
 
 def percent(share: float | None) -> str:
-    """Three significant digits, and no exponent for the values that occur."""
-    if share is None or not math.isfinite(share):
+    """Three significant digits."""
+    return "n/a" if share is None or not math.isfinite(share) else f"{significant(100 * share)} %"
+
+
+def significant(value: float | None) -> str:
+    """Three significant digits, without an exponent down to a millionth."""
+    if value is None or not math.isfinite(value):
         return "n/a"
-    value = 100 * share
-    digits = 2 if value == 0 else max(0, min(5, 2 - math.floor(math.log10(abs(value)))))
-    return f"{value:.{digits}f} %"
+    if value == 0 or abs(value) < 1e-6:
+        return f"{value:.2e}" if value else "0.00"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A figure and its standard error, to the same place: 0.00123 ± 0.00005."""
+    shown = significant(value)
+    if error is None or not math.isfinite(error):
+        return shown
+    places = len(shown.partition(".")[2]) if "e" not in shown else 0
+    return f"{shown} ± {error:.{places}f}" if float(f"{error:.{places}f}") else f"{shown} ± {significant(error)}"
 
 
 def megabytes(size: int | None) -> str:
@@ -239,11 +241,10 @@ def _cards(report: Mapping[str, Any]) -> str:
         (", ".join(methods), "method"),
     ]
     if (found := report["evaluation"]) is not None:
-        error = "" if found["kld_stderr"] is None else f" ± {found['kld_stderr']:.4f}"
-        cards.insert(2, (f"{found['kld']:.4f}{error}", "KL divergence, nats"))
+        cards.insert(2, (with_error(found["kld"], found["kld_stderr"]), "KL divergence, nats"))
     if (found := report["distillation"]) is not None:
         label = "held-out KL divergence, distilled" + ("" if found["kept"] else "; undone")
-        cards.insert(2, (f"{found['before']:.4f} → {found['after']:.4f}", label))
+        cards.insert(2, (f"{significant(found['before'])} → {significant(found['after'])}", label))
     return "".join(f'<div class="card"><b>{escape(value)}</b><span>{label}</span></div>' for value, label in cards)
 
 
@@ -266,25 +267,34 @@ def _choice(choice: Mapping[str, Any] | None) -> str:
 <div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"""
 
 
+def _axis(top: float, show: Callable[[float], str]) -> tuple[float, str]:
+    """Three lines from zero to ``top`` with their labels -> where the plot begins (so that none is cut), and SVG."""
+    labels = {share: show(share * top) for share in (0.0, 0.5, 1.0)}
+    left = max(map(len, labels.values())) * _CHARACTER + _SPACE
+    parts = []
+    for share, label in labels.items():
+        y = _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
+        parts.append(f'<line x1="{left:.1f}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - _SPACE:.1f}" y="{y + 3:.1f}" text-anchor="end">{label}</text>')
+    return left, "".join(parts)
+
+
 def _curve(points: Sequence[Mapping[str, Any]]) -> str:
     """One SVG chart of two lines over the number of windows, doublings evenly spaced."""
     base, reach = _HEIGHT - _BOTTOM, math.log2(max(points[-1]["samples"], 2))
     shown = [value for point in points for value in (point["training"], point["held_out"]) if math.isfinite(value)]
     top = max(shown)
-    parts = []
-    for share in (0.0, 0.5, 1.0):
-        y = base - share * (base - _TOP)
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{share * top:.2f}</text>')
+    left, axis = _axis(top, significant)
+    parts = [axis]
     for key, color in (("training", "--soft"), ("held_out", "--bar")):
         at = [
-            (_LEFT + (_WIDTH - _LEFT) * math.log2(point["samples"]) / reach, base - (base - _TOP) * point[key] / top)
+            (left + (_WIDTH - left) * math.log2(point["samples"]) / reach, base - (base - _TOP) * point[key] / top)
             for point in points
             if math.isfinite(point[key])
         ]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         parts.append(f'<polyline points="{line}" style="fill:none;stroke:var({color});stroke-width:2"/>')
-    for number, x, anchor in ((1, _LEFT, "start"), (points[-1]["samples"], _WIDTH, "end")):
+    for number, x, anchor in ((1, left, "start"), (points[-1]["samples"], _WIDTH, "end")):
         parts.append(f'<text x="{x}" y="{_HEIGHT - 5}" text-anchor="{anchor}">{number}</text>')
     return (
         '<figure class="card"><figcaption>predicted error by windows<span>held out (blue), chosen (grey)</span>'
@@ -298,26 +308,23 @@ def _panel(kind: str, layers: Sequence[Mapping[str, Any]]) -> str:
     errors = [layer["relative_loss"] if math.isfinite(layer["relative_loss"]) else 0.0 for layer in layers]
     top = max(errors) or 1.0
     plot, base = _HEIGHT - _TOP - _BOTTOM, _HEIGHT - _BOTTOM
-    step = (_WIDTH - _LEFT) / max(len(layers), 8)
+    left, axis = _axis(top, percent)
+    step = (_WIDTH - left) / max(len(layers), 8)
     gap = 0.2 * step if step > 4 else 0.0
-    parts = []
-    for share in (0.0, 0.5, 1.0):
-        y = base - share * plot
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{percent(share * top)}</text>')
+    parts = [axis]
     for i, (layer, error) in enumerate(zip(layers, errors, strict=True)):
         height = max(plot * error / top, 0.8)
         tip = f"{layer['name']}: {percent(layer['relative_loss'])}, {layer['bits']} bits, {layer['method']}"
         tip += f", damping {layer['damp_percent']:.3g}, {layer['tokens']} tokens, {layer['seconds']:.2f} s"
         odd = ' class="odd"' if layer["needed_help"] else ""
         parts.append(
-            f'<rect{odd} x="{_LEFT + i * step + gap / 2:.2f}" y="{base - height:.2f}" width="{step - gap:.2f}" '
+            f'<rect{odd} x="{left + i * step + gap / 2:.2f}" y="{base - height:.2f}" width="{step - gap:.2f}" '
             f'height="{height:.2f}" rx="{min(1.5, step / 4):.2f}"><title>{escape(tip)}</title></rect>'
         )
     for i, anchor in {0: "start", len(layers) - 1: "end"}.items():
         number = re.search(r"\.(\d+)\.", layers[i]["name"])
         if number:
-            x = _LEFT + (i + (anchor == "end")) * step
+            x = left + (i + (anchor == "end")) * step
             parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 5}" text-anchor="{anchor}">{number[1]}</text>')
     label = escape(f"Error of {kind} by block")
     return (

@@ -1,53 +1,28 @@
-"""What the commands share: errors as one line, logging, JSON output, the progress bar, reading text files."""
+"""What the commands share: errors as one line, logging, what goes to the terminal, JSON, progress, text files."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from safetensors import SafetensorError
-from typer.core import TyperGroup
 
 from gptq_backend import CalibrationError, GPTQError, LayerReport
+from gptq_backend.locks import write_text
 
 from .errors import first_line, is_out_of_memory
-from .report import duration, finite, percent, write_atomically
-
-Json = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout, and nothing else goes there."),
-]
-INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
-
-
-class CommandGroup(TyperGroup):
-    """Ends what a user can cause with one line on stderr and exit code 1; anything else is a bug, with its trace."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with _terminate_like_interrupt():
-            try:
-                return super().invoke(ctx)
-            except KeyboardInterrupt:
-                print("interrupted; nothing was left half-written", file=sys.stderr)
-                raise typer.Exit(INTERRUPTED) from None
-            except Exception as error:
-                message = explain(error)
-                if message is None:
-                    raise
-                print(f"error: {message}", file=sys.stderr)
-                raise typer.Exit(1) from None
+from .report import duration, finite, percent, significant
 
 
 def explain(error: Exception) -> str | None:
@@ -67,27 +42,35 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM (``timeout``, job schedulers) unwinds like Ctrl-C, so that temporary folders vanish."""
+def printable(text: str) -> str:
+    r"""``text`` with what is not printable as an escape (``\x1b``), but line ends and tabs: names and values that come
+    from files must not steer the terminal.
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
 
-    def stop(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread, which is where Python allows this
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class TerminalConsole(Console):
+    """A console on which text is only ever text: no markup, no links, no control characters but rich's own."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Whatever is printed comes by here."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def say(text: str) -> None:
+    """A line of a result, to stdout."""
+    typer.echo(printable(text))
 
 
 def stderr_console() -> Console:
     """Progress and warnings go to stderr, so that stdout holds results only."""
-    return Console(stderr=True, highlight=False)
+    return TerminalConsole(stderr=True)
 
 
 def set_up_logging(console: Console, ignore: str | None = None) -> None:
@@ -100,7 +83,7 @@ def set_up_logging(console: Console, ignore: str | None = None) -> None:
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     handler.addFilter(lambda record: record.name != ignore)
-    for name in ("gptq_backend", "gptq_transformers"):
+    for name in ("gptq_backend", "gptq_transformers", "gptq_cli"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -126,7 +109,7 @@ def write_json(target: str | None, value: Mapping[str, Any]) -> None:
     if target == "-":
         sys.stdout.write(text)
     else:
-        write_atomically(Path(target), text)
+        write_text(Path(target), text)
 
 
 def read_text(path: Path) -> str:
@@ -135,8 +118,13 @@ def read_text(path: Path) -> str:
     Raises:
         GPTQError: it does not exist or is not text.
     """
-    if not path.is_file():
-        raise GPTQError(f"{path} is not a file; expected a text file in UTF-8")
+    if not path.exists():
+        raise GPTQError(
+            f"{path} is not a file; expected a text file in UTF-8 (names of data sets are not looked up: save some of "
+            "its text to a file)"
+        )
+    if path.is_dir():
+        raise GPTQError(f"{path} is a folder; expected a text file in UTF-8")
     try:
         return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -149,6 +137,12 @@ def read_calibration(path: Path) -> list[str]:
     Raises:
         GPTQError: see :func:`read_text`. CalibrationError: a line of a ``.jsonl`` file is neither, or it has none.
     """
+    if not path.exists():
+        raise CalibrationError(
+            f"{path} is not a file; expected a text file (UTF-8, or .jsonl with a text per line), or auto: names of "
+            "data sets are not looked up, so save some of its text to a file, or pass --calibration auto, which needs "
+            "no text"
+        )
     text = read_text(path)
     if path.suffix != ".jsonl":
         return [text]
@@ -226,7 +220,7 @@ class LayerProgress:
             self._distilling = True
             self._begun = time.perf_counter(), done - 1  # the first steps may be of an earlier run
             self._bar.reset(self._task, total=total, completed=done - 1)
-        self._show("distillation", f"divergence {divergence:.4f}", done, total)
+        self._show("distillation", f"divergence {significant(divergence)}", done, total)
 
     def _show(self, name: str, result: str, done: int, total: int) -> None:
         self._bar.update(self._task, description=name, completed=done, total=total, result=result)
@@ -234,4 +228,4 @@ class LayerProgress:
         if not self._console.is_terminal and (done % tenth == 0 or done == total):
             start, before = self._begun
             left = duration((time.perf_counter() - start) / (done - before) * (total - done))
-            print(f"{done}/{total} {name}: {result}, {left} left", file=sys.stderr, flush=True)
+            print(printable(f"{done}/{total} {name}: {result}, {left} left"), file=sys.stderr, flush=True)

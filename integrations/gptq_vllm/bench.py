@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from gptq_backend.bench.machine import describe_machine
+from gptq_backend.locks import write_text
 
 PROMPT = 512
 CASES = ("decode", "batch 8", "prefill")
@@ -86,7 +87,7 @@ def _write(file: Path | None, rates: dict[str, Any], steps: dict[str, Any]) -> N
 
     machine = describe_machine(torch.device("cpu"), " ".join(["python -m gptq_vllm.bench", *sys.argv[1:]]))
     report = {"machine": machine, "vllm": vllm.__version__, "tokens/s": rates, "ms per step": steps}
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(file, json.dumps(report, indent=1) + "\n")
 
 
 def _ask(child: subprocess.Popen[str], question: str) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from gptq_transformers.cli import app
+from gptq_cli.app import app
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT = DATA / "wikitext2-valid-excerpt.txt"

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from gptq_backend import CalibrationError, ConfigError
-from gptq_transformers import auto_calibration, quantize
+from gptq_cli.app import app
+from gptq_transformers import auto_calibration, memory, quantize
 from gptq_transformers.auto_calibration import MODEL, USER, choose, packaged_texts
-from gptq_transformers.cli import app
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests" / "data" / "checkpoints" / "llama-4-32-sym" / "tokenizer.json"
@@ -114,7 +114,7 @@ def test_a_folder_gives_the_same_choice_whole_and_block_by_block(folder: Path, m
     whole = choose(folder, tokenizer(), **SMALL)
     monkeypatch.setattr(auto_calibration, "_sampled", lambda *_: "not now")
     mute = choose(folder, tokenizer(), **SMALL)
-    monkeypatch.setattr(auto_calibration.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1})())
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1})())
     streamed = choose(folder, tokenizer(), **SMALL)
     assert MODEL in whole.sources
     assert torch.equal(streamed.samples, mute.samples)
@@ -184,7 +184,9 @@ def test_the_models_text_begins_as_the_tokenizer_begins_a_text(prefix: list[int]
 
 
 def test_text_that_is_too_short_is_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"two windows of seqlen=32 .* it has 1"):
+    with pytest.raises(
+        CalibrationError, match=r"at least two windows of seqlen=32 tokens from your text, but it has 1"
+    ):
         choose(model(), tokenizer(), "x" * 50, **SMALL)
     with pytest.raises(CalibrationError, match="empty"):
         choose(model(), tokenizer(), ["", "  "], **SMALL)

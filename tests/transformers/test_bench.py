@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 from gptq_backend import QuantizeConfig
 from gptq_backend.bench import machine, products, timing
 from gptq_backend.bench.layers import Problem, Weight
+from gptq_cli.app import app
 from gptq_transformers import bench_quantize
-from gptq_transformers.cli import app
 from tests.transformers.checkpoints import VERSION_4
 
 CPU = torch.device("cpu")

@@ -1,4 +1,7 @@
-"""The command line: ``gptq-backend bench gemm``, ``bench model`` and ``bench quantize``. See docs/cli.md."""
+"""The command line: ``gptq-backend bench gemm``, ``bench model`` and ``bench quantize``. See docs/cli.md.
+
+As in ``app``, what they work with is imported when they run.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,22 @@ import itertools
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from gptq_backend import ConfigError, QuantizeConfig
-from gptq_backend.bench import gemm, machine
-from gptq_backend.bench.layers import DTYPES, Problem
-from gptq_backend.bench.products import Peer
-from gptq_backend.bench.timing import threads
+from .options import Device, Json, TrustRemoteCode
 
-from . import terminal
+if TYPE_CHECKING:
+    import torch
+
+    from gptq_backend.bench.gemm import Row
+    from gptq_backend.bench.layers import Problem
 
 app = typer.Typer(
     help="Measure speed: of a layer's product, a model's generation, or quantizing.", no_args_is_help=True
 )
 
-Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda:0.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")]
 
 
@@ -34,7 +35,7 @@ def bench_gemm(
         list[str] | None, typer.Option(metavar="NxK", help="Output and input features (repeatable).")
     ] = None,
     shapes: Annotated[
-        list[str] | None, typer.Option(metavar="LIST", help=f"Layers of a model: {', '.join(gemm.SHAPES)} or all.")
+        list[str] | None, typer.Option(metavar="LIST", help="Layers of a model, e.g. llama2-7b, or all.")
     ] = None,
     m: Annotated[str, typer.Option("--m", metavar="M,...", help="Rows of activations.")] = "1,4,16,64,256,1024",
     bits: Annotated[str, typer.Option(metavar="B,...", help="Widths of a code.")] = "4",
@@ -55,10 +56,17 @@ def bench_gemm(
     seconds: Annotated[float, typer.Option(help="Time per row.")] = 1.0,
     device: Device = "cpu",
     thread_count: Threads = None,
-    json_target: terminal.Json = None,
+    json_target: Json = None,
 ) -> None:
     """Time y = x @ W.T of one quantized layer: ours, F.linear, torch's int4 product, peers, and the hardware's roof."""
-    from .evaluate import require_device
+    import torch
+
+    from gptq_backend.bench import gemm, machine
+    from gptq_backend.bench.layers import Problem
+    from gptq_backend.bench.products import Peer
+    from gptq_backend.bench.timing import threads
+    from gptq_transformers import terminal
+    from gptq_transformers.evaluate import require_device
 
     console = terminal.stderr_console()
     terminal.set_up_logging(console)
@@ -98,6 +106,8 @@ def bench_gemm(
 
 def _measure_machine(device: torch.device, json_target: str | None, console: Any) -> dict[str, Any]:
     """``machine`` and ``ceilings`` of a result, which are printed too."""
+    from gptq_backend.bench import machine
+
     described = machine.describe_machine(device, shlex.join(["gptq-backend", *sys.argv[1:]]))
     with console.status("ceilings", spinner="line"):
         ceilings = machine.measure_ceilings(device)
@@ -118,7 +128,7 @@ def _gemm_heading(problem: Problem) -> str:
     return title + f"{'M':>5}  {'kernel':<28}{'us':>10}{'+-':>6}{'GB/s':>8}{'roof':>7}{'x linear':>10}{'error':>10}"
 
 
-def _gemm_line(row: gemm.Row) -> str:
+def _gemm_line(row: Row) -> str:
     start = f"{row.M:>5}  {row.kernel:<28}"
     if row.us is None or row.spread is None:
         return f"{start}  {row.reason}"
@@ -129,6 +139,9 @@ def _gemm_line(row: gemm.Row) -> str:
 
 
 def _shapes(shape: Sequence[str] | None, lists: Sequence[str] | None) -> list[tuple[int, int]]:
+    from gptq_backend import ConfigError
+    from gptq_backend.bench import gemm
+
     found = []
     for text in shape or []:
         n, _, k = text.lower().partition("x")
@@ -143,6 +156,8 @@ def _shapes(shape: Sequence[str] | None, lists: Sequence[str] | None) -> list[tu
 
 
 def _numbers(option: str, text: str, allowed: Sequence[int] = ()) -> list[int]:
+    from gptq_backend import ConfigError
+
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
@@ -154,6 +169,9 @@ def _numbers(option: str, text: str, allowed: Sequence[int] = ()) -> list[int]:
 
 
 def _dtypes(text: str) -> list[str]:
+    from gptq_backend import ConfigError
+    from gptq_backend.bench.layers import DTYPES
+
     for name in text.split(","):
         if name not in DTYPES:
             raise ConfigError(f"--dtype {text}: expected {', '.join(DTYPES)}, separated by commas")
@@ -162,7 +180,9 @@ def _dtypes(text: str) -> list[str]:
 
 @app.command("model")
 def bench_model(
-    model: Annotated[str, typer.Argument(help="Folder or name of a model, quantized or not.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or name of a model, quantized or not.", show_default=False)
+    ],
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Model to alternate with, usually the original.")
     ] = None,
@@ -171,16 +191,24 @@ def bench_model(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="What both compute in: bf16, fp16 or fp32.")] = "bf16",
     backend: Annotated[str | None, typer.Option(help="Row of the kernel table. Default: the fastest.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too, beside eager.")] = False,
     profiled: Annotated[bool, typer.Option("--profile", help="Say where the time goes.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
     device: Device = "cpu",
     thread_count: Threads = None,
-    json_target: terminal.Json = None,
+    json_target: Json = None,
 ) -> None:
     """Tokens per second of MODEL and REF for prefill and decode, through transformers' generate."""
-    from . import bench_model as bench
-    from .evaluate import load_model, require_device, require_model
+    import torch
+
+    from gptq_backend import ConfigError
+    from gptq_backend.bench import gemm
+    from gptq_backend.bench.layers import DTYPES
+    from gptq_backend.bench.timing import threads
+    from gptq_transformers import bench_model as bench
+    from gptq_transformers import terminal
+    from gptq_transformers.evaluate import load_model, require_device, require_model
 
     console = terminal.stderr_console()
     terminal.set_up_logging(console)
@@ -197,7 +225,8 @@ def bench_model(
         with console.status("generating", spinner="line"):
             for path in paths:
                 name = str(DTYPES[dtype]).removeprefix("torch.")
-                models.append((path, load_model(path, name, device, backend)))
+                loaded = load_model(path, name, device, backend, trust_remote_code=trust_remote_code)
+                models.append((path, loaded))
             rows = bench.run(models, batch, prompt, new_tokens, repeats, compiled)
             result["rows"] = [dataclasses.asdict(row) for row in rows]
             if profiled:
@@ -249,11 +278,18 @@ def bench_quantize(
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
     device: Device = "cpu",
     thread_count: Threads = None,
-    json_target: terminal.Json = None,
+    json_target: Json = None,
 ) -> None:
     """Time by phase and memory of quantizing blocks with random weights, and the time of the whole model from it."""
-    from . import bench_quantize as bench
-    from .evaluate import require_device
+    import torch
+
+    from gptq_backend import ConfigError, QuantizeConfig
+    from gptq_backend.bench import machine
+    from gptq_backend.bench.layers import DTYPES
+    from gptq_backend.bench.timing import threads
+    from gptq_transformers import bench_quantize as bench
+    from gptq_transformers import terminal
+    from gptq_transformers.evaluate import require_device
 
     console = terminal.stderr_console()
     terminal.set_up_logging(console, ignore="gptq_backend.kernels")

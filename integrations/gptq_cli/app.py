@@ -1,0 +1,278 @@
+"""The command line: ``gptq-backend quantize``, ``eval``, ``inspect`` and ``bench``. See docs/cli.md.
+
+Commands import what they work with when they run: torch and transformers take seconds, help and wrong usage none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import bench
+from .group import CommandGroup
+from .options import Device, Json, TrustRemoteCode
+
+app = typer.Typer(
+    name="gptq-backend",
+    cls=CommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench.app, name="bench")
+
+
+def _show_version(asked: bool) -> None:
+    if not asked:
+        return
+    package = importlib.util.find_spec("gptq_backend")  # not imported, which would import torch
+    assert package is not None
+    assert package.origin is not None
+    version = runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"]
+    typer.echo(f"gptq-backend {version}")
+    raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Make, measure and examine GPTQ checkpoints."""
+
+
+class Format(str, Enum):
+    """``checkpoint_format``."""
+
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    gptq_p = "gptq_p"
+
+
+class Quality(str, Enum):
+    """``quality``."""
+
+    fast = "fast"
+    default = "default"
+    best = "best"
+
+
+class Dtype(str, Enum):
+    """What a model computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub name of the original model.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)
+    ],
+    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with a free zero.")] = True,
+    desc_act: Annotated[bool, typer.Option("--desc-act", help="Act-order: a real g_idx in the checkpoint.")] = False,
+    static_groups: Annotated[bool, typer.Option("--static-groups", help="Fit grids before the column loop.")] = False,
+    act_group_aware: Annotated[
+        bool | None,
+        typer.Option(help="Act-order that keeps g_idx trivial. Default: unless --desc-act or --static-groups."),
+    ] = None,
+    damp_percent: Annotated[
+        float, typer.Option(help="Damping, as a share of the median of the Hessian's diagonal.")
+    ] = 0.15,
+    true_sequential: Annotated[bool, typer.Option(help="Layers see inputs from quantized layers.")] = True,
+    quality: Annotated[Quality, typer.Option(help="How much work to put into accuracy.")] = Quality.default,
+    token_weights: Annotated[
+        bool, typer.Option(help="Before attention, count each token by what an error there changes.")
+    ] = True,
+    scale_search: Annotated[bool, typer.Option(help="Search scales for the least error instead of min-max.")] = True,
+    signed_scales: Annotated[
+        bool | None,
+        typer.Option(help="Allow negative scales; off for readers that insist on positive ones.", show_default=False),
+    ] = None,
+    search_finalists: Annotated[
+        int | None,
+        typer.Option(min=1, help="Candidate scales to try with error feedback. Default: by quality."),
+    ] = None,
+    refine_sweeps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Refinements of scales and codes after the loop. Default: by quality."),
+    ] = None,
+    block_epochs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Passes of training each block's scales and norms. Default: by quality."),
+    ] = None,
+    distill_epochs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Passes of training those of the whole model at the end. Default: by quality."),
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
+    keep_edge_blocks: Annotated[int, typer.Option(help="Leave so many first and last blocks in 16 bits.")] = 0,
+    dynamic: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Per-module rules: {regex: overrides}; '-:regex' skips."),
+    ] = None,
+    checkpoint_format: Annotated[
+        Format, typer.Option("--format", help="How zeros and codes are stored.")
+    ] = Format.gptq,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|auto",
+            help="Text to calibrate on: UTF-8, or .jsonl with a text per line; or auto, which chooses some.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For --calibration auto: text like what the model will read."),
+    ] = None,
+    rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest, without calibration.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")] = 64,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
+    block_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="List of blocks to quantize. Default: the language model's."),
+    ] = None,
+    kld_windows: Annotated[
+        int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
+    ] = 4,
+    device: Annotated[str, typer.Option(help="Where to compute, a block at a time, e.g. cpu or cuda:0.")] = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")] = False,
+    json_target: Json = None,
+) -> None:
+    """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
+    if (calibration is None) != rtn:
+        raise typer.BadParameter(
+            "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read), --calibration "
+            "auto (GPTQ on text that it chooses) or --rtn (round to nearest, no text needed, less accurate)"
+        )
+    if text is not None and calibration != "auto":
+        raise typer.BadParameter("--text goes with --calibration auto; for that text alone, pass --calibration FILE")
+    if rtn and (quality is Quality.best or block_epochs or distill_epochs):
+        raise typer.BadParameter(
+            "--quality best, --block-epochs and --distill-epochs train on calibration text, and --rtn has none; pass "
+            "--calibration FILE instead of --rtn, or leave them out"
+        )
+    settings = {
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "desc_act": desc_act,
+        "static_groups": static_groups,
+        "act_group_aware": act_group_aware,
+        "damp_percent": damp_percent,
+        "true_sequential": true_sequential,
+        "quality": quality.value,
+        "token_weights": token_weights,
+        "scale_search": scale_search,
+        "signed_scales": signed_scales,
+        "search_finalists": search_finalists,
+        "refine_sweeps": refine_sweeps,
+        "block_epochs": block_epochs,
+        "distill_epochs": distill_epochs,
+        "lm_head": lm_head,
+        "keep_edge_blocks": keep_edge_blocks,
+        "checkpoint_format": checkpoint_format.value,
+    }
+    from .quantizing import Source, run
+
+    source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
+    run(
+        model,
+        out,
+        settings,
+        dynamic,
+        source,
+        batch_size=batch_size,
+        block_name=block_name,
+        kld_windows=kld_windows,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        json_target=json_target,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or name of a model, quantized or not.", show_default=False)
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="REF", help="Model to compare with, usually the original.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="UTF-8 text that MODEL was not calibrated on.", show_default=False),
+    ] = None,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, from the start of the text.")] = 12,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="What to compute in. Default: float32 on a CPU, else as stored.", show_default=False),
+    ] = None,
+    device: Device = "cpu",
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Row of the kernel table. Default: the fastest that fits.", show_default=False),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_target: Json = None,
+) -> None:
+    """Perplexity of MODEL; with --reference also how far its predictions are from the reference's."""
+    if text is None:
+        raise typer.BadParameter("pass --text FILE: some 50 kB of UTF-8 text that the model was not calibrated on")
+    from .evaluating import run
+
+    run(
+        model,
+        reference,
+        text,
+        seqlen=seqlen,
+        windows=windows,
+        dtype=dtype.value if dtype else None,
+        device=device,
+        backend=backend,
+        trust_remote_code=trust_remote_code,
+        json_target=json_target,
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a quantized checkpoint.", show_default=False)],
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Devices to choose kernels for (repeatable). Default: all of this machine."),
+    ] = None,
+    json_target: Json = None,
+) -> None:
+    """What is quantized in PATH and how, what is odd about it, and which kernel would serve it. Loads no model."""
+    from gptq_backend import CheckpointError
+    from gptq_transformers import terminal
+    from gptq_transformers.inspection import inspect_checkpoint, print_inspection
+
+    terminal.set_up_logging(terminal.stderr_console())
+    terminal.check_json_target(json_target)
+    found = inspect_checkpoint(path, device)
+    terminal.write_json(json_target, found)
+    if json_target != "-":
+        print_inspection(found, terminal.TerminalConsole())
+    if found["damaged"]:
+        count = len(found["damaged"])
+        raise CheckpointError(f"{count} modules cannot be used; the first: {next(iter(found['damaged'].values()))}")
