@@ -14,7 +14,6 @@ from typing import Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from safetensors import SafetensorError
@@ -74,6 +73,17 @@ def stderr_console() -> Console:
     return TerminalConsole(stderr=True)
 
 
+class _ConsoleHandler(logging.Handler):
+    """A line per message, above a progress bar; not wrapped, so that commands and paths in it can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(f"{record.levelname.lower()}: {self.format(record)}", markup=False, soft_wrap=True)
+
+
 def set_up_logging(console: Console, ignore: str | None = None) -> None:
     """Our warnings above the progress bar; of the libraries only errors.
 
@@ -82,7 +92,7 @@ def set_up_logging(console: Console, ignore: str | None = None) -> None:
     """
     import transformers
 
-    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    handler = _ConsoleHandler(console)
     handler.addFilter(lambda record: record.name != ignore)
     for name in ("gptq_backend", "gptq_transformers", "gptq_cli"):
         logger = logging.getLogger(name)
