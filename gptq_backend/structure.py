@@ -94,7 +94,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-_tried: dict[tuple[type[nn.Module], torch.Size], bool] = {}
+_tried: dict[tuple[Any, ...], bool] = {}
 
 
 def _computes_product(module: nn.Linear) -> bool:
@@ -102,9 +102,10 @@ def _computes_product(module: nn.Linear) -> bool:
     layers that work on groups of channels or on a normalized weight do not. It is tried on random numbers.
     """
     shape = dense_weight(module).shape
-    known = _tried.get((type(module), shape))
-    if known is not None:
-        return known
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    key = (type(module), shape, module.bias is None, *sorted(settings.items()))
+    if key in _tried:
+        return _tried[key]
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*size: int) -> Tensor:
@@ -123,7 +124,7 @@ def _computes_product(module: nn.Linear) -> bool:
         same = same and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
     except Exception:  # whatever the code of a model raises for what it was not made for
         same = False
-    _tried[type(module), shape] = same
+    _tried[key] = same
     return same
 
 

@@ -137,6 +137,20 @@ class Plain(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
+class Scaled(nn.Linear):
+    def __init__(self, scale: float) -> None:
+        super().__init__(8, 8)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("scales", [(1.0, 2.0), (2.0, 1.0)])
+def test_layers_of_one_class_may_differ_in_what_they_compute(scales: tuple[float, float]) -> None:
+    assert [is_linear(Scaled(scale)) for scale in scales] == [scale == 1.0 for scale in scales]
+
+
 class Normalized(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, nn.functional.normalize(self.weight), self.bias)

@@ -22,7 +22,7 @@ from .errors import first_line
 
 # Settings that a model repeats modules by, in the spelling of any architecture.
 _REPEATS = re.compile(r"(^|_)(n|num)_\w*?(layers?|blocks?|experts?)$|^depth$")
-_MAX_EXPERTS = 4096  # of one layer; fused ones are a single tensor
+_MAX_EXPERTS = 128**2  # of one layer, as Doge has in a table; fused ones are a single tensor
 
 
 class UnknownModel(Exception):
