@@ -83,6 +83,11 @@ def prepare_model(
     specs = resolve_specs(manifest, config, shapes, biased)
     plan = Plan(manifest, names.renamings, renamed={name for key, name in names.of.items() if key != name})
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
+    if not specs and not plan.dense:
+        raise CheckpointError(
+            f"the model that config.json describes has none of the checkpoint's {len(quantized)} quantized layers, such "
+            f"as {quantized[0]}; config.json and the weights belong to different models: fetch both again"
+        )
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
         weight: Any = model.get_submodule(name).weight
