@@ -85,8 +85,8 @@ def prepare_model(
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     if not specs and not plan.dense:
         raise CheckpointError(
-            f"the model that config.json describes has none of the checkpoint's {len(quantized)} quantized layers, such "
-            f"as {quantized[0]}; config.json and the weights belong to different models: fetch both again"
+            f"the model that config.json describes has none of the checkpoint's {len(quantized)} quantized layers "
+            f"({quantized[0]}, ...); config.json and the weights belong to different models: fetch both again"
         )
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
     for name, spec in specs.items():
