@@ -67,6 +67,12 @@ class TensorFile:
     def __repr__(self) -> str:
         return f"TensorFile({str(self.path)!r})"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorFile) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
     def __reduce__(self) -> tuple[Any, ...]:  # an open file cannot be pickled
         return TensorFile, (self.path,)
 
