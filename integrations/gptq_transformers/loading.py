@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
-from gptq_backend.expert_names import layer_names
+from gptq_backend.expert_names import layer_names, renamed
 from gptq_backend.files import TGI_TENSORS
 from gptq_backend.manifest import Manifest, read_tensor
 from gptq_backend.reader import quantized_modules, resolve_specs
@@ -34,7 +34,7 @@ class Plan:
 
     Args:
         manifest: the checkpoint's tensors by the model's names.
-        renamings: regular expressions on names, and what to put instead, beside transformers' own.
+        renaming: of experts, beside transformers' own (see ``expert_renaming``).
         renamed: those whose name in the file differs.
         resized: dense ones of another size than the model's, which the user allows and transformers makes anew.
         dtypes: of the model's own parameters, as they should be after loading.
@@ -42,7 +42,7 @@ class Plan:
     """
 
     manifest: Manifest
-    renamings: dict[str, str] = field(default_factory=dict)
+    renaming: dict[str, str] = field(default_factory=dict)
     renamed: set[str] = field(default_factory=set)
     resized: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def prepare_model(
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     specs = resolve_specs(manifest, config, shapes, biased)
-    plan = Plan(manifest, names.renamings, renamed={name for key, name in names.of.items() if key != name})
+    plan = Plan(manifest, names.renaming, renamed={name for key, name in names.of.items() if key != name})
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     if not specs and not plan.dense:
         raise CheckpointError(
@@ -111,30 +111,29 @@ def prepare_model(
     return plan
 
 
-def follow_renamings(model: nn.Module, plan: Plan) -> list[Any]:
+def follow_renaming(model: nn.Module, plan: Plan) -> list[Any]:
     """Let transformers load under the names that :func:`prepare_model` found; after it come those of transformers.
 
     Returns:
         For transformers 5: what to add to its conversions, which ``save_pretrained`` undoes. Version 4 asks ``model``
         for its names, until :func:`finish_model`.
     """
-    prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
-    both = dict(plan.renamings)  # a file of the base model lacks its prefix, and gets it after all renaming
-    for pattern, replacement in plan.renamings.items():
-        both.setdefault(pattern.removeprefix(prefix), replacement.removeprefix(prefix.replace("\\", "")))
-    try:
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # transformers 4
-        if both:
-            original = model._get_key_renaming_mapping
-
-            def renaming_mapping(keys: list[str], key_mapping: Any = None, *args: Any, **kwargs: Any) -> Any:
-                own = {f"^{pattern}": replacement for pattern, replacement in both.items()}
-                return original(keys, {**(key_mapping or {}), **own}, *args, **kwargs)  # type: ignore[operator]
-
-            model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
+    if not plan.renaming:
         return []
-    return [WeightRenaming(f"^{pattern}", replacement) for pattern, replacement in both.items()]
+    try:
+        from .expert_renaming import ExpertRenaming
+    except ImportError:  # transformers 4
+        original = model._get_key_renaming_mapping
+
+        def renaming_mapping(*args: Any, **kwargs: Any) -> Any:
+            return {key: renamed(name, plan.renaming) for key, name in original(*args, **kwargs).items()}  # type: ignore[operator]
+
+        model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
+        return []
+    # A file of the base model lacks its prefix, and gets it after all renaming.
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    bare = {own.removeprefix(prefix): wanted.removeprefix(prefix) for own, wanted in plan.renaming.items()}
+    return [ExpertRenaming({**bare, **plan.renaming})]
 
 
 def finish_model(model: nn.Module, plan: Plan) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from gptq_backend import CheckpointError
 from gptq_transformers.checkpoint import read_checkpoint
+from gptq_transformers.experts import expert_places
 from tests.transformers.toy_experts import FUSED, PROJECTIONS, logits, needs_fused, quantized
 
 Tensors = dict[str, Tensor]
@@ -131,3 +132,13 @@ def test_one_matrix_where_the_model_has_two_is_told(tmp_path: Path) -> None:
     rewrite(tmp_path, lambda tensors: joined(tensors, "mixtral", False, "{n}.{p}"))
     with pytest.raises(CheckpointError, match=r"have the matrices \{\}\.gate_up_proj, \{\}\.down_proj, the model's"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_experts_that_only_the_model_calls_so_are_no_obstacle() -> None:
+    """A model with code of its own, whose experts have names that are in no table."""
+    model = nn.Module()
+    model.experts = nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(8, 8) for name in ("alpha", "beta", "gamma")}) for _ in range(2)
+    )
+    layers = [f"experts.{n}.{name}" for n in range(2) for name in ("alpha", "beta", "gamma")]
+    assert expert_places(model, layers) == {}
