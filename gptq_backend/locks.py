@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -113,10 +114,10 @@ def write_text(path: Path, content: str) -> None:
 
     What is not a plain file, like a pipe, is written to as it is.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        target.write_text(content, encoding="utf-8")
+    if path.exists() and not path.is_file():
+        path.write_text(content, encoding="utf-8")
         return
+    target = Path(os.path.realpath(path))
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.partial")
     for sibling in target.parent.iterdir():
         if pattern.fullmatch(sibling.name) and (dead := claim_dead(sibling)) is not None:
@@ -127,6 +128,8 @@ def write_text(path: Path, content: str) -> None:
         with open(partial.descriptor, "w", encoding="utf-8", closefd=False) as file:
             file.write(content)
         os.fsync(partial.descriptor)
+        if target.exists():  # who may read it may read what replaces it
+            partial.path.chmod(stat.S_IMODE(target.stat().st_mode))
         if os.name == "nt":  # which does not rename open files
             partial.close()
         os.replace(partial.path, target)

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,18 +41,40 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     """Refuse a folder that holds something, before any work is done for it.
 
     Raises:
-        CheckpointError: it is a file or a mount point, or not empty while ``overwrite`` is off.
+        CheckpointError: it has no name, is a file or a mount point, or is not empty while ``overwrite`` is off.
     """
-    path = Path(folder)
+    path, real = Path(folder), _resolved(folder)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; expected a new or empty folder: choose another name")
-    if path.resolve().is_mount():  # of "." the parent would be itself
+    if real.is_mount():  # of "." the parent would be itself
         raise CheckpointError(f"{path} is a mount point, which a finished folder cannot replace; name one inside it")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(
             f"{path} already exists and is not empty; choose another folder, or replace it with --overwrite "
             "(overwrite=True in Python)"
         )
+
+
+def check_spared(folder: str | Path, source: str | Path, what: str) -> None:
+    """Raises CheckpointError where ``folder`` would take the place of a file or folder that exists and is read."""
+    if not Path(source).exists():
+        return
+    given, target = Path(source).resolve(), _resolved(folder)
+    if given == target or target in given.parents:
+        raise CheckpointError(f"{folder} is or holds {what} {source}, which would be lost; choose another folder")
+
+
+def _resolved(folder: str | Path) -> Path:
+    """Where a folder's name leads to. An empty one, as of an unset variable, would mean the current folder."""
+    if not str(folder):
+        raise CheckpointError("the name of the folder to write is empty; pass one, or . for the current folder")
+    try:
+        path = Path(folder).resolve()
+    except (OSError, RuntimeError):
+        path = Path(folder)
+    if path.is_symlink():
+        raise CheckpointError(f"{folder} is a symbolic link that leads nowhere; remove it, or choose another folder")
+    return path
 
 
 @contextmanager
@@ -65,7 +88,7 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
             is full (whatever library found out); or the finished folder could not take its place.
     """
     check_output(folder, overwrite)
-    path = Path(folder).resolve()
+    path = _resolved(folder)
     with _parents(path), _only_run(path) as alone:
         if alone:
             clear_leftovers(path)
@@ -77,6 +100,7 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
         try:
             yield beside
             _settle(beside)
+            _follow_mode(beside, path)
             finished = True
         except Exception as error:
             if _is_full(error):
@@ -199,6 +223,12 @@ def _settle(folder: Path) -> None:
         follow_umask(entry)
     for entry in reversed(entries):
         _sync(entry)
+
+
+def _follow_mode(beside: Path, path: Path) -> None:
+    """Who may read a folder that is replaced may read the new one, and nobody else."""
+    if path.is_dir():
+        beside.chmod(stat.S_IMODE(path.stat().st_mode) | 0o700)
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gptq_backend import CheckpointError, output
 from gptq_backend.locks import claim, clear_scratch, scratch_folder, write_text
-from gptq_backend.output import atomic_folder
+from gptq_backend.output import atomic_folder, check_spared
 
 ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="swapping two names in one step is Linux's")
@@ -331,6 +331,55 @@ def test_a_text_file_is_replaced_whole_and_leftovers_of_dead_writers_go(tmp_path
 
 
 @linux
+@pytest.mark.skipif(os.name == "nt", reason="has no such files")
+def test_a_text_for_a_pipe_goes_into_it(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        write_text(Path(f"/dev/fd/{writing}"), "text")
+        assert os.read(reading, 100) == b"text"
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+def test_what_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    file, folder = tmp_path / "private.json", tmp_path / "out"
+    file.write_text("old")
+    file.chmod(0o600)
+    write_text(file, "new")
+    assert file.read_text() == "new"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+    folder.mkdir(mode=0o700)
+    (folder / "old").touch()
+    with atomic_folder(folder, overwrite=True) as beside:
+        (beside / "new").touch()
+    assert [entry.name for entry in folder.iterdir()] == ["new"]
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_names_that_lead_nowhere_are_no_folders(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    for name, reason in (("", "is empty"), (str(tmp_path / "one"), "symbolic link that leads nowhere")):
+        with pytest.raises(CheckpointError, match=reason), atomic_folder(name, overwrite=True):
+            pass
+
+
+@pytest.mark.parametrize("name", ["out", "out/text.txt", "out/inside/text.txt", "link/text.txt"])
+def test_a_folder_does_not_take_the_place_of_what_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out" / "inside").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out")
+    source = tmp_path / name
+    if not source.exists():
+        source.touch()
+    with pytest.raises(CheckpointError, match="is or holds the text"):
+        check_spared(tmp_path / "out", source, "the text")
+    check_spared(tmp_path / "other", source, "the text")
+    check_spared(tmp_path / "out" / "new", source, "the text")
+
+
 def test_a_text_for_a_device_goes_into_it_and_does_not_replace_it(tmp_path: Path) -> None:
     write_text(Path("/dev/null"), "gone")
     assert Path("/dev/null").is_char_device()

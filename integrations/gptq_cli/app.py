@@ -77,7 +77,7 @@ def quantize(
         str, typer.Argument(metavar="MODEL", help="Folder or hub name of the original model.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)
+        str, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)
     ],
     bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
@@ -155,6 +155,8 @@ def quantize(
     json_target: Json = None,
 ) -> None:
     """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
+    if not out:  # an unset variable of the shell; Path("") would be the current folder
+        raise typer.BadParameter("OUT is empty; name the folder to write")
     if (calibration is None) != rtn:
         raise typer.BadParameter(
             "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read), --calibration "
@@ -193,7 +195,7 @@ def quantize(
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
     run(
         model,
-        out,
+        Path(out),
         settings,
         dynamic,
         source,

@@ -9,8 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from gptq_backend import GPTQError
-from gptq_transformers import evaluate, terminal
-from gptq_transformers.errors import loading
+from gptq_transformers import calibration_input, evaluate, terminal
 from gptq_transformers.report import percent, significant, with_error
 
 
@@ -61,20 +60,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     Raises:
         GPTQError: there is none, or it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
-    with loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers 5 where the files are missing
-        raise GPTQError(f"{path} has no tokenizer; copy the tokenizer's files of the original model there")
-    return tokenizer
+    way_on = "copy the tokenizer's files of the original model there"
+    return calibration_input.load_tokenizer(path, True, trust_remote_code, way_on)
 
 
 def _check_reference_tokens(reference: str, text: str, ids: list[int], trust_remote_code: bool) -> None:
     """Raises GPTQError when the tokenizer of ``reference``, if there is one, begins ``text`` with other ``ids``."""
     try:
         tokenizer = load_tokenizer(reference, trust_remote_code)
-    except Exception:  # transformers raises most kinds where there is none
+    except GPTQError:  # there is none
         return
     if list(tokenizer(text)["input_ids"])[: len(ids)] != ids:
         raise GPTQError(

@@ -16,6 +16,7 @@ import torch
 
 from gptq_backend import GPTQError, QuantizeConfig
 from gptq_backend.calibration import set_aside
+from gptq_backend.output import check_spared
 from gptq_transformers import evaluate, terminal
 from gptq_transformers.api import quantize
 from gptq_transformers.memory import bytes_of, free_bytes
@@ -83,6 +84,9 @@ def run(
     terminal.check_json_target(json_target)
     evaluate.require_model(model)
     evaluate.require_device(device)
+    for file in (source.calibration, source.text):
+        if file not in (None, "auto"):
+            check_spared(out, file, "the text")
     here = out.resolve() if out.is_dir() and out.samefile(".") else None
     calibration, window = source.calibration, source.window
     texts: str | list[str] | None = calibration
@@ -207,7 +211,7 @@ def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
         return None
     try:
         rules = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GPTQError(f"--dynamic is not valid JSON ({error}); expected {{regex: {{key: value}}}}") from None
     if not isinstance(rules, dict) or not all(isinstance(value, dict) for value in rules.values()):
         raise GPTQError(f"--dynamic is {text}; expected an object of objects: {{regex: {{key: value}}}}")

@@ -14,9 +14,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
-from gptq_backend.errors import CalibrationError, CheckpointError, ConfigError
+from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
-from gptq_backend.output import atomic_folder
+from gptq_backend.output import atomic_folder, check_spared
 from gptq_backend.progress import Progress
 from gptq_backend.quantize import OnLayer
 
@@ -95,8 +95,8 @@ def quantize(
     if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
         raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
     path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
-    if output is not None:
-        _check_spared(path, output)
+    if output is not None and str(path):
+        check_spared(output, path, "the original model")
     with ExitStack() as stack:
         # Made before the work, so that an output that cannot be written is found out at once.
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
@@ -179,15 +179,6 @@ def _write(
         keep_all_tensors(original, model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def _check_spared(original: str | Path, output: str | Path) -> None:
-    """Raises CheckpointError where ``output`` would take the place of the model that is read."""
-    source, target = Path(original).resolve(), Path(output).resolve()
-    if str(original) and source.is_dir() and (source == target or target in source.parents):
-        raise CheckpointError(
-            f"{output} is or holds the original model {original}, which would be lost; choose another folder"
-        )
 
 
 @contextmanager

@@ -36,6 +36,8 @@ def given(calibration: Any) -> Any:
             f"calibration is a {type(calibration).__name__}; expected text, a list of texts, or a list of token id "
             "sequences"
         ) from None
+    if samples and all(map(_names_a_file, samples)):
+        raise CalibrationError(f"calibration is the path {samples[0]} in a list; pass its text, e.g. with read_text()")
     require_sequences(samples)
     return samples
 
@@ -101,4 +103,4 @@ def _holds(model: str | Path, file: str) -> bool:
 
 
 def _names_a_file(text: Any) -> bool:
-    return isinstance(text, str) and text != AUTO and len(text) < 1024 and "\0" not in text and Path(text).is_file()
+    return isinstance(text, str) and text != AUTO and len(text) < 4096 and os.path.isfile(text)

@@ -16,7 +16,7 @@ from gptq_backend.files import checkpoint_files
 from gptq_backend.manifest import read_manifest, read_tensor
 from gptq_backend.writer import Shards
 
-from .experts import ExpertList
+from .experts import ExpertList, converters
 from .names import model_names
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,12 @@ def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable
     }
     used = {*parameters, *dict(model.named_buffers(remove_duplicate=False))}
     split = {f"{name}.{key}" for name, m in model.named_modules() if isinstance(m, ExpertList) for key in m.fused_names}
+    made_of = converters(model)
     lost, unused = [], []
     for key in rest:
-        name = names[key]
+        # What is cut or joined on loading has the name of the first parameter that it becomes a part of.
+        places = [converter.rename_source_key(names[key]) for converter in made_of]
+        name = next((place for place, source in places if source is not None), names[key])
         known = [name, *aliases.get(id(parameters.get(name)), [])]
         if name in computed or name in split or any(each in held or _packed(each) in held for each in known):
             continue

@@ -13,9 +13,8 @@ How names survive loading and saving, for a caller that is a transformers quanti
    ``QuantLinear`` in the place of linear layers.
 2. ``update_weight_conversions``: return ``drop_fused_conversions(weight_conversions, model)``. Renamings stay.
 3. Loading leaves the conversions that matched something in ``model._weight_conversions``, and ``save_pretrained``
-   applies their inverse: ``.mlp.`` becomes ``.block_sparse_moe.`` again and nothing else has to be done. A model that
-   was not loaded that way (quantized in memory) gets transformers' default list there; its fusing conversions,
-   inverted, look for ``experts.gate_up_proj``, which no longer exists, so they do nothing.
+   applies their inverse: ``.mlp.`` becomes ``.block_sparse_moe.`` again and nothing else has to be done. For a model
+   that is quantized in memory, :func:`keep_packed_names` drops the same ones there.
 4. Beware: for a pre-quantized model transformers gives tensors whose name was changed on loading the *file's* dtype,
    not the model's (``mlp.gate.weight`` of Mixtral). ``_process_model_after_weight_loading`` has to cast those.
 """
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from gptq_backend.errors import CheckpointError, ConfigError
 from gptq_backend.expert_names import ExpertLayout, default_layout, expert_layout, expert_renaming
+from gptq_backend.linear import QuantLinear
 from gptq_backend.structure import is_linear, replace_module
 
 from .expert_list import ExpertList, halves
@@ -178,17 +178,18 @@ def _parents(name: str) -> Iterable[str]:
 
 
 def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) -> list[Any]:
-    """``weight_conversions`` of transformers without those for a fused parameter that ``model`` no longer has.
+    """``weight_conversions`` of transformers without those for a parameter that ``model`` no longer has: of fused
+    experts, and of quantized layers, whose packed words cannot be cut and joined like the rows of a weight.
 
     Renamings stay, since the checkpoint's module names still differ from the model's. See the module's docstring for
     how this makes ``save_pretrained`` write the checkpoint's names.
     """
-    gone = [
-        f"{name}.{parameter}"
-        for name, module in model.named_modules()
-        if isinstance(module, ExpertList)
-        for parameter in module.fused_names
-    ]
+    gone = []
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertList):
+            gone += [f"{name}.{parameter}" for parameter in module.fused_names]
+        elif isinstance(module, QuantLinear):
+            gone += [f"{name}.weight", f"{name}.bias"]
     return [
         conversion
         for conversion in weight_conversions
@@ -196,10 +197,27 @@ def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) 
     ]
 
 
+def keep_packed_names(model: nn.Module) -> None:
+    """Let ``save_pretrained`` write the layers of a model that was quantized in memory by themselves, where it would
+    join the model's q_proj, k_proj and v_proj into the one tensor of the original checkpoint.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # not loaded from files: save_pretrained takes the default, but no changes of prefix
+        conversions = _model_conversions(model, add_legacy=False)
+        conversions = [each for each in conversions if type(each).__name__ != "PrefixChange"]
+    kept = drop_fused_conversions(conversions, model)
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept  # type: ignore[assignment]
+
+
+def converters(model: nn.Module) -> list[Any]:
+    """The conversions of transformers for ``model``'s checkpoints that are no mere renamings; [] before version 5."""
+    return [conversion for conversion in _model_conversions(model) if hasattr(conversion, "operations")]
+
+
 def remaining_converters(model: nn.Module) -> list[Any]:
-    """The conversions, none of them a mere renaming, that transformers will apply while it loads ``model``."""
-    conversions = drop_fused_conversions(_model_conversions(model), model)
-    return [conversion for conversion in conversions if hasattr(conversion, "operations")]
+    """Those of :func:`converters` that transformers will apply while it loads ``model``."""
+    return drop_fused_conversions(converters(model), model)
 
 
 def _layout(module: nn.Module) -> _Layout | None:
@@ -254,13 +272,13 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _model_conversions(model: nn.Module) -> list[Any]:
+def _model_conversions(model: nn.Module, **kwargs: Any) -> list[Any]:
     """How transformers turns the names and tensors of ``model``'s checkpoints into its own; [] before version 5."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:
         return []
-    return list(get_model_conversion_mapping(model))
+    return list(get_model_conversion_mapping(model, **kwargs))
 
 
 def _projection_names(module: str, layout: _Layout, conversions: Sequence[Any]) -> ExpertLayout:
@@ -279,4 +297,4 @@ def _projection_names(module: str, layout: _Layout, conversions: Sequence[Any]) 
 def produces(conversion: Any, parameter: str) -> bool:
     """Whether one of the conversion's targets is the model parameter of that full name."""
     targets = (pattern.replace("\\", "").strip("^$") for pattern in conversion.target_patterns)
-    return any(parameter.endswith(target) for target in targets)
+    return any(f"{target}." in f"{parameter}." for target in targets)  # some leave out the last .weight

@@ -9,10 +9,10 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from gptq_backend import CalibrationError, ConfigError, quantize_model
-from gptq_backend.calibration import require_sequences, tokenize
+from gptq_backend.calibration import tokenize
 
 from . import experts, loading
-from .calibration_input import load_tokenizer
+from .calibration_input import given, is_text, load_tokenizer
 from .config import DATASETS, GPTQConfig
 from .dispatch import keeping_hooks
 from .errors import first_line
@@ -75,10 +75,10 @@ def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:
     seqlen = config.model_seqlen or (min(limit, _SEQLEN) if limit > 0 else _SEQLEN)  # -1: any length
     if isinstance(dataset, str):
         return tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
-    if dataset and all(isinstance(text, str) for text in dataset):
-        return [ids[:seqlen] for ids in tokenize(dataset, _tokenizer(model, config))]
-    require_sequences(dataset)
-    return list(dataset)
+    samples = given(dataset)
+    if is_text(samples):
+        return [ids[:seqlen] for ids in tokenize(samples, _tokenizer(model, config))]
+    return list(samples)
 
 
 def _tokenizer(model: Any, config: GPTQConfig) -> Any:

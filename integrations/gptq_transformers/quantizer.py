@@ -141,6 +141,7 @@ class GPTQBackendQuantizer(HfQuantizer):
             from .on_the_fly import quantize_loaded
 
             quantize_loaded(model, self.quantization_config)
+            experts.keep_packed_names(model)
             self.quantization_config.forget_run()
             self.pre_quantized = True
         # This object stays with the model, also in copies and pickles: nothing of the loading belongs there.
@@ -212,6 +213,7 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     loading.untie_quantized(model)
     loading.allow_casting(model)
     resizing.allow_resizing(model)
+    experts.keep_packed_names(model)
     experts.group_experts(model)
 
 

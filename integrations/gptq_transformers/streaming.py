@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gptq_backend.writer import Shards
 
 from .errors import loading
 from .experts import unfuse_experts
-from .model_class import causal_class, class_of, from_config, from_pretrained, read_config
+from .model_class import class_of, from_config, from_pretrained, read_config
 
 _SHARD_BYTES = 10**9  # what may wait in memory for its file to be written
 
@@ -37,13 +38,16 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
     loader = class_of(config, path, trust_remote_code)
-    if getattr(config, "is_encoder_decoder", False) and config.architectures != [causal_class(config)]:
+    halves, named = getattr(config, "is_encoder_decoder", False), config.architectures
+    with loading(path, (Exception,)), torch.device("meta"):  # only transformers' code: any kind is the model's fault
+        model = from_config(loader, config, trust_remote_code)
+    # The configuration of one half alone may say so, too; without a class it is not known which one is stored.
+    if halves and (not named or "decoder_input_ids" in signature(model.forward).parameters):
         raise ConfigError(
             f"{path} is an encoder-decoder model, which cannot be quantized from its folder; load it and pass the "
             "model instead, of which one stack of blocks is quantized"
         )
-    with loading(path, (Exception,)), torch.device("meta"):  # only transformers' code: any kind is the model's fault
-        return from_config(loader, config, trust_remote_code)
+    return model
 
 
 def load_whole(

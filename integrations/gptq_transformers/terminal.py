@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -97,8 +98,12 @@ def check_json_target(target: str | None) -> None:
         return
     if Path(target).is_dir():
         raise GPTQError(f"--json {target}: is a folder; expected a file to write: name one, or - for stdout")
-    if not Path(target).absolute().parent.is_dir():
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
         raise GPTQError(f"--json {target}: its folder does not exist; create it or choose another place")
+    special = Path(target).exists() and not Path(target).is_file()  # a pipe is written itself, a file beside it
+    if not os.access(target if special else folder, os.W_OK):
+        raise GPTQError(f"--json {target}: cannot be written here; choose another place")
 
 
 def write_json(target: str | None, value: Mapping[str, Any]) -> None:
@@ -152,7 +157,7 @@ def read_calibration(path: Path) -> list[str]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # of brackets in brackets
             entry = None
         entry = entry.get("text") if isinstance(entry, dict) else entry
         if not isinstance(entry, str):

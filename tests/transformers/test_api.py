@@ -281,9 +281,16 @@ def test_what_a_tokenizer_returns_is_calibration_data_and_not_the_words_in_it(so
     assert {layer.tokens for layer in report.layers} == {48}
 
 
+@pytest.mark.parametrize("length", [1, 300, 5000])
+def test_a_text_that_could_be_no_files_name_is_text(length):
+    assert calibration_input.given("x" * length) == "x" * length
+    assert calibration_input.given(["x" * length]) == ["x" * length]
+
+
 def test_the_path_of_a_text_is_not_taken_for_text(source, tmp_path):
     (tmp_path / "text.txt").write_text("some text")
-    for path in (tmp_path / "text.txt", str(tmp_path / "text.txt")):
+    name = str(tmp_path / "text.txt")
+    for path in (tmp_path / "text.txt", name, [name], [name, name]):
         with pytest.raises(CalibrationError, match="is the path .*text.txt"):
             quantize(source, CONFIG, path)
 

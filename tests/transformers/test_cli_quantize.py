@@ -112,6 +112,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
         (["quantize", original, out, *with_text, "--bits", "5"], "bits=5 is not supported"),
         (["quantize", original, out, *with_text, "--group-size", "0"], "group_size=0"),
         (["quantize", original, out, *with_text, "--dynamic", "{"], "--dynamic is not valid JSON"),
+        (["quantize", original, out, *with_text, "--dynamic", "[" * 20_000], "--dynamic is not valid JSON"),
         (["quantize", original, out, "--calibration", short], "fewer than one window of seqlen=512"),
         (["quantize", original, out, "--calibration", tmp_path / "none.txt"], "is not a file"),
         (["quantize", original, out, "--calibration", "wikitext2"], "save some of its text to a file, or pass --calib"),
@@ -126,6 +127,8 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
         (["quantize", tmp_path / "none", out, *with_text], "does not exist"),
         (["quantize", tmp_path, out, *with_text], "holds no config.json"),
         (["quantize", quantized, out, *with_text], "is quantized already"),
+        (["quantize", original, tmp_path, "--overwrite", "--calibration", short], "is or holds the text"),
+        (["quantize", original, original.parent, "--overwrite", "--rtn"], "is or holds the original model"),
         (["quantize", original, quantized, *SMALL, *with_text], "replace it with --overwrite"),
         (["quantize", original, out, *with_text, "--json", tmp_path / "none" / "x.json"], "its folder does not exist"),
         (["quantize", original, out, *with_text, "--json", tmp_path], "is a folder; expected a file"),
@@ -290,6 +293,17 @@ def test_the_folder_that_the_user_stands_in_can_be_written(
         assert (out / "quantize_report.html").is_file()
 
 
+def test_an_output_without_a_name_is_wrong_usage(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").touch()
+    monkeypatch.chdir(tmp_path)
+    result = run("quantize", original, "", "--rtn", "--overwrite")
+    assert result.exit_code == 2
+    assert "OUT is empty" in result.stderr
+    assert (tmp_path / "mine").exists()
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_that_torch_would_not_take_is_wrong_usage(original: Path, tmp_path: Path, seed: int) -> None:
     result = run("quantize", original, tmp_path / "out", "--calibration", TEXT, "--seed", seed)
@@ -314,6 +328,7 @@ def test_calibration_lines_are_json_lines_and_a_byte_order_mark_is_no_text(tmp_p
         ("", "x.jsonl has no text in it"),
         ("\n \n", "x.jsonl has no text in it"),
         ('"fine"\n{"text": "\\ud800"}\n', "x.jsonl, line 2: half of a surrogate pair"),
+        ('"fine"\n' + "[" * 200_000, "x.jsonl, line 2: expected a JSON string"),
     ],
 )
 def test_calibration_lines_without_usable_text_are_refused_by_name(

@@ -143,6 +143,16 @@ def test_an_encoder_decoder_is_not_written_as_something_else(name: str, config: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["T5EncoderModel", "UMT5EncoderModel"])
+def test_an_encoder_whose_config_says_encoder_decoder_is_quantized(name: str, tmp_path: Path) -> None:
+    kind = getattr(transformers, name)
+    source = save(tmp_path / "source", name, kind.config_class(**T5))
+    edit(source, is_encoder_decoder=True)
+    quantize(source, CONFIG, samples(), output=tmp_path / "out")
+    loaded = kind.from_pretrained(tmp_path / "out")
+    assert sum(isinstance(module, QuantLinear) for module in loaded.modules()) >= 12
+
+
 @pytest.mark.parametrize("loaded", [True, False])
 def test_a_model_of_other_inputs_can_only_be_rounded(loaded: bool, tmp_path: Path) -> None:
     source = save(tmp_path / "source", "Wav2Vec2ForCTC", sound())
@@ -284,7 +294,7 @@ def test_a_classifier_is_quantized_by_the_command_without_a_comparison(original:
         (source / file.name).write_bytes(file.read_bytes())
     result = run("quantize", source, tmp_path / "out", *SMALL, "--calibration", TEXT)
     assert result.exit_code == 0, result.output
-    assert "LlamaForSequenceClassification, which does not predict the next token" in result.stderr.replace("\n", " ")
+    assert "LlamaForSequenceClassification, which does not predict the next token" in " ".join(result.stderr.split())
     assert "KL divergence from" not in result.stdout
     assert "score.weight" in load_file(tmp_path / "out" / "model.safetensors")
     message = error(run("eval", tmp_path / "out", "--text", TEXT))
