@@ -136,10 +136,10 @@ def follow_renaming(model: nn.Module, plan: Plan) -> list[Any]:
 
         model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
         return []
-    # A file of the base model lacks its prefix, and gets it after all renaming.
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # The file may be that of the base model, which lacks its prefix, or the model may be: both are seen to afterwards.
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     bare = {own.removeprefix(prefix): wanted.removeprefix(prefix) for own, wanted in plan.renaming.items()}
-    return [ExpertRenaming({**bare, **plan.renaming})]
+    return [ExpertRenaming(bare | {prefix + own: prefix + wanted for own, wanted in bare.items()})]
 
 
 def finish_model(model: nn.Module, plan: Plan) -> None:
