@@ -89,15 +89,13 @@ def prepare_model(
             f"({quantized[0]}, ...); config.json and the weights belong to different models: fetch both again"
         )
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
+    unused = [f"{name}.{part}" for name in plan.dense for part in ("qweight", "qzeros", "scales", "g_idx")]
     for name, spec in specs.items():
         weight: Any = model.get_submodule(name).weight
         dtype = dtype_of_parameter(model, f"{name}.weight", weight.dtype)
         replace_module(model, name, QuantLinear(spec, name, backend, device="meta", dtype=dtype))
-        unused = [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
-        ignored += [re.escape(manifest[key].key) + "$" for key in unused if key in manifest]
-    ignored += [
-        rf"{re.escape(manifest[f'{name}.qweight'].key[:-8])}\.(qweight|qzeros|scales|g_idx)$" for name in plan.dense
-    ]
+        unused += [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
+    ignored += name_patterns({manifest[key].key for key in unused if key in manifest}, stored)
     known = model._keys_to_ignore_on_load_unexpected
     known = [] if known is None else known
     model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])  # a list in version 4, a set in 5
@@ -109,6 +107,19 @@ def prepare_model(
     else:
         _check_dense_shapes(model, manifest, dense)
     return plan
+
+
+def name_patterns(chosen: set[str], names: Iterable[str]) -> list[str]:
+    """Regular expressions for the ``chosen`` ones of ``names``: one for all that differ only in their numbers, where
+    all of these are chosen. transformers tries each pattern on each name, and mixtures have thousands.
+    """
+    others = {re.sub(r"\d+", "0", name) for name in names if name not in chosen}
+    patterns = dict.fromkeys(
+        re.escape(name) if kind in others else re.sub(r"\d+", r"\\d+", re.escape(name))
+        for name in sorted(chosen)
+        for kind in [re.sub(r"\d+", "0", name)]
+    )
+    return [f"{pattern}$" for pattern in patterns]
 
 
 def follow_renaming(model: nn.Module, plan: Plan) -> list[Any]:
@@ -130,10 +141,10 @@ def follow_renaming(model: nn.Module, plan: Plan) -> list[Any]:
 
         model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
         return []
-    # A file of the base model lacks its prefix, and gets it after all renaming.
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # The file may be that of the base model, which lacks its prefix, or the model may be: both are seen to afterwards.
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     bare = {own.removeprefix(prefix): wanted.removeprefix(prefix) for own, wanted in plan.renaming.items()}
-    return [ExpertRenaming({**bare, **plan.renaming})]
+    return [ExpertRenaming(bare | {prefix + own: prefix + wanted for own, wanted in bare.items()})]
 
 
 def finish_model(model: nn.Module, plan: Plan) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from gptq_backend import CheckpointError
 from gptq_transformers.checkpoint import read_checkpoint
@@ -104,6 +104,28 @@ def test_experts_in_another_module_of_the_block_give_the_same_logits(
         lambda tensors: {re.sub(r"\.(mlp|block_sparse_moe)\.", f".{parent}.", k): v for k, v in tensors.items()},
     )
     check(tmp_path, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model", "parent"), [("mixtral", "mlp"), ("qwen3_moe", "block_sparse_moe")])
+def test_the_base_model_loads_from_the_file_of_the_whole_and_the_whole_from_that_of_the_base(
+    model: str, parent: str, tmp_path: Path
+) -> None:
+    quantized(model, tmp_path)
+    rewrite(
+        tmp_path,
+        lambda tensors: {re.sub(r"\.(mlp|block_sparse_moe)\.", f".{parent}.", k): v for k, v in tensors.items()},
+    )
+    inputs = torch.arange(8)[None]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = whole.model(inputs).last_hidden_state
+    base = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(base(inputs).last_hidden_state, expected)
+    if not FUSED:  # transformers 4 takes a file of the base model with a head for a damaged one
+        return
+    rewrite(tmp_path, lambda tensors: {key.removeprefix("model."): value for key, value in tensors.items()})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(again.model(inputs).last_hidden_state, expected)
 
 
 @needs_fused
