@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib.util import find_spec
 
@@ -18,6 +19,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding without some sign is no reason to lose a result
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from .app import app
     except KeyboardInterrupt:

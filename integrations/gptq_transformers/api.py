@@ -22,6 +22,7 @@ from gptq_backend.quantize import OnLayer
 
 from .auto_calibration import AUTO, Choice, choose
 from .calibration_input import given, is_text, load_tokenizer, token_ids
+from .companions import copy_companions
 from .completeness import keep_all_tensors
 from .config import GPTQConfig, StockGPTQConfig
 from .dispatch import keeping_hooks
@@ -179,6 +180,8 @@ def _write(
         keep_all_tensors(original, model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if original is not None:
+        copy_companions(original, folder)
 
 
 @contextmanager

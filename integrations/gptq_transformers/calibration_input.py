@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from gptq_backend.errors import CalibrationError
 
 from .auto_calibration import AUTO
 from .errors import first_line
+
+logger = logging.getLogger(__name__)
 
 _TRIFLES = 8  # tokens that made-up tokenizers have beside special ones, such as a space
 
@@ -82,6 +85,8 @@ def load_tokenizer(
         return tokenizer
     if required:
         raise CalibrationError(f"no tokenizer could be loaded from {path} ({reason}); {way_on}")
+    if _holds(path, "tokenizer.json"):
+        logger.warning("the tokenizer of %s cannot be loaded (%s), and is not copied", path, reason)
     return None
 
 

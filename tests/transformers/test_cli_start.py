@@ -32,10 +32,10 @@ from tests.transformers.command import CHECKPOINTS, SMALL, TEXT, error, run
 ROOT = Path(__file__).parents[2]
 
 
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def python(code: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "integrations"), *sys.path[1:]])
-    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": path}
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": path, **variables}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
 
 
@@ -248,3 +248,13 @@ def test_a_models_own_code_runs_only_when_asked_for_and_nobody_is_asked(
         assert result.exit_code == 0, result.output
         assert "could not be compared" not in result.output
     assert (out / "modeling_own.py").is_file()
+
+
+def test_a_sign_that_the_terminals_encoding_lacks_is_shown_as_an_escape(quantized: Path, original: Path) -> None:
+    done = python(
+        "import gptq_cli; gptq_cli.main()",
+        *("eval", quantized, "--reference", original, "--text", TEXT, "--seqlen", 32, "--windows", 2),
+        PYTHONIOENCODING="ascii",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\xb1" in done.stdout
