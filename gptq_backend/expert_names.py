@@ -76,15 +76,7 @@ def expert_layout(module: str, names: Iterable[str], gated: bool) -> ExpertLayou
     Raises:
         CheckpointError: there are such layers, but nothing known is called so.
     """
-    start = f"{module}."
-    found = {}
-    for name in names:
-        parts = name.removeprefix(start).split(".") if name.startswith(start) else []
-        numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-        if len(numbers) == 1 and len(parts) > 1:
-            called = parts[-1] if numbers[0] < len(parts) - 1 else parts[-2]
-            parts[numbers[0]] = "{}"
-            found[called] = ".".join(parts)
+    found = _paths(module, names)
     if not found:
         return None
     apart, joined = (_APART, _JOINED) if gated else (_UNGATED, ())
@@ -121,47 +113,65 @@ def stored_place(module: str, names: Iterable[str], places: Iterable[str]) -> st
     return others.pop() if len(others) == 1 else module
 
 
-def expert_renaming(names: Iterable[str], layouts: Mapping[str, ExpertLayout]) -> dict[str, str]:
-    """Regular expressions, with what to put instead, that turn a checkpoint's names of experts into a model's.
+def expert_renaming(names: Iterable[str], layouts: Mapping[str, ExpertLayout | None]) -> dict[str, str]:
+    """What turns a checkpoint's names of experts into a model's, for :func:`renamed`.
 
     Args:
         names: full names of the checkpoint's layers, as far as the framework renames them by itself.
-        layouts: of the model's experts, by the full name of their module.
+        layouts: of the model's experts, by the full name of their module; None for those that take the layout that the
+            checkpoint has.
 
     Returns:
-        To be tried in order, each on the beginning of a name; the first that matches counts. {} if nothing differs.
+        Beginnings of names, with what to put instead, both with ``{}`` for the expert's number, which is the last one.
+        {} if nothing differs. Exchanging the two undoes it.
 
     Raises:
         CheckpointError: an unknown layout, or one that has other matrices than the model.
     """
-    names = list(names)
     renaming: dict[str, str] = {}
-    around: dict[str, str] = {}
+    inside = _by_block(names, layouts)
     for module, layout in layouts.items():
-        place = stored_place(module, names, layouts)
-        stored = expert_layout(place, names, gated=layout.joined or len(layout.paths) == 3)
-        if stored is None or (place, stored) == (module, layout):
-            continue
-        if stored.joined != layout.joined:
-            raise CheckpointError(
-                f"{place}: the checkpoint's experts have the matrices {', '.join(stored.paths)}, the model's "
-                f"{', '.join(layout.paths)}; export the checkpoint with the same"
-            )
-        for own, wanted in zip(stored.paths, layout.paths, strict=True):
-            source = re.escape(f"{place}.{own}.").replace(re.escape("{}"), r"(\d+)")
-            renaming[source] = f"{module}.{wanted.format(chr(92) + '1')}."
-        own, wanted = (name.rpartition(".")[0] for name in (place, module))
-        if own != wanted:  # the router beside them
-            around[re.escape(f"{own}.")] = f"{wanted}."
-    return renaming | around
+        near = inside[_block(module)]
+        place = stored_place(module, near, layouts)
+        if place != module:
+            renaming[f"{place}."] = f"{module}."
+            around = (f"{name.rpartition('.')[0]}." for name in (place, module))  # the router beside them
+            renaming.setdefault(*around)
+        if layout is not None:
+            renaming |= {
+                f"{place}.{own}.": f"{module}.{wanted}." for own, wanted in _differing(place, near, layout).items()
+            }
+    return {own: wanted for own, wanted in renaming.items() if own != wanted}
+
+
+def _differing(place: str, names: Iterable[str], layout: ExpertLayout) -> dict[str, str]:
+    """Paths of the layers of the experts at ``place``, with those in ``layout``; {} if these are the same."""
+    if set(_paths(place, names).values()) <= set(layout.paths):
+        return {}
+    stored = expert_layout(place, names, gated=layout.joined or len(layout.paths) == 3)
+    assert stored is not None
+    if stored.joined != layout.joined:
+        raise CheckpointError(
+            f"{place}: the checkpoint's experts have the matrices {', '.join(stored.paths)}, the model's "
+            f"{', '.join(layout.paths)}; export the checkpoint with the same"
+        )
+    return dict(zip(stored.paths, layout.paths, strict=True))
 
 
 def renamed(name: str, renaming: Mapping[str, str]) -> str:
-    """A name after :func:`expert_renaming`."""
-    for pattern, replacement in renaming.items():
-        name, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            break
+    """A tensor's full name after :func:`expert_renaming`; the longest beginning counts."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    for end in range(len(parts) - 1, 0, -1):
+        while numbers and numbers[-1] >= end:
+            numbers.pop()
+        head, rest = parts[:end], ".".join(parts[end:])
+        if (wanted := renaming.get(f"{'.'.join(head)}.")) is not None:
+            return wanted + rest
+        if numbers:
+            number, head[numbers[-1]] = head[numbers[-1]], "{}"
+            if (wanted := renaming.get(f"{'.'.join(head)}.")) is not None:
+                return wanted.replace("{}", number) + rest
     return name
 
 
@@ -169,6 +179,32 @@ def layer_names(keys: Iterable[str]) -> list[str]:
     """The names of layers that have a weight, quantized or not, each once."""
     layers = (key.rpartition(".") for key in keys)
     return list(dict.fromkeys(layer for layer, _, part in layers if part in ("qweight", "weight")))
+
+
+def _paths(module: str, names: Iterable[str]) -> dict[str, str]:
+    """Paths below ``module`` with ``{}`` for the expert's number, by what the layer is called."""
+    start = f"{module}."
+    found = {}
+    for name in names:
+        parts = name.removeprefix(start).split(".") if name.startswith(start) else []
+        numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+        if len(numbers) == 1 and len(parts) > 1:
+            called = parts[-1] if numbers[0] < len(parts) - 1 else parts[-2]
+            parts[numbers[0]] = "{}"
+            found[called] = ".".join(parts)
+    return found
+
+
+def _by_block(names: Iterable[str], modules: Iterable[str]) -> dict[str, list[str]]:
+    """The names in the block of each module: large mixtures have too many to look through all for each."""
+    found: dict[str, list[str]] = {_block(module): [] for module in modules}
+    for name in names:
+        parts = name.split(".")
+        ends = [0, *(i + 1 for i, part in enumerate(parts) if part.isdecimal())]
+        for block in (".".join(parts[:end]) + "." * bool(end) for end in ends):
+            if block in found:
+                found[block].append(name)
+    return found
 
 
 def _block(module: str) -> str:

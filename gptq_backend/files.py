@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,7 +78,7 @@ def settings_in(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not JSON, or has something else in their place.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     content = read_json(path)
     if path.name == "config.json":
@@ -113,12 +114,12 @@ def checkpoint_files(folder: str | Path, settings: Mapping[str, Any] | None = No
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected one with a checkpoint's files")
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = read_json(folder / "config.json") if os.path.exists(folder / "config.json") else {}
     named = list(_named(settings or {}))
     candidates = [*STANDARD_FILES, *named] if embedded_settings(config) else [*named, *STANDARD_FILES]
     explicit = config.get("transformers_weights")
     for name in [explicit] if isinstance(explicit, str) else candidates:
-        if isinstance(explicit, str) or (folder / name).exists() or (folder / name).is_symlink():
+        if isinstance(explicit, str) or os.path.lexists(folder / name):
             _warn_of_both(folder)
             file = _inside(folder, name, "the checkpoint")
             return indexed_files(file) if name.endswith(INDEX) else [file]
@@ -177,11 +178,11 @@ def indexed_files(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from names of tensors to names of files; {FETCH_AGAIN}")
     names = sorted(set(weight_map.values()))
-    missing = [shard for shard in names if "\0" not in shard and not (folder / shard).exists()]
+    missing = [shard for shard in names if "\0" not in shard and not os.path.exists(folder / shard)]
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(names)} shards named in {index.name} are missing "
-            f"({', '.join(missing[:3])}); fetch them"
+            f"({', '.join(missing[:3]):.200}); fetch them"
         )
     suffix = Path(index.name.removesuffix(INDEX)).suffix
     for shard in names:

@@ -85,8 +85,9 @@ class LazyWeight(Tensor):
         schema = func._schema.arguments
         for argument, value in [*zip(schema, args), *((a, (kwargs or {}).get(a.name)) for a in schema)]:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, LazyWeight):
-                value._refuse()
+            for each in (value if isinstance(value, list | tuple) else [value]) if written else ():
+                if isinstance(each, LazyWeight):
+                    each._refuse()
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.materialize, (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -67,6 +67,12 @@ class TensorFile:
     def __repr__(self) -> str:
         return f"TensorFile({str(self.path)!r})"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorFile) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
     def __reduce__(self) -> tuple[Any, ...]:  # an open file cannot be pickled
         return TensorFile, (self.path,)
 
@@ -168,17 +174,19 @@ def read_tensor(info: TensorInfo) -> Tensor:
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     """Tensors of a ``.bin`` or ``.pt``; nothing larger than the file itself."""
     size = file.stat().st_size
-    if zipfile.is_zipfile(file) and any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
-        raise CheckpointError(
-            f"{file} holds compressed entries, which torch.save never writes; convert it to safetensors where it was "
-            "made"
-        )
     try:
+        if _is_compressed(file):
+            raise CheckpointError(
+                f"{file} holds compressed entries, which torch.save never writes; convert it to safetensors where it "
+                "was made"
+            )
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written by a torch before 1.6, whose files cannot be mapped
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises any kind
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive or pickle raises any kind
         raise CheckpointError(
             f"{file} cannot be read as plain tensors ({_first_line(error)}); fetch it again, or convert it to "
             "safetensors where it was made"
@@ -199,6 +207,13 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
                 f"{file}: {name} is a tensor of {list(tensor.shape)} in a file of {size} bytes; {FETCH_AGAIN}"
             )
     return tensors
+
+
+def _is_compressed(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(entry.compress_type for entry in archive.infolist())
 
 
 def _first_line(error: BaseException) -> str:

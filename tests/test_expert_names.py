@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_backend import CheckpointError
 from gptq_backend import expert_names as module
-from gptq_backend.expert_names import ExpertLayout, expert_layout, expert_renaming, renamed, stored_place
+from gptq_backend.expert_names import (
+    ExpertLayout,
+    default_layout,
+    expert_layout,
+    expert_renaming,
+    renamed,
+    stored_place,
+)
 
 PLACE = "model.layers.3.mlp.experts"
 SPELLINGS = [
@@ -59,6 +68,8 @@ def test_a_renaming_turns_all_names_into_the_models(
     assert {name: renamed(f"{name}.qweight", renaming) for name in names} == {
         name: f"{own}.qweight" for name, own in names.items()
     }
+    back = {wanted: own for own, wanted in renaming.items()}
+    assert {renamed(f"{own}.qweight", back) for own in names.values()} == {f"{name}.qweight" for name in names}
 
 
 def test_names_that_are_the_models_are_left_alone() -> None:
@@ -70,6 +81,24 @@ def test_other_matrices_than_the_models_are_refused() -> None:
     layouts = {PLACE: ExpertLayout(("{}.w1", "{}.w3", "{}.w2"))}
     with pytest.raises(CheckpointError, match=r"have the matrices \{\}\.gate_up_proj, \{\}\.down_proj, the model's"):
         expert_renaming([f"{PLACE}.0.{name}" for name in ("gate_up_proj", "down_proj")], layouts)
+
+
+def test_names_of_the_models_own_that_nobody_else_has_are_left_alone() -> None:
+    layouts = {PLACE: ExpertLayout(("{}.alpha", "{}.beta", "{}.gamma"))}
+    assert expert_renaming([f"{PLACE}.{i}.{name}" for i in range(2) for name in ("alpha", "beta")], layouts) == {}
+
+
+def test_large_mixtures_are_renamed_in_no_time() -> None:
+    layouts = {f"model.layers.{n}.mlp.experts": default_layout(gated=True) for n in range(60)}
+    names = [
+        f"model.layers.{n}.block_sparse_moe.experts.{e}.{name}"
+        for n in range(60) for e in range(128) for name in ("w1", "w2", "w3")
+    ]  # fmt: skip
+    start = time.process_time()
+    renaming = expert_renaming(names, layouts)
+    found = [renamed(f"{name}.qweight", renaming) for name in names]
+    assert time.process_time() - start < 5  # one pattern per layer, tried on each name, takes ten times as long
+    assert found[-1] == "model.layers.59.mlp.experts.127.up_proj.qweight"
 
 
 def test_experts_of_another_module_in_the_block_are_not_taken() -> None:

@@ -230,3 +230,26 @@ def test_a_manifest_survives_pickling(tmp_path: Path) -> None:
     manifest = read_manifest([tmp_path / "model.safetensors"])
     read_tensor(manifest["a"])
     assert read_tensor(pickle.loads(pickle.dumps(manifest))["a"]).tolist() == [0, 1, 2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=8), st.booleans())
+def test_a_damaged_pickle_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]], directory: bool
+) -> None:
+    file = write(tmp_path_factory.mktemp("pickle"), "model.bin") / "model.bin"
+    data = bytearray(file.read_bytes())
+    first = data.index(b"PK\1\2") if directory else 0  # the archive's list of entries is a small part of it
+    for place, value in flips:
+        data[first + place % (len(data) - first)] = value
+    file.write_bytes(data)
+    with contextlib.suppress(CheckpointError):
+        for info in read_manifest([file]).values():
+            read_tensor(info)
+
+
+def test_names_that_are_too_long_for_a_file_are_missing(tmp_path: Path) -> None:
+    write_index(tmp_path, {"a": f"{'x' * 5000}.safetensors"})
+    with pytest.raises(CheckpointError, match=r"1 of 1 shards named in model\.safetensors\.index\.json are missing"):
+        checkpoint_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert found(write(tmp_path, "model.safetensors"), {"model_basename": "\u00fc" * 200}) == ["model.safetensors"]

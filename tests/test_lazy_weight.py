@@ -180,6 +180,7 @@ WRITES: dict[str, Callable[[QuantLinear], Any]] = {
     "setitem": lambda q: q.weight.__setitem__(slice(3), 0),
     "add_": lambda q: q.weight.data.add_(1),
     "out": lambda q: torch.add(torch.ones(32, 64).half(), 1, out=q.weight),
+    "in a list": lambda q: torch._foreach_mul_([q.weight], 2.0),
     "assign": lambda q: setattr(q, "weight", torch.zeros(32, 64)),
     "assign a parameter": lambda q: setattr(q, "weight", nn.Parameter(torch.zeros(32, 64))),
 }

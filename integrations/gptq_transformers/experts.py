@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend.errors import ConfigError
-from gptq_backend.expert_names import ExpertLayout, default_layout, expert_layout, expert_renaming, stored_place
+from gptq_backend.errors import CheckpointError, ConfigError
+from gptq_backend.expert_names import ExpertLayout, default_layout, expert_layout, expert_renaming
 from gptq_backend.linear import QuantLinear
 from gptq_backend.structure import is_linear, replace_module
 
@@ -140,8 +140,8 @@ def replace_fused_experts(model: nn.Module, layers: Iterable[str], quantized: It
 
 
 def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
-    """Regular expressions, with what to put instead, for a checkpoint whose experts are in other places than the
-    model's, or are called otherwise where the model has them as single layers; {} if there is nothing to rename.
+    """The :func:`expert_renaming` for a checkpoint whose experts are in other places than the model's, or are called
+    otherwise where the model has them as single layers; {} if there is nothing to rename.
 
     Args:
         model: a ``PreTrainedModel``, weights may be on meta.
@@ -150,26 +150,26 @@ def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     Raises:
         CheckpointError: see :func:`expert_names.expert_renaming`.
     """
-    renaming: dict[str, str] = {}
-    lists = {name: layout for name, module in model.named_modules() if (layout := _list_layout(name, module))}
-    fused = [name for name, module in model.named_modules() if _layout(module) is not None]
-    if lists:
-        renaming |= expert_renaming(layers, lists)
-    for name in fused:  # what they are called inside, an ExpertList takes from the checkpoint
-        place = stored_place(name, layers, fused)
-        own, wanted = (each.rpartition(".")[0] for each in (place, name))
-        if own != wanted:
-            renaming[re.escape(f"{own}.")] = f"{wanted}."
-    return renaming
+    layouts: dict[str, ExpertLayout | None] = {}
+    for name, module in model.named_modules():
+        if _layout(module) is not None:
+            layouts[name] = None  # an ExpertList takes what the checkpoint has
+        elif (own := _list_layout(name, module)) is not None:
+            layouts[name] = own
+    return expert_renaming(layers, layouts)
 
 
 def _list_layout(name: str, module: nn.Module) -> ExpertLayout | None:
-    """The layout of experts that the model itself has as a list of modules."""
+    """The layout of experts that the model itself has as a list of modules; None if it is not known."""
     if name.rpartition(".")[2] != "experts" or not isinstance(module, nn.ModuleList):
         return None
     layers = [f"{name}.{key}" for key, child in module.named_modules() if is_linear(child)]
-    per_expert = len(layers) / max(1, len(module))
-    return expert_layout(name, layers, gated=True) if per_expert == 3 else None
+    if len(layers) != 3 * len(module):
+        return None
+    try:
+        return expert_layout(name, layers, gated=True)
+    except CheckpointError:  # names of the model's own, which the checkpoint then has, too
+        return None
 
 
 def _parents(name: str) -> Iterable[str]:

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
-from gptq_backend.expert_names import layer_names
+from gptq_backend.expert_names import layer_names, renamed
 from gptq_backend.files import TGI_TENSORS
 from gptq_backend.manifest import Manifest, read_tensor
 from gptq_backend.reader import quantized_modules, resolve_specs
@@ -34,7 +34,7 @@ class Plan:
 
     Args:
         manifest: the checkpoint's tensors by the model's names.
-        renamings: regular expressions on names, and what to put instead, beside transformers' own.
+        renaming: of experts, beside transformers' own (see ``expert_renaming``).
         renamed: those whose name in the file differs.
         resized: dense ones of another size than the model's, which the user allows and transformers makes anew.
         dtypes: of the model's own parameters, as they should be after loading.
@@ -42,7 +42,7 @@ class Plan:
     """
 
     manifest: Manifest
-    renamings: dict[str, str] = field(default_factory=dict)
+    renaming: dict[str, str] = field(default_factory=dict)
     renamed: set[str] = field(default_factory=set)
     resized: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
@@ -81,18 +81,21 @@ def prepare_model(
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     specs = resolve_specs(manifest, config, shapes, biased)
-    plan = Plan(manifest, names.renamings, renamed={name for key, name in names.of.items() if key != name})
+    plan = Plan(manifest, names.renaming, renamed={name for key, name in names.of.items() if key != name})
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
+    if not specs and not plan.dense:
+        raise CheckpointError(
+            f"the model that config.json describes has none of the checkpoint's {len(quantized)} quantized layers "
+            f"({quantized[0]}, ...); config.json and the weights belong to different models: fetch both again"
+        )
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS]
+    unused = [f"{name}.{part}" for name in plan.dense for part in ("qweight", "qzeros", "scales", "g_idx")]
     for name, spec in specs.items():
         weight: Any = model.get_submodule(name).weight
         dtype = dtype_of_parameter(model, f"{name}.weight", weight.dtype)
         replace_module(model, name, QuantLinear(spec, name, backend, device="meta", dtype=dtype))
-        unused = [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
-        ignored += [re.escape(manifest[key].key) + "$" for key in unused if key in manifest]
-    ignored += [
-        rf"{re.escape(manifest[f'{name}.qweight'].key[:-8])}\.(qweight|qzeros|scales|g_idx)$" for name in plan.dense
-    ]
+        unused += [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
+    ignored += name_patterns({manifest[key].key for key in unused if key in manifest}, stored)
     known = model._keys_to_ignore_on_load_unexpected
     known = [] if known is None else known
     model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])  # a list in version 4, a set in 5
@@ -106,30 +109,42 @@ def prepare_model(
     return plan
 
 
-def follow_renamings(model: nn.Module, plan: Plan) -> list[Any]:
+def name_patterns(chosen: set[str], names: Iterable[str]) -> list[str]:
+    """Regular expressions for the ``chosen`` ones of ``names``: one for all that differ only in their numbers, where
+    all of these are chosen. transformers tries each pattern on each name, and mixtures have thousands.
+    """
+    others = {re.sub(r"\d+", "0", name) for name in names if name not in chosen}
+    patterns = dict.fromkeys(
+        re.escape(name) if kind in others else re.sub(r"\d+", r"\\d+", re.escape(name))
+        for name in sorted(chosen)
+        for kind in [re.sub(r"\d+", "0", name)]
+    )
+    return [f"{pattern}$" for pattern in patterns]
+
+
+def follow_renaming(model: nn.Module, plan: Plan) -> list[Any]:
     """Let transformers load under the names that :func:`prepare_model` found; after it come those of transformers.
 
     Returns:
         For transformers 5: what to add to its conversions, which ``save_pretrained`` undoes. Version 4 asks ``model``
         for its names, until :func:`finish_model`.
     """
-    prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
-    both = dict(plan.renamings)  # a file of the base model lacks its prefix, and gets it after all renaming
-    for pattern, replacement in plan.renamings.items():
-        both.setdefault(pattern.removeprefix(prefix), replacement.removeprefix(prefix.replace("\\", "")))
-    try:
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # transformers 4
-        if both:
-            original = model._get_key_renaming_mapping
-
-            def renaming_mapping(keys: list[str], key_mapping: Any = None, *args: Any, **kwargs: Any) -> Any:
-                own = {f"^{pattern}": replacement for pattern, replacement in both.items()}
-                return original(keys, {**(key_mapping or {}), **own}, *args, **kwargs)  # type: ignore[operator]
-
-            model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
+    if not plan.renaming:
         return []
-    return [WeightRenaming(f"^{pattern}", replacement) for pattern, replacement in both.items()]
+    try:
+        from .expert_renaming import ExpertRenaming
+    except ImportError:  # transformers 4
+        original = model._get_key_renaming_mapping
+
+        def renaming_mapping(*args: Any, **kwargs: Any) -> Any:
+            return {key: renamed(name, plan.renaming) for key, name in original(*args, **kwargs).items()}  # type: ignore[operator]
+
+        model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
+        return []
+    # The file may be that of the base model, which lacks its prefix, or the model may be: both are seen to afterwards.
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    bare = {own.removeprefix(prefix): wanted.removeprefix(prefix) for own, wanted in plan.renaming.items()}
+    return [ExpertRenaming(bare | {prefix + own: prefix + wanted for own, wanted in bare.items()})]
 
 
 def finish_model(model: nn.Module, plan: Plan) -> None:

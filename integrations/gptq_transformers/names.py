@@ -19,12 +19,12 @@ class CheckpointNames:
 
     Args:
         of: ``{name in the checkpoint: name in the model}``.
-        renamings: those of experts that are among them: regular expressions on the beginning of a name, with what to
-            put instead. transformers does not know them, and has to be told (see ``loading.follow_renamings``).
+        renaming: that of experts, which is a part of it (see ``expert_renaming``). transformers does not know it, and
+            has to be told (see ``loading.follow_renaming``).
     """
 
     of: dict[str, str]
-    renamings: dict[str, str]
+    renaming: dict[str, str]
 
 
 def checkpoint_names(
@@ -36,10 +36,10 @@ def checkpoint_names(
         CheckpointError: experts whose names are not known.
     """
     names = model_names(model, keys, key_mapping)
-    renamings = expert_places(model, list(layer_names(names.values())))
-    if renamings:
-        names = {key: renamed(name, renamings) for key, name in names.items()}
-    return CheckpointNames(names, renamings)
+    renaming = expert_places(model, layer_names(names.values()))
+    if renaming:
+        names = {key: renamed(name, renaming) for key, name in names.items()}
+    return CheckpointNames(names, renaming)
 
 
 def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> dict[str, str]:

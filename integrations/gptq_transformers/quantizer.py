@@ -111,7 +111,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                     config.kernel,
                     bool(caller.get("ignore_mismatched_sizes")),
                 )
-            self._renamings = loading.follow_renamings(model, self._plan)
+            self._renamings = loading.follow_renaming(model, self._plan)
         loading.allow_casting(model)
         resizing.allow_resizing(model)
         self._loading = model

@@ -61,7 +61,6 @@ class Checkpoint:
         self._stored = {name: name for name in self.manifest}  # vLLM's tensor name -> the file's
         self._mappers: list[Any] = []
         self.renamings: dict[str, str] = {}  # the file's tensor name -> the one that vLLM's model is to load it by
-        self._find_modules()
 
     def rename(self, mapper: Any) -> None:
         """Apply a model's ``WeightsMapper``, which turns the names in the file into vLLM's."""
@@ -69,7 +68,6 @@ class Checkpoint:
         renamed.pop(None, None)
         self._stored = renamed
         self._mappers.append(mapper)
-        self._find_modules()
 
     def place_experts(self, module: str, layout: ExpertLayout) -> None:
         """Find the experts of vLLM's layer ``module``, which it calls as ``layout`` says, by whatever name they have.
@@ -79,13 +77,13 @@ class Checkpoint:
         Raises:
             CheckpointError: names that are not known, or matrices that vLLM does not have.
         """
-        renaming = expert_renaming(self._layers, {module: layout})
-        for name, stored in list(self._stored.items()) if renaming else ():
+        block, _ = _split_at_block(module)
+        inside = [name for name in self._stored if name.startswith(block)]
+        renaming = expert_renaming(layer_names(inside), {module: layout})
+        for name in inside if renaming else ():
             if (wanted := renamed(name, renaming)) != name:
-                self._stored[wanted] = self._stored.pop(name)
+                self._stored[wanted] = stored = self._stored.pop(name)
                 self.renamings[stored] = self._before_mappers(stored, wanted)
-        if renaming:
-            self._find_modules()
 
     def _before_mappers(self, stored: str, wanted: str) -> str:
         """The name that the model's own mappers turn into ``wanted``: of the file up to the block, then vLLM's."""
@@ -101,10 +99,6 @@ class Checkpoint:
             )
         return found
 
-    def _find_modules(self) -> None:
-        self._modules = [name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")]
-        self._layers = layer_names(self._stored)
-
     def stored_name(self, module: str) -> str | None:
         """The file's name of vLLM's layer ``module``; None if the file does not have it under a name known here."""
         for part in ("qweight", "weight"):
@@ -119,7 +113,7 @@ class Checkpoint:
 
     def quantized_inside(self, module: str) -> bool:
         """Whether any layer inside ``module`` is quantized."""
-        return any(name.startswith(f"{module}.") for name in self._modules)
+        return any(name.startswith(f"{module}.") and name.endswith(".qweight") for name in self._stored)
 
     def resolve(self, uses: Mapping[str, Use], settings: QuantizeConfig) -> dict[str, LinearSpec]:
         """Specs of those layers, by their names in the file, that are quantized.

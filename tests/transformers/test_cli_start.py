@@ -80,6 +80,13 @@ def test_every_way_to_call_it_is_the_same_program(module: str) -> None:
     assert done.stdout == f"gptq-backend {__version__}\n", done.stderr
 
 
+def test_the_application_is_still_where_it_was() -> None:
+    from gptq_cli.app import app
+    from gptq_transformers import cli
+
+    assert cli.app is app
+
+
 def test_without_the_packages_of_the_extra_one_sentence_says_what_to_install() -> None:
     done = python(
         """

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 from gptq_backend import CheckpointError
 from gptq_transformers.checkpoint import read_checkpoint
+from gptq_transformers.experts import expert_places
 from tests.transformers.toy_experts import FUSED, PROJECTIONS, logits, needs_fused, quantized
 
 Tensors = dict[str, Tensor]
@@ -105,6 +106,28 @@ def test_experts_in_another_module_of_the_block_give_the_same_logits(
     check(tmp_path, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("model", "parent"), [("mixtral", "mlp"), ("qwen3_moe", "block_sparse_moe")])
+def test_the_base_model_loads_from_the_file_of_the_whole_and_the_whole_from_that_of_the_base(
+    model: str, parent: str, tmp_path: Path
+) -> None:
+    quantized(model, tmp_path)
+    rewrite(
+        tmp_path,
+        lambda tensors: {re.sub(r"\.(mlp|block_sparse_moe)\.", f".{parent}.", k): v for k, v in tensors.items()},
+    )
+    inputs = torch.arange(8)[None]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = whole.model(inputs).last_hidden_state
+    base = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(base(inputs).last_hidden_state, expected)
+    if not FUSED:  # transformers 4 takes a file of the base model with a head for a damaged one
+        return
+    rewrite(tmp_path, lambda tensors: {key.removeprefix("model."): value for key, value in tensors.items()})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(again.model(inputs).last_hidden_state, expected)
+
+
 @needs_fused
 @pytest.mark.parametrize("template", ["{n}.{p}", "{p}.{n}", "{p}s.{n}"])
 @pytest.mark.parametrize(("model", "interleaved"), [("mixtral", False), ("gpt_oss", True)])
@@ -131,3 +154,13 @@ def test_one_matrix_where_the_model_has_two_is_told(tmp_path: Path) -> None:
     rewrite(tmp_path, lambda tensors: joined(tensors, "mixtral", False, "{n}.{p}"))
     with pytest.raises(CheckpointError, match=r"have the matrices \{\}\.gate_up_proj, \{\}\.down_proj, the model's"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_experts_that_only_the_model_calls_so_are_no_obstacle() -> None:
+    """A model with code of its own, whose experts have names that are in no table."""
+    model = nn.Module()
+    model.experts = nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(8, 8) for name in ("alpha", "beta", "gamma")}) for _ in range(2)
+    )
+    layers = [f"experts.{n}.{name}" for n in range(2) for name in ("alpha", "beta", "gamma")]
+    assert expert_places(model, layers) == {}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel
@@ -16,6 +19,7 @@ from transformers import AutoModel
 from gptq_backend import QuantizeConfig, QuantLinear, packing
 from gptq_backend.gptq import quantize_weight
 from gptq_backend.weight import encode
+from gptq_transformers.loading import name_patterns
 from tests.transformers.checkpoints import (
     NAMES,
     PEERS,
@@ -249,3 +253,12 @@ def test_a_key_that_nobody_knows_is_dropped_on_saving(folder: Path) -> None:
     assert saved["quant_method"] == "gptq"
     assert "backend" not in saved
     assert "tokenizer" not in saved
+
+
+@given(st.sets(st.tuples(st.integers(0, 12), st.integers(0, 2), st.sampled_from(["weight", "bias"]))), st.data())
+def test_patterns_of_names_are_for_these_alone(keys: set[tuple[int, int, str]], data: st.DataObject) -> None:
+    names = {f"model.layers.{n}.experts.{e}.{part}" for n, e, part in keys}
+    chosen = {name for name in names if data.draw(st.booleans())}
+    patterns = name_patterns(chosen, names)
+    assert {name for name in names if any(re.search(pattern, name) for pattern in patterns)} == chosen
+    assert len(name_patterns(names, names)) <= 2  # of weights and of biases

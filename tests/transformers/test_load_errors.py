@@ -173,3 +173,11 @@ def test_the_bare_base_model_is_refused_or_loads_random_weights(folder: Path) ->
     rewrite(folder, _change("model.norm.weight", lambda t: None))
     with pytest.raises(CheckpointError, match=r"^norm.weight is not in"):
         AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_model_without_the_quantized_layers_is_refused(layers: int, folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "num_hidden_layers": layers}))
+    with pytest.raises(CheckpointError, match=r"has none of the checkpoint's \d+ quantized layers \(model\."):
+        load(folder)

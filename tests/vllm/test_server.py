@@ -125,5 +125,5 @@ def test_a_damaged_checkpoint_is_served(tmp_path: Path, cache: Path) -> None:
     shutil.copytree(PEERS / NAME, folder)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(EngineError, match=r"model\.safetensors has \d+ bytes, expected \d+; the file is damaged"):
+    with pytest.raises(EngineError, match=r"model\.safetensors, which has \d+ bytes, .*the file is damaged"):
         Server(folder, tmp_path / "log.txt", cache)

@@ -1,0 +1,72 @@
+"""The plugin reads settings, files and layers of a damaged checkpoint as ``inspect`` does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from gptq_backend import GPTQError
+from gptq_backend.files import read_settings
+from gptq_backend.manifest import read_tensor
+from gptq_transformers.checkpoint import read_checkpoint
+from gptq_vllm.checkpoint import Checkpoint, Use
+from gptq_vllm.config import GPTQBackendConfig
+from gptq_vllm.pieces import Piece
+from tests.transformers.checkpoints import PEERS
+from tests.transformers.mutations import mutated
+from tests.transformers.test_readers_agree import BASES, inspect
+
+# What the plugin does not look at: dense tensors, and config.json as far as it describes the model.
+ELSEWHERE = re.compile(r"^structure|^file: config\.json|(embed_tokens|lm_head|norm)\.weight|\.bias")
+
+
+def uses(name: str) -> dict[str, Use]:
+    """The quantized layers of a checkpoint as vLLM's model of it would announce them."""
+    return {
+        layer.name: Use(layer.spec.in_features, layer.spec.out_features, layer.spec.has_bias)
+        for layer in read_checkpoint(PEERS / name).layers
+    }
+
+
+def read_as_the_plugin(folder: Path, wanted: dict[str, Use]) -> str:
+    """What is wrong, or nothing."""
+    try:
+        settings = read_settings(folder)
+        config = GPTQBackendConfig.from_config(settings)
+        checkpoint = Checkpoint(folder, settings)
+        if any(checkpoint.is_quantized(name) is None for name in wanted):
+            return "a layer is missing"
+        for name, spec in checkpoint.resolve(wanted, config.settings).items():
+            tensors = {part: read_tensor(checkpoint.manifest[f"{name}.{part}"]) for part in spec.shapes}
+            Piece.from_stored(spec, tensors, name)
+    except GPTQError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("seed", range(110))
+def test_the_plugin_and_inspect_agree_on_a_damaged_checkpoint(seed: int, tmp_path: Path) -> None:
+    base = BASES[seed % len(BASES)]
+    folder = tmp_path / "damaged"
+    what = mutated(PEERS / base, folder, seed)
+    found, plugin = inspect(folder), read_as_the_plugin(folder, uses(base))
+    assert "\n" not in plugin
+    if not ELSEWHERE.search(what):
+        assert bool(found) == bool(plugin), f"{what}: inspect says {found!r}, the plugin {plugin!r}"
+    elif plugin:
+        assert found, f"{what}: the plugin says {plugin!r}, inspect nothing"
+
+
+def test_settings_in_other_files_are_read_by_both(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (PEERS / BASES[0]).iterdir():
+        (folder / file.name).symlink_to(file)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    del content["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(content))
+    assert inspect(folder) == read_as_the_plugin(folder, uses(BASES[0])) == ""
