@@ -22,6 +22,7 @@ How names survive loading and saving, for a caller that is a transformers quanti
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -107,7 +108,9 @@ def group_experts(model: nn.Module) -> None:
         logger.info("the experts of %d layers are multiplied by grouped products", len(obstacles))
 
 
-def replace_fused_experts(model: nn.Module, layers: Iterable[str], quantized: Iterable[str]) -> list[str]:
+def replace_fused_experts(
+    model: nn.Module, layers: Iterable[str], quantized: Iterable[str], halves: bool = False
+) -> list[str]:
     """Prepare ``model``, still without weights, for a checkpoint with one tensor per expert.
 
     When any quantized layer is an expert's, all experts modules are replaced, also where a layer's experts are dense
@@ -117,6 +120,7 @@ def replace_fused_experts(model: nn.Module, layers: Iterable[str], quantized: It
         model: a ``PreTrainedModel``.
         layers: full names of all the checkpoint's layers, as the model has them.
         quantized: those that are quantized.
+        halves: see :class:`ExpertLayout`; counts where gate and up are apart.
 
     Returns:
         Names of the replaced modules.
@@ -135,6 +139,7 @@ def replace_fused_experts(model: nn.Module, layers: Iterable[str], quantized: It
     conversions = _model_conversions(model)
     for name, layout in found.items():
         names = expert_layout(name, by_module[name], layout.gated) or _projection_names(name, layout, conversions)
+        names = dataclasses.replace(names, halves=halves and not names.joined)
         replace_module(model, name, _unfused(model.get_submodule(name), layout, name, names))
     return list(found)
 

@@ -23,6 +23,7 @@ from gptq_backend.weight import LinearSpec, decode, resolve
 
 from . import experts
 from .names import CheckpointNames
+from .split_layers import split_layers
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ def prepare_model(
             "config.json says that the model is quantized with GPTQ, but no tensor is called *.qweight; remove "
             "quantization_config from it, or fetch the quantized weights"
         )
-    experts.replace_fused_experts(model, layer_names(manifest), quantized)
+    layers = layer_names(manifest)
+    experts.replace_fused_experts(model, layers, quantized, halves=_by_gptqmodel(config))
+    split_layers(model, layers)
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     specs = resolve_specs(manifest, config, shapes, biased)
@@ -220,6 +223,14 @@ def check_loaded(model: nn.Module, missing: Iterable[str]) -> None:
                 "nor dense, and would be random; fetch all of its files, or check that config.json belongs to them"
                 f"{_experts_hint(model)}"
             )
+
+
+def _by_gptqmodel(config: QuantizeConfig) -> bool:
+    """Whether GPTQModel says that it made the checkpoint."""
+    meta = config.extra.get("meta")
+    makers = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    makers = makers if isinstance(makers, list | tuple) else [makers]
+    return any(str(maker).partition(":")[0].lower() == "gptqmodel" for maker in makers)
 
 
 def _experts_hint(model: nn.Module) -> str:

@@ -23,6 +23,7 @@ from . import experts, loading
 from .config import GPTQConfig
 from .names import checkpoint_names
 from .skeleton import check_size
+from .split_layers import join_layers
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                     f"{name}: its weights are offloaded; load the model without offloading to dequantize it"
                 )
             replace_module(model, name, _as_class(layer.dequantize(dtype), classes.get(name)))
+        join_layers(model)
         loading.forbid_casting(model)
         nn.Module.to(model, dtype)  # the embeddings and norms, which are not quantized
         for holder, key in (
