@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend.errors import ConfigError
+from gptq_backend.errors import CheckpointError, ConfigError
 from gptq_backend.expert_names import ExpertLayout, default_layout, expert_layout, expert_renaming, stored_place
 from gptq_backend.structure import is_linear, replace_module
 
@@ -114,7 +114,8 @@ def replace_fused_experts(
     """Prepare ``model``, still without weights, for a checkpoint with one tensor per expert.
 
     When any quantized layer is an expert's, all experts modules are replaced, also where a layer's experts are dense
-    or mixed: such a checkpoint names them alike everywhere. Dense experts are plain ``nn.Linear``.
+    or mixed: such a checkpoint names them alike everywhere. Dense experts are plain ``nn.Linear``. The same where all
+    are dense, but have names that transformers does not fuse.
 
     Args:
         model: a ``PreTrainedModel``.
@@ -130,18 +131,34 @@ def replace_fused_experts(
     """
     found = {name: layout for name, module in model.named_modules() if (layout := _layout(module)) is not None}
     inside = tuple(f"{name}." for name in found)
-    if not found or not any(name.startswith(inside) for name in quantized):
-        return []
     by_module: dict[str, list[str]] = {name: [] for name in found}
-    for layer in layers:
+    for layer in layers if found else ():
         if layer.startswith(inside):
             by_module[next(name for name in _parents(layer) if name in found)].append(layer)
+    if not any(by_module.values()):
+        return []
+    for name, inner in by_module.items():
+        _check_complete(name, inner, len(model.get_submodule(name).down_proj))  # type: ignore[arg-type]
     conversions = _model_conversions(model)
+    usual = {name: _projection_names(name, layout, conversions) for name, layout in found.items()}
+    names = {name: expert_layout(name, by_module[name], layout.gated) or usual[name] for name, layout in found.items()}
+    fuses = all(any(produces(each, f"{name}.down_proj") for each in conversions) for name in found)
+    if fuses and names == usual and not any(name.startswith(inside) for name in quantized):
+        return []  # dense, and transformers fuses them
     for name, layout in found.items():
-        names = expert_layout(name, by_module[name], layout.gated) or _projection_names(name, layout, conversions)
-        names = dataclasses.replace(names, halves=halves and not names.joined)
-        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, names))
+        called = dataclasses.replace(names[name], halves=halves and not names[name].joined)
+        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, called))
     return list(found)
+
+
+def _check_complete(module: str, layers: Iterable[str], count: int) -> None:
+    """Raise if the ``layers`` inside ``module`` are of some of its ``count`` experts only."""
+    numbers = {int(p) for layer in layers for p in layer.removeprefix(f"{module}.").split(".") if p.isdecimal()}
+    if numbers and (absent := set(range(count)) - numbers):
+        raise CheckpointError(
+            f"{module}: the checkpoint has {len(numbers)} of the model's {count} experts (number {min(absent)} is not "
+            "there); fetch all of its files, or export it again, since some tools write only the first expert"
+        )
 
 
 def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:

@@ -154,7 +154,8 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
             layer.prepare()
     for key, parameter in model.named_parameters():
         wanted = plan.dtypes.get(key)
-        if key in plan.renamed and wanted is not None and not parameter.is_meta and parameter.dtype != wanted:
+        converted = key in plan.renamed or key not in plan.manifest  # made of tensors of other names
+        if converted and wanted is not None and not parameter.is_meta and parameter.dtype != wanted:
             # transformers 5.19 loads what it renamed in the file's dtype when the model is quantized
             parameter.data = parameter.data.to(torch.float32 if _kept_in_float32(model, key, wanted) else wanted)
 
@@ -221,7 +222,6 @@ def check_loaded(model: nn.Module, missing: Iterable[str]) -> None:
             raise CheckpointError(
                 f"{key} is not in the checkpoint ({len(missing)} of the model's tensors are not), neither quantized "
                 "nor dense, and would be random; fetch all of its files, or check that config.json belongs to them"
-                f"{_experts_hint(model)}"
             )
 
 
@@ -231,13 +231,6 @@ def _by_gptqmodel(config: QuantizeConfig) -> bool:
     makers = meta.get("quantizer") if isinstance(meta, Mapping) else None
     makers = makers if isinstance(makers, list | tuple) else [makers]
     return any(str(maker).partition(":")[0].lower() == "gptqmodel" for maker in makers)
-
-
-def _experts_hint(model: nn.Module) -> str:
-    read, written = (getattr(model.config, key, None) for key in ("num_experts", "num_local_experts"))
-    if None in (read, written) or read == written:
-        return ""
-    return f"; this version of transformers reads num_experts={read}, the config also has num_local_experts={written}"
 
 
 def _needed(model: nn.Module) -> tuple[str, ...]:
@@ -320,7 +313,7 @@ def _check_dense_shapes(model: nn.Module, manifest: Manifest, parameters: Mappin
             continue  # its stored shape is not that of the model
         raise CheckpointError(
             f"{key}: the checkpoint has shape {list(stored.shape)}, the model {list(parameter.shape)}; config.json and "
-            f"the weights belong to different models: fetch both again{_experts_hint(model)}"
+            "the weights belong to different models: fetch both again"
         )
     for key, parameter in parameters.items():
         dtype = manifest[key].dtype if key in manifest else None

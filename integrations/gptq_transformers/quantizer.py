@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -22,6 +23,7 @@ from gptq_backend.structure import replace_module
 from . import experts, loading
 from .config import GPTQConfig
 from .names import checkpoint_names
+from .newer_config import adopt_newer
 from .skeleton import check_size
 from .split_layers import join_layers
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 # What _from_pretrained_locals looks for.
 _LOCALS = (
     "checkpoint_files",
+    "config",
     "device_mesh",
     "distributed_config",
     "ignore_mismatched_sizes",
@@ -86,6 +89,8 @@ class GPTQBackendQuantizer(HfQuantizer):
                 "tp_plan is not supported for GPTQ checkpoints, because transformers would cut the packed weights in "
                 "the wrong dimension; leave it out, use device_map, or serve the model with vLLM"
             )
+        if isinstance(config := caller.get("config"), PretrainedConfig):
+            adopt_newer(config)
         if not self.pre_quantized:
             self.quantization_config.require_run()
         elif (folder := _local_folder(caller)) is not None:

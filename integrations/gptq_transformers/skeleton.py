@@ -21,6 +21,7 @@ from gptq_backend.manifest import Manifest
 
 from .errors import first_line
 from .model_class import class_to_load, from_config, read_config
+from .newer_config import adopt_newer
 
 # Settings that a model repeats modules by, in the spelling of any architecture.
 _REPEATS = re.compile(r"(^|_)(n|num)_\w*?(layers?|blocks?|experts?)$|^depth$")
@@ -65,6 +66,7 @@ def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module | None:
         raise UnknownModel(f"this transformers has no model_type {content.get('model_type')!r:.60}")
     try:
         config = read_config(folder)
+        adopt_newer(config)
         config._attn_implementation = "eager"  # another one may be the name of a kernel on the hub
         with torch.device("meta"):
             return from_config(class_to_load(folder, {"config": config}), config)
