@@ -41,6 +41,9 @@ from .expert_list import ExpertList, halves
 logger = logging.getLogger(__name__)
 
 
+_ROUTERS = ("gate", "router")
+
+
 @dataclass(frozen=True)
 class _Layout:
     """How a fused module stores its experts.
@@ -175,6 +178,8 @@ def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     renaming: dict[str, str] = {}
     lists = {name: layout for name, module in model.named_modules() if (layout := _list_layout(name, module))}
     fused = [name for name, module in model.named_modules() if _layout(module) is not None]
+    for name in (*lists, *fused):
+        renaming |= _router_renaming(model, name, stored_place(name, layers, [*lists, *fused]), layers)
     if lists:
         renaming |= expert_renaming(layers, lists)
     for name in fused:  # what they are called inside, an ExpertList takes from the checkpoint
@@ -183,6 +188,16 @@ def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
         if own != wanted:
             renaming[re.escape(f"{own}.")] = f"{wanted}."
     return renaming
+
+
+def _router_renaming(model: nn.Module, module: str, place: str, layers: Sequence[str]) -> dict[str, str]:
+    """Where the router beside the experts ``module``, which are ``place`` in the checkpoint, has its other name."""
+    parent, stored = (name.rpartition(".")[0] for name in (module, place))
+    for called, other in (_ROUTERS, _ROUTERS[::-1]):
+        own = f"{stored}.{other}"
+        if hasattr(model.get_submodule(parent), called) and own in layers and f"{stored}.{called}" not in layers:
+            return {re.escape(f"{own}."): f"{parent}.{called}."}
+    return {}
 
 
 def _list_layout(name: str, module: nn.Module) -> ExpertLayout | None:

@@ -294,7 +294,8 @@ def _other_modules(
         if parent == name or any(f"{parent}.{key}" not in manifest for key in waiting):
             raise CheckpointError(
                 f"{name} is quantized in the checkpoint, but {type(modules[parent]).__name__} at {parent!r} has no "
-                "linear layer of that name; this model's layout is not supported"
+                f"linear layer of that name in transformers {transformers.__version__}; this model's layout is not "
+                "supported, unless another version of transformers has it"
             )
         logger.info("%s: the model has no such layer; skipped", name)
     return resolve_specs(manifest, config, shapes) if shapes else {}

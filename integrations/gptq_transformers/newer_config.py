@@ -1,5 +1,6 @@
 """A config.json that transformers 5 wrote, for transformers 4, which would take its own default for what is called
-otherwise there and compute something else without a word."""
+otherwise there and compute something else without a word.
+"""
 
 from __future__ import annotations
 

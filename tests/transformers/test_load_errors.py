@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
-from tests.transformers.checkpoints import NAMES, PEERS, VERSION_4, distance, load, logits, rewrite, stored, tiny, write
+from tests.transformers.checkpoints import distance, load, logits, rewrite, stored, tiny, write
 
 LAYER = "model.layers.1.mlp.up_proj"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from gptq_backend import ConfigError, QuantizeConfig
 from gptq_transformers.checkpoint import read_checkpoint
-from tests.transformers.checkpoints import VERSION_4, distance, load, logits, tiny, write
+from tests.transformers.checkpoints import VERSION_4, distance, load, logits, rewrite, tiny, write
 
 pytestmark = pytest.mark.skipif(not VERSION_4, reason="version 5 reads what it writes")
 
@@ -78,3 +79,23 @@ def test_what_version_4_cannot_be_told_is_refused(tmp_path: Path) -> None:
     edit(tmp_path, ("rope_theta",), {"rope_parameters": kinds})
     with pytest.raises(ConfigError, match=r"Qwen3Config of transformers 4.* has no settings; install transformers 5"):
         load(tmp_path)
+
+
+def test_names_of_tensors_that_version_5_changed_are_understood(tmp_path: Path) -> None:
+    for model_type, names in (
+        ("gpt_neox", {"embed_out.": "lm_head."}),
+        ("phimoe", {"block_sparse_moe.gate.": "mlp.router.", "block_sparse_moe.experts.": "mlp.experts."}),
+    ):
+        folder = tmp_path / model_type
+        changes = {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "phimoe" else {}
+        expected = write(folder, tiny(model_type, **changes), QuantizeConfig(group_size=32))
+
+        def change(tensors: dict[str, Tensor], names: dict[str, str] = names) -> dict[str, Tensor]:
+            assert all(any(old in key for key in tensors) for old in names)
+            for old, new in names.items():
+                tensors = {key.replace(old, new): value for key, value in tensors.items()}
+            return tensors
+
+        rewrite(folder, change)
+        assert distance(logits(load(folder)), expected) < 1e-5
+        assert not read_checkpoint(folder).damaged
