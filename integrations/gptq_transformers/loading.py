@@ -275,7 +275,8 @@ def _other_modules(
 ) -> dict[str, LinearSpec]:
     """What to do with layers that are quantized in the file and not linear in the model.
 
-    A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight. A layer that the
+    A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight, and so does an
+    embedding, which GPTQModel can quantize as if it were multiplied by one-hot rows. A layer that the
     model lacks altogether (a head that the user did not ask for, multi-token prediction) is skipped like any other
     tensor that is too much, unless the model waits for something in its place.
     """
@@ -283,8 +284,10 @@ def _other_modules(
     shapes: dict[str, tuple[int, int]] = {}
     for name in names:
         weight = getattr(modules.get(name), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(modules[name], nn.Embedding):
-            shapes[name] = (weight.shape[1], weight.shape[0])
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            rows, columns = weight.shape
+            # Its tokens are the input channels.
+            shapes[name] = (rows, columns) if isinstance(modules[name], nn.Embedding) else (columns, rows)
             logger.warning("%s: %s cannot be quantized; its weight is dequantized", name, type(modules[name]).__name__)
             continue
         parent = name
@@ -330,10 +333,14 @@ def _load_dense(model: nn.Module, plan: Plan) -> None:
         tensors = {part: read_tensor(plan.manifest[f"{name}.{part}"]) for part in spec.shapes if part != "bias"}
         weight = decode(resolve(spec, tensors, name), tensors).dequantize()
         module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            weight = weight.t().contiguous()
         old = module.weight
         device = "cpu" if old.is_meta else old.device
         module.weight = nn.Parameter(weight.to(device, plan.dtypes[f"{name}.weight"]), requires_grad=False)
         module.weight._is_hf_initialized = True
+    if any(isinstance(model.get_submodule(name), nn.Embedding) for name in plan.dense):
+        model.tie_weights()  # type: ignore[operator]
 
 
 def _restore_dtypes(name: str, layer: QuantLinear, manifest: Manifest) -> None:
