@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,15 +186,21 @@ def absent(model: nn.Module, manifest: Manifest) -> list[str]:
     What transformers ties, makes of other tensors or drops is not among them.
     """
     converters = experts.remaining_converters(model)
-    tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
-    if tied is None:
-        tied = getattr(model, "_tied_weights_keys", None) or ()
-        tied = tied if model.config.get_text_config(decoder=True).tie_word_embeddings else ()
+    tied = tied_names(model)
     return [
         key
         for key, _ in model.named_parameters()
         if key not in manifest and key not in tied and not any(experts.produces(each, key) for each in converters)
     ]
+
+
+def tied_names(model: nn.Module) -> Collection[str]:
+    """Parameters that are another one under a second name."""
+    tied: Collection[str] | None = getattr(model, "all_tied_weights_keys", None)  # transformers 5
+    if tied is None:
+        tied = getattr(model, "_tied_weights_keys", None) or ()
+        tied = tied if model.config.get_text_config(decoder=True).tie_word_embeddings else ()
+    return tied
 
 
 def not_loaded(model: nn.Module) -> list[str]:

@@ -133,7 +133,9 @@ class GPTQBackendQuantizer(HfQuantizer):
         """For transformers 4: the names that it did not find and is about to fill with random values."""
         if self._plan is None:
             return missing_keys
-        missing_keys = [key for key in missing_keys if key.removesuffix(".weight") not in self._plan.dense]
+        later = set(self._plan.dense)  # and what is tied to those
+        tied = loading.tied_names(model) if later else ()
+        missing_keys = [key for key in missing_keys if key.removesuffix(".weight") not in later and key not in tied]
         loading.check_loaded(model, missing_keys)
         return missing_keys
 
