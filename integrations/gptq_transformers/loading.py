@@ -180,7 +180,7 @@ def untie_quantized(model: nn.Module) -> None:
                 model.all_tied_weights_keys = {k: v for k, v in tied.items() if not k.startswith(f"{name}.")}
 
 
-def absent(model: nn.Module, manifest: Manifest) -> list[str]:
+def absent(model: nn.Module, plan: Plan) -> list[str]:
     """Parameters of a model prepared by :func:`prepare_model` that the files do not have, under any name.
 
     What transformers ties, makes of other tensors or drops is not among them.
@@ -190,7 +190,10 @@ def absent(model: nn.Module, manifest: Manifest) -> list[str]:
     return [
         key
         for key, _ in model.named_parameters()
-        if key not in manifest and key not in tied and not any(experts.produces(each, key) for each in converters)
+        if key not in plan.manifest
+        and key.removesuffix(".weight") not in plan.dense
+        and key not in tied
+        and not any(experts.produces(each, key) for each in converters)
     ]
 
 

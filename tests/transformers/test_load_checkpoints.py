@@ -16,6 +16,7 @@ from transformers import AutoModel
 from gptq_backend import QuantizeConfig, QuantLinear, packing
 from gptq_backend.gptq import quantize_weight
 from gptq_backend.weight import encode
+from gptq_transformers.checkpoint import read_checkpoint
 from tests.transformers.checkpoints import (
     NAMES,
     PEERS,
@@ -212,6 +213,7 @@ def test_a_quantized_router_gets_random_weights(folder: Path) -> None:
         tensors.update({key + part: value for part, value in encode(router)[1].items()})
 
     rewrite(folder, quantize_router)
+    assert not read_checkpoint(folder).damaged
     model = load(folder)
     assert distance(logits(model), expected) < EXACT
     model.save_pretrained(folder.with_name("again"))
@@ -232,6 +234,7 @@ def test_a_quantized_embedding_is_read_as_a_product_with_one_hot_rows(tied: bool
         tensors.update({f"model.embed_tokens.{part}": value for part, value in encode(packed)[1].items()})
 
     rewrite(folder, quantize_table)
+    assert not read_checkpoint(folder).damaged
     model = load(folder)
     assert distance(logits(model), expected) < EXACT
     model.save_pretrained(folder.with_name("again"))
