@@ -50,10 +50,13 @@ class ExpertLayout:
         paths: below the module, with ``{}`` for the expert's number: of gate, up and down; of both in one and down; or,
             without a gate, of up and down.
         joined: gate and up are one matrix.
+        halves: what is called gate and up is the first and the second half of the rows of the model's one matrix, even
+            where the rows of its gate and up alternate. GPTQModel cuts the experts of gpt-oss so.
     """
 
     paths: tuple[str, ...]
     joined: bool = False
+    halves: bool = False
 
     def path(self, projection: int, expert: int) -> str:
         """Of one layer, below the module."""

@@ -135,7 +135,7 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
     try:
         plan = prepare_model(model, manifest, checkpoint.config, names)
         specs = {name: layer.stored_spec for name, layer in quant_linears(model)} | plan.dense
-        check_loaded(model, absent(model, plan.manifest))
+        check_loaded(model, absent(model, plan))
         check_stored(plan.dtypes, plan.manifest)
     except CheckpointError as error:
         checkpoint.damaged["checkpoint"] = str(error)

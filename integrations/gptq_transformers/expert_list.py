@@ -156,7 +156,7 @@ class ExpertList(nn.Module):
 
     @property
     def _concatenated(self) -> bool:
-        return bool(getattr(self, "is_concatenated", True))
+        return self.layout.halves or bool(getattr(self, "is_concatenated", True))
 
 
 def halves(tensor: Tensor, dim: int, concatenated: bool) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,10 @@ How names survive loading and saving, for a caller that is a transformers quanti
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ from gptq_backend.structure import is_linear, replace_module
 from .expert_list import ExpertList, halves
 
 logger = logging.getLogger(__name__)
+
+
+_ROUTERS = ("gate", "router")
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,20 @@ def group_experts(model: nn.Module) -> None:
         logger.info("the experts of %d layers are multiplied by grouped products", len(obstacles))
 
 
-def replace_fused_experts(model: nn.Module, layers: Iterable[str], quantized: Iterable[str]) -> list[str]:
+def replace_fused_experts(
+    model: nn.Module, layers: Iterable[str], quantized: Iterable[str], halves: bool = False
+) -> list[str]:
     """Prepare ``model``, still without weights, for a checkpoint with one tensor per expert.
 
     When any quantized layer is an expert's, all experts modules are replaced, also where a layer's experts are dense
-    or mixed: such a checkpoint names them alike everywhere. Dense experts are plain ``nn.Linear``.
+    or mixed: such a checkpoint names them alike everywhere. Dense experts are plain ``nn.Linear``. The same where all
+    are dense, but have names that transformers does not fuse.
 
     Args:
         model: a ``PreTrainedModel``.
         layers: full names of all the checkpoint's layers, as the model has them.
         quantized: those that are quantized.
+        halves: see :class:`ExpertLayout`; counts where gate and up are apart.
 
     Returns:
         Names of the replaced modules.
@@ -126,17 +134,34 @@ def replace_fused_experts(model: nn.Module, layers: Iterable[str], quantized: It
     """
     found = {name: layout for name, module in model.named_modules() if (layout := _layout(module)) is not None}
     inside = tuple(f"{name}." for name in found)
-    if not found or not any(name.startswith(inside) for name in quantized):
-        return []
     by_module: dict[str, list[str]] = {name: [] for name in found}
-    for layer in layers:
+    for layer in layers if found else ():
         if layer.startswith(inside):
             by_module[next(name for name in _parents(layer) if name in found)].append(layer)
+    if not any(by_module.values()):
+        return []
+    for name, inner in by_module.items():
+        _check_complete(name, inner, len(model.get_submodule(name).down_proj))  # type: ignore[arg-type]
     conversions = _model_conversions(model)
+    usual = {name: _projection_names(name, layout, conversions) for name, layout in found.items()}
+    names = {name: expert_layout(name, by_module[name], layout.gated) or usual[name] for name, layout in found.items()}
+    fuses = all(any(produces(each, f"{name}.down_proj") for each in conversions) for name in found)
+    if fuses and names == usual and not any(name.startswith(inside) for name in quantized):
+        return []  # dense, and transformers fuses them
     for name, layout in found.items():
-        names = expert_layout(name, by_module[name], layout.gated) or _projection_names(name, layout, conversions)
-        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, names))
+        called = dataclasses.replace(names[name], halves=halves and not names[name].joined)
+        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, called))
     return list(found)
+
+
+def _check_complete(module: str, layers: Iterable[str], count: int) -> None:
+    """Raise if the ``layers`` inside ``module`` are of some of its ``count`` experts only."""
+    numbers = {int(p) for layer in layers for p in layer.removeprefix(f"{module}.").split(".") if p.isdecimal()}
+    if numbers and (absent := set(range(count)) - numbers):
+        raise CheckpointError(
+            f"{module}: the checkpoint has {len(numbers)} of the model's {count} experts (number {min(absent)} is not "
+            "there); fetch all of its files, or export it again, since some tools write only the first expert"
+        )
 
 
 def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
@@ -156,7 +181,23 @@ def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
             layouts[name] = None  # an ExpertList takes what the checkpoint has
         elif (own := _list_layout(name, module)) is not None:
             layouts[name] = own
-    return expert_renaming(layers, layouts)
+    renaming = expert_renaming(layers, layouts)
+    return renaming | _router_renaming(model, layouts, renaming, set(layers))
+
+
+def _router_renaming(
+    model: nn.Module, modules: Iterable[str], renaming: Mapping[str, str], layers: Collection[str]
+) -> dict[str, str]:
+    """Where the router beside the experts ``modules``, moved by ``renaming``, has its other name in the checkpoint."""
+    stored = {wanted: own for own, wanted in renaming.items()}
+    found = {}
+    for parent in {module.rpartition(".")[0] for module in modules}:
+        place = stored.get(f"{parent}.", f"{parent}.")
+        for called, other in (_ROUTERS, _ROUTERS[::-1]):
+            own = f"{place}{other}"
+            if hasattr(model.get_submodule(parent), called) and own in layers and f"{place}{called}" not in layers:
+                found[f"{own}."] = f"{parent}.{called}."
+    return found
 
 
 def _list_layout(name: str, module: nn.Module) -> ExpertLayout | None:

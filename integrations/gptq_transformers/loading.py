@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from gptq_backend.weight import LinearSpec, decode, resolve
 from . import experts
 from .finite import check_finite
 from .names import CheckpointNames
+from .split_layers import split_layers
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ def prepare_model(
             "config.json says that the model is quantized with GPTQ, but no tensor is called *.qweight; remove "
             "quantization_config from it, or fetch the quantized weights"
         )
-    experts.replace_fused_experts(model, layer_names(manifest), quantized)
+    layers = layer_names(manifest)
+    experts.replace_fused_experts(model, layers, quantized, halves=_by_gptqmodel(config))
+    split_layers(model, layers)
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     specs = resolve_specs(manifest, config, shapes, biased)
@@ -167,7 +170,8 @@ def finish_model(model: nn.Module, plan: Plan) -> None:
             layer.prepare()
     for key, parameter in model.named_parameters():
         wanted = plan.dtypes.get(key)
-        if key in plan.renamed and wanted is not None and not parameter.is_meta and parameter.dtype != wanted:
+        converted = key in plan.renamed or key not in plan.manifest  # made of tensors of other names
+        if converted and wanted is not None and not parameter.is_meta and parameter.dtype != wanted:
             # transformers 5.19 loads what it renamed in the file's dtype when the model is quantized
             parameter.data = parameter.data.to(dtype_of_parameter(model, key, wanted))
     check_finite(model, plan.manifest)
@@ -196,21 +200,30 @@ def untie_quantized(model: nn.Module) -> None:
                 model.all_tied_weights_keys = {k: v for k, v in tied.items() if not k.startswith(f"{name}.")}
 
 
-def absent(model: nn.Module, manifest: Manifest) -> list[str]:
+def absent(model: nn.Module, plan: Plan) -> list[str]:
     """Parameters of a model prepared by :func:`prepare_model` that the files do not have, under any name.
 
     What transformers ties, makes of other tensors or drops is not among them.
     """
     converters = experts.remaining_converters(model)
-    tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
-    if tied is None:
-        tied = getattr(model, "_tied_weights_keys", None) or ()
-        tied = tied if model.config.get_text_config(decoder=True).tie_word_embeddings else ()
+    tied = tied_names(model)
     return [
         key
         for key, _ in model.named_parameters()
-        if key not in manifest and key not in tied and not any(experts.produces(each, key) for each in converters)
+        if key not in plan.manifest
+        and key.removesuffix(".weight") not in plan.dense
+        and key not in tied
+        and not any(experts.produces(each, key) for each in converters)
     ]
+
+
+def tied_names(model: nn.Module) -> Collection[str]:
+    """Parameters that are another one under a second name."""
+    tied: Collection[str] | None = getattr(model, "all_tied_weights_keys", None)  # transformers 5
+    if tied is None:
+        tied = getattr(model, "_tied_weights_keys", None) or ()
+        tied = tied if model.config.get_text_config(decoder=True).tie_word_embeddings else ()
+    return tied
 
 
 def not_loaded(model: nn.Module) -> list[str]:
@@ -238,15 +251,15 @@ def check_loaded(model: nn.Module, missing: Iterable[str]) -> None:
             raise CheckpointError(
                 f"{key} is not in the checkpoint ({len(missing)} of the model's tensors are not), neither quantized "
                 "nor dense, and would be random; fetch all of its files, or check that config.json belongs to them"
-                f"{_experts_hint(model)}"
             )
 
 
-def _experts_hint(model: nn.Module) -> str:
-    read, written = (getattr(model.config, key, None) for key in ("num_experts", "num_local_experts"))
-    if None in (read, written) or read == written:
-        return ""
-    return f"; this version of transformers reads num_experts={read}, the config also has num_local_experts={written}"
+def _by_gptqmodel(config: QuantizeConfig) -> bool:
+    """Whether GPTQModel says that it made the checkpoint."""
+    meta = config.extra.get("meta")
+    makers = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    makers = makers if isinstance(makers, list | tuple) else [makers]
+    return any(str(maker).partition(":")[0].lower() == "gptqmodel" for maker in makers)
 
 
 def _needed(model: nn.Module) -> tuple[str, ...]:
@@ -284,7 +297,8 @@ def _other_modules(
 ) -> dict[str, LinearSpec]:
     """What to do with layers that are quantized in the file and not linear in the model.
 
-    A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight. A layer that the
+    A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight, and so does an
+    embedding, which GPTQModel can quantize as if it were multiplied by one-hot rows. A layer that the
     model lacks altogether (a head that the user did not ask for, multi-token prediction) is skipped like any other
     tensor that is too much, unless the model waits for something in its place.
     """
@@ -292,8 +306,10 @@ def _other_modules(
     shapes: dict[str, tuple[int, int]] = {}
     for name in names:
         weight = getattr(modules.get(name), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(modules[name], nn.Embedding):
-            shapes[name] = (weight.shape[1], weight.shape[0])
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            rows, columns = weight.shape
+            # Its tokens are the input channels.
+            shapes[name] = (rows, columns) if isinstance(modules[name], nn.Embedding) else (columns, rows)
             logger.warning("%s: %s cannot be quantized; its weight is dequantized", name, type(modules[name]).__name__)
             continue
         parent = name
@@ -303,7 +319,8 @@ def _other_modules(
         if parent == name or any(f"{parent}.{key}" not in manifest for key in waiting):
             raise CheckpointError(
                 f"{name} is quantized in the checkpoint, but {type(modules[parent]).__name__} at {parent!r} has no "
-                "linear layer of that name; this model's layout is not supported"
+                f"linear layer of that name in transformers {transformers.__version__}; this model's layout is not "
+                "supported, unless another version of transformers has it"
             )
         logger.info("%s: the model has no such layer; skipped", name)
     return resolve_specs(manifest, config, shapes) if shapes else {}
@@ -322,7 +339,7 @@ def _check_dense_shapes(model: nn.Module, manifest: Manifest, parameters: Mappin
             continue  # its stored shape is not that of the model
         raise CheckpointError(
             f"{key}: the checkpoint has shape {list(stored.shape)}, the model {list(parameter.shape)}; config.json and "
-            f"the weights belong to different models: fetch both again{_experts_hint(model)}"
+            "the weights belong to different models: fetch both again"
         )
     for key, parameter in parameters.items():
         dtype = manifest[key].dtype if key in manifest else None
@@ -338,10 +355,14 @@ def _load_dense(model: nn.Module, plan: Plan) -> None:
         tensors = {part: read_tensor(plan.manifest[f"{name}.{part}"]) for part in spec.shapes if part != "bias"}
         weight = decode(resolve(spec, tensors, name), tensors).dequantize()
         module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            weight = weight.t().contiguous()
         old = module.weight
         device = "cpu" if old.is_meta else old.device
         module.weight = nn.Parameter(weight.to(device, plan.dtypes[f"{name}.weight"]), requires_grad=False)
         module.weight._is_hf_initialized = True
+    if any(isinstance(model.get_submodule(name), nn.Embedding) for name in plan.dense):
+        model.tie_weights()  # type: ignore[operator]
 
 
 def _restore_dtypes(name: str, layer: QuantLinear, manifest: Manifest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +11,8 @@ from torch import nn
 from gptq_backend.expert_names import layer_names, renamed
 
 from .experts import expert_places
+
+_HEADS = ("lm_head", "embed_out")  # GPT-NeoX has either, by version
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,23 @@ def checkpoint_names(
         CheckpointError: experts whose names are not known.
     """
     names = model_names(model, keys, key_mapping)
-    renaming = expert_places(model, layer_names(names.values()))
+    layers = layer_names(names.values())
+    renaming = expert_places(model, layers) | _head_renaming(model, layers)
     if renaming:
         names = {key: renamed(name, renaming) for key, name in names.items()}
     return CheckpointNames(names, renaming)
+
+
+def _head_renaming(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Where the checkpoint gives the output embedding the name that another version of transformers has for it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    own = next((name for name, module in model.named_modules() if module is head), "")
+    prefix = getattr(model, "base_model_prefix", "")  # which a name that the model does not have was given, maybe
+    others = [place for name in _HEADS if not hasattr(model, name) for place in (name, f"{prefix}.{name}")]
+    others = [name for name in others if name in layers]
+    if own not in _HEADS or own in layers or not others:
+        return {}
+    return {f"{others[0]}.": f"{own}."}
 
 
 def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> dict[str, str]:

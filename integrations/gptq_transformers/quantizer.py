@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -22,7 +23,9 @@ from gptq_backend.structure import replace_module
 from . import experts, loading, resizing
 from .config import GPTQConfig
 from .names import checkpoint_names
+from .newer_config import adopt_newer
 from .skeleton import check_size
+from .split_layers import join_layers
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 # What _from_pretrained_locals looks for.
 _LOCALS = (
     "checkpoint_files",
+    "config",
     "device_mesh",
     "distributed_config",
     "ignore_mismatched_sizes",
@@ -85,6 +89,8 @@ class GPTQBackendQuantizer(HfQuantizer):
                 "tp_plan is not supported for GPTQ checkpoints, because transformers would cut the packed weights in "
                 "the wrong dimension; leave it out, use device_map, or serve the model with vLLM"
             )
+        if isinstance(config := caller.get("config"), PretrainedConfig):
+            adopt_newer(config)
         if not self.pre_quantized:
             self.quantization_config.require_run()
         elif (folder := _local_folder(caller)) is not None:
@@ -128,7 +134,9 @@ class GPTQBackendQuantizer(HfQuantizer):
         """For transformers 4: the names that it did not find and is about to fill with random values."""
         if self._plan is None:
             return missing_keys
-        missing_keys = [key for key in missing_keys if key.removesuffix(".weight") not in self._plan.dense]
+        later = set(self._plan.dense)  # and what is tied to those
+        tied = loading.tied_names(model) if later else ()
+        missing_keys = [key for key in missing_keys if key.removesuffix(".weight") not in later and key not in tied]
         loading.check_loaded(model, missing_keys)
         return missing_keys
 
@@ -171,6 +179,7 @@ class GPTQBackendQuantizer(HfQuantizer):
             if dtype is not None and own == old:
                 own = loading.dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
             replace_module(model, name, _as_class(layer.dequantize(own), classes.get(name)))
+        join_layers(model)
         loading.forbid_casting(model)
         resizing.forbid_resizing(model)
         if dtype is not None:

@@ -58,6 +58,7 @@ def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
     from .model_class import class_to_load, from_config, read_config
+    from .newer_config import adopt_newer
 
     path = folder / "config.json"
     content = read_json(path)
@@ -66,6 +67,7 @@ def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module:
         raise UnknownModel(f"this transformers has no model_type {content.get('model_type')!r:.60}")
     try:
         config = read_config(folder)
+        adopt_newer(config)
         config._attn_implementation = "eager"  # another one may be the name of a kernel on the hub
         config.dtype = torch.float32  # what it says matters only for values
         with torch.device("meta"):

@@ -42,6 +42,11 @@ class GPTQMoEMethod(FusedMoEMethodBase):
                 "LoRA on a mixture of experts whose experts are quantized is not supported; leave out --enable-lora, "
                 "or merge the adapter before quantizing"
             )
+        if layer.moe_config.has_bias:  # vLLM's loader looks for biases by names that only its own methods have
+            raise ConfigError(
+                f"{layer.layer_name}: quantized experts with biases, as gpt-oss has them, are not supported in vLLM; "
+                "load the model with transformers"
+            )
         if not apply_moe_activation_supported(layer.activation):
             raise ConfigError(
                 f"{layer.layer_name}: experts with the activation {layer.activation.value!r} are not supported in a "

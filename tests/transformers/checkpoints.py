@@ -39,8 +39,6 @@ _SIZES = {
 
 def load_peer(name: str, **kwargs: Any) -> nn.Module:
     """A peer's checkpoint through plain ``from_pretrained``."""
-    if VERSION_4 and "moe" in name:
-        kwargs.setdefault("num_experts", 4)  # version 5 writes this number under another key, which 4 ignores
     return AutoModelForCausalLM.from_pretrained(PEERS / name, **kwargs)
 
 

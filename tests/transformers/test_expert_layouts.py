@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,34 @@ def test_gate_and_up_in_one_matrix_give_the_same_logits(
     expected = quantized(model, tmp_path, sym=True)
     rewrite(tmp_path, lambda tensors: joined(tensors, model, interleaved, template))
     check(tmp_path, expected)
+
+
+DENSE = {r"-:.*experts": {}}
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("spelling", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_experts_that_are_all_dense_have_any_name_too(model: str, spelling: tuple[str, ...], tmp_path: Path) -> None:
+    expected = quantized(model, tmp_path, dynamic=DENSE)
+    rewrite(tmp_path, lambda tensors: renamed(tensors, "{n}.{p}", spelling, model))
+    check(tmp_path, expected)
+
+
+def test_dense_experts_are_computed_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+    quantized("qwen3_moe", tmp_path, dynamic=DENSE)
+    rewrite(tmp_path, lambda tensors: {k: v.bfloat16() if "experts" in k else v for k, v in tensors.items()})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "experts" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize("settings", [{}, {"dynamic": DENSE}])
+@needs_fused
+def test_experts_that_are_not_in_the_file_are_told(settings: dict[str, Any], tmp_path: Path) -> None:
+    quantized("qwen3_moe", tmp_path, **settings)
+    rewrite(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if not re.search(r"experts\.[123]\.", k)})
+    with pytest.raises(CheckpointError, match=r"mlp\.experts: the checkpoint has 1 of the model's 4 experts"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "1 of the model's 4 experts" in next(iter(read_checkpoint(tmp_path).damaged.values()))
 
 
 @pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])

@@ -177,7 +177,7 @@ def test_modules_of_transformers_4_are_left_as_they_are(name: str) -> None:
 def test_replacing_happens_on_meta_and_only_for_quantized_experts() -> None:
     with torch.device("meta"):
         model = build_on_meta("mixtral")
-    layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts.0.w1"]
+    layers = ["model.layers.0.self_attn.q_proj", *(f"model.layers.1.mlp.experts.{i}.w1" for i in range(4))]
     assert replace_fused_experts(model, layers, layers[:1]) == []
     replaced = replace_fused_experts(model, layers, layers[1:])
     assert replaced == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]

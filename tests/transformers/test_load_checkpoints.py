@@ -19,6 +19,7 @@ from transformers import AutoModel
 from gptq_backend import QuantizeConfig, QuantLinear, packing
 from gptq_backend.gptq import quantize_weight
 from gptq_backend.weight import encode
+from gptq_transformers.checkpoint import read_checkpoint
 from gptq_transformers.loading import name_patterns
 from tests.transformers.checkpoints import (
     NAMES,
@@ -216,6 +217,28 @@ def test_a_quantized_router_gets_random_weights(folder: Path) -> None:
         tensors.update({key + part: value for part, value in encode(router)[1].items()})
 
     rewrite(folder, quantize_router)
+    assert not read_checkpoint(folder).damaged
+    model = load(folder)
+    assert distance(logits(model), expected) < EXACT
+    model.save_pretrained(folder.with_name("again"))
+    assert distance(logits(load(folder.with_name("again"))), expected) < EXACT
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantized_embedding_is_read_as_a_product_with_one_hot_rows(tied: bool, folder: Path) -> None:
+    settings = QuantizeConfig(group_size=32)
+    model = tiny(tie_word_embeddings=tied)
+    table = model.get_input_embeddings().weight
+    packed = quantize_weight(table.detach().t(), None, QuantizeConfig(bits=8, group_size=32), 0, name="table").weight
+    table.data = packed.dequantize().t().contiguous()
+    expected = write(folder, model, settings)
+
+    def quantize_table(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.embed_tokens.weight"]
+        tensors.update({f"model.embed_tokens.{part}": value for part, value in encode(packed)[1].items()})
+
+    rewrite(folder, quantize_table)
+    assert not read_checkpoint(folder).damaged
     model = load(folder)
     assert distance(logits(model), expected) < EXACT
     model.save_pretrained(folder.with_name("again"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
-from tests.transformers.checkpoints import NAMES, PEERS, VERSION_4, distance, load, logits, rewrite, stored, tiny, write
+from tests.transformers.checkpoints import distance, load, logits, rewrite, stored, tiny, write
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -139,13 +139,6 @@ def test_a_layer_that_is_stored_twice_is_loaded_dense(folder: Path, caplog: pyte
     with caplog.at_level(logging.WARNING, "gptq_backend"):
         assert distance(logits(load(folder)), expected) == 0
     assert caplog.text.count("1 layers have both a weight and a qweight") == 1
-
-
-@pytest.mark.skipif(not VERSION_4, reason="version 5 reads the key that it writes")
-def test_the_number_of_experts_under_a_newer_key_gives_no_reason() -> None:
-    name = next(name for name in NAMES if "qwen3" in name and "moe" in name)
-    with pytest.raises(CheckpointError, match=r"reads num_experts=128, the config also has num_local_experts=4"):
-        load(PEERS / name)
 
 
 def test_sizes_that_the_user_allows_to_differ_are_refused(folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptq_backend import ConfigError
 from tests.transformers.checkpoints import PEERS, rewrite
+from tests.transformers.toy_experts import quantized
 from tests.vllm.engine import Engine, EngineError
 
 LAYER = "model.layers.1.self_attn.k_proj"
@@ -104,6 +105,16 @@ def test_an_expert_is_missing(engine: Engine, tmp_path: Path) -> None:
 def test_adapters_on_quantized_experts_fail_late(engine: Engine) -> None:
     with pytest.raises(EngineError, match="LoRA on a mixture of experts whose experts are quantized is not supported"):
         engine.logprobs(PEERS / "qwen3_moe-4-32", [1, 2, 3], enable_lora=True, max_lora_rank=8)
+
+
+def test_experts_with_biases_are_told(engine: Engine, tmp_path: Path) -> None:
+    quantized("gpt_oss", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+    config["rope_parameters"] |= yarn  # vLLM knows no other gpt-oss
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match="quantized experts with biases, as gpt-oss has them, are not supported"):
+        engine.logprobs(tmp_path, [3, 4, 5], max_model_len=64)
 
 
 @pytest.mark.slow
