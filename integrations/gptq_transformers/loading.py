@@ -147,7 +147,7 @@ def follow_renaming(model: nn.Module, plan: Plan) -> list[Any]:
     # The file may be that of the base model, which lacks its prefix, or the model may be: both are seen to afterwards.
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     bare = {own.removeprefix(prefix): wanted.removeprefix(prefix) for own, wanted in plan.renaming.items()}
-    return [ExpertRenaming(bare | {prefix + own: prefix + wanted for own, wanted in bare.items()})]
+    return [ExpertRenaming({prefix + own: prefix + wanted for own, wanted in bare.items()} | bare | plan.renaming)]
 
 
 def finish_model(model: nn.Module, plan: Plan) -> None:

@@ -51,10 +51,9 @@ def _head_renaming(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
     own = next((name for name, module in model.named_modules() if module is head), "")
     prefix = getattr(model, "base_model_prefix", "")  # which a name that the model does not have was given, maybe
     others = [place for name in _HEADS if not hasattr(model, name) for place in (name, f"{prefix}.{name}")]
-    others = [name for name in others if name in layers]
-    if own not in _HEADS or own in layers or not others:
+    if own not in _HEADS or own in layers or not set(others) & set(layers):
         return {}
-    return {f"{others[0]}.": f"{own}."}
+    return {f"{name}.": f"{own}." for name in others}
 
 
 def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> dict[str, str]:
