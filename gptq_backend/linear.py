@@ -299,19 +299,24 @@ class QuantLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         with changing_layout():
-            rest = nn.Module()  # what is like that of any other module
-            rest._parameters, rest._buffers, rest._modules = {"bias": self.bias}, self._buffers, self._modules
-            bias = nn.Module._apply(rest, move, recurse)._parameters["bias"]
             kernel, spec, parameters = self._served
             tensors = _without_bias(parameters)
             home = tensors["qweight"].device
+            device, keeps_values, shares = (home, True, False) if kernel is None else effect(fn, home)
+            rest = nn.Module()  # what is like that of any other module
+            own = self.bias
+            if shares and own is not None and not own.is_shared():
+                # Sharing is done in place, which would pull the memory from under a kernel that is reading it.
+                own, gradient = nn.Parameter(own.detach().clone(), own.requires_grad), own.grad
+                own.grad = gradient
+            rest._parameters, rest._buffers, rest._modules = {"bias": own}, self._buffers, self._modules
+            bias = nn.Module._apply(rest, move, recurse)._parameters["bias"]
             cast = fn(torch.empty(0, dtype=self.compute_dtype, device=home)).dtype
             if cast.is_floating_point:
                 self.compute_dtype = cast
             if kernel is None:
                 self._serve(None, spec, {key: move(tensor) for key, tensor in tensors.items()}, bias)
                 return self
-            device, keeps_values, shares = effect(fn, home)
             if not keeps_values:
                 empty = _without_bias(empty_tensors(self.stored_spec, "meta"))
                 empty = {key: move(tensor) for key, tensor in empty.items()}
@@ -321,8 +326,7 @@ class QuantLinear(nn.Module):
                 self._serve(None, self.stored_spec, moved, bias)
                 self.prepare()
             else:
-                # Sharing is done in place, which would pull the memory from under a kernel that is reading it.
-                moved = {
+                moved = {  # likewise
                     key: move(tensor.clone() if shares and not tensor.is_shared() else tensor)
                     for key, tensor in tensors.items()
                 }
