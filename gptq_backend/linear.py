@@ -219,7 +219,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        kernel = self.kernel.name if self.kernel else "not prepared"
+        chosen = self.kernel  # once: another thread may be taking it away
+        kernel = chosen.name if chosen else "not prepared"
         return (
             f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}, "
             f"sym={spec.sym}, act_order={spec.act_order}, bias={spec.has_bias}, kernel={kernel}"
@@ -303,13 +304,11 @@ class QuantLinear(nn.Module):
             tensors = _without_bias(parameters)
             home = tensors["qweight"].device
             device, keeps_values, shares = (home, True, False) if kernel is None else effect(fn, home)
+            if shares:
+                self._share(fn)
+                return self
             rest = nn.Module()  # what is like that of any other module
-            own = self.bias
-            if shares and own is not None and not own.is_shared():
-                # Sharing is done in place, which would pull the memory from under a kernel that is reading it.
-                own, gradient = nn.Parameter(own.detach().clone(), own.requires_grad), own.grad
-                own.grad = gradient
-            rest._parameters, rest._buffers, rest._modules = {"bias": own}, self._buffers, self._modules
+            rest._parameters, rest._buffers, rest._modules = {"bias": self.bias}, self._buffers, self._modules
             bias = nn.Module._apply(rest, move, recurse)._parameters["bias"]
             cast = fn(torch.empty(0, dtype=self.compute_dtype, device=home)).dtype
             if cast.is_floating_point:
@@ -326,13 +325,22 @@ class QuantLinear(nn.Module):
                 self._serve(None, self.stored_spec, moved, bias)
                 self.prepare()
             else:
-                moved = {  # likewise
-                    key: move(tensor.clone() if shares and not tensor.is_shared() else tensor)
-                    for key, tensor in tensors.items()
-                }
+                moved = {key: move(tensor) for key, tensor in tensors.items()}
                 if bias is not self.bias or any(moved[key] is not tensor for key, tensor in tensors.items()):
                     self._serve(kernel, spec, moved, bias)
         return self
+
+    def _share(self, share: Callable[[Tensor], Tensor]) -> None:
+        """Put copies into shared memory: in place, it would be pulled from under a kernel that is reading it."""
+        kernel, spec, parameters = self._served
+        bias = self.bias
+        if bias is not None and not bias.is_shared():
+            shared = nn.Parameter(share(bias.detach().clone()), bias.requires_grad)
+            shared.grad, bias = bias.grad, shared
+        tensors = _without_bias(parameters)
+        if bias is not self.bias or not all(tensor.is_shared() for tensor in tensors.values()):
+            copies = {k: tensor if tensor.is_shared() else share(tensor.clone()) for k, tensor in tensors.items()}
+            self._serve(kernel, spec, copies, bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

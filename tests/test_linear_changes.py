@@ -171,8 +171,9 @@ def test_threads_may_change_a_layer_while_others_call_and_save_it(change: str, b
                 return
 
     def call() -> None:
-        if not torch.equal(model(x), expected):
-            wrong.append("another output")
+        found = model(x)
+        if not torch.equal(found, expected):
+            wrong.append(f"another output: {found - expected}, then {torch.equal(model(x), expected)}")
 
     def save() -> None:
         found = model.state_dict()
