@@ -1,8 +1,8 @@
 # `make demo` and `make test` do all their set-up in .venv; Python 3.10 or newer with venv is all they need.
 #
 #   make demo       quantize a small real model, load it in a fresh process, compare before and after
-#   make test       the default suite with vLLM, then tests/transformers again under transformers 4.57
-#   make test-all   with the slow tests, and tests/transformers under the newest 5.x too
+#   make test       the default suite with vLLM, then tests/transformers and tests/cli again under transformers 4.57
+#   make test-all   with the slow tests, and both under the newest 5.x too
 #   make lint       ruff, mypy, clang-format
 #   make test-gpu   on a machine with an NVIDIA GPU and nvcc: build in place, then the tests that need the GPU
 #   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again
@@ -36,16 +36,16 @@ GPU_PEERS ?=
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/python docs/demo.py
+	$(VENV)/bin/python docs/examples/demo.py
 
 test: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57
 	$(PYTEST)
-	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) tests/transformers
+	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) tests/transformers tests/cli
 
 test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.23
 	$(PYTEST) -m ""
-	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" tests/transformers
-	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" tests/transformers
+	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" tests/transformers tests/cli
+	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" tests/transformers tests/cli
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -121,7 +121,7 @@ build/.gpu: setup.py $(wildcard csrc/*/*)
 	mkdir -p build && touch $@
 
 test-gpu: build/.gpu
-	$(GPU_PYTHON) -m pytest -m gpu -q --durations=5 $(PYTEST_ARGS) tests/gpu tests/test_triton.py
+	$(GPU_PYTHON) -m pytest -m gpu -q --durations=5 $(PYTEST_ARGS) tests/gpu tests/kernels/test_triton.py
 ifneq ($(SANITIZER),)
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu -q tests/gpu -k tiny || exit 1; done
@@ -144,11 +144,11 @@ GPU_JSON := $(GPU_BENCHES:%=docs/benchmarks/gpu/%.json)
 GPU_QUANTIZE := docs/benchmarks/gpu/quantize-llama2-7b.json docs/benchmarks/gpu/quantize-llama2-70b.json
 
 bench-gpu: docs/benchmarks/gpu/llama2-7b.json $(GPU_JSON) docs/benchmarks/gpu/plans.json $(GPU_QUANTIZE)
-	$(GPU_PYTHON) -m gptq_backend.bench.summary $(GPU_JSON)
+	$(GPU_PYTHON) docs/benchmarks/gemm_table.py $(GPU_JSON)
 
 docs/benchmarks/gpu/llama2-7b.json: build/.gpu
 	mkdir -p $(@D)
-	PYTHONPATH=integrations $(GPU_PYTHON) -m gptq_transformers.bench_shape $@ --compile
+	PYTHONPATH=.:integrations $(GPU_PYTHON) docs/benchmarks/decode_shape.py $@ --compile
 
 docs/benchmarks/gpu/quantize-%.json: build/.gpu
 	mkdir -p $(@D)
@@ -156,7 +156,7 @@ docs/benchmarks/gpu/quantize-%.json: build/.gpu
 
 docs/benchmarks/gpu/plans.json: build/.gpu
 	mkdir -p $(@D)
-	$(GPU_PYTHON) -m gptq_backend.bench.plans $@
+	PYTHONPATH=. $(GPU_PYTHON) docs/benchmarks/launch_plans.py $@
 
 docs/benchmarks/gpu/%.json: build/.gpu
 	mkdir -p $(@D)

@@ -2,12 +2,12 @@
 
 from .config import QuantizeConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, GPTQError
-from .kernels import KERNELS, Kernel, kernel_report, select_kernel
+from .format.weight import LinearSpec, QuantizedWeight
+from .kernels.table import KERNELS, Kernel, kernel_report, select_kernel
 from .linear import QuantLinear
-from .quantize import quantize_model
-from .reports import LayerReport, QuantizeReport
+from .pipeline.quantize import quantize_model
+from .pipeline.report import LayerReport, QuantizeReport
 from .version import __version__ as __version__
-from .weight import LinearSpec, QuantizedWeight
 
 __all__ = [
     "KERNELS",

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError
-from .kernels import Kernel, select_kernel
+from .format.weight import LinearSpec, QuantizedWeight, decode, empty_tensors, encode, resolve
+from .kernels.slots import Tensors
+from .kernels.table import Kernel, select_kernel
 from .lazy_weight import LazyWeight
 from .modules import effect, offloading_hook
-from .phases import timed
-from .slots import Tensors
-from .weight import LinearSpec, QuantizedWeight, decode, empty_tensors, encode, resolve
+from .timing import timed
 
 # Held while tensors change their layout, as several threads may call a layer for the first time at once. One for all
 # layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it: it

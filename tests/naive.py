@@ -1,4 +1,4 @@
-"""GPTQ as the paper states it, in float64 and without any of the tricks: the yardstick for gptq_backend.gptq.
+"""GPTQ as the paper states it, in float64 and without any of the tricks: the yardstick for gptq_backend.algorithm.gptq.
 
 One column at a time: round it, push its error onto the columns that remain (Frantar et al., arXiv 2210.17323, eq. 2),
 and take it out of the explicit inverse Hessian by Gaussian elimination (eq. 3). No Cholesky factor, no blocks.
@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from gptq_backend.algorithm.gptq import _SHRINK
 from gptq_backend.config import QuantizeConfig
-from gptq_backend.gptq import _SHRINK
-from gptq_backend.weight import QuantizedWeight
+from gptq_backend.format.weight import QuantizedWeight
 
 
 def gptq(weight: Tensor, hessian: Tensor | None, config: QuantizeConfig) -> QuantizedWeight:

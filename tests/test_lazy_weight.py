@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gptq_backend import KERNELS, ConfigError, QuantLinear
+from gptq_backend.format.weight import encode
 from gptq_backend.lazy_weight import LazyWeight
-from gptq_backend.weight import encode
-from tests.test_weight import random_weight
+from tests.format.test_weight import random_weight
 
 BACKENDS = [kernel.name for kernel in KERNELS if kernel.name in ("reference", "cpu", "cpu_w4a8")]
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import CheckpointError, ConfigError, QuantLinear, kernels
-from gptq_backend.weight import LinearSpec, encode
-from tests.test_weight import random_weight
+from gptq_backend import CheckpointError, ConfigError, QuantLinear
+from gptq_backend.format.weight import LinearSpec, encode
+from gptq_backend.kernels import table as kernels
+from tests.format.test_weight import random_weight
 
 
 def layer(bits: int = 4, act_order: bool = True, bias: bool = True, **options: int) -> QuantLinear:

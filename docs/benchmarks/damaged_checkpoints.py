@@ -26,8 +26,8 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gptq_backend import GPTQError, __version__
+from gptq_cli.checkpoint import read_checkpoint
 from gptq_transformers import from_quantized
-from gptq_transformers.checkpoint import read_checkpoint
 from tests.transformers.checkpoints import NAMES, PEERS
 from tests.transformers.mutations import mutated
 

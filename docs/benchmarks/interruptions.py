@@ -43,7 +43,7 @@ import torch
 
 import gptq_cli
 import gptq_cli.app
-import gptq_cli.quantizing
+import gptq_cli.quantize_command
 from gptq_backend import __version__, output
 
 SIGNALS = {"kill -9": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..kernels import KERNELS, select_kernel
+from ..kernels.table import KERNELS, select_kernel
 from . import products
 from .layers import DTYPES, Problem, Weight
 from .products import Peer, Product, Rotation

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import packing
-from ..weight import LinearSpec, QuantizedWeight, unpack_codes
+from ..format import packing
+from ..format.weight import LinearSpec, QuantizedWeight, unpack_codes
 
 _MAX_UNPACKED = 1 << 24
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench
+from . import bench_commands as bench
 from .group import CommandGroup
 from .options import Device, Json, TrustRemoteCode
 
@@ -190,7 +190,7 @@ def quantize(
         "keep_edge_blocks": keep_edge_blocks,
         "checkpoint_format": checkpoint_format.value,
     }
-    from .quantizing import Source, run
+    from .quantize_command import Source, run
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
     run(
@@ -239,7 +239,7 @@ def evaluate(
     """Perplexity of MODEL; with --reference also how far its predictions are from the reference's."""
     if text is None:
         raise typer.BadParameter("pass --text FILE: some 50 kB of UTF-8 text that the model was not calibrated on")
-    from .evaluating import run
+    from .evaluate_command import run
 
     run(
         model,
@@ -266,8 +266,9 @@ def inspect(
 ) -> None:
     """What is quantized in PATH and how, what is odd about it, and which kernel would serve it. Loads no model."""
     from gptq_backend import CheckpointError
-    from gptq_transformers import terminal
-    from gptq_transformers.inspection import inspect_checkpoint, print_inspection
+
+    from . import terminal
+    from .inspection import inspect_checkpoint, print_inspection
 
     terminal.set_up_logging(terminal.stderr_console())
     terminal.check_json_target(json_target)

@@ -35,7 +35,7 @@ class CommandGroup(TyperGroup):
             except (typer.Exit, typer.Abort, _USAGE):
                 raise
             except Exception as error:
-                from gptq_transformers.terminal import explain, printable
+                from .terminal import explain, printable
 
                 message = explain(error)
                 if message is None:

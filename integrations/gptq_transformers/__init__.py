@@ -6,7 +6,12 @@ from typing import Any
 
 __all__ = ["GPTQConfig", "from_quantized", "quantize", "register"]
 
-_LAZY = {"GPTQConfig": "config", "attach": "quantizer", "from_quantized": "load_quantized", "quantize": "api"}
+_LAZY = {
+    "GPTQConfig": "config",
+    "attach": "hf_quantizer",
+    "from_quantized": "load_quantized",
+    "quantize": "quantize_pretrained",
+}
 
 
 def register() -> None:
@@ -20,7 +25,7 @@ def register() -> None:
     from gptq_autoload import relax_config
 
     from .config import GPTQConfig
-    from .quantizer import GPTQBackendQuantizer
+    from .hf_quantizer import GPTQBackendQuantizer
 
     relax_config(StockGPTQConfig)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig

@@ -1,6 +1,6 @@
 """``calibration="auto"``: pool the user's text, packaged text and the model's own, and choose from it.
 
-Nothing is fetched. The choice itself is :func:`gptq_backend.selection.select`.
+Nothing is fetched. The choice itself is :func:`gptq_backend.model.calibration_choice.select`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import CalibrationError
-from gptq_backend.calibration import check_fits, cut, draw, make_batches, tokenize
 from gptq_backend.locks import scratch_folder
-from gptq_backend.selection import Selection, select, sketch
-from gptq_backend.structure import evaluating
+from gptq_backend.model.calibration import check_fits, cut, draw, make_batches, tokenize
+from gptq_backend.model.calibration_choice import Selection, select, sketch
+from gptq_backend.model.structure import evaluating
 
 from .errors import first_line
 from .memory import bytes_of, free_bytes

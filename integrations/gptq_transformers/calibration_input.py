@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from gptq_backend.calibration import draw, require_sequences, tokenize
 from gptq_backend.errors import CalibrationError
+from gptq_backend.model.calibration import draw, require_sequences, tokenize
 
 from .auto_calibration import AUTO
 from .errors import first_line

@@ -11,9 +11,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gptq_backend import QuantizeConfig
-from gptq_backend.files import INDEX, STANDARD_FILES, checkpoint_files, embedded_settings, read_json, read_settings
+from gptq_backend.format.files import (
+    INDEX,
+    STANDARD_FILES,
+    checkpoint_files,
+    embedded_settings,
+    read_json,
+    read_settings,
+)
+from gptq_backend.format.headers import read_manifest
 from gptq_backend.locks import Scratch
-from gptq_backend.manifest import read_manifest
 
 from .errors import loading
 from .model_class import class_to_load, from_pretrained

@@ -14,16 +14,16 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
-from gptq_backend.expert_names import layer_names, renamed
-from gptq_backend.files import TGI_TENSORS
-from gptq_backend.manifest import Manifest, read_tensor
-from gptq_backend.reader import quantized_modules, resolve_specs
-from gptq_backend.structure import linear_shapes, replace_module
-from gptq_backend.weight import LinearSpec, decode, resolve
+from gptq_backend.format.expert_names import layer_names, renamed
+from gptq_backend.format.files import TGI_TENSORS
+from gptq_backend.format.headers import Manifest, read_tensor
+from gptq_backend.format.layer_specs import quantized_modules, resolve_specs
+from gptq_backend.format.weight import LinearSpec, decode, resolve
+from gptq_backend.model.structure import linear_shapes, replace_module
 
-from . import experts
+from .checkpoint_names import CheckpointNames
+from .experts import unfuse as experts
 from .finite import check_finite
-from .names import CheckpointNames
 from .split_layers import split_layers
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def follow_renaming(model: nn.Module, plan: Plan) -> list[Any]:
     if not plan.renaming:
         return []
     try:
-        from .expert_renaming import ExpertRenaming
+        from .experts.renaming import ExpertRenaming
     except ImportError:  # transformers 4
         original = model._get_key_renaming_mapping
 

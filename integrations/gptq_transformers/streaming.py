@@ -16,12 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gptq_backend import ConfigError, GPTQError, QuantizeConfig
-from gptq_backend.phases import timed
-from gptq_backend.structure import find_blocks, find_structure
-from gptq_backend.writer import Shards
+from gptq_backend.format.writer import Shards
+from gptq_backend.model.structure import find_blocks, find_structure
+from gptq_backend.timing import timed
 
 from .errors import loading
-from .experts import unfuse_experts
+from .experts.unfuse import unfuse_experts
 from .model_class import class_of, from_config, from_pretrained, read_config
 
 _SHARD_BYTES = 10**9  # what may wait in memory for its file to be written

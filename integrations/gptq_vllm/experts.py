@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
 
-from gptq_backend.moe import Grouped, Routing, obstacle, one_by_one
+from gptq_backend.kernels.experts import Grouped, Routing, obstacle, one_by_one
 
+from .fused_weight import QuantizedSegment, Segments
 from .pieces import AnyPiece
-from .segments import QuantizedSegment, Segments
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -17,13 +17,13 @@ from vllm.model_executor.layers.fused_moe.activation import (
 from vllm.utils.torch_utils import LayerName, LayerNameType, direct_register_custom_op
 
 from gptq_backend import ConfigError
-from gptq_backend.moe import Routing
+from gptq_backend.kernels.experts import Routing
 
 from .checkpoint import Use
 from .experts import Experts
 from .linear import announce
-from .params import Arrivals, add_parameters, missing, remove_parameters
 from .pieces import AnyPiece
+from .tensor_collector import Arrivals, add_parameters, missing, remove_parameters
 
 if TYPE_CHECKING:
     from .config import GPTQBackendConfig

@@ -16,9 +16,9 @@ from vllm.model_executor.layers.linear import (
 )
 
 from .checkpoint import Use
-from .params import Arrivals, add_parameters, input_columns, missing, output_rows, remove_parameters
+from .fused_weight import Segments
 from .pieces import AnyPiece
-from .segments import Segments
+from .tensor_collector import Arrivals, add_parameters, input_columns, missing, output_rows, remove_parameters
 
 if TYPE_CHECKING:
     from .config import GPTQBackendConfig

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gptq_backend import LinearSpec, packing
-from gptq_backend.weight import resolve, unpack_codes, unpack_zeros
+from gptq_backend import LinearSpec
+from gptq_backend.format import packing
+from gptq_backend.format.weight import resolve, unpack_codes, unpack_zeros
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_backend import Kernel, QuantizedWeight, QuantLinear, cuda, kernels
-from gptq_backend.weight import LinearSpec
-from tests.test_cpu import LIMITS, error, exact, prepared
-from tests.test_weight import random_weight
+from gptq_backend import Kernel, QuantizedWeight, QuantLinear
+from gptq_backend.format.weight import LinearSpec
+from gptq_backend.kernels import table as kernels
+from gptq_backend.kernels.cuda import operators as cuda
+from tests.format.test_weight import random_weight
+from tests.kernels.test_cpu import LIMITS, error, exact, prepared
 
 pytestmark = pytest.mark.gpu
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_backend import QuantizeConfig, placement, quantize_model
-from gptq_backend.gptq import prepare_factor, quantize_weight
-from gptq_backend.hessian import Hessian
-from tests.test_gptq import ORDERS, layer, loss
+from gptq_backend import QuantizeConfig, quantize_model
+from gptq_backend.algorithm.gptq import prepare_factor, quantize_weight
+from gptq_backend.algorithm.hessian import Hessian
+from gptq_backend.model import placement
+from tests.algorithm.test_gptq import ORDERS, layer, loss
 from tests.toy import SparseMlp, samples, toy
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gptq_transformers
 from gptq_backend import QuantizeConfig, QuantLinear, quantize_model
-from gptq_backend.structure import replace_module
+from gptq_backend.model.structure import replace_module
 
 PEERS = Path(__file__).parents[1] / "data" / "checkpoints"
 NAMES = sorted(path.name for path in PEERS.iterdir() if path.is_dir())
@@ -87,8 +87,8 @@ def tiny(model_type: str = "llama", **changes: Any) -> nn.Module:
 
 def write(folder: Path, model: nn.Module, config: QuantizeConfig) -> Tensor:
     """Quantize ``model``, save it, and return the logits of its dequantized weights."""
-    from gptq_transformers.experts import unfuse_experts
-    from gptq_transformers.quantizer import attach
+    from gptq_transformers.experts.unfuse import unfuse_experts
+    from gptq_transformers.hf_quantizer import attach
 
     unfuse_experts(model)
     quantize_model(model, config, [ids(64)])

@@ -174,7 +174,7 @@ def test_quantized_saved_and_loaded_model_gives_the_same_logits(name: str, tmp_p
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_eight_bits_stay_close_and_distinct_inputs_are_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gptq_backend.factors as factors
+    import gptq_backend.model.layer_inputs as factors
 
     made = []
     original = factors.Hessian

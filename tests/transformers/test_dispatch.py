@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
 from gptq_transformers import config as settings
 from gptq_transformers import quantize
-from gptq_transformers.on_the_fly import quantize_loaded
+from gptq_transformers.quantize_on_load import quantize_loaded
 from tests.transformers.checkpoints import VERSION_4, distance, ids, logits, tiny
 
 WHOLE = {"": "cpu"}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from gptq_backend import CheckpointError
-from gptq_transformers.checkpoint import read_checkpoint
-from gptq_transformers.experts import expert_places
+from gptq_cli.checkpoint import read_checkpoint
+from gptq_transformers.experts.unfuse import expert_places
 from tests.transformers.toy_experts import FUSED, PROJECTIONS, logits, needs_fused, quantized
 
 Tensors = dict[str, Tensor]

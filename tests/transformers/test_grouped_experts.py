@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gptq_transformers
 from gptq_backend import QuantizeConfig, QuantLinear
-from gptq_backend.moe import Grouped
-from gptq_transformers.experts import ExpertList
-from gptq_transformers.grouped import GroupedExperts
+from gptq_backend.kernels.experts import Grouped
+from gptq_transformers.experts.grouped import GroupedExperts
+from gptq_transformers.experts.unfuse import ExpertList
 from tests.transformers.toy_experts import build, expert_lists, needs_fused, quantized
 
 
@@ -194,7 +194,7 @@ def test_threads_that_call_experts_for_the_first_time_do_not_stack_them_twice(mo
         return check_grouped(experts)
 
     experts.ungroup()
-    monkeypatch.setattr(gptq_transformers.expert_list, "GroupedExperts", slow)
+    monkeypatch.setattr(gptq_transformers.experts.expert_list, "GroupedExperts", slow)
     with ThreadPoolExecutor(3) as threads:
         assert all(torch.equal(y, expected) for y in threads.map(call, range(3)))
     assert len(made) == 1

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel
 
-from gptq_backend import QuantizeConfig, QuantLinear, packing
-from gptq_backend.gptq import quantize_weight
-from gptq_backend.weight import encode
-from gptq_transformers.checkpoint import read_checkpoint
+from gptq_backend import QuantizeConfig, QuantLinear
+from gptq_backend.algorithm.gptq import quantize_weight
+from gptq_backend.format import packing
+from gptq_backend.format.weight import encode
+from gptq_cli.checkpoint import read_checkpoint
 from gptq_transformers.loading import name_patterns
 from tests.transformers.checkpoints import (
     NAMES,

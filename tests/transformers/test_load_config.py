@@ -21,7 +21,7 @@ from transformers.quantizers import auto
 import gptq_transformers
 from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
 from gptq_transformers.config import GPTQConfig, _warn_foreign
-from gptq_transformers.quantizer import _LOCALS, GPTQBackendQuantizer
+from gptq_transformers.hf_quantizer import _LOCALS, GPTQBackendQuantizer
 from tests.transformers.checkpoints import (
     NAMES,
     PEERS,
@@ -178,7 +178,7 @@ def test_a_vision_language_model_is_no_pure_text_model(inside_text_config: bool,
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
 
     from gptq_backend import quantize_model
-    from gptq_transformers.quantizer import attach
+    from gptq_transformers.hf_quantizer import attach
 
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14

@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from gptq_backend import CalibrationError, ConfigError, GPTQError, QuantizeConfig, QuantLinear
+from gptq_cli.evaluate import load_model
 from gptq_transformers import from_quantized, quantize
-from gptq_transformers.evaluate import load_model
-from tests.transformers.command import error, run
+from tests.cli.command import error, run
 
 CONFIG = QuantizeConfig(bits=8, group_size=32, quality="fast")
 SIZES: dict[str, Any] = {
@@ -286,7 +286,7 @@ def test_figures_of_language_models_are_not_measured_of_others(name: str, tmp_pa
 
 
 def test_a_classifier_is_quantized_by_the_command_without_a_comparison(original: Path, tmp_path: Path) -> None:
-    from tests.transformers.command import SMALL, TEXT
+    from tests.cli.command import SMALL, TEXT
 
     config = LlamaConfig(**{**HEADS, "vocab_size": 259, "num_labels": 3})
     source = save(tmp_path / "source", "LlamaForSequenceClassification", config)

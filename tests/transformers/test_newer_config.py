@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from gptq_backend import ConfigError, QuantizeConfig
-from gptq_transformers.checkpoint import read_checkpoint
+from gptq_cli.checkpoint import read_checkpoint
 from tests.transformers.checkpoints import VERSION_4, distance, load, logits, rewrite, tiny, write
 
 pytestmark = pytest.mark.skipif(not VERSION_4, reason="version 5 reads what it writes")

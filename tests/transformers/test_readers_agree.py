@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gptq_backend import GPTQError
+from gptq_cli.checkpoint import read_checkpoint
 from gptq_transformers import from_quantized
-from gptq_transformers.checkpoint import read_checkpoint
 from tests.transformers.checkpoints import PEERS
 from tests.transformers.mutations import mutated
 

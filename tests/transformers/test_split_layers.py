@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gptq_backend import QuantizeConfig
-from gptq_transformers.checkpoint import read_checkpoint
+from gptq_cli.checkpoint import read_checkpoint
 from gptq_transformers.split_layers import JoinedParts
 from tests.transformers import toy_experts
 from tests.transformers.checkpoints import distance, load, logits, rewrite, stored, tiny, write

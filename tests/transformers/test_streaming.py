@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, Zamba2Config
 
 from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
-from gptq_backend.files import checkpoint_files
-from gptq_backend.manifest import read_manifest, read_tensor
+from gptq_backend.format.files import checkpoint_files
+from gptq_backend.format.headers import read_manifest, read_tensor
 from gptq_transformers import quantize, streaming
-from tests.transformers.test_api import logits, samples, source
+from tests.transformers.test_quantize_pretrained import logits, samples, source
 
 __all__ = ["samples", "source"]  # fixtures
 CONFIG = QuantizeConfig(group_size=32, quality="fast")

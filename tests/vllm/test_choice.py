@@ -22,7 +22,7 @@ STOCK = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "des
 @pytest.fixture(params=["cpu", "gpu"])
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """vLLM's platform says what it is asked to say; nothing else depends on it here."""
-    from gptq_vllm import choice
+    from gptq_vllm import who_serves as choice
 
     monkeypatch.setattr(type(choice.current_platform), "is_cpu", lambda self: request.param == "cpu")
     return request.param
@@ -52,7 +52,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_wrong_one_serves(
     platform: str, settings: dict[str, Any], requested: str | None, on_cpu: bool, elsewhere: bool
 ) -> None:
-    from gptq_vllm.choice import serves
+    from gptq_vllm.who_serves import serves
 
     assert serves({**STOCK, **settings}, requested) == (on_cpu if platform == "cpu" else elsewhere)
 

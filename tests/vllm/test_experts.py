@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("vllm")
 
-from gptq_backend import QuantizedWeight, kernels
-from gptq_backend.moe import Routing
+from gptq_backend import QuantizedWeight
+from gptq_backend.kernels import table as kernels
+from gptq_backend.kernels.experts import Routing
 from gptq_vllm.experts import Experts
 from gptq_vllm.pieces import DensePiece
 from tests.vllm.test_pieces import K, N, piece, weight

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptq_backend import QuantizedWeight
-from gptq_backend.weight import decode, encode
+from gptq_backend.format.weight import decode, encode
 from gptq_vllm.pieces import DensePiece, Piece, joined
 
 K, N = 96, 40

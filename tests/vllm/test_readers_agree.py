@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gptq_backend import GPTQError
-from gptq_backend.files import read_settings
-from gptq_backend.manifest import read_tensor
-from gptq_transformers.checkpoint import read_checkpoint
+from gptq_backend.format.files import read_settings
+from gptq_backend.format.headers import read_tensor
+from gptq_cli.checkpoint import read_checkpoint
 from gptq_vllm.checkpoint import Checkpoint, Use
 from gptq_vllm.config import GPTQBackendConfig
 from gptq_vllm.pieces import Piece

@@ -1,0 +1,1 @@
+"""GPTQ of one weight: tensors in, tensors out."""

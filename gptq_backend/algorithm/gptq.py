@@ -1,0 +1,308 @@
+"""GPTQ for one linear layer: fit a grid per group, round column by column, push each error onto what is left.
+
+Notation follows Frantar et al. (arXiv 2210.17323): H the Hessian, U the upper Cholesky factor of its inverse, q the
+rounded column. docs/algorithm.md maps the paper's equations to these lines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import QuantizeConfig
+from ..errors import CalibrationError
+from ..format.weight import QuantizedWeight
+from ..timing import timed
+from .column_order import ColumnOrder, column_order
+from .columns import Grid, round_columns, rounding_costs
+from .hessian import Factor, damping, factor
+from .refine import Step, refine
+
+_SCALES = torch.float16  # as stored; rounded to it before anything is optimised against them
+_PANEL = 128  # columns between two updates of the rest of the matrix
+# Candidate scales relative to min-max: beyond 1 because a symmetric grid has one code more below zero than above.
+_SHRINK = tuple(1.08 - 0.03 * i for i in range(20))
+_SEARCH_ROWS = 384  # output channels whose finalists are tried at once: what a core's cache holds
+_WIDE_SHRINK = tuple(1.1 - 0.03 * i for i in range(24))  # a scale of the better sign may be smaller
+
+
+@dataclass(frozen=True)
+class LayerFactor:
+    """What the column loop needs of one distinct input; layers that share the input share this.
+
+    Args:
+        order: the column order.
+        factor: U in that order.
+        hessian: the undamped H in the original order; channels that calibration never excited have the median of the
+            others' diagonal.
+    """
+
+    order: ColumnOrder
+    factor: Factor
+    hessian: Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A quantized weight and what it costs.
+
+    Args:
+        weight: the result.
+        loss: ``tr(D H D^T)`` for D = quantized - original weight, per calibration token and output channel, tokens
+            counted as in H; without H the sum of D^2 per output channel.
+        relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error, tokens
+            counted as in H; without H of the weight's energy.
+        steps: the relative loss after the column loop and after each refinement; empty if there was none.
+    """
+
+    weight: QuantizedWeight
+    loss: float
+    relative_loss: float
+    steps: tuple[Step, ...] = ()
+
+
+@timed("factor")
+def prepare_factor(hessian: Tensor, config: QuantizeConfig, tokens: float = math.inf) -> LayerFactor:
+    """Order the columns and factor H [K, K] of so many tokens; fewer mean more damping (:func:`hessian.damping`).
+
+    Channels that calibration never excited get the diagonal of a typical one.
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    diagonal[dead] = 1 if dead.all() else diagonal[~dead].median()
+    order = column_order(diagonal, config)
+    in_order = hessian[order.perm][:, order.perm].to(_working_dtype(hessian))
+    return LayerFactor(order, factor(in_order, damping(config.damp_percent, len(hessian), tokens)), hessian)
+
+
+def _working_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 on a CPU, where it costs little: a float32 loop rounds near-ties the other way now and then, and the rest
+    of that output channel is then another solution, on every machine a different one. GPUs lack the units for it. The
+    ranking of finalists and the refinement are in float32, for speed: their near-ties can still fall either way.
+    """
+    return torch.float64 if tensor.device.type == "cpu" else torch.promote_types(tensor.dtype, torch.float32)
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: Tensor,
+    shared: LayerFactor | None,
+    config: QuantizeConfig,
+    tokens: int = 1,
+    name: str = "layer",
+    rounded: QuantizedWeight | None = None,
+) -> QuantizedLayer:
+    """Quantize one weight.
+
+    Args:
+        weight: [N, K], any float type; the column loop runs in float64 on a CPU, all else at least in float32.
+        shared: order and factor of the layer's input, or None to round to nearest without calibration.
+        config: settings of this layer.
+        tokens: calibration tokens behind the Hessian, to report the loss per token.
+        name: the module, for messages.
+        rounded: what :func:`round_weights` made of the weight already.
+
+    Raises:
+        CalibrationError: the weight is not finite, or too large for float16 scales.
+    """
+    if not weight.isfinite().all():
+        raise CalibrationError(
+            f"{name}.weight: has NaN or infinite entries; the model's file is damaged, fetch it again"
+        )
+    quantized = rounded or round_weights([weight], shared, config)[0]
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if not quantized.scales.isfinite().all():
+        raise CalibrationError(f"{name}.weight: a scale overflows {_SCALES}; skip the layer with a dynamic rule")
+    steps: tuple[Step, ...] = ()
+    hessian = None if shared is None else shared.hessian.to(weight.dtype)
+    sweeps = config.tier.refine_sweeps
+    if shared is not None and hessian is not None and sweeps and shared.factor.method != "diagonal":  # then indefinite
+        quantized, steps = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
+    difference = quantized.dequantize(weight.dtype) - weight
+    if hessian is None:
+        loss, energy = difference.square().sum(), weight.square().sum()
+    else:
+        loss = (difference @ hessian).mul_(difference).sum()
+        energy = (weight @ hessian).mul_(weight).sum()
+    return QuantizedLayer(
+        quantized,
+        loss=float(loss) / (max(tokens, 1) * weight.shape[0]),
+        relative_loss=float(loss / energy) if float(energy) > 0 else 0.0,
+        steps=steps,
+    )
+
+
+@torch.no_grad()
+def round_weights(
+    weights: Sequence[Tensor],
+    shared: LayerFactor | None,
+    config: QuantizeConfig,
+) -> list[QuantizedWeight]:
+    """The column loop alone, over the output channels of several layers with one input at once.
+
+    Args:
+        weights: [N, K] each; otherwise as for :func:`quantize_weight`.
+    """
+    exact = torch.cat([weight.to(_working_dtype(weight)) for weight in weights])
+    if shared is None:
+        plain = column_order(torch.ones_like(exact[0]), config)
+        order = ColumnOrder(plain.g_idx.long().argsort(stable=True), plain.g_idx, static=False)
+        upper = torch.eye(exact.shape[1], dtype=exact.dtype, device=exact.device)
+    else:
+        order, upper = shared.order, shared.factor.upper.to(exact.dtype)
+    quantized = _ColumnLoop(exact, order, upper, config).run()
+    if len(weights) == 1:
+        return [quantized]
+    sizes, fields = [len(weight) for weight in weights], (quantized.codes, quantized.scales, quantized.zeros)
+    return [
+        QuantizedWeight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), order.g_idx, config.bits)
+        for codes, scales, zeros in zip(*(field.split(sizes, dim=1) for field in fields))
+    ]
+
+
+class _ColumnLoop:
+    """The loop's working set, transposed so that one column of the weight is one contiguous row.
+
+    Codes are kept minus their zero until the end, as floats: rounding a column is then divide, round, clamp.
+    """
+
+    def __init__(self, weight: Tensor, order: ColumnOrder, upper: Tensor, config: QuantizeConfig) -> None:
+        self.order, self.config = order, config
+        self.rest = weight.t()[order.perm].contiguous()  # [K, N], columns in processing order
+        self.centred = torch.empty_like(self.rest)  # [K, N], code - zero
+        pivots = upper.diagonal()
+        self.cost = pivots.square().reciprocal()  # a rounding error e of column k costs (e / U_kk)^2: eq. 2
+        self.spread = upper / pivots.unsqueeze(1)  # what an error of column k adds to the columns after it: eq. 3
+        self.groups = order.g_idx[order.perm]
+        self.groups_in_order: list[int] = self.groups.tolist()
+        count = max(self.groups_in_order) + 1
+        self.grids = Grid(*(self.rest.new_empty(count, self.rest.shape[1]) for _ in range(4)))  # fields [G, N]
+
+    @timed("column loop")
+    def run(self) -> QuantizedWeight:
+        if self.order.static:
+            for group in range(len(self.grids.scale)):
+                self.fit(group, (self.groups == group).nonzero().flatten())
+        for first, stop in self.panels():
+            group = self.groups_in_order[first]
+            if not self.order.static and (first == 0 or self.groups_in_order[first - 1] != group):
+                # Its columns are consecutive and have every earlier error in them.
+                length = self.groups_in_order.count(group)
+                self.fit(group, torch.arange(first, first + length, device=self.rest.device))
+            panel = slice(first, stop)
+            errors = self.rest[panel]
+            round_columns(errors, self.spread[panel, panel], self.grids, self.groups[panel], self.centred[panel])
+            # Lazy batch update, eq. 4: everything after the panel at once.
+            self.rest[stop:].addmm_(self.spread[panel, stop:].t(), errors, alpha=-1)
+        centred = torch.empty_like(self.centred)
+        centred[self.order.perm] = self.centred
+        codes = centred.add_(self.grids.zero[self.order.g_idx.long()]).to(torch.uint8)
+        scales, zeros = self.grids.scale.to(_SCALES), self.grids.zero.to(torch.uint8)
+        return QuantizedWeight(codes, scales, zeros, self.order.g_idx, self.config.bits)
+
+    def panels(self) -> list[tuple[int, int]]:
+        """(first, stop) of runs of columns: at most _PANEL, and of one group unless the grids are static."""
+        edges, groups = [0], self.groups_in_order
+        for i in range(1, len(groups)):
+            new_group = groups[i] != groups[i - 1] and not self.order.static
+            if new_group or i - edges[-1] == _PANEL:
+                edges.append(i)
+        return list(zip(edges, [*edges[1:], len(groups)], strict=True))
+
+    def fit(self, group: int, positions: Tensor) -> None:
+        """Set the grid of ``group`` from the current values of the columns at ``positions``."""
+        inside = self.spread[positions][:, positions]
+        grid = fit_grid(self.rest[positions], self.cost[positions], self.config, inside)
+        for fields, field in zip(vars(self.grids).values(), vars(grid).values()):
+            fields[group] = field
+
+
+@timed("search")
+def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, spread: Tensor | None = None) -> Grid:
+    """Fit a grid to a group.
+
+    Args:
+        columns: [g, N], the group's weights.
+        cost: [g], price of a squared error in each column.
+        config: bits, sym, and how to search: candidates around min-max are ranked per output channel by the cost of
+            plain rounding; the best few are tried again with error feedback inside the group.
+        spread: [g, g], what an error of one column adds to the others; None searches without feedback.
+    """
+    if config.sym:
+        high = columns.abs().amax(dim=0)
+        low = -high
+    else:
+        low, high = columns.amin(dim=0).clamp_(max=0), columns.amax(dim=0).clamp_(min=0)
+    if not config.scale_search:
+        return _grid(low, high, config)
+    candidates = _candidates(low, high, config)  # fields [candidates, N]
+    finalists = config.tier.search_finalists if spread is not None else 1
+    if finalists > 1:  # a choice among grids, each exact in float32
+        columns, cost = columns.float(), cost.float()
+        candidates = candidates.map(Tensor.float)
+    totals = rounding_costs(columns, cost, candidates)
+    if finalists > 1 and spread is not None:
+        best = totals.sort(dim=0, stable=True).indices[:finalists]
+        candidates = candidates.map(lambda field: field.gather(0, best))
+        totals = _cost_with_feedback(columns, cost, spread.float(), candidates)
+    best = totals.argmin(dim=0, keepdim=True)
+    return candidates.map(lambda field: field.gather(0, best)[0].to(low.dtype))
+
+
+def _candidates(low: Tensor, high: Tensor, config: QuantizeConfig) -> Grid:
+    """Grids over shrunk ranges, fields [candidates, N]; with signed scales also wider search and what a sign adds."""
+    shrinks = _WIDE_SHRINK if config.tier.signed_scales else _SHRINK
+    shrink = torch.tensor(shrinks, dtype=low.dtype, device=low.device).unsqueeze(1)
+    grid = _grid(low * shrink, high * shrink, config)
+    if not config.tier.signed_scales:
+        return grid
+    if config.sym:
+        mirrored = Grid(-grid.scale, grid.zero, grid.low, grid.high)
+        return _concatenate([grid, mirrored])
+    top = grid.high - grid.low
+    shifted = [(grid.zero + shift).clamp(min=0).minimum(top) for shift in (-1, 1)]
+    return _concatenate([grid, *(Grid(grid.scale, zero, -zero, top - zero) for zero in shifted)])
+
+
+def _concatenate(grids: list[Grid]) -> Grid:
+    return Grid(*(torch.cat(fields) for fields in zip(*((g.scale, g.zero, g.low, g.high) for g in grids), strict=True)))
+
+
+def _cost_with_feedback(columns: Tensor, cost: Tensor, spread: Tensor, grids: Grid) -> Tensor:
+    """[candidates, N]: what the column loop would make of the group under each of ``grids``."""
+    total = torch.zeros_like(grids.scale)
+    one_group = torch.zeros(len(columns), dtype=torch.int32, device=columns.device)
+    on_cpu = columns.device.type == "cpu"
+    for part in torch.arange(columns.shape[1]).split(_SEARCH_ROWS if on_cpu else columns.shape[1]):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        flat = grids.map(lambda field, rows=rows: field[:, rows].reshape(1, -1))  # type: ignore[misc]
+        errors = columns[:, rows].repeat(1, len(total))  # [g, candidates * rows]
+        round_columns(errors, spread, flat, one_group)
+        if on_cpu:
+            price = torch.zeros_like(errors[0])
+            for error, weight in zip(errors, cost.tolist()):
+                price.addcmul_(error, error, value=weight)
+        else:
+            price = cost @ errors.square_()
+        total[:, rows] = price.view(len(total), -1)
+    return total
+
+
+def _grid(low: Tensor, high: Tensor, config: QuantizeConfig) -> Grid:
+    """Min-max grid over [low, high], rounded to what is stored. A group of zeros gets scale 1."""
+    max_code = (1 << config.bits) - 1
+    scale = (high - low) / max_code
+    info = torch.finfo(_SCALES)
+    smallest = info.smallest_normal * info.eps  # subnormal: coarse, but the codes are fitted to what is stored
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=smallest))
+    scale = scale.to(_SCALES).to(low.dtype)
+    if config.sym:
+        zero = torch.full_like(scale, 1 << (config.bits - 1))
+    else:
+        zero = torch.div(-low, scale).round_().clamp_(0, max_code)
+    return Grid(scale, zero, -zero, max_code - zero)

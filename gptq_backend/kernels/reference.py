@@ -1,0 +1,125 @@
+"""The operators ``torch.ops.gptq_backend.*`` over checkpoint tensors, in plain torch.
+
+Registered with ``torch.library`` (schema, fake, autograd with respect to ``x``), they run on every device and are what
+the ``reference`` row of the kernel table calls. Arguments common to both, with K, N, G as in docs/format.md:
+
+    qweight [ceil(K*bits/w), N] and qzeros [G, ceil(N*bits/w)], integer words of w bits; scales float [G, N];
+    g_idx int32 [K] or None for ``k // group_size``; zero_offset is added to each stored zero (1: gptq, 0: gptq_v2);
+    planar tells the two 3-bit layouts apart (see packing.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..format.weight import LinearSpec, unpack_codes, unpack_zeros
+from .operators import check_input, define_operators
+from .slots import Tensors
+
+_LAYOUT = (
+    "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, "
+    "int in_features, int bits, int group_size, int zero_offset, bool planar"
+)
+# Largest dense slice that exists at a time: 64 MiB in float32.
+_MAX_DENSE_ELEMENTS = 1 << 24
+
+
+def _spec(
+    qweight: Tensor, scales: Tensor, in_features: int, bits: int, group_size: int, offset: int, planar: bool
+) -> LinearSpec:
+    return LinearSpec(
+        in_features=in_features,
+        out_features=scales.shape[1],
+        bits=bits,
+        group_size=group_size,
+        groups=scales.shape[0],
+        zero_offset=offset,
+        planar=planar,
+        word_dtype=qweight.dtype,
+    )
+
+
+def _dense(
+    spec: LinearSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[K, n] of the n output channels that all arguments but g_idx were sliced to."""
+    dense = unpack_codes(spec, qweight).to(dtype)
+    scales, zeros = scales.to(dtype), zeros.to(dtype)
+    if g_idx is None and spec.in_features == spec.groups * spec.group_size:
+        # Broadcasting over each group saves two [K, n] gathers: half of the time.
+        dense.view(spec.groups, spec.group_size, -1).sub_(zeros.unsqueeze(1)).mul_(scales.unsqueeze(1))
+        return dense
+    index = (spec.trivial_g_idx.to(dense.device) if g_idx is None else g_idx).long()
+    return dense.sub_(zeros[index]).mul_(scales[index])
+
+
+def dequantize(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+    planar: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``. Arguments: see the module."""
+    spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
+    return _dense(spec, qweight, scales, unpack_zeros(spec, qzeros), g_idx, dtype)
+
+
+def gemm(
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+    planar: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    """``x @ W.T + bias``. x: float [..., K] -> [..., N] in the dtype of x. Other arguments: see the module.
+
+    16-bit inputs are multiplied in float32 on a CPU (which also is faster where it lacks 16-bit units) and in their
+    own dtype elsewhere. Output channels are done in slices, so that the dense weight never exists as a whole.
+    """
+    check_input(x, qweight.device, in_features, scales.shape[1], bias)
+    spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
+    compute = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
+    rows = x.reshape(-1, in_features).to(compute)
+    zeros = unpack_zeros(spec, qzeros)
+    step = max(1, _MAX_DENSE_ELEMENTS // in_features)
+    parts = [
+        rows @ _dense(spec, qweight[:, n : n + step], scales[:, n : n + step], zeros[:, n : n + step], g_idx, compute)
+        for n in range(0, spec.out_features, step)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if bias is not None:
+        y = y + bias.to(compute)
+    return y.to(x.dtype).view(*x.shape[:-1], spec.out_features)
+
+
+def arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
+    """The layout, as the operators take it."""
+    g_idx = prepared["g_idx"] if spec.act_order else None
+    tensors = (prepared["qweight"], prepared["qzeros"], prepared["scales"], g_idx)
+    return (*tensors, spec.in_features, spec.bits, spec.group_size, spec.zero_offset, spec.planar)
+
+
+_library = torch.library.Library("gptq_backend", "DEF")
+op = define_operators(
+    _library,
+    "",
+    _LAYOUT,
+    gemm,
+    dequantize,
+    out_features=lambda scales, **_: scales.shape[1],
+)

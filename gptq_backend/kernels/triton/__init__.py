@@ -1,0 +1,1 @@
+"""The Triton kernel: its layout of the weight, its launch plans, its programs, its operator."""

@@ -1,0 +1,90 @@
+"""The layout of the ``triton`` row of the kernel table, drawn in docs/kernels.md.
+
+Prepared tensors, with K, N, G as in docs/format.md, "slots" as in slots.py and W = N padded to a multiple of 16:
+
+    qweight int32 [slabs, rows of words, W]; scales [G, W] in the checkpoint's dtype; zeros uint8 [G, W] unless all are
+    2**(bits-1); perm int32 [slots], the channel of each slot (>= K for padding or negative), unless slot = channel;
+    groups int32 [slots/16], the group of every 16 slots, unless all groups but the last are of ``group_size`` channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...format import packing
+from ...format.weight import LinearSpec, unpack_zeros
+from ..slots import Tensors, codes_by_channel, codes_by_slot, group_slots, kept, pack_channels, stored
+
+PLANE = 16
+
+
+def planes(bits: int) -> int:
+    """Planes of 16 slots in a slab: as many as a word has codes (3 bits: 2 bits in a word, 1 in half a word)."""
+    return 16 if bits == 3 else 32 // bits
+
+
+def _interleave(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [slabs, planes, n] -> int32 [slabs, n]; plane i in field i of the words."""
+    words = codes[:, 0].int()
+    for i in range(1, codes.shape[1]):
+        words |= codes[:, i].int() << (bits * i)
+    return words
+
+
+def _separate(words: Tensor, bits: int) -> Tensor:
+    """Undo :func:`_interleave`. words: of any integer dtype."""
+    shifts = range(0, words.itemsize * 8, bits)
+    return torch.stack([((words >> shift) & ((1 << bits) - 1)).to(torch.uint8) for shift in shifts], 1)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [slots, W] -> int32 [slabs, rows of words, W]."""
+    width, count = codes.shape[1], planes(bits)
+    by_plane = codes.view(-1, count, PLANE * width)
+    if bits != 3:
+        return _interleave(by_plane, bits).view(-1, PLANE, width)
+    high = _interleave(by_plane >> 2, 1).to(torch.int16).view(torch.int32)
+    return torch.cat([_interleave(by_plane & 3, 2), high], 1).view(-1, PLANE * 3 // 2, width)
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """Undo :func:`_pack`."""
+    slabs, _, width = words.shape
+    flat = words.reshape(slabs, -1)
+    if bits != 3:
+        return _separate(flat, bits).view(-1, width)
+    low, high = flat.split([PLANE * width, PLANE * width // 2], 1)
+    return (_separate(low, 2) | (_separate(high.contiguous().view(torch.int16), 1) << 2)).view(-1, width)
+
+
+def _pad_columns(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % PLANE)).contiguous()
+
+
+def prepare(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    """Checkpoint tensors -> the tensors above, on the same device."""
+    device = tensors["qweight"].device
+    g_idx = tensors["g_idx"].cpu() if spec.act_order else None
+    perm, sizes, slots = group_slots(spec, g_idx, PLANE, planes(spec.bits) * PLANE)
+    words = packing.to_int32_words(tensors["qweight"], 0)
+    perm = None if perm is None else perm.to(device)
+    codes = _pad_columns(codes_by_slot(spec, words, perm, slots))
+    prepared = {"qweight": _pack(codes, spec.bits), "scales": _pad_columns(tensors["scales"])}
+    if not spec.sym:
+        prepared["zeros"] = _pad_columns(unpack_zeros(spec, tensors["qzeros"]))
+    if perm is not None:
+        prepared["perm"] = perm
+    if not bool((sizes[:-1] == math.ceil(spec.group_size / PLANE) * PLANE).all()):
+        groups = torch.repeat_interleave(torch.arange(spec.groups), sizes // PLANE)
+        prepared["groups"] = torch.nn.functional.pad(groups, (0, slots // PLANE - len(groups))).int().to(device)
+    return prepared | kept(tensors)
+
+
+def unprepare(spec: LinearSpec, prepared: Tensors) -> Tensors:
+    """The checkpoint tensors again, bit for bit."""
+    codes = _unpack(prepared["qweight"], spec.bits)[:, : spec.out_features]
+    words = pack_channels(spec, codes_by_channel(spec, codes, prepared.get("perm")))
+    return stored(spec, words, prepared["scales"][:, : spec.out_features].contiguous(), prepared)

@@ -1,0 +1,282 @@
+"""The ``triton`` row of the kernel table: Triton kernels for AMD and Intel GPUs, and NVIDIA's without a compiler.
+
+The weight is as triton_layout.py prepares it. triton is imported with the first call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...format.weight import LinearSpec
+from ..operators import check_input, check_prepared, define_operators
+from ..slots import Tensors
+from . import plan as triton_plan
+from .layout import PLANE, planes
+from .plan import Tile, cdiv, on_device
+
+# Try the neighbours of a plan and keep the fastest.
+AUTOTUNE = os.environ.get("GPTQ_BACKEND_TRITON_AUTOTUNE", "0") not in ("", "0")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Largest dense slice that exists at a time.
+_MAX_DENSE_ELEMENTS = 1 << 26
+
+_LAYOUT = (
+    "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? groups, "
+    "int in_features, int out_features, int bits, int group_size"
+)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why triton cannot be used, or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton is not there ({error}); pip install triton (Intel GPUs: the build that torch for XPU names)"
+    return None
+
+
+def supports(spec: LinearSpec, device: torch.device) -> str | None:
+    """``None``, or why these kernels cannot serve the layer."""
+    if device.type not in ("cuda", "xpu"):
+        return "serves GPUs"
+    if reason := _missing():
+        return reason
+    if not torch.get_device_module(device).is_available():
+        return f"torch sees no {device.type} device"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton needs compute capability 8.0, {torch.cuda.get_device_name(device)} is older"
+    if spec.scales_dtype not in _DTYPES:
+        return f"{spec.scales_dtype} scales"
+    return None
+
+
+# -- launching ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _kernels() -> Any:
+    return importlib.import_module(".programs", __package__)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The arguments that all operators share; with experts the tensors have a leading dimension E."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    groups: Tensor | None
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+
+    @property
+    def slabs(self) -> int:
+        return self.qweight.shape[-3]
+
+    @property
+    def slots(self) -> int:
+        return self.slabs * planes(self.bits) * PLANE
+
+    @property
+    def group_planes(self) -> int:
+        """Planes of each group, unless ``groups`` tells."""
+        return self.slots // PLANE if self.scales.shape[-2] == 1 else cdiv(self.group_size, PLANE)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """What the kernels call width, group_planes and last_group."""
+        return self.scales.shape[-1], self.group_planes, self.scales.shape[-2] - 1
+
+    @property
+    def share(self) -> int:
+        """Planes in sequence that are sure to lie in one group."""
+        if self.scales.shape[-2] == 1:
+            return planes(self.bits)
+        return 1 if self.groups is not None else math.gcd(self.group_planes, planes(self.bits))
+
+
+def _multiply(
+    x: Tensor,
+    w: _Layout,
+    bias: Tensor | None,
+    tile: Tile,
+    splits: int,
+    order: Tensor | None = None,
+    experts: Tensor | None = None,
+    top_k: int = 1,
+) -> Tensor:
+    """x [rows / top_k, K] -> y [rows, N]; order and experts as in triton_kernels.gemm."""
+    kernels, rows = _kernels(), x.shape[0] * top_k
+    y = x.new_empty((rows, w.out_features))
+    # The splits of a sum are added in a fixed order, never by atomics: results repeat bit for bit.
+    parts = y if splits == 1 else x.new_empty((splits, rows, w.out_features), dtype=torch.float32)
+    columns, slabs = cdiv(w.out_features, tile.columns), (w.slabs, cdiv(w.slabs, splits))
+    tensors = (w.qweight, w.scales, w.zeros)
+    options = {
+        "BITS": w.bits,
+        "SHARE": w.share,
+        "BLOCK_N": tile.columns,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    with on_device(x.device):
+        if tile.rows == 1:
+            numbers = (w.in_features, w.out_features, *slabs, *w.sizes)
+            kernels.gemv[columns, splits](x, *tensors, w.perm, w.groups, bias, parts, *numbers, **options)
+        else:
+            options["BLOCK_M"] = tile.rows
+            routing, features = (order, experts, rows, top_k), w.in_features
+            if w.perm is not None:
+                gathered = x.new_empty((rows if order is None else order.numel(), w.slots))
+                kernels.gather[len(gathered), cdiv(w.slots, 1024)](
+                    x, w.perm, gathered, *routing, features, w.slots, BLOCK_M=tile.rows, BLOCK=1024
+                )
+                x, features = gathered, w.slots
+            tiles = cdiv(rows, tile.rows) if experts is None else experts.numel()
+            shape = (features, w.out_features, *slabs, *w.sizes)
+            kernels.gemm[tiles, columns, splits](
+                x, *tensors, w.groups, bias, parts, *routing, *shape, SORTED=w.perm is not None, **options
+            )
+        if splits > 1:
+            kernels.add_splits[cdiv(y.numel(), 1024),](parts, y, y.numel(), splits, BLOCK=1024)
+    return y
+
+
+def _dense(w: _Layout, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """[K, stop - start]: output channels of the dense weight."""
+    y = torch.empty((w.in_features, stop - start), dtype=dtype, device=w.qweight.device)
+    with on_device(y.device):
+        _kernels().dequantize[w.slabs, cdiv(stop - start, 128)](
+            *(w.qweight, w.scales, w.zeros, w.perm, w.groups, y, w.in_features, stop - start, start, *w.sizes),
+            BITS=w.bits,
+            BLOCK_N=128,
+        )
+    return y
+
+
+_tuned: dict[tuple[Any, ...], tuple[Tile, int]] = {}
+
+
+def _plan(x: Tensor, w: _Layout) -> tuple[Tile, int]:
+    """The heuristics' choice, or with GPTQ_BACKEND_TRITON_AUTOTUNE=1 the fastest of its neighbours."""
+    first = triton_plan.plan(x.shape[0], w.out_features, w.slabs, w.bits, x.itemsize, x.device)
+    if not AUTOTUNE or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return first
+    key = (x.device, x.dtype, w.bits, w.share, w.slabs, w.out_features, first[0].rows, x.shape[0].bit_length())
+    if key not in _tuned:
+        time = importlib.import_module("triton.testing").do_bench
+        choices = {
+            (dataclasses.replace(first[0], columns=columns, warps=warps), cdiv(w.slabs, cdiv(w.slabs, splits)))
+            for columns in (64, 128, 256)
+            for warps in (4, 8)
+            for splits in {max(1, first[1] // 2), first[1], min(w.slabs, first[1] * 2)}
+        }
+        _tuned[key] = min(choices, key=lambda choice: time(lambda: _multiply(x, w, None, *choice)))
+    return _tuned[key]
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
+    """``x @ W.T + bias``. x: float [..., K] -> [..., N] in the dtype of x. Other arguments: see the module.
+
+    16-bit and float32 inputs meet exact codes, with sums and scales in float32; from ``Heuristics.dense_rows`` rows on,
+    a weight rounded to the dtype of x. float64 goes through the dense weight too.
+
+    Raises:
+        ValueError: see ``check_input`` and ``check_prepared``.
+    """
+    *layout, bias = layout_and_bias
+    w = _Layout(*layout)
+    check_prepared(w.qweight)
+    check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
+    rows = x.reshape(-1, w.in_features).contiguous()
+    if not len(rows):
+        return x.new_empty((*x.shape[:-1], w.out_features))
+    if x.dtype in _DTYPES and len(rows) < triton_plan.machine(x.device).heuristics.dense_rows:
+        y = _multiply(rows, w, bias, *_plan(rows, w))
+    else:
+        step = max(1, _MAX_DENSE_ELEMENTS // w.in_features // 128) * 128
+        parts = [rows @ _dense(w, x.dtype, n, min(n + step, w.out_features)) for n in range(0, w.out_features, step)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if bias is not None:
+            y += bias.to(x.dtype)
+    return y.view(*x.shape[:-1], w.out_features)
+
+
+def dequantize(*layout_and_dtype: Any) -> Tensor:
+    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``. Other arguments: see the module."""
+    *layout, dtype = layout_and_dtype
+    w = _Layout(*layout)
+    return _dense(w, dtype, 0, w.out_features)
+
+
+def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
+    """Each row of x times the weight of its expert; see moe.py. The layout's tensors have a leading dimension E."""
+    *layout, order, experts, top_k, bias = layout_and_more
+    w = _Layout(*layout)
+    check_input(x, w.qweight.device, w.in_features, w.out_features, None)
+    if not len(x):
+        return x.new_empty((0, w.out_features))
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x is {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}; cast it")
+    rows = order.numel() // experts.numel()
+    tile = next(tile for tile in triton_plan.fitting_tiles(w.bits, x.itemsize, x.device) if tile.rows == rows)
+    splits = triton_plan.splits(experts.numel() * cdiv(w.out_features, tile.columns), w.slabs, x.device)
+    return _multiply(x.contiguous(), w, bias, tile, splits, order, experts, top_k)
+
+
+def _moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
+    *layout, _, _, top_k, _ = arguments
+    return x.new_empty((x.shape[0] * top_k, _Layout(*layout).out_features))
+
+
+_library = torch.library.Library("gptq_backend", "FRAGMENT")
+_op = define_operators(_library, "triton_", _LAYOUT, gemm, dequantize)
+_library.define(
+    f"triton_moe_gemm(Tensor x, {_LAYOUT}, Tensor order, Tensor experts, int top_k, Tensor? bias) -> Tensor"
+)
+_library.impl("triton_moe_gemm", moe_gemm, "CompositeExplicitAutograd")
+torch.library.register_fake("gptq_backend::triton_moe_gemm", _moe_gemm_fake, lib=_library)
+
+
+def _arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
+    tensors = (prepared["qweight"], prepared["scales"], *map(prepared.get, ("zeros", "perm", "groups")))
+    return (*tensors, spec.in_features, spec.out_features, spec.bits, spec.group_size)
+
+
+def apply(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``Kernel``."""
+    return gemm(x, *_arguments(spec, prepared), bias)
+
+
+def op(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``Kernel``."""
+    return _op(x, *_arguments(spec, prepared), bias)
+
+
+def dequantize_op(spec: LinearSpec, prepared: Tensors, dtype: torch.dtype) -> Tensor:
+    """See ``Kernel``."""
+    return torch.ops.gptq_backend.triton_dequantize(*_arguments(spec, prepared), dtype)
+
+
+def moe_op(
+    spec: LinearSpec, stacked: Tensors, x: Tensor, order: Tensor, experts: Tensor, top_k: int, bias: Tensor | None
+) -> Tensor:
+    """See ``moe.MoeKernel``."""
+    return torch.ops.gptq_backend.triton_moe_gemm(x, *_arguments(spec, stacked), order, experts, top_k, bias)

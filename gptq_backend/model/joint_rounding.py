@@ -1,0 +1,69 @@
+"""Layers that read one input (q, k and v; gate and up) go through the column loop as one, for fewer and larger kernels.
+
+A forward pass comes to them one after another, and only at the last is it known that they all read the same tensor. So
+those that did in one block are taken together in the next; where that proves wrong, the result is dropped and the layer
+rounded by itself. Not on a CPU, which one layer keeps busy.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+from ..algorithm.gptq import LayerFactor, round_weights
+from ..format.weight import QuantizedWeight
+from .structure import Block, Target, dense_weight
+
+
+class Stacks:
+    """What is stacked in the current block, and what the next one will learn from it."""
+
+    def __init__(self) -> None:
+        self._block: dict[str, Target] = {}  # targets by their names inside the block
+        self._readers: list[tuple[weakref.ref[LayerFactor], list[str]]] = []  # of each factor of this block
+        self._later: dict[str, list[str]] = {}  # in the block before: the first reader of a factor -> the others
+        self._ahead: dict[Target, tuple[weakref.ref[LayerFactor], QuantizedWeight]] = {}
+
+    def enter(self, block: Block) -> None:
+        self._later = {names[0]: names[1:] for _, names in self._readers}
+        self._readers.clear()
+        self._ahead.clear()
+        self._block = {target.name.removeprefix(f"{block.name}."): target for target in block.targets}
+
+    def take(self, target: Target, weight: Tensor, shared: LayerFactor) -> QuantizedWeight | None:
+        """The layer's rounded weight, if it was rounded with others or now is; None if it has to be by itself.
+
+        Args:
+            target: a layer.
+            weight: its weight [N, K], float32 or float64.
+            shared: order and factor of its input.
+        """
+        name = next((name for name, each in self._block.items() if each is target), None)
+        if name is None:
+            return None
+        for factor, names in self._readers:
+            if factor() is shared:
+                names.append(name)
+                break
+        else:
+            self._readers.append((weakref.ref(shared), [name]))
+        if target in self._ahead:
+            factor, rounded = self._ahead.pop(target)
+            return rounded if factor() is shared else None
+        others = [self._block[other] for other in self._later.get(name, ()) if other in self._block]
+        others = [each for each in others if self._fits(each, target)]
+        if not others or not _worth_it(weight):
+            return None
+        weights = [weight, *(dense_weight(other.module).detach().to(weight.dtype) for other in others)]
+        first, *later = round_weights(weights, shared, target.config)
+        self._ahead.update({other: (weakref.ref(shared), rounded) for other, rounded in zip(others, later)})
+        return first
+
+    def _fits(self, other: Target, target: Target) -> bool:
+        same_width = dense_weight(other.module).shape[1] == dense_weight(target.module).shape[1]
+        return same_width and other.config == target.config
+
+
+def _worth_it(weight: Tensor) -> bool:
+    return weight.device.type != "cpu"

@@ -1,0 +1,361 @@
+"""Find what to quantize by the shape of a model, not by a table of architectures."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QuantizeConfig
+from ..errors import ConfigError
+
+# Layers that models do not call: Mamba's code hands the weight of this one to a kernel.
+_READ_BY_WEIGHT = {"dt_proj"}
+_LEAST_SHARE = 1 / 32  # of the heaviest list's weights, for another to be the language model's
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One layer to quantize.
+
+    Args:
+        name: full module name.
+        module: an ``nn.Linear`` (or subclass), or a ``Conv1D`` as GPT-2 has it, whose weight is [K, N].
+        config: settings after the ``dynamic`` rules.
+    """
+
+    name: str
+    module: nn.Module
+    config: QuantizeConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One of the model's repeated blocks.
+
+    Args:
+        name: full module name.
+        module: one of the model's repeated blocks.
+        targets: layers to quantize inside it, in module order.
+    """
+
+    name: str
+    module: nn.Module
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What of a model is to be quantized.
+
+    Args:
+        blocks: all repeated blocks in order, also those without targets.
+        head: the output embedding, when the config asks for it.
+    """
+
+    blocks: tuple[Block, ...]
+    head: Target | None
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        inside = tuple(target for block in self.blocks for target in block.targets)
+        return inside + ((self.head,) if self.head else ())
+
+    def describe(self, config: QuantizeConfig) -> QuantizeConfig:
+        """``config`` with ``dynamic`` rules for what stays in 16 bits: edge blocks, and layers read by their weight."""
+        keep = config.keep_edge_blocks
+        edges = self.blocks[:keep] + self.blocks[-keep:] if keep else ()
+        rules: dict[str, Mapping[str, Any]] = {f"-:{re.escape(block.name)}\\.": {} for block in edges}
+        names = {name.rpartition(".")[2] for block in self.blocks for name, _ in block.module.named_modules()}
+        rules |= {f"-:.*\\.{name}$": {} for name in sorted(names & _READ_BY_WEIGHT)}
+        if not rules:
+            return config
+        return dataclasses.replace(config, keep_edge_blocks=0, dynamic={**rules, **(config.dynamic or {})})
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear layer that stores its weight as [K, N]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes ``x @ W + b`` from an unquantized 2-D weight."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight directly
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return _computes_product(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+_tried: dict[tuple[Any, ...], bool] = {}
+
+
+def _computes_product(module: nn.Linear) -> bool:
+    """Whether a subclass with a ``forward`` of its own still computes ``x @ W + b``: routers that choose experts,
+    layers that work on groups of channels or on a normalized weight do not. It is tried on random numbers.
+    """
+    shape = dense_weight(module).shape
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    key = (type(module), shape, module.bias is None, *sorted(settings.items()))
+    if key in _tried:
+        return _tried[key]
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu")
+
+    weight, x = numbers(*shape), numbers(2, 3, shape[1])
+    bias = None if module.bias is None else numbers(shape[0])
+    expected = nn.functional.linear(x, weight, bias)
+    trial = copy.copy(module)
+    others = {key: each for key, each in module._parameters.items() if key not in ("weight", "bias")}
+    trial.__dict__["_parameters"] = {"weight": weight, "bias": bias, **others}
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found = type(module).forward(trial, x)
+        same = isinstance(found, Tensor) and found.shape == expected.shape
+        same = same and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    except Exception:  # whatever the code of a model raises for what it was not made for
+        same = False
+    _tried[key] = same
+    return same
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as [N, K], a view of the module's parameter."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if is_conv1d(module) else weight
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of every linear layer of ``model``, by name; weights may be on meta."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_linear(module):
+            rows, columns = dense_weight(module).shape
+            found[name] = (columns, rows)
+    return found
+
+
+def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn.Module]:
+    """The repeated blocks of ``model`` in order, by full name.
+
+    They are the children of the module called ``block_name``, or of an outermost ``nn.ModuleList`` with linear layers:
+    the one nearest to the embedding of tokens, so that of a model that sees and reads, the tower that reads is taken.
+    Of equally near ones, and of a model that does not tell its embedding, it is the one with most weights. Lists that
+    are small beside another, like the heads of a byte model, do not count.
+
+    Raises:
+        ConfigError: no repeated blocks.
+    """
+    if block_name is None:
+        block_name = _list_of_blocks(model)
+    try:
+        children = model.get_submodule(block_name)._modules
+    except AttributeError:
+        raise ConfigError(f"block_name_to_quantize={block_name!r} is not a module of the model") from None
+    prefix = f"{block_name}." if block_name else ""
+    # named_children() would skip a block that was there before.
+    return {prefix + name: block for name, block in children.items() if block is not None}
+
+
+def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | None = None) -> Structure:
+    """Blocks and layers of ``model`` that ``config`` selects; the blocks are those of :func:`find_blocks`.
+
+    Routers stay in 16 bits: linear layers that are direct children of a module that also has a child ``experts``. So do
+    Mamba's ``dt_proj``.
+
+    Raises:
+        ConfigError: no repeated blocks, no layer left to quantize, one that shares its weight with another, or settings
+            that no run knows or that do not fit a layer.
+    """
+    config.require_run()
+    blocks = find_blocks(model, block_name)
+    last = len(blocks) - config.keep_edge_blocks
+    found = []
+    for i, (name, block) in enumerate(blocks.items()):
+        inside = config.keep_edge_blocks <= i < last
+        found.append(Block(name, block, _targets(name, block, config) if inside else ()))
+    _check_wanted([*blocks.values()], config)
+    structure = Structure(tuple(found), _head(model, config) if config.lm_head else None)
+    if not structure.targets:
+        raise ConfigError(
+            f"no layer is left to quantize in the blocks {', '.join(blocks)}; check dynamic, "
+            "modules_in_block_to_quantize and keep_edge_blocks"
+        )
+    _check_shared(structure)
+    for target in structure.targets:
+        target.config.require_run()
+        _check_format(target, config)
+        _check_planar(target)
+    return structure
+
+
+def special_linears(structure: Structure) -> dict[str, str]:
+    """Layers of the blocks, by name, that are linear by their class and not by what they compute, with that class.
+
+    Routers, which stay as they are in any case, are not among them.
+    """
+    found = {}
+    for block in structure.blocks:
+        for name, module in block.module.named_modules(prefix=block.name):
+            if isinstance(getattr(module, "experts", None), nn.Module):
+                continue
+            for key, child in module.named_children():
+                if isinstance(child, nn.Linear) and not is_linear(child):
+                    found[f"{name}.{key}"] = type(child).__name__
+    return found
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule called ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode; afterwards each as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The embedding of tokens, of a model that tells which one that is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        found = getter() if getter else None
+    except (NotImplementedError, AttributeError):  # of transformers, for a model without
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _list_of_blocks(model: nn.Module) -> str:
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
+    sizes = {name: size for name, module in lists.items() if (size := _linear_elements(module))}
+    if not sizes:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of repeated blocks with linear layers; name the list with "
+            "block_name_to_quantize"
+        )
+    most = max(sizes.values())
+    sizes = {name: size for name, size in sizes.items() if size >= _LEAST_SHARE * most}
+    embedding = input_embeddings(model)
+    start = next((name for name, module in model.named_modules() if module is embedding), None)
+    if start is None:
+        return max(sizes, key=lambda name: sizes[name])
+    return min(sizes, key=lambda name: (*_distance(start, name), -sizes[name]))
+
+
+def _distance(start: str, name: str) -> tuple[int, int]:
+    """From one module to another in the tree of names: steps up to their common parent, then steps down."""
+    first, second = start.split("."), name.split(".")
+    common = 0
+    while common < min(len(first), len(second)) and first[common] == second[common]:
+        common += 1
+    return len(first) - common, len(second) - common
+
+
+def _linear_elements(module: nn.Module) -> int:
+    return sum(dense_weight(child).numel() for child in module.modules() if is_linear(child))
+
+
+def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple[Target, ...]:
+    wanted = config.modules_in_block_to_quantize
+    routers = {
+        child
+        for module in block.modules()
+        if isinstance(getattr(module, "experts", None), nn.Module)
+        for child in module.children()
+        if is_linear(child)
+    }
+    found = []
+    for name, module in block.named_modules():
+        if not is_linear(module) or module in routers or (wanted is not None and name not in wanted):
+            continue
+        if name.rpartition(".")[2] in _READ_BY_WEIGHT:
+            continue
+        layer_config = config.for_module(f"{block_name}.{name}")
+        if layer_config is not None:
+            found.append(Target(f"{block_name}.{name}", module, layer_config))
+    return tuple(found)
+
+
+def _check_format(target: Target, config: QuantizeConfig) -> None:
+    """Raises ConfigError for a rule that would give a layer a format of its own: readers know one of a checkpoint."""
+    for key in ("checkpoint_format", "pack_dtype"):
+        own, common = getattr(target.config, key), getattr(config, key)
+        if own != common:
+            raise ConfigError(f"dynamic gives {target.name} {key}={own!r}, but a checkpoint has one: {common!r}")
+
+
+def _check_planar(target: Target) -> None:
+    """Raises ConfigError where the planar format cannot hold a layer, before a long run finds out."""
+    rows, columns = dense_weight(target.module).shape
+    config = target.config
+    if config.checkpoint_format == "gptq_p" and config.bits == 3 and (rows % 32 or columns % 32):
+        raise ConfigError(
+            f"{target.name} is [{rows}, {columns}], but checkpoint_format='gptq_p' packs 3-bit codes in runs of 32; "
+            "use 'gptq_v2', or skip the layer with a dynamic rule"
+        )
+
+
+def _check_wanted(blocks: list[nn.Module], config: QuantizeConfig) -> None:
+    """Raises ConfigError for a name in modules_in_block_to_quantize that no block has."""
+    present = {name for block in blocks for name, module in block.named_modules() if is_linear(module)}
+    for name in config.modules_in_block_to_quantize or ():
+        if name not in present:
+            raise ConfigError(
+                f"modules_in_block_to_quantize names {name!r}, which no block has; its linear layers are "
+                f"{', '.join(sorted(present))}"
+            )
+
+
+def _check_shared(structure: Structure) -> None:
+    """Raises ConfigError where a weight to quantize is in several places, of which each has inputs of its own."""
+    owners: dict[int, list[str]] = {}
+    for block in structure.blocks:
+        for name, module in block.module.named_modules(prefix=block.name, remove_duplicate=False):
+            # Not by attribute: a parametrized layer makes its weight anew for everyone who asks.
+            if is_linear(module) and (weight := module._parameters.get("weight")) is not None:
+                owners.setdefault(id(weight), []).append(name)
+    wanted = {target.name for target in structure.targets}
+    shared = [names for names in owners.values() if len(names) > 1 and wanted.intersection(names)]
+    if shared:
+        first, second = shared[0][:2]
+        rules: dict[str, Any] = {f"-:{re.escape(name)}$": {} for name in (first, second)}
+        raise ConfigError(
+            f"{first} and {second} share one weight ({len(shared)} weights are shared), and each would be quantized "
+            f"for its own inputs; give each a copy, or keep all of them in 16 bits with dynamic rules like {rules}"
+        )
+
+
+def _head(model: nn.Module, config: QuantizeConfig) -> Target | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter else getattr(model, "lm_head", None)
+    if head is None or not is_linear(head):
+        raise ConfigError(f"lm_head=True, but {type(model).__name__} has no linear output embedding; set it to False")
+    name = next(name for name, module in model.named_modules() if module is head)
+    layer_config = config.for_module(name)
+    return None if layer_config is None else Target(name, head, layer_config)
+
+
+def untie(module: nn.Module) -> None:
+    """Give the module a weight of its own, so that replacing it leaves the input embedding alone."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

@@ -1,0 +1,1 @@
+"""A whole model quantized, block by block."""

@@ -1,0 +1,51 @@
+"""How a run went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..algorithm.refine import Step
+from ..config import QuantizeConfig
+from ..training.blocks import BlockReport
+from ..training.distill import DistillReport
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one layer went. Losses and steps as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn" or as in
+    :class:`Factor`; ``tokens`` counts rows, whatever their weights. With ``token_weights`` the losses of layers before
+    attention are weighted, and not comparable with those of a run without. A training of the block comes after it.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    loss: float
+    relative_loss: float
+    method: str
+    damp_percent: float
+    tokens: int
+    dropped_tokens: int
+    seconds: float
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass
+class QuantizeReport:
+    """How a run went.
+
+    Args:
+        config: describes the result: blocks kept in 16 bits by ``keep_edge_blocks``, and layers that were never called,
+            are named in ``dynamic``, which every reader of GPTQ checkpoints understands.
+        layers: one entry per quantized layer, in the order they were done.
+        blocks: one entry per block that was trained.
+        seconds: wall time of the whole run; of one that was interrupted, with what it had finished but
+            without the earlier steps of its distillation.
+        distillation: of the whole model, if there was one.
+    """
+
+    config: QuantizeConfig
+    layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    seconds: float = 0.0
+    distillation: DistillReport | None = None

@@ -1,0 +1,225 @@
+"""Train the scales and norms of a quantized model towards the predictions of the original; codes stay as they are.
+
+This is the second phase of EfficientQAT (arXiv 2407.11062) with the original model as the teacher: Adam on
+KL(original || quantized) over all scales and the vector parameters outside of quantized layers, such as norm weights.
+The result is the same kind of checkpoint with other numbers in ``scales``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..format.weight import QuantizedWeight
+from ..linear import QuantLinear
+from ..model.calibration import Batch, make_batches
+from ..model.progress import Progress, digest
+from ..model.structure import evaluating, replace_module
+from .scales import Training, judges, schedule, trainable
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 512  # positions whose distributions are compared at once
+_SAVE_EVERY = 8  # steps between two writes of the progress
+_ENTRY = "distillation"  # in the progress
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """How a distillation went.
+
+    Args:
+        before, after: KL divergence in nats per token on the batches that were held out.
+        losses: the same on the batch of each step.
+        kept: whether the result was taken: ``after < before``.
+    """
+
+    before: float
+    after: float
+    losses: tuple[float, ...]
+    kept: bool
+
+
+@torch.enable_grad()
+def distill(
+    model: nn.Module,
+    teacher: nn.Module,
+    calibration: Sequence[Any],
+    *,
+    epochs: int = 1,
+    rate: float = 5e-4,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    identity: str = "",
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> DistillReport:
+    """Distil in place. Both models are in memory, with float32 scales and the activations of one batch beside them.
+
+    On a CPU, which emulates the products of 16-bit types, both compute in float32; the teacher ends as it was.
+
+    Args:
+        model: holds :class:`QuantLinear` layers; called as ``model(input_ids=..., attention_mask=...)``.
+        teacher: the original, called likewise.
+        calibration: token id samples (see :func:`calibration.make_batches`); every eighth batch, or the last
+            of fewer, is held out.
+        epochs: passes over the rest.
+        rate: largest relative change of a scale in one step; falls to zero along a cosine.
+        batch_size: sequences per step; None aims at about 2048 tokens.
+        progress: where an interrupted run finds what it has done; removed by whoever made it.
+        identity: digest of all that made both models, for the progress.
+        on_step: called with the steps done, the steps in all, and the loss.
+
+    Raises:
+        CalibrationError: fewer than two batches.
+    """
+    batches = make_batches(calibration, batch_size)
+    held_out, steps = [batches[i] for i in judges(len(batches))], schedule(len(batches), epochs)
+    progress = progress or Progress(None)
+    sources = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    weights = {name: source.quantized_weight() for name, source in sources.items()}
+    inside = {id(parameter) for source in sources.values() for parameter in source.parameters()}
+    vectors = [p for p in model.parameters() if id(p) not in inside and p.is_floating_point() and p.dim() == 1]
+    with _frozen(teacher), trainable(model, weights, vectors) as state:
+        before = _mean_loss(model, teacher, held_out)
+        optimizer = state.optimizer(rate)
+        if progress.folder is not None:
+            identity = _identity(identity, state, weights, batches, steps, rate)
+        entry = progress.load(_ENTRY, identity)
+        earlier = () if entry is None else _restore(state, optimizer, *entry)
+
+        def after_step(done: int, losses: list[float]) -> None:
+            if on_step is not None:
+                on_step(done, len(steps), losses[-1])
+            if done % _SAVE_EVERY == 0:
+                progress.save(_ENTRY, identity, *_state(state, optimizer, losses))
+
+        losses = state.run(steps, rate, lambda i: _backward(model, teacher, batches[i]), optimizer, earlier, after_step)
+        state.round()
+        after = _mean_loss(model, teacher, held_out)
+        state.keep = after < before
+        results = state.results()
+    if state.keep:
+        for name, source in sources.items():
+            replace_module(model, name, _quantized_linear(results[name], source))
+    else:
+        logger.warning("distillation did not lower the held-out divergence (%.3g -> %.3g); undone", before, after)
+    return DistillReport(before, after, tuple(losses), state.keep)
+
+
+def _quantized_linear(weight: QuantizedWeight, source: QuantLinear) -> QuantLinear:
+    """A layer like ``source`` with another weight."""
+    spec = source.stored_spec
+    checkpoint_format = "gptq_p" if spec.planar else "gptq" if spec.zero_offset else "gptq_v2"
+    return QuantLinear.from_weight(
+        weight,
+        source.bias,
+        checkpoint_format,
+        spec.word_dtype,
+        source.name,
+        source.backend,
+        dtype=source.compute_dtype,
+    )
+
+
+def _identity(
+    before: str,
+    state: Training,
+    weights: Mapping[str, QuantizedWeight],
+    batches: list[Batch],
+    steps: list[int],
+    rate: float,
+) -> str:
+    """Of all that the course of a training depends on: what made both models, and what can be seen of the trained."""
+    fields = [(w.codes, w.scales, w.zeros, w.g_idx) for w in weights.values()]
+    data = [tensor for batch in batches for tensor in batch.values()]
+    return digest(before, [steps, rate], [*state.masters, *data, *itertools.chain.from_iterable(fields)])
+
+
+def _state(
+    state: Training, optimizer: torch.optim.Optimizer, losses: list[float]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """For :meth:`Progress.save`."""
+    tensors: dict[str, Tensor] = {}
+    for i, parameter in enumerate(state.parameters):
+        tensors[f"{i}"] = parameter
+        tensors |= {f"{i}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return tensors, {"losses": losses}
+
+
+def _restore(
+    state: Training, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> list[float]:
+    """Undo :func:`_state` -> the losses."""
+    for i, parameter in enumerate(state.parameters):
+        parameter.data.copy_(tensors[f"{i}"])
+        own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{i}.")}
+        moments = {key: value.to(parameter.device) for key, value in own.items() if value.dim()}  # all but the step
+        optimizer.state[parameter] = own | moments
+    state.publish()
+    return list(facts["losses"])
+
+
+@contextmanager
+def _frozen(teacher: nn.Module) -> Iterator[None]:
+    """In eval mode and, on a CPU, in float32."""
+    narrow = [(p, p.dtype) for p in teacher.parameters() if p.is_floating_point() and p.device.type == "cpu"]
+    with evaluating(teacher):
+        try:
+            for parameter, dtype in narrow:
+                parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+            yield
+        finally:
+            for parameter, dtype in narrow:
+                parameter.data = parameter.data.to(dtype)
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """[tokens that count, V]."""
+    device = next(model.parameters()).device
+    output = model(**{key: value.to(device) for key, value in batch.items()})
+    logits: Tensor = getattr(output, "logits", output)
+    mask = batch.get("attention_mask")
+    return logits.flatten(0, 1) if mask is None else logits[mask.bool().to(device)]
+
+
+def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Summed KL(teacher || model) over rows [T, V]."""
+    target, found = teacher.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return F.kl_div(found, target, reduction="sum", log_target=True)
+
+
+def _backward(model: nn.Module, teacher: nn.Module, batch: Batch) -> float:
+    """Accumulate the gradient of the summed divergence over a batch; returns the mean.
+
+    To Adam both gradients are the same, but those of a mean are small enough to vanish in float16.
+    """
+    with torch.no_grad():
+        target = _logits(teacher, batch)
+    logits = _logits(model, batch)
+    target, leaf = target.to(logits.device), logits.detach().requires_grad_()
+    total = 0.0
+    for rows in range(0, len(leaf), _ROWS):  # the distributions are larger than everything else
+        part = _divergence(leaf[rows : rows + _ROWS], target[rows : rows + _ROWS])
+        part.backward()
+        total += part.item()
+    logits.backward(leaf.grad)
+    return total / len(leaf)
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, teacher: nn.Module, batches: list[Batch]) -> float:
+    total, tokens = 0.0, 0
+    for batch in batches:
+        found = _logits(model, batch)
+        target = _logits(teacher, batch).to(found.device)
+        total += sum(_divergence(a, b).item() for a, b in zip(found.split(_ROWS), target.split(_ROWS), strict=True))
+        tokens += len(found)
+    return total / tokens

@@ -1,0 +1,237 @@
+"""How fast does a model generate: a quantized one and its reference, alternately, in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from gptq_backend import GPTQError, QuantLinear
+from gptq_backend.bench.timing import quartiles, synchronize
+from gptq_transformers.experts.unfuse import ExpertList
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase of generation by one model.
+
+    Args:
+        model: folder or name.
+        quantized, compiled: the model has QuantLinears; its forward went through torch.compile.
+        phase: ``prefill``, from the call of ``generate`` to the first token, or ``decode``, all later tokens.
+        dtype: what the model computes in.
+        tokens_per_second: over the whole batch; median of the repetitions, ``spread`` its quartiles.
+        ms_per_step: median milliseconds of a forward pass and what ``generate`` does around it.
+        ratio: speed in units of the reference's in the same phase and mode.
+    """
+
+    model: str
+    quantized: bool
+    compiled: bool
+    phase: str
+    dtype: str
+    batch: int
+    prompt: int
+    new_tokens: int
+    tokens_per_second: float
+    spread: tuple[float, float]
+    ms_per_step: float
+    ratio: float | None = None
+
+
+@dataclass
+class _Runner:
+    """A model in one mode, and the seconds per token of each repetition."""
+
+    name: str
+    model: nn.Module
+    compiled: Callable[..., Any] | None = None
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+    def generate(self, prompt: Tensor, new_tokens: int) -> list[float]:
+        """The time before the call and after each new token. prompt: int [B, T]."""
+        model: Any = self.model
+        watch = _Stopwatch(prompt.device)
+        options: dict[str, Any] = {} if self.compiled is None else {"cache_implementation": "static"}
+        with _forward(model, self.compiled), torch.no_grad():
+            watch.tick()
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([watch]),
+                **options,
+            )
+        return watch.times
+
+
+class _Stopwatch(StoppingCriteria):
+    """Never stops generation, which asks it after every token; notes the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def tick(self) -> None:
+        synchronize(self.device)
+        self.times.append(time.perf_counter())
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.tick()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, replacement: Callable[..., Any] | None) -> Iterator[None]:
+    """``module.forward`` is ``replacement`` for a while."""
+    before = vars(module).get("forward")
+    if replacement is not None:
+        module.forward = replacement
+    try:
+        yield
+    finally:
+        if before is not None:
+            module.forward = before
+        elif replacement is not None:
+            del module.forward
+
+
+def run(
+    models: Sequence[tuple[str, nn.Module]],
+    batch: int = 1,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    compiled: bool = False,
+) -> list[Row]:
+    """Alternate the models for ``repeats`` rounds after two that do not count (both may compile).
+
+    Args:
+        models: names and models; ratios refer to the last one if there are two.
+        compiled: time each model through torch.compile (static cache) beside eager.
+
+    Raises:
+        GPTQError: the lengths exceed a model, or leave nothing to measure.
+    """
+    if new_tokens < 2:
+        raise GPTQError(f"new_tokens={new_tokens} leaves no token to decode after the first; use 2 or more")
+    runners = [_Runner(name, model) for name, model in models]
+    if compiled:
+        # On a GPU with CUDA graphs, without which a step of one token is mostly launching.
+        mode = "reduce-overhead" if next(models[0][1].parameters()).is_cuda else None
+        runners += [_Runner(name, model, torch.compile(model.forward, mode=mode)) for name, model in models]
+    ids = {id(model): random_prompt(model, batch, prompt, new_tokens) for _, model in models}
+    for repeat in range(-2, repeats):
+        for runner in runners:
+            start, first, *_, last = runner.generate(ids[id(runner.model)], new_tokens)
+            if repeat >= 0:
+                runner.prefill.append((first - start) / prompt / batch)
+                runner.decode.append((last - first) / (new_tokens - 1) / batch)
+    rows = []
+    for runner in runners:
+        base = runners[len(models) - 1 if runner.compiled is None else -1] if len(models) > 1 else None
+        for phase in ("prefill", "decode"):
+            rows.append(_row(runner, base, phase, batch, prompt, new_tokens))
+    return rows
+
+
+def _row(runner: _Runner, base: _Runner | None, phase: str, batch: int, prompt: int, new_tokens: int) -> Row:
+    first, median, third = quartiles(getattr(runner, phase))
+    return Row(
+        model=runner.name,
+        quantized=any(isinstance(module, QuantLinear) for module in runner.model.modules()),
+        compiled=runner.compiled is not None,
+        phase=phase,
+        dtype=str(runner.model.dtype).removeprefix("torch."),
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        tokens_per_second=1 / median,
+        spread=(1 / third, 1 / first),
+        ms_per_step=median * batch * (prompt if phase == "prefill" else 1) * 1e3,
+        ratio=None if base is None else quartiles(getattr(base, phase))[1] / median,
+    )
+
+
+def random_prompt(model: nn.Module, batch: int, prompt: int, new_tokens: int) -> Tensor:
+    """int64 [batch, prompt] of the model's vocabulary.
+
+    Raises:
+        GPTQError: the model has fewer positions than ``prompt + new_tokens``.
+    """
+    config: Any = model.config
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and 0 < limit < prompt + new_tokens:  # -1: any length
+        raise GPTQError(f"a prompt of {prompt} and {new_tokens} new tokens exceed the model's {limit} positions")
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.vocab_size, (batch, prompt), generator=generator).to(device)
+
+
+def profile(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, dict[str, Any]]:
+    """Where the time of one eager ``generate`` goes: ``{phase: {kind: {share, ms_per_step, calls_per_step}}}``.
+
+    Kinds are QuantLinear, Linear (``lm_head`` among them), ExpertList with all that is inside, and rest. Looking costs
+    about a microsecond a call.
+
+    Args:
+        prompt: int [B, T].
+    """
+    spans: list[tuple[str, float, float]] = []
+    device = prompt.device
+
+    def watched(kind: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            synchronize(device)
+            start = time.perf_counter()
+            result = forward(*args, **kwargs)
+            synchronize(device)
+            spans.append((kind, start, time.perf_counter()))
+            return result
+
+        return call
+
+    runner = _Runner("", model)
+    runner.generate(prompt, 2)
+    with contextlib.ExitStack() as stack:
+        experts = [module for module in model.modules() if isinstance(module, ExpertList)]
+        inside = {child for each in experts for child in each.modules() if child is not each}
+        for module in model.modules():
+            kinds = (QuantLinear, nn.Linear, ExpertList)
+            kind = next((each.__name__ for each in kinds if isinstance(module, each)), None)
+            if kind is not None and module not in inside:
+                stack.enter_context(_forward(module, watched(kind, module.forward)))
+        start, first, *_, last = runner.generate(prompt, new_tokens)
+    phases = {"prefill": (start, first, 1), "decode": (first, last, new_tokens - 1)}
+    return {phase: _shares(spans, *limits) for phase, limits in phases.items()}
+
+
+def _shares(spans: Sequence[tuple[str, float, float]], start: float, end: float, steps: int) -> dict[str, Any]:
+    seconds: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    for kind, entered, left in spans:
+        if start <= entered < end:
+            seconds[kind] += left - entered
+            calls[kind] += 1
+    seconds["rest"] = end - start - sum(seconds.values())
+    return {
+        kind: {
+            "share": spent / (end - start),
+            "ms_per_step": spent / steps * 1e3,
+            "calls_per_step": calls[kind] / steps,
+        }
+        for kind, spent in seconds.items()
+    }

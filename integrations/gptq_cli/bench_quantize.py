@@ -1,0 +1,128 @@
+"""How long does quantizing a model of a given shape take, phase by phase, and how much memory? Needs no checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gptq_backend import GPTQError, QuantizeConfig, quantize_model
+from gptq_backend.bench.layers import DTYPES
+from gptq_backend.locks import scratch_folder
+from gptq_backend.timing import Recorder, record
+from gptq_transformers.streaming import BlockWriter
+
+from .model_shapes import SHAPES
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds and bytes of quantizing some blocks, and seconds of the whole model computed from them.
+
+    Args:
+        shape, blocks, all_blocks: of the model; so many of its blocks were quantized and written.
+        dtype: of its weights; on a CPU they are computed in float32.
+        tokens: calibration tokens.
+        config: settings.
+        phases: seconds of each block by phase; a phase is what ``gptq_backend.timing.timed`` names, and "forward" the
+            rest. The first entry is what comes before the first block, and the next one, with the first block, holds
+            what is done once: compiling kernels, allocating.
+        whole: seconds of all blocks: before, first, and the mean of the later ones times their number.
+        peak_bytes: on a GPU what torch allocated there at most; on a CPU the resident memory of the process since its
+            start, model included; None where neither is known.
+        peak_reserved_bytes: on a GPU what torch's allocator held at most.
+    """
+
+    shape: str
+    blocks: int
+    all_blocks: int
+    dtype: str
+    tokens: int
+    config: dict[str, Any]
+    phases: list[dict[str, float]]
+    whole: float
+    peak_bytes: int | None
+    peak_reserved_bytes: int | None
+
+
+@dataclass
+class _Laps:
+    """Cuts a recording where blocks begin and, for the last one, end."""
+
+    recorder: Recorder
+    laps: list[dict[str, float]] = field(default_factory=list)
+
+    def cut(self, *_: Any) -> None:
+        self.recorder.switch()
+        self.laps.append(dict(self.recorder.seconds))
+        self.recorder.seconds.clear()
+
+
+def run(
+    shape: str,
+    config: QuantizeConfig,
+    blocks: int,
+    samples: int,
+    seqlen: int,
+    device: torch.device,
+    dtype: str = "bf16",
+) -> Result:
+    """Quantize the first ``blocks`` blocks of a model with random weights, on random tokens, and write them.
+
+    Raises:
+        GPTQError: fewer than two blocks, from the later ones of which the whole is computed, or more than there are.
+    """
+    settings = SHAPES[shape]
+    if not 2 <= blocks <= settings["num_hidden_layers"]:
+        raise GPTQError(f"blocks={blocks}: expected 2 to {settings['num_hidden_layers']} for the shape {shape}")
+    model = build(shape, blocks, dtype, seqlen)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(0, vocabulary, (samples, seqlen), generator=torch.Generator().manual_seed(0))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with scratch_folder("bench") as folder, record(device) as recorder:
+        laps, writer = _Laps(recorder), BlockWriter.of(model, Path(folder))
+        assert writer is not None
+
+        def write(name: str, block: nn.Module) -> None:
+            writer.add(name, block)
+            writer.shards.flush()
+
+        quantize_model(model, config, tokens, device=device, on_block=laps.cut, on_done=write)
+        laps.cut()
+    before, first, *later = [sum(lap.values()) for lap in laps.laps]
+    peak, reserved = _peak(device)
+    return Result(
+        shape=shape,
+        blocks=blocks,
+        all_blocks=settings["num_hidden_layers"],
+        dtype=dtype,
+        tokens=tokens.numel(),
+        config=config.to_dict(),
+        phases=laps.laps,
+        whole=before + first + sum(later) / len(later) * (settings["num_hidden_layers"] - 1),
+        peak_bytes=peak,
+        peak_reserved_bytes=reserved,
+    )
+
+
+def build(shape: str, blocks: int, dtype: str, positions: int) -> nn.Module:
+    """A model with so many of the shape's blocks, on the CPU."""
+    settings = SHAPES[shape] | {"num_hidden_layers": blocks, "max_position_embeddings": max(positions, 4096)}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=DTYPES[dtype]).eval()
+
+
+def _peak(device: torch.device) -> tuple[int | None, int | None]:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None, None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, None

@@ -1,0 +1,184 @@
+"""A checkpoint as it would be loaded, read without loading a model: its quantized modules, and what is wrong with it.
+
+The same rules as in ``from_pretrained``, by the same functions: the layers of the model that config.json describes are
+looked up among the tensors. Where no class of transformers fits, the tensors are taken for themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gptq_backend import CheckpointError, GPTQError, LinearSpec, QuantizeConfig
+from gptq_backend.format.files import checkpoint_files, read_settings
+from gptq_backend.format.headers import Manifest, TensorInfo, read_manifest, read_tensor
+from gptq_backend.format.layer_specs import resolve_specs
+from gptq_backend.format.weight import resolve
+from gptq_backend.model.structure import linear_shapes
+from gptq_transformers.checkpoint_names import checkpoint_names
+from gptq_transformers.finite import check_stored
+from gptq_transformers.loading import absent, check_loaded, prepare_model, quant_linears
+from gptq_transformers.skeleton import UnknownModel, build_skeleton
+
+
+@dataclass
+class Layer:
+    """One quantized module. ``claimed`` is its spec by headers and config, ``spec`` also by its values."""
+
+    name: str
+    claimed: LinearSpec
+    spec: LinearSpec
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's files, read as far as inspection needs them; all names are the files'.
+
+    Args:
+        damaged: what keeps modules, or the whole, from being loaded, by name.
+        skipped: quantized modules that the model does not have.
+        unbiased: quantized modules that the model has without a bias.
+        unknown: why the model's structure is not known; "" if it is.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    config: QuantizeConfig
+    files: Sequence[Path]
+    manifest: Manifest
+    layers: list[Layer] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    unbiased: Collection[str] = ()
+    unknown: str = ""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Settings, headers and the small tensors of the checkpoint in folder ``path``.
+
+    Raises:
+        GPTQError: no such folder, no settings, unreadable files, or a format that is refused by name.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise GPTQError(f"{path} is not a folder; expected one with a quantized checkpoint")
+    settings = read_settings(folder)
+    config = QuantizeConfig.from_dict(settings)
+    files = checkpoint_files(folder, settings)
+    checkpoint = Checkpoint(folder, settings, config, files, read_manifest(files))
+    modules = _modules(checkpoint.manifest)
+    if not modules:
+        raise CheckpointError(
+            f"{path} has quantization settings, but none of its {len(checkpoint.manifest)} tensors is a qweight; it is "
+            "not quantized, or in another format"
+        )
+    with _quiet():
+        found = _as_the_model_reads(checkpoint, modules)
+        for name, tensors in modules.items():
+            _read_module(checkpoint, name, tensors, found)
+    return checkpoint
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loader's warnings, some one per module: the caller sums them up."""
+    loggers = [logging.getLogger(name) for name in ("gptq_backend", "gptq_transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _modules(manifest: Manifest) -> dict[str, Manifest]:
+    """The tensors of each module that has one of GPTQ's, by its name in the file."""
+    modules: dict[str, Manifest] = {}
+    for name, info in manifest.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = info
+    parts = ("qweight", "qzeros", "g_idx", "B")
+    return {name: found for name, found in modules.items() if any(f"{name}.{part}" in found for part in parts)}
+
+
+_Found = dict[str, tuple[LinearSpec, dict[str, TensorInfo]]]
+
+
+def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest]) -> _Found | None:
+    """Spec and tensors, by part, of each module that the model has; None if its structure is not known."""
+    manifest = checkpoint.manifest
+    try:
+        model = build_skeleton(checkpoint.folder, manifest)
+    except UnknownModel as error:
+        checkpoint.unknown = str(error)
+        return None
+    except CheckpointError as error:
+        checkpoint.unknown = checkpoint.damaged["config.json"] = str(error)
+        return None
+    try:
+        names = checkpoint_names(model, manifest)
+    except CheckpointError as error:  # experts that nobody knows: nothing more can be said of the model's layers
+        checkpoint.damaged["checkpoint"] = str(error)
+        return None
+    own = {name: names.of.get(f"{name}.qweight", "").removesuffix(".qweight") for name in modules}
+    unbiased = {name for name, module in model.named_modules() if getattr(module, "bias", 0) is None}
+    checkpoint.unbiased = {name for name, key in own.items() if key in unbiased}
+    specs: dict[str, LinearSpec] = {}
+    try:
+        plan = prepare_model(model, manifest, checkpoint.config, names)
+        specs = {name: layer.stored_spec for name, layer in quant_linears(model)} | plan.dense
+        check_loaded(model, absent(model, plan))
+        check_stored(plan.dtypes, plan.manifest)
+    except CheckpointError as error:
+        checkpoint.damaged["checkpoint"] = str(error)
+        specs = specs or {name: layer.stored_spec for name, layer in quant_linears(model)}
+        if not specs:
+            specs = _one_by_one(checkpoint, model, modules, names.of)
+    by_model = {names.of[key]: info for key, info in manifest.items()}
+    return {
+        name: (spec, {part: by_model[f"{own[name]}.{part}"] for part in spec.shapes})
+        for name in modules
+        if (spec := specs.get(own[name])) is not None
+    }
+
+
+def _one_by_one(
+    checkpoint: Checkpoint, model: nn.Module, modules: Mapping[str, Manifest], names: Mapping[str, str]
+) -> dict[str, LinearSpec]:
+    """Specs of the modules that can be used, one bad module hiding no other."""
+    shapes, found = linear_shapes(model), {}
+    biased = {name for name in shapes if model.get_submodule(name).bias is not None}
+    for name, tensors in modules.items():
+        try:
+            found |= resolve_specs(
+                {names[key]: info for key, info in tensors.items()}, checkpoint.config, shapes, biased
+            )
+        except CheckpointError as error:
+            checkpoint.damaged.pop("checkpoint", None)
+            checkpoint.damaged[name] = str(error)
+    return found
+
+
+def _read_module(checkpoint: Checkpoint, name: str, tensors: Manifest, found: _Found | None) -> None:
+    """Add the module to ``layers``, ``skipped`` or ``damaged``."""
+    try:
+        if found is None:
+            claimed = resolve_specs(tensors, checkpoint.config)[name]
+            parts = {part: tensors[f"{name}.{part}"] for part in claimed.shapes}
+        elif name in found:
+            claimed, parts = found[name]
+        else:
+            if name not in checkpoint.damaged:
+                checkpoint.skipped.append(name)
+            return
+        values = {part: read_tensor(info) for part, info in parts.items() if part != "qweight"}
+        checkpoint.layers.append(Layer(name, claimed, resolve(claimed, values, name)))
+    except CheckpointError as error:
+        checkpoint.damaged[name] = str(error)

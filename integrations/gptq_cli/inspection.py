@@ -1,0 +1,151 @@
+"""What a checkpoint holds, what is odd about it and which kernels would serve it, from its files alone.
+
+Reads headers, and of the values only scales, zeros and ``g_idx``; no model is loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptq_backend import GPTQError, kernel_report
+from gptq_backend.kernels.table import fastest
+
+from . import checkpoint_warnings as oddities
+from .checkpoint import Layer, read_checkpoint
+from .report import megabytes
+
+
+def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -> dict[str, Any]:
+    """Everything about the checkpoint in folder ``path``, as JSON values.
+
+    Args:
+        devices: to choose kernels for, as ``torch.device`` takes them; None: all of this machine.
+
+    Returns:
+        Among others ``modules``: one entry per quantized module; ``odd``: sentences; ``damaged``: reasons by module;
+        ``kernels``: per device, rows of the kernel table that would be used, for how many modules, and why faster rows
+        declined.
+
+    Raises:
+        GPTQError: no such folder, no settings, unreadable files, or a format that is refused by name.
+    """
+    chosen = [_device(name) for name in devices] if devices else local_devices()
+    checkpoint = read_checkpoint(path)
+    modules = [_describe(layer) for layer in checkpoint.layers]
+    quantized = sum(layer.spec.in_features * layer.spec.out_features for layer in checkpoint.layers)
+    packed = sum(layer.spec.nbytes for layer in checkpoint.layers)
+    total = sum(info.nbytes for info in checkpoint.manifest.values())
+    return {
+        "path": str(path),
+        "files": [file.name for file in checkpoint.files],
+        "settings": checkpoint.config.to_dict(),
+        "quantized_modules": len(modules),
+        "quantized_weights": quantized,
+        "bits_per_weight": 8 * packed / quantized if quantized else None,
+        "bytes_quantized": packed,
+        "bytes_other": total - packed,
+        "modules": modules,
+        "odd": oddities.find(checkpoint),
+        "damaged": checkpoint.damaged,
+        "kernels": {str(device): _kernels(checkpoint.layers, device) for device in chosen},
+    }
+
+
+def local_devices() -> list[torch.device]:
+    """The CPU, and every accelerator that torch can use here."""
+    found = [torch.device("cpu")]
+    for kind in ("cuda", "xpu"):
+        backend = getattr(torch, kind)
+        if backend.is_available():
+            found += [torch.device(kind, index) for index in range(backend.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return found
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise GPTQError(f"--device {name} is no device; expected one like cpu, cuda or cuda:0") from None
+
+
+def _kernels(layers: Sequence[Layer], device: torch.device) -> list[dict[str, Any]]:
+    """Chosen rows, most used first: ``{"kernel", "modules", "declined": {row: {reason: modules}}}``."""
+    used: Counter[str] = Counter()
+    declined: dict[str, dict[str, Counter[str]]] = {}
+    # A mixture has thousands of layers of few specs.
+    for (spec, expert), count in Counter((layer.spec, "experts" in layer.name.split(".")) for layer in layers).items():
+        report = kernel_report(spec, device)  # fastest first
+        chosen = fastest(report, expert).name
+        used[chosen] += count
+        for row in itertools.takewhile(chosen.__ne__, report):
+            reason = report[row] or "has no grouped product for experts"
+            declined.setdefault(chosen, {}).setdefault(row, Counter())[reason] += count
+    return [
+        {
+            "kernel": row,
+            "modules": count,
+            "declined": {other: dict(reasons) for other, reasons in declined.get(row, {}).items()},
+        }
+        for row, count in used.most_common()
+    ]
+
+
+def _describe(layer: Layer) -> dict[str, Any]:
+    spec = layer.spec
+    return {
+        "name": layer.name,
+        "bits": spec.bits,
+        "group_size": -1 if spec.groups == 1 else spec.group_size,
+        "sym": spec.sym,
+        "act_order": spec.act_order,
+        "in_features": spec.in_features,
+        "out_features": spec.out_features,
+        "groups": spec.groups,
+        "bias": spec.has_bias,
+        "scales_dtype": str(spec.scales_dtype).removeprefix("torch."),
+        "bytes": spec.nbytes,
+    }
+
+
+def print_inspection(found: Mapping[str, Any], console: Any) -> None:
+    """For people: modules, then what is odd, then kernels."""
+    width = max([len("module"), *(len(module["name"]) for module in found["modules"])])
+    _print(console, f"{'module':<{width}}  bits  group  grid  act-order     in    out")
+    for module in found["modules"]:
+        grid, order = "sym" if module["sym"] else "asym", "yes" if module["act_order"] else "no"
+        _print(
+            console,
+            f"{module['name']:<{width}}  {module['bits']:>4}  {module['group_size']:>5}  {grid:>4}  {order:>9}  "
+            f"{module['in_features']:>5}  {module['out_features']:>5}",
+        )
+    _print(console, "")
+    per_weight = "" if found["bits_per_weight"] is None else f", {found['bits_per_weight']:.2f} bits per weight"
+    rest = f"{megabytes(found['bytes_quantized'])} packed, {megabytes(found['bytes_other'])} other tensors"
+    _print(console, f"{found['quantized_modules']} quantized modules{per_weight}; {rest}")
+    _print(console, "\nodd:" + ("" if found["odd"] else " nothing"))
+    for sentence in found["odd"]:
+        _print(console, f"  - {sentence}")
+    if found["damaged"]:
+        _print(console, "\ndamaged:")
+        for reason in found["damaged"].values():
+            _print(console, f"  - {reason}")
+    _print(console, "\nkernels:")
+    for device, rows in found["kernels"].items():
+        for row in rows:
+            _print(console, f"  {device}: {row['kernel']} serves {row['modules']} modules")
+            for other, reasons in row["declined"].items():
+                for reason, count in reasons.items():
+                    _print(console, f"    not {other} ({count} modules): {reason}")
+
+
+def _print(console: Any, text: str) -> None:
+    """Text as it is: no markup, and whole lines also in a narrow window or a pipe."""
+    console.print(text, markup=False, soft_wrap=True)

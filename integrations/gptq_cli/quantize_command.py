@@ -1,0 +1,228 @@
+"""The work of ``gptq-backend quantize``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptq_backend import GPTQError, QuantizeConfig
+from gptq_backend.model.calibration import set_aside
+from gptq_backend.output import check_spared
+from gptq_transformers.memory import bytes_of, free_bytes
+from gptq_transformers.quantize_pretrained import quantize
+from gptq_transformers.streaming import skeleton
+
+from . import evaluate, terminal
+from .evaluate_command import load_tokenizer
+from .report import duration, make_report, megabytes, percent, significant, weights_size, with_error, write_reports
+
+logger = logging.getLogger(__name__)
+
+_SHARE = 0.9  # of the free memory may be the two models; activations and logits need some, too
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the calibration text comes from.
+
+    Args:
+        calibration: a file, "auto", or None for round to nearest.
+        text: for "auto", what the model will read.
+        window: ``samples``, ``seqlen`` and ``seed``.
+    """
+
+    calibration: str | None
+    text: Path | None
+    window: Mapping[str, int]
+
+
+def run(
+    model: str,
+    out: Path,
+    settings: Mapping[str, Any],
+    rules: str | None,
+    source: Source,
+    *,
+    batch_size: int | None,
+    block_name: str | None,
+    kld_windows: int,
+    device: str,
+    trust_remote_code: bool,
+    overwrite: bool,
+    json_target: str | None,
+) -> None:
+    """Quantize, write the reports, compare and print; the arguments are the command's options.
+
+    Args:
+        settings: of ``QuantizeConfig``, but ``dynamic``.
+        rules: that, as JSON.
+
+    Raises:
+        GPTQError: something cannot be used; the message says what to do.
+    """
+    config = QuantizeConfig(**settings, dynamic=_parse_rules(rules))
+    console = terminal.stderr_console()
+    terminal.set_up_logging(console, ignore="gptq_backend.kernels.table")  # the layers only get packed here
+    terminal.check_json_target(json_target)
+    evaluate.require_model(model)
+    evaluate.require_device(device)
+    for file in (source.calibration, source.text):
+        if file not in (None, "auto"):
+            check_spared(out, file, "the text")
+    here = out.resolve() if out.is_dir() and out.samefile(".") else None
+    calibration, window = source.calibration, source.window
+    texts: str | list[str] | None = calibration
+    if calibration not in (None, "auto"):
+        texts = terminal.read_calibration(Path(calibration))
+    own = None if source.text is None else terminal.read_calibration(source.text)
+
+    def unseen() -> list[Any]:
+        if (choice := progress.choice) is not None:
+            return list(choice.held_out[:kld_windows])
+        return set_aside(texts, load_tokenizer(str(out), trust_remote_code), **window, count=kld_windows)
+
+    first = "choosing calibration text" if calibration == "auto" else "loading the model"
+    with terminal.LayerProgress(console, first) as progress:
+        result = quantize(  # without the model, whose memory the comparison needs
+            model,
+            config,
+            texts,
+            text=own,
+            output=out,
+            **window,
+            batch_size=batch_size,
+            block_name=block_name,
+            overwrite=overwrite,
+            on_layer=progress.on_layer,
+            on_step=progress.on_step,
+            on_choice=progress.on_choice,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )[1]
+    if here is not None:  # the folder that this process stood in was replaced; relative paths mean the same again
+        os.chdir(here)
+    used = None
+    if calibration is not None:
+        tokens = max((layer.tokens for layer in result.layers), default=0)
+        used = {"file": str(source.text or calibration), **window, "tokens": tokens}
+        if progress.choice is not None:
+            used["choice"] = progress.choice.report()
+    report = make_report(result, model, out, used)
+    with _reporting(out):
+        _, page = write_reports(report, out)  # before the comparison, which can fail
+    if calibration is not None and kld_windows:
+        report["evaluation"] = _compare(out, model, unseen, device, trust_remote_code)
+    with _reporting(out):
+        write_reports(report, out)
+        terminal.write_json(json_target, report)
+    if json_target != "-":
+        _print(report, page)
+
+
+@contextmanager
+def _reporting(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = terminal.explain(error)
+        if reason is None:
+            raise
+        raise GPTQError(f"the checkpoint in {out} is complete, but a report could not be written: {reason}") from error
+
+
+def _compare(
+    out: Path, model: str, unseen: Callable[[], list[Any]], device: str, trust_remote_code: bool
+) -> dict[str, Any] | None:
+    """The evaluation of the finished checkpoint on windows that were not calibrated on.
+
+    None, with a warning, if there are none, if memory does not hold both models, or if it fails: the checkpoint is
+    complete.
+    """
+    try:
+        windows = unseen()
+        if not windows:
+            logger.warning("no window of the calibration text was left to measure the KL divergence on")
+            return None
+        if len(windows[0]) < 2:
+            logger.warning("windows of one token predict nothing; the KL divergence was not measured")
+            return None
+        dtype = _dtype_that_fits(out, model, device, trust_remote_code)
+        if dtype is None:
+            return None
+        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        quantized, original = (evaluate.load_model(path, **options) for path in (out, model))
+        found = evaluate.evaluate(quantized, windows, original)
+        return {"dtype": dtype, **dataclasses.asdict(found)}
+    except Exception as error:
+        if (reason := terminal.explain(error)) is None:
+            raise
+        logger.warning("the checkpoint is complete, but it could not be compared with %s: %s", model, reason)
+        return None
+
+
+def _dtype_that_fits(out: Path, model: str, device: str, trust_remote_code: bool) -> str | None:
+    """What both models can be loaded in as a whole: on a CPU float32, where that is fast and exact, or bfloat16 if
+    memory is short; elsewhere "auto", as stored. None, with a warning that says how to compare later, if nothing fits.
+    """
+    where = torch.device(device)
+    original, quantized = skeleton(model, trust_remote_code), weights_size(out) or 0
+    free, needed = free_bytes(where), 0
+    choices = (
+        {"float32": torch.float32, "bfloat16": torch.bfloat16} if where.type == "cpu" else {"auto": original.dtype}
+    )
+    for name, dtype in choices.items():
+        needed = bytes_of(original, dtype) + quantized * dtype.itemsize // original.dtype.itemsize
+        if needed <= _SHARE * free:
+            if name == "bfloat16":
+                logger.warning("too little memory for float32: the comparison with %s is in bfloat16", model)
+            return name
+    logger.warning(
+        "the checkpoint is complete, but it was not compared with %s: both models take %s of memory, and %s are free; "
+        "where there is more, run: gptq-backend eval %s --reference %s --text FILE --dtype bfloat16",
+        model,
+        megabytes(needed),
+        megabytes(free),
+        out,
+        model,
+    )
+    return None
+
+
+def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
+    if text is None:
+        return None
+    try:
+        rules = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GPTQError(f"--dynamic is not valid JSON ({error}); expected {{regex: {{key: value}}}}") from None
+    if not isinstance(rules, dict) or not all(isinstance(value, dict) for value in rules.values()):
+        raise GPTQError(f"--dynamic is {text}; expected an object of objects: {{regex: {{key: value}}}}")
+    return rules
+
+
+def _print(report: dict[str, Any], page: Path) -> None:
+    size = megabytes(report["bytes_after"])
+    if report["bytes_before"]:
+        size = f"{megabytes(report['bytes_before'])} -> {size}"
+    terminal.say(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    if blocks := report["blocks"]:
+        kept = sum(block["kept"] for block in blocks)
+        terminal.say(f"training of blocks: {kept} of {len(blocks)} are nearer to the original on held-out text")
+    if (found := report["distillation"]) is not None:
+        undone = "" if found["kept"] else ", no better and undone"
+        change = f"{significant(found['before'])} -> {significant(found['after'])}"
+        terminal.say(f"distillation: held-out KL divergence {change}{undone}")
+    if (found := report["evaluation"]) is not None:
+        text = f"{found['windows']} windows of the calibration text that were not used"
+        terminal.say(f"KL divergence from the original {with_error(found['kld'], found['kld_stderr'])} on {text}")
+    terminal.say(f"mean error {percent(report['mean_relative_loss'])}, worst in {report['worst_module']}")
+    terminal.say(f"report: {page}")

@@ -1,0 +1,246 @@
+"""What the commands share: errors as one line, logging, what goes to the terminal, JSON, progress, text files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from safetensors import SafetensorError
+
+from gptq_backend import CalibrationError, GPTQError, LayerReport
+from gptq_backend.locks import write_text
+from gptq_transformers.errors import first_line, is_out_of_memory
+
+from .report import duration, finite, percent, significant
+
+
+def explain(error: Exception) -> str | None:
+    """One line for an error that a user can cause and mend; None for any other."""
+    if isinstance(error, OSError):
+        if error.errno == errno.EPIPE:
+            return None  # the reader of our output went away; the CLI library ends quietly
+        if error.errno == errno.ENOSPC:
+            return "no space left on the disk; free some, or write to another one"
+        if error.filename is not None and error.strerror:
+            return f"{error.filename}: {error.strerror}"
+        return first_line(error)  # transformers raises OSError for models that it cannot find
+    if is_out_of_memory(error):
+        return f"out of memory; use a smaller batch or model, or another device ({first_line(error)})"
+    if isinstance(error, GPTQError | SafetensorError | ImportError):
+        return first_line(error)
+    return None
+
+
+def printable(text: str) -> str:
+    r"""``text`` with what is not printable as an escape (``\x1b``), but line ends and tabs: names and values that come
+    from files must not steer the terminal.
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+class TerminalConsole(Console):
+    """A console on which text is only ever text: no markup, no links, no control characters but rich's own."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Whatever is printed comes by here."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def say(text: str) -> None:
+    """A line of a result, to stdout."""
+    typer.echo(printable(text))
+
+
+def stderr_console() -> Console:
+    """Progress and warnings go to stderr, so that stdout holds results only."""
+    return TerminalConsole(stderr=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """A line per message, above a progress bar; not wrapped, so that commands and paths in it can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(f"{record.levelname.lower()}: {self.format(record)}", markup=False, soft_wrap=True)
+
+
+def set_up_logging(console: Console, ignore: str | None = None) -> None:
+    """Our warnings above the progress bar; of the libraries only errors.
+
+    Args:
+        ignore: name of a logger of ours to keep out.
+    """
+    import transformers
+
+    handler = _ConsoleHandler(console)
+    handler.addFilter(lambda record: record.name != ignore)
+    for name in ("gptq_backend", "gptq_transformers", "gptq_cli"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def check_json_target(target: str | None) -> None:
+    """Say before an hour of work, not after it, that the result cannot be written."""
+    if target is None or target == "-":
+        return
+    if Path(target).is_dir():
+        raise GPTQError(f"--json {target}: is a folder; expected a file to write: name one, or - for stdout")
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
+        raise GPTQError(f"--json {target}: its folder does not exist; create it or choose another place")
+    special = Path(target).exists() and not Path(target).is_file()  # a pipe is written itself, a file beside it
+    if not os.access(target if special else folder, os.W_OK):
+        raise GPTQError(f"--json {target}: cannot be written here; choose another place")
+
+
+def write_json(target: str | None, value: Mapping[str, Any]) -> None:
+    """To a file, to stdout for ``-``, or nowhere for None."""
+    if target is None:
+        return
+    text = json.dumps(finite(value), indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(target), text)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, without the byte order mark that it may begin with.
+
+    Raises:
+        GPTQError: it does not exist or is not text.
+    """
+    if not path.exists():
+        raise GPTQError(
+            f"{path} is not a file; expected a text file in UTF-8 (names of data sets are not looked up: save some of "
+            "its text to a file)"
+        )
+    if path.is_dir():
+        raise GPTQError(f"{path} is a folder; expected a text file in UTF-8")
+    try:
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise GPTQError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def read_calibration(path: Path) -> list[str]:
+    """Calibration texts: a ``.jsonl`` file has one per line (a string, or an object with ``text``), any other is one.
+
+    Raises:
+        GPTQError: see :func:`read_text`. CalibrationError: a line of a ``.jsonl`` file is neither, or it has none.
+    """
+    if not path.exists():
+        raise CalibrationError(
+            f"{path} is not a file; expected a text file (UTF-8, or .jsonl with a text per line), or auto: names of "
+            "data sets are not looked up, so save some of its text to a file, or pass --calibration auto, which needs "
+            "no text"
+        )
+    text = read_text(path)
+    if path.suffix != ".jsonl":
+        return [text]
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # of brackets in brackets
+            entry = None
+        entry = entry.get("text") if isinstance(entry, dict) else entry
+        if not isinstance(entry, str):
+            raise CalibrationError(f'{path}, line {number}: expected a JSON string, or an object with a string "text"')
+        try:
+            entry.encode()
+        except UnicodeEncodeError:
+            raise CalibrationError(
+                f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
+                "remove it, or write both halves"
+            ) from None
+        texts.append(entry)
+    if not texts:
+        raise CalibrationError(f"{path} has no text in it; expected one per line: a JSON string, or an object with it")
+    return texts
+
+
+class LayerProgress:
+    """A progress bar over modules, then over the steps of a distillation: name, error and time left; on anything but a
+    terminal, a line per tenth.
+
+    Use as a context manager and pass :meth:`on_layer`, :meth:`on_step` and :meth:`on_choice` to ``quantize``. ``first``
+    is what comes before the first layer.
+    """
+
+    def __init__(self, console: Console, first: str = "loading the model") -> None:
+        self._console = console
+        self.choice: Any = None
+        self._begun = time.perf_counter(), 0  # and how much was done then
+        self._distilling = False
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[result]}", markup=False),
+            TextColumn("left"),
+            # A model's modules differ in cost and repeat block by block: average over many.
+            TimeRemainingColumn(compact=True),
+            console=console,
+            speed_estimate_period=600,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(first, total=None, result="")
+
+    def __enter__(self) -> LayerProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_choice(self, choice: Any) -> None:
+        """Show what ``calibration="auto"`` chose, and keep it in ``choice``."""
+        self.choice = choice
+        self._console.print(f"calibration: {choice.summary()}", markup=False, soft_wrap=True)
+
+    def on_layer(self, layer: LayerReport, done: int, total: int) -> None:
+        """Show one finished layer."""
+        self._show(layer.name, f"error {percent(layer.relative_loss)}", done, total)
+
+    def on_step(self, done: int, total: int, divergence: float) -> None:
+        """Show one step of the distillation."""
+        if not self._distilling:
+            self._distilling = True
+            self._begun = time.perf_counter(), done - 1  # the first steps may be of an earlier run
+            self._bar.reset(self._task, total=total, completed=done - 1)
+        self._show("distillation", f"divergence {significant(divergence)}", done, total)
+
+    def _show(self, name: str, result: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=name, completed=done, total=total, result=result)
+        tenth = max(1, total // 10)
+        if not self._console.is_terminal and (done % tenth == 0 or done == total):
+            start, before = self._begun
+            left = duration((time.perf_counter() - start) / (done - before) * (total - done))
+            print(printable(f"{done}/{total} {name}: {result}, {left} left"), file=sys.stderr, flush=True)

@@ -1,0 +1,115 @@
+"""From a checkpoint's tensor names to a model's, the way the running transformers will rename them while loading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from gptq_backend.format.expert_names import layer_names, renamed
+
+from .experts.unfuse import expert_places
+
+_HEADS = ("lm_head", "embed_out")  # GPT-NeoX has either, by version
+
+
+@dataclass(frozen=True)
+class CheckpointNames:
+    """What a model calls the tensors of a checkpoint.
+
+    Args:
+        of: ``{name in the checkpoint: name in the model}``.
+        renaming: that of experts, which is a part of it (see ``expert_renaming``). transformers does not know it, and
+            has to be told (see ``loading.follow_renaming``).
+    """
+
+    of: dict[str, str]
+    renaming: dict[str, str]
+
+
+def checkpoint_names(
+    model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None
+) -> CheckpointNames:
+    """Names in the model, see :func:`model_names`, also of experts that the checkpoint calls otherwise.
+
+    Raises:
+        CheckpointError: experts whose names are not known.
+    """
+    names = model_names(model, keys, key_mapping)
+    layers = layer_names(names.values())
+    renaming = expert_places(model, layers) | _head_renaming(model, layers)
+    if renaming:
+        names = {key: renamed(name, renaming) for key, name in names.items()}
+    return CheckpointNames(names, renaming)
+
+
+def _head_renaming(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Where the checkpoint gives the output embedding the name that another version of transformers has for it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    own = next((name for name, module in model.named_modules() if module is head), "")
+    prefix = getattr(model, "base_model_prefix", "")  # which a name that the model does not have was given, maybe
+    others = [place for name in _HEADS if not hasattr(model, name) for place in (name, f"{prefix}.{name}")]
+    if own not in _HEADS or own in layers or not set(others) & set(layers):
+        return {}
+    return {f"{name}.": f"{own}." for name in others}
+
+
+def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> dict[str, str]:
+    """``{name in the checkpoint: name in the model}``.
+
+    Args:
+        model: a ``PreTrainedModel``, weights may be on meta.
+        keys: full tensor names.
+        key_mapping: what the user passed to ``from_pretrained``.
+    """
+    rename = _renaming(model, key_mapping)
+    prefix = getattr(model, "base_model_prefix", "")
+    modules = {name for name, _ in model.named_modules()}
+    return {key: _placed(rename(key), prefix, modules) for key in keys}
+
+
+def _renaming(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # transformers 4
+        return _renaming_of_4(model, key_mapping)
+    conversions = get_model_conversion_mapping(model, key_mapping)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    return lambda key: rename_source_key(key, renamings, [])[0]
+
+
+def _renaming_of_4(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
+    def rename(key: str) -> str:
+        key, _ = model._fix_state_dict_key_on_load(key)  # type: ignore[operator]
+        for pattern, replacement in (key_mapping or {}).items():
+            key, count = re.subn(pattern, replacement, key)
+            if count:
+                break
+        return key
+
+    return rename
+
+
+def _placed(key: str, prefix: str, modules: set[str]) -> str:
+    """``key`` with the base model's prefix added or removed, whichever leads deepest into the model.
+
+    Depth instead of presence, because an expert's layer does not exist yet in a model that fuses its experts.
+    """
+    candidates = [key]
+    if prefix and key.startswith(f"{prefix}."):
+        candidates.append(key.removeprefix(f"{prefix}."))
+    elif prefix:
+        candidates.append(f"{prefix}.{key}")
+    return max(candidates, key=lambda name: _depth(name, modules) - (name.count(".") - key.count(".")) / 100)
+
+
+def _depth(key: str, modules: set[str]) -> float:
+    """Share of the leading components of ``key`` that name a module."""
+    parts = key.split(".")
+    known = 0
+    while known < len(parts) and ".".join(parts[: known + 1]) in modules:
+        known += 1
+    return known / len(parts)

@@ -1,0 +1,1 @@
+"""Experts that transformers fuses into one tensor, as the separate layers that checkpoints store."""

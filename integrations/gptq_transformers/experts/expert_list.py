@@ -1,0 +1,168 @@
+"""The module that stands in the place of transformers' fused experts: a linear layer per expert and projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_backend.format.expert_names import ExpertLayout
+from gptq_backend.kernels.experts import Routing
+from gptq_backend.linear import QuantLinear, changing_layout
+
+from .grouped import GroupedExperts
+
+
+class ExpertList(nn.Module):
+    """A linear layer per expert and projection, where the checkpoint has them: "0.gate_proj", say, or "w1.0".
+
+    Args:
+        fused: the module that it replaces; its settings and its activation are taken over, its parameters are not.
+        experts: the projections of each expert, in the order of ``layout``.
+        layout: where they are.
+        fused_names: the parameters of ``fused`` that the experts stand for.
+    """
+
+    def __init__(
+        self,
+        fused: nn.Module,
+        experts: Sequence[Sequence[nn.Module]],
+        layout: ExpertLayout,
+        fused_names: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.fused_class, self.fused_names = type(fused), fused_names
+        for key, value in vars(fused).items():  # what the class's _apply_gate reads: clamping limits and the like
+            if not key.startswith("_") and key not in ("training", "forward"):
+                setattr(self, key, value)
+        self.num_experts = len(experts)
+        for name, child in fused.named_children():
+            self.add_module(name, child)
+        for i, expert in enumerate(experts):
+            for projection, layer in enumerate(expert):
+                self._put(layout.path(projection, i), layer)
+        self.training = fused.training
+        self._grouped: GroupedExperts | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs; an expert without tokens does not run.
+
+        Args:
+            hidden_states: float [T, H].
+            top_k_index: int [T, k], expert of each slot; entries >= num_experts count for nothing.
+            top_k_weights: float [T, k].
+
+        Returns:
+            [T, H] in the dtype of ``hidden_states``.
+        """
+        grouped = self._grouped
+        if grouped is None or not grouped.current():
+            grouped = self._group()
+        if not grouped.serve(hidden_states):
+            return self._by_expert(hidden_states, top_k_index, top_k_weights)
+        routing = Routing(top_k_index, self.num_experts)
+        outputs = [y for call in grouped.before for y in call(hidden_states, routing, top_k_index.shape[1])]
+        y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0]).unflatten(0, top_k_index.shape)
+        weights = top_k_weights.float()
+        if "post_expert_norm" in self._modules:  # it need not take zeros to zeros
+            weights = weights.masked_fill((top_k_index < 0) | (top_k_index >= self.num_experts), 0)
+        return (y.float() * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+    # The loop depends on the data, so a graph would break at every expert; break once around all of them.
+    @torch.compiler.disable
+    def _by_expert(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What :meth:`forward` says, one expert after the other; works for layers of any kind."""
+        output = torch.zeros_like(hidden_states)
+        for index in top_k_index.unique().tolist():
+            if not 0 <= index < self.num_experts:
+                continue
+            # In ascending token order: calibration may tell the rows of padding only while rows are in place.
+            tokens, slots = torch.where(top_k_index == index)
+            result = self.expert(index, hidden_states[tokens]) * top_k_weights[tokens, slots, None]
+            output.index_add_(0, tokens, result.to(output.dtype))
+        return output
+
+    def expert(self, index: int, x: Tensor) -> Tensor:
+        """Expert ``index`` applied to x [T, H] -> [T, H]."""
+        *before, down = (self.get_submodule(self.layout.path(i, index)) for i in range(len(self.layout.paths)))
+        outputs = [projection(x) for projection in before]
+        return self._after(down(self._activate(outputs)))
+
+    def group(self) -> list[str]:
+        """Multiply all experts in one call, where they allow it -> the obstacles, where they do not."""
+        return self._group().obstacles
+
+    @torch.compiler.disable
+    @changing_layout()
+    def _group(self) -> GroupedExperts:
+        grouped = self._grouped
+        if grouped is None or not grouped.current():
+            self._grouped = grouped = GroupedExperts(
+                {path: [self._place(path.format(i)) for i in range(self.num_experts)] for path in self.layout.paths}
+            )
+        return grouped
+
+    def ungroup(self) -> None:
+        """Forget what :meth:`group` found; the next call finds it again."""
+        self._grouped = None
+
+    def _put(self, path: str, layer: nn.Module) -> None:
+        parent: nn.Module = self
+        *outer, name = path.split(".")
+        for part in outer:
+            if part not in parent._modules:
+                parent.add_module(part, nn.ModuleDict())
+            parent = parent._modules[part]  # type: ignore[assignment]
+        parent.add_module(name, layer)
+
+    def _place(self, path: str) -> tuple[dict[str, Any], str]:
+        parent, _, name = path.rpartition(".")
+        return self.get_submodule(parent)._modules, name
+
+    def _after(self, y: Tensor) -> Tensor:
+        norm = self._modules.get("post_expert_norm")
+        return y if norm is None else norm(y)
+
+    def _activate(self, outputs: list[Tensor]) -> Tensor:
+        if len(outputs) == 1 and not self.layout.joined:
+            return self.act_fn(outputs[0])  # type: ignore[operator]
+        apply_gate = getattr(self.fused_class, "_apply_gate", None)
+        if apply_gate is None:
+            gate, up = outputs if len(outputs) == 2 else halves(outputs[0], -1, self._concatenated)
+            return self.act_fn(gate) * up  # type: ignore[operator]
+        if self.layout.joined:
+            return apply_gate(self, outputs[0])
+        joined = torch.cat(outputs, -1) if self._concatenated else torch.stack(outputs, -1).flatten(-2)
+        return apply_gate(self, joined)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertList:
+        super()._apply(fn, recurse)
+        if self._grouped is not None and not self._grouped.current():  # a cast changes no layer
+            self.ungroup()
+            if all(layer.kernel is not None for layer in self.modules() if isinstance(layer, QuantLinear)):
+                self.group()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            self.ungroup()  # layers that change one after the other would each keep their old stack alive
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_grouped": None}
+
+    @property
+    def _concatenated(self) -> bool:
+        return self.layout.halves or bool(getattr(self, "is_concatenated", True))
+
+
+def halves(tensor: Tensor, dim: int, concatenated: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up, of which one lies behind the other (``concatenated``) or which alternate along ``dim``."""
+    if concatenated:
+        gate, up = tensor.chunk(2, dim)
+        return gate, up
+    along = tensor.movedim(dim, 0)
+    return along[::2].movedim(0, dim), along[1::2].movedim(0, dim)

@@ -1,0 +1,131 @@
+"""The experts of a layer multiplied in one call per projection, where all are quantized and have the same form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_backend import Kernel, QuantLinear
+from gptq_backend.kernels.experts import Grouped, Routing, obstacle, one_by_one
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class GroupedExperts:
+    """How the projections of a layer's experts are multiplied, found out once.
+
+    The tensors of layers that have the same form become slices of one stack, so that each layer still serves by itself:
+    to be saved, moved and dequantized, and for gradients. Whoever changes one of them afterwards, or puts another
+    module in its place, ends :meth:`current`.
+
+    Args:
+        places: for each projection, in the order gate, up, down, or up, down, where its layer is for each expert: the
+            children of its parent, and its name among them.
+
+    Attributes:
+        obstacles: for each projection that cannot be grouped, why.
+    """
+
+    def __init__(self, places: Mapping[str, Sequence[tuple[dict[str, Any], str]]]) -> None:
+        self.obstacles: list[str] = []
+        self.before: list[_Call] = []
+        self.after: list[_Call] = []
+        names = [*places]
+        columns = {path: [children[name] for children, name in column] for path, column in places.items()}
+        self._grouped = all(isinstance(layer, QuantLinear) for column in columns.values() for layer in column)
+        if self._grouped:
+            self.before = self._calls({name: columns[name] for name in names[:-1]})
+            self.after = self._calls({names[-1]: columns[names[-1]]})
+            self._grouped = len(self.obstacles) < len(names)
+        else:
+            self.obstacles.append("they are not all quantized")
+        # All of them are looked at in every call: tuples, since their attributes would take as long as the rest of it.
+        self._held: list[_Held] = [
+            (children, name, children[name], getattr(children[name], "changes", 0))
+            for column in places.values()
+            for children, name in column
+        ]
+        self._hooks = [
+            hooks for _, _, layer, _ in self._held for hooks in (layer._forward_hooks, layer._forward_pre_hooks)
+        ]
+        self._biased = [layer for _, _, layer, _ in self._held if getattr(layer, "bias", None) is not None]
+
+    def _calls(self, columns: dict[str, list[Any]]) -> list[_Call]:
+        """One product for all columns, or one for each."""
+        layers = [layer for column in columns.values() for layer in column]
+        why = _obstacle(layers)
+        if why is None:
+            return [_stack(layers, len(columns))]
+        if len(columns) > 1:
+            return [call for name, column in columns.items() for call in self._calls({name: column})]
+        for layer in layers:
+            if not layer._parameters["qweight"].is_meta:
+                layer.prepare(expert=False)
+        self.obstacles.append(f"{', '.join(columns)}: they {why}")
+
+        @torch.compiler.disable  # how many rows a layer gets is data
+        def multiply(x: Tensor, routing: Routing, top_k: int) -> list[Tensor]:
+            return [one_by_one(layers, layers[0].out_features, x, routing, top_k)]
+
+        return [multiply]
+
+    def current(self) -> bool:
+        """Whether the layers are still in their places and hold what they held; a graph is guarded by the same."""
+        for place, name, layer, changes in self._held:
+            if place[name] is not layer or getattr(layer, "changes", 0) != changes:
+                return False
+        return True
+
+    def serve(self, x: Tensor) -> bool:
+        """Whether a projection is grouped, and nothing needs the layers to be called: no gradient, no hook."""
+        if not self._grouped or x.dtype not in _DTYPES:
+            return False
+        gradients = torch.is_grad_enabled()
+        if gradients and x.requires_grad:
+            return False
+        if any(self._hooks):
+            return False
+        return not (gradients and any(layer.bias.requires_grad for layer in self._biased))
+
+
+# A layer where it was found, place[name], and how often it had changed.
+_Held = tuple[dict[str, Any], str, Any, int]
+
+
+def _stack(layers: Sequence[QuantLinear], projections: int) -> _Call:
+    """The product of layers without an obstacle, those of the first projection first, which become slices of it."""
+    grouped = Grouped(
+        layers[0].kernel,  # type: ignore[arg-type]
+        layers[0].spec,
+        [layer._parameters for layer in layers],  # type: ignore[misc]
+        [layer.bias for layer in layers],
+    )
+    for i, layer in enumerate(layers):
+        held = {key: value[i] for key, value in grouped.named_parameters()}
+        bias = held.pop("bias", None)
+        layer.hold(held)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, layer.bias.requires_grad)  # type: ignore[union-attr]
+
+    def multiply(x: Tensor, routing: Routing, top_k: int) -> list[Tensor]:
+        return list(grouped(x, routing, top_k).chunk(projections, -1))
+
+    return multiply
+
+
+# x [rows / top_k, K] -> [rows, N] of each of its projections; rows of no expert are zeros.
+_Call = Callable[[Tensor, Routing, int], list[Tensor]]
+
+
+def _obstacle(layers: Sequence[QuantLinear]) -> str | None:
+    """What keeps layers from being stacked, or None; prepares those that it can."""
+    if any(layer._parameters["qweight"].is_meta for layer in layers):  # type: ignore[union-attr]
+        return "are offloaded"
+    if len({layer._parameters["qweight"].device for layer in layers}) > 1:  # type: ignore[union-attr]
+        return "are on several devices"
+    kernels: list[Kernel] = [layer.prepare(expert=True).kernel for layer in layers]  # type: ignore[misc]
+    prepared = [layer._parameters for layer in layers]
+    return obstacle(kernels, [layer.spec for layer in layers], prepared, [layer.bias for layer in layers])  # type: ignore[misc]

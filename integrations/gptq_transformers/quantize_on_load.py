@@ -1,0 +1,106 @@
+"""Quantize a model that ``from_pretrained(..., quantization_config=GPTQConfig(dataset=...))`` has just loaded."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from gptq_backend import CalibrationError, ConfigError, quantize_model
+from gptq_backend.model.calibration import tokenize
+
+from . import loading
+from .calibration_input import given, is_text, load_tokenizer
+from .config import DATASETS, GPTQConfig
+from .dispatch import keeping_hooks
+from .errors import first_line
+from .experts import unfuse as experts
+
+logger = logging.getLogger(__name__)
+
+# As optimum does it for the same arguments: 128 windows of 2048 tokens, shorter where the model is.
+_SAMPLES = 128
+_SEQLEN = 2048
+# Rows that surely make 128 windows.
+_ROWS = {"wikitext2": 20_000, "c4": 2048, "c4-new": 2048}
+
+
+def quantize_loaded(model: Any, config: GPTQConfig) -> None:
+    """Calibrate and quantize ``model`` in place.
+
+    Raises:
+        CalibrationError: the data set or the tokenizer cannot be had, or the data are unusable.
+        ConfigError: the weights are offloaded.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            "device_map puts part of the model on disk or offloads it; to quantize while loading it has to be in "
+            "memory: leave device_map out, or use gptq_transformers.quantize(), which reads one block at a time"
+        )
+    samples = calibration_samples(model, config)
+    with keeping_hooks(model):
+        experts.unfuse_experts(model)
+    settings = config.to_quantize_config()
+    bar = transformers_logging.tqdm(desc="Quantizing", unit="layer")
+
+    def show(layer: Any, done: int, total: int) -> None:
+        bar.total = total
+        bar.set_postfix_str(f"{layer.name} error {layer.relative_loss:.2e}", refresh=False)
+        bar.update(1)
+
+    try:
+        with keeping_hooks(model):
+            report = quantize_model(
+                model,
+                settings,
+                samples,
+                batch_size=config.batch_size if (config.batch_size or 1) > 1 else None,
+                block_name=config.block_name_to_quantize,
+                backend=config.kernel,
+                on_layer=show,
+            )
+    finally:
+        bar.close()
+    # Blocks kept in 16 bits are described by rules now, for other readers of the checkpoint.
+    config.dynamic, config.keep_edge_blocks = report.config.dynamic, report.config.keep_edge_blocks
+    loading.untie_quantized(model)
+    experts.group_experts(model)
+
+
+def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:
+    """Token ids from ``config.dataset``: texts (each one sample, cut to the model's length), ids, or a known name."""
+    dataset = config.dataset
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _SEQLEN
+    seqlen = config.model_seqlen or (min(limit, _SEQLEN) if limit > 0 else _SEQLEN)  # -1: any length
+    if isinstance(dataset, str):
+        return tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
+    samples = given(dataset)
+    if is_text(samples):
+        return [ids[:seqlen] for ids in tokenize(samples, _tokenizer(model, config))]
+    return list(samples)
+
+
+def _tokenizer(model: Any, config: GPTQConfig) -> Any:
+    tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    return load_tokenizer(tokenizer, True, way_on="pass GPTQConfig(tokenizer=...) an object or a folder")
+
+
+def _named_texts(name: str) -> list[str]:
+    alternative = "pass dataset=[texts] of your own instead, for example the lines of a text file"
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"dataset={name!r} needs the package datasets, which cannot be imported ({first_line(error)}): "
+            f"`pip install datasets`, or {alternative}"
+        ) from None
+    positional, keywords = DATASETS[name]
+    try:
+        rows = datasets.load_dataset(*positional, **keywords)
+        return [row["text"] for row in itertools.islice(rows, _ROWS[name])]
+    except Exception as error:  # whatever the hub client, its HTTP library and the file readers raise
+        raise CalibrationError(f"dataset={name!r} cannot be fetched ({first_line(error)}); {alternative}") from error

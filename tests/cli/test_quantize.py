@@ -1,0 +1,413 @@
+"""The command ``quantize`` as a user types it: results, one-line errors, exit codes, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from gptq_backend import CheckpointError, LayerReport
+from gptq_backend.kernels import table as kernels
+from gptq_cli import quantize_command as quantizing
+from gptq_cli import terminal
+from gptq_cli.report import percent, significant
+from tests.cli.command import SMALL, TEXT, error, run
+
+
+def test_quantize_writes_a_checkpoint_that_loads_and_both_reports(original: Path, quantized: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quantized)
+    assert type(model.model.layers[1].mlp.down_proj).__name__ == "QuantLinear"
+    report = json.loads((quantized / "quantize_report.json").read_text())
+    assert report == json.loads((original.parent / "result.json").read_text())
+    assert len(report["layers"]) == report["modules"] == 14
+    assert {layer["method"] for layer in report["layers"]} == {"cholesky"}
+    assert report["calibration"] == {"file": str(TEXT), "samples": 4, "seqlen": 32, "seed": 0, "tokens": 128}
+    assert 0 < report["bytes_after"] < report["bytes_before"]
+    assert report["evaluation"]["windows"] == 4
+    assert 0 < report["evaluation"]["kld"] < 0.1
+    assert all(layer["steps"][0]["name"] == "loop" for layer in report["layers"])
+    assert AutoTokenizer.from_pretrained(quantized)("x") == AutoTokenizer.from_pretrained(original)("x")
+
+
+def test_the_page_shows_every_module_and_fetches_nothing(quantized: Path) -> None:
+    page = (quantized / "quantize_report.html").read_text()
+    report = json.loads((quantized / "quantize_report.json").read_text())
+    bars = re.findall(r"<rect[^>]*><title>([^:]+):", page)
+    assert sorted(bars) == sorted(layer["name"] for layer in report["layers"])
+    assert not re.search(r"https?://|<script|<link|@import|src=", page)
+    assert "nan" not in page.lower().replace("finance", "")
+
+
+def test_json_on_stdout_is_alone_there(original: Path, quantized: Path, tmp_path: Path) -> None:
+    commands = [
+        ["quantize", original, tmp_path / "out", "--rtn", "--group-size", "32"],
+        ["eval", quantized, "--reference", original, "--text", TEXT, "--seqlen", "32", "--windows", "2"],
+        ["inspect", quantized],
+    ]
+    for command in commands:
+        result = run(*command, "--json", "-")
+        assert result.exit_code == 0, result.output
+        assert isinstance(json.loads(result.stdout), dict)
+
+
+def test_rtn_takes_no_text_and_says_so(original: Path, tmp_path: Path) -> None:
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32", "--asym", "--bits", "8")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    assert report["calibration"] is None
+    assert {layer["method"] for layer in report["layers"]} == {"rtn"}
+    assert (report["settings"]["bits"], report["settings"]["sym"]) == (8, False)
+
+
+def test_options_reach_the_checkpoint(original: Path, tmp_path: Path) -> None:
+    rules = json.dumps({"-:.*o_proj": {}, ".*up_proj": {"bits": 8}})
+    options = ["--desc-act", "--format", "gptq_v2", "--dynamic", rules, "--damp-percent", "0.02", "--lm-head"]
+    result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(run("inspect", tmp_path / "out", "--json", "-").stdout)
+    modules = {module["name"]: module for module in found["modules"]}
+    assert len(modules) == 13
+    assert modules["lm_head"]["act_order"]
+    assert modules["model.layers.1.mlp.up_proj"]["bits"] == 8
+    assert not any("o_proj" in name for name in modules)
+    assert found["settings"]["checkpoint_format"] == "gptq_v2"
+    assert found["odd"] == []
+
+
+def test_quantize_without_calibration_names_both_ways_out(original: Path, tmp_path: Path) -> None:
+    for options in ([], ["--calibration", TEXT, "--rtn"]):
+        result = run("quantize", original, tmp_path / "out", *options)
+        assert result.exit_code == 2
+        assert "--calibration" in result.stderr
+        assert "--rtn" in result.stderr
+    assert run("eval", original).exit_code == 2
+
+
+def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: Path, tmp_path: Path) -> None:
+    out, short = tmp_path / "out", tmp_path / "short.txt"
+    short.write_text("too short")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00\x81")
+    bad_lines = tmp_path / "bad.jsonl"
+    bad_lines.write_text('{"text": "fine"}\n{"other": 1}\n')
+    with_text = ["--calibration", TEXT]
+    gguf = tmp_path / "gguf" / "model.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    other = shutil.copytree(quantized, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (other / "config.json").write_text(json.dumps(config))
+    expected = [
+        (["quantize", original, out, *with_text, "--bits", "5"], "bits=5 is not supported"),
+        (["quantize", original, out, *with_text, "--group-size", "0"], "group_size=0"),
+        (["quantize", original, out, *with_text, "--dynamic", "{"], "--dynamic is not valid JSON"),
+        (["quantize", original, out, *with_text, "--dynamic", "[" * 20_000], "--dynamic is not valid JSON"),
+        (["quantize", original, out, "--calibration", short], "fewer than one window of seqlen=512"),
+        (["quantize", original, out, "--calibration", tmp_path / "none.txt"], "is not a file"),
+        (["quantize", original, out, "--calibration", "wikitext2"], "save some of its text to a file, or pass --calib"),
+        (["quantize", original, out, "--calibration", tmp_path], "is a folder; expected a text file"),
+        (["eval", original, "--text", "wikitext2"], "save some of its text to a file"),
+        (["quantize", gguf, out, *with_text], "gguf_file='model.gguf').save_pretrained(FOLDER)"),
+        (["eval", gguf.parent, "--text", TEXT], "gguf_file='model.gguf').save_pretrained(FOLDER)"),
+        (["quantize", original / "model.safetensors", out, *with_text], "expected the folder that holds the weights"),
+        (["inspect", other], "load it with vLLM, or with transformers and the package compressed-tensors"),
+        (["quantize", original, out, "--calibration", binary], "is not UTF-8 text"),
+        (["quantize", original, out, "--calibration", bad_lines], "line 2: expected a JSON string"),
+        (["quantize", tmp_path / "none", out, *with_text], "does not exist"),
+        (["quantize", tmp_path, out, *with_text], "holds no config.json"),
+        (["quantize", quantized, out, *with_text], "is quantized already"),
+        (["quantize", original, tmp_path, "--overwrite", "--calibration", short], "is or holds the text"),
+        (["quantize", original, original.parent, "--overwrite", "--rtn"], "is or holds the original model"),
+        (["quantize", original, quantized, *SMALL, *with_text], "replace it with --overwrite"),
+        (["quantize", original, out, *with_text, "--json", tmp_path / "none" / "x.json"], "its folder does not exist"),
+        (["quantize", original, out, *with_text, "--json", tmp_path], "is a folder; expected a file"),
+        (["eval", original, "--text", short], "fewer than one window of seqlen=1024"),
+        (["eval", original, "--text", TEXT, "--seqlen", "65"], "exceed the model's 64 positions"),
+        (["eval", quantized, "--text", TEXT, "--seqlen", "32", "--backend", "nothing"], "nothing"),
+        (["eval", original, "--text", TEXT, "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["quantize", original, out, "--rtn", "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["eval", original, "--text", TEXT, "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["inspect", original], "no quantization settings"),
+        (["inspect", tmp_path / "none"], "is not a folder"),
+        (["inspect", quantized, "--device", "abacus"], "--device abacus is no device"),
+    ]
+    for command, message in expected:
+        assert message in error(run(*command)), command
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "binary.txt", "gguf", "other", "short.txt"]
+
+
+def test_ctrl_c_in_the_middle_exits_130_and_leaves_nothing(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = terminal.LayerProgress.on_layer
+
+    def interrupt(self: terminal.LayerProgress, layer: LayerReport, done: int, total: int) -> None:
+        shown(self, layer, done, total)
+        if done == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(terminal.LayerProgress, "on_layer", interrupt)
+    result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT)
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_overwriting_keeps_the_old_checkpoint(
+    original: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(quantized, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+
+    def interrupt(self: LlamaForCausalLM, folder: Path, **_: object) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", interrupt)
+    result = run("quantize", original, out, "--rtn", "--group-size", "32", "--overwrite")
+    assert result.exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_is_one_sentence(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: LlamaForCausalLM, folder: Path, **_: object) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    assert result.exit_code == 1
+    assert "no space left on the disk" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_cannot_be_written_leaves_the_checkpoint(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(quantizing, "write_reports", full)
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert f"the checkpoint in {tmp_path / 'out'} is complete, but a report could not be written: no space" in last
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["error of ours", "GPU memory", "CPU memory"])
+def test_a_comparison_that_fails_is_a_warning_and_the_reports_are_there(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def fail(*_: object) -> None:
+        assert (tmp_path / "out" / "quantize_report.json").is_file(), "an interruption would leave no report"
+        if kind == "CPU memory":
+            torch.empty(10**15)
+        raise CheckpointError("no logits") if kind == "error of ours" else torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("gptq_cli.evaluate.evaluate", fail)
+    command = ["quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--quality", "fast"]
+    result = run(*command, "--json", tmp_path / "result.json")
+    assert result.exit_code == 0, result.output
+    warning = " ".join(result.stderr.split())  # lines are wrapped
+    assert "could not be compared" in warning
+    assert ("no logits" if kind == "error of ours" else "out of memory; use a smaller") in warning
+    assert "14 modules in" in result.stdout
+    for file in (tmp_path / "result.json", tmp_path / "out" / "quantize_report.json"):
+        assert json.loads(file.read_text())["evaluation"] is None
+
+
+def test_a_bug_is_not_taken_for_a_damaged_model(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    for place in ("api.quantize_model", "calibration_input.tokenize", "evaluate.evaluate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"gptq_transformers.{place}", fail)
+            result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--overwrite")
+            assert isinstance(result.exception, RuntimeError), f"{place}: {result.output}"
+            assert "cannot be loaded" not in result.stderr
+            result = run("eval", original, "--text", TEXT, "--seqlen", "32", "--windows", "2")
+            assert isinstance(result.exception, RuntimeError) == place.startswith("evaluate"), place
+
+
+@pytest.mark.parametrize("damage", ["config", "model type", "no weights", "cut weights", "no tensor", "shape"])
+def test_a_model_that_cannot_be_loaded_is_named(original: Path, tmp_path: Path, damage: str) -> None:
+    model = shutil.copytree(original, tmp_path / "model")
+    weights, config = model / "model.safetensors", json.loads((model / "config.json").read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "config":
+        (model / "config.json").write_text("{")
+    elif damage == "model type":
+        (model / "config.json").write_text(json.dumps({**config, "model_type": "abacus"}))
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        tensors = load_file(weights)
+        tensor = tensors.pop(name)
+        if damage == "shape":
+            tensors[name] = tensor[:50].clone()
+        save_file(tensors, weights, {"format": "pt"})
+    for options in (["--rtn"], [*SMALL, "--calibration", TEXT]):
+        result = run("quantize", model, tmp_path / "out", "--group-size", "32", *options)
+        assert result.exit_code == 1, result.output
+        last = result.stderr.splitlines()[-1]  # before it, blocks may have been quantized
+        found = (
+            f"error: {model} cannot be loaded: ",
+            f"error: the files of {model} lack 1 weights",
+            f"error: no tokenizer could be loaded from {model} (",
+        )
+        assert last.startswith(found), last
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_folder_that_the_user_stands_in_can_be_written(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(original, tmp_path / "model")
+    for again in ([], ["--overwrite"]):
+        monkeypatch.chdir(out)
+        result = run("quantize", "../model", ".", *SMALL, "--calibration", TEXT, "--json", "result.json", *again)
+        assert result.exit_code == 0, result.output
+        assert Path.cwd() == out.resolve()
+        assert json.loads((out / "result.json").read_text())["evaluation"]["windows"] == 4
+        assert (out / "quantize_report.html").is_file()
+
+
+def test_an_output_without_a_name_is_wrong_usage(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").touch()
+    monkeypatch.chdir(tmp_path)
+    result = run("quantize", original, "", "--rtn", "--overwrite")
+    assert result.exit_code == 2
+    assert "OUT is empty" in result.stderr
+    assert (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_torch_would_not_take_is_wrong_usage(original: Path, tmp_path: Path, seed: int) -> None:
+    result = run("quantize", original, tmp_path / "out", "--calibration", TEXT, "--seed", seed)
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+
+
+def test_calibration_lines_are_json_lines_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    lines, whole = tmp_path / "x.jsonl", tmp_path / "x.txt"
+    texts = ["one\u2028two", "three\u2029", "\u0085four", "five \N{GRINNING FACE}"]
+    entries = [json.dumps(text, ensure_ascii=False) for text in texts] + [r'{"text": "\ud83d\ude00"}']
+    for end, mark in (("\n", ""), ("\r\n", "\ufeff")):
+        lines.write_bytes((mark + end.join([*entries, ""])).encode())
+        assert terminal.read_calibration(lines) == [*texts, "\N{GRINNING FACE}"]
+    whole.write_bytes("\ufefftext".encode())
+    assert terminal.read_calibration(whole) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "x.jsonl has no text in it"),
+        ("\n \n", "x.jsonl has no text in it"),
+        ('"fine"\n{"text": "\\ud800"}\n', "x.jsonl, line 2: half of a surrogate pair"),
+        ('"fine"\n' + "[" * 200_000, "x.jsonl, line 2: expected a JSON string"),
+    ],
+)
+def test_calibration_lines_without_usable_text_are_refused_by_name(
+    original: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    for options in (["--calibration", tmp_path / "x.jsonl"], ["--calibration", "auto", "--text", tmp_path / "x.jsonl"]):
+        assert message in error(run("quantize", original, tmp_path / "out", *options))
+
+
+def test_the_reports_tell_how_the_training_went(original: Path, tmp_path: Path) -> None:
+    options = ["--quality", "best", "--distill-epochs", "1", "--batch-size", "1", "--kld-windows", "0"]
+    result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    page = (tmp_path / "out" / "quantize_report.html").read_text()
+    for found in (*report["blocks"], report["distillation"]):
+        assert found["kept"] == (found["after"] < found["before"])
+    for block in report["blocks"]:
+        assert f"<td>{block['name']}</td><td>{percent(block['before'])}</td><td>{percent(block['after'])}</td>" in page
+    assert f"training of blocks: {sum(block['kept'] for block in report['blocks'])} of 2 are nearer" in result.stdout
+    found = report["distillation"]
+    assert re.search(r"(\d+)/\1 distillation: divergence \d\S*[1-9]\S*, 0\.0 s left", result.stderr)
+    shown = f"{significant(found['before'])} -> {significant(found['after'])}"
+    assert f"distillation: held-out KL divergence {shown}" in result.stdout
+    assert shown.replace("->", "→") in page
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no progress is left"
+
+
+def test_an_interrupted_training_says_that_it_can_go_on_and_does(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--quality", "best", "--distill-epochs", "1", "--batch-size", "1", "--kld-windows", "0"]
+    command = ["quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, *options]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal.LayerProgress, "on_step", interrupt)
+        result = run(*command)
+    assert result.exit_code == 130
+    said = "".join(result.stderr.split())
+    assert f"{tmp_path}/out.progresskeepswhatwasdone" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out.progress"]
+    resumed = run(*command)
+    assert resumed.exit_code == 0, resumed.output
+    assert "going on with what an earlier run kept" in " ".join(resumed.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run(*command[:2], tmp_path / "whole", *command[3:]).exit_code == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("options", [["--quality", "best"], ["--block-epochs", "1"], ["--distill-epochs", "1"]])
+def test_rounding_to_nearest_refuses_to_be_distilled(original: Path, tmp_path: Path, options: list[str]) -> None:
+    result = run("quantize", original, tmp_path / "out", "--rtn", *options)
+    assert result.exit_code == 2
+    assert "--rtn has none" in " ".join(result.stderr.split())
+
+
+def test_quantize_does_not_warn_of_slow_kernels(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "KERNELS", [kernels.REFERENCE])
+    kernels._warn_once.cache_clear()
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
+    assert result.exit_code == 0, result.output
+    assert "reference kernel" not in result.stderr
+    kernels._warn_once.cache_clear()
+    result = run("eval", tmp_path / "out", "--text", TEXT, "--seqlen", "32", "--windows", "1")
+    assert "reference kernel" in result.stderr
+
+
+def test_only_errors_of_the_user_are_explained() -> None:
+    assert terminal.explain(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) == (
+        "x: No such file or directory"
+    )
+    assert "no space left" in str(terminal.explain(OSError(errno.ENOSPC, "No space left on device")))
+    assert terminal.explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
+    assert terminal.explain(AssertionError("a bug")) is None

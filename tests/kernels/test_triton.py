@@ -1,0 +1,357 @@
+"""The Triton kernels, without a GPU: exact in Triton's interpreter, compiled for the GPUs that they are for.
+
+The interpreter has to be on before triton is imported, and the compiler cannot run with it: the tests of numbers are in
+interpret_triton.py and interpret_columns.py and run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_backend.algorithm.columns import Grid
+from gptq_backend.format.weight import encode, resolve
+from gptq_backend.kernels import experts as moe
+from gptq_backend.kernels import table as kernels
+from gptq_backend.kernels.triton import layout as triton_layout
+from gptq_backend.kernels.triton import operators as triton_ops
+from gptq_backend.kernels.triton import plan as triton_plan
+from tests.format.test_weight import random_weight
+from tests.kernels.test_cpu import LIMITS, error, exact, prepared
+from tests.kernels.test_experts import check_experts, stacked
+
+triton = pytest.importorskip("triton", reason="triton is not installed; it is part of the test extra")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from gptq_backend.algorithm import columns_triton as triton_columns  # noqa: E402
+from gptq_backend.kernels.triton import programs as triton_kernels  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = ("tests/interpret_triton.py", "tests/interpret_columns.py")
+CPU = torch.device("cpu")
+
+# -- the layout, in plain torch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word_dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_repacking_is_undone_bit_for_bit(word_dtype: torch.dtype, bits: int, act_order: bool) -> None:
+    for columns, outputs, size in [(128, 32, 32), (100, 24, 20), (64, 17, 64), (4, 1, 4)]:
+        weight = random_weight(bits, columns, outputs, size, act_order=act_order)
+        spec, tensors = encode(weight, "gptq", word_dtype)
+        spec = resolve(spec, tensors, "layer")
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        after = triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))
+        assert after.keys() == before.keys()
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            assert torch.equal(after[name], tensor), (name, columns, outputs, size)
+
+
+def test_planes_of_3_bits_are_repacked_and_undone() -> None:
+    spec, tensors = encode(random_weight(3, 96, 32, 32), "gptq_p")
+    spec = resolve(spec, tensors, "layer")
+    assert torch.equal(
+        triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))["qweight"], tensors["qweight"]
+    )
+
+
+def test_bits_that_fill_the_last_word_survive() -> None:
+    spec, tensors = encode(random_weight(4, 50, 24, 16))
+    spec = resolve(spec, tensors, "layer")
+    tensors["qweight"][-1] |= 0x7F << 24
+    before = tensors["qweight"].clone()
+    assert torch.equal(triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))["qweight"], before)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_take_no_more_than_their_bits(bits: int) -> None:
+    _, tensors = prepared(random_weight(bits, 1024, 64, 128), kernels.TRITON)
+    assert tensors["qweight"].nbytes == 1024 * 64 * bits // 8
+    assert "perm" not in tensors
+    assert "groups" not in tensors
+
+
+# -- who is served -----------------------------------------------------------------------------------------------------
+
+
+def test_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, _ = encode(random_weight(4, 64, 32, 32))
+    assert triton_ops.supports(spec, CPU) == "serves GPUs"
+    monkeypatch.setattr(triton_ops, "_missing", lambda: "triton is not there")
+    for device in ("cuda", "xpu"):
+        assert triton_ops.supports(spec, torch.device(device)) == "triton is not there"
+    monkeypatch.setattr(triton_ops, "_missing", lambda: None)
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+    for device in ("cuda", "xpu"):
+        assert triton_ops.supports(spec, torch.device(device)) == f"torch sees no {device} device"
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert "needs compute capability 8.0, Tesla T4" in str(triton_ops.supports(spec, torch.device("cuda")))
+    assert triton_ops.supports(spec, torch.device("xpu")) is None
+
+
+def test_a_machine_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install triton" in str(triton_ops._missing.__wrapped__())
+
+
+# The least shared memory of a device that is served by the row of the heuristics: bytes.
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10, "xpu": 64 << 10}
+
+UNCACHED = {name: getattr(triton_plan, name).__wrapped__ for name in ("plan", "fitting_tiles")}
+
+
+def use_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    machine = triton_plan.Machine(triton_plan.HEURISTICS[name], 132, SHARED[name])
+    monkeypatch.setattr(triton_plan, "machine", lambda device: machine)
+    for name, function in UNCACHED.items():
+        monkeypatch.setattr(triton_plan, name, function)
+
+
+@pytest.mark.parametrize("machine", triton_plan.HEURISTICS)
+def test_every_split_has_work_and_none_is_lost(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_machine(monkeypatch, machine)
+    for rows in (1, 2, 16, 17, 100, 511):
+        for columns in (1, 100, 4096, 57344):
+            for slabs in (1, 2, 7, 32, 86, 224):
+                tile, splits = triton_plan.plan(rows, columns, slabs, 4, 2, CPU)
+                share = -(-slabs // splits)
+                assert (splits - 1) * share < slabs <= splits * share
+                assert tile.rows >= rows or tile.rows == triton_plan.HEURISTICS[machine].tiles[-1].rows
+
+
+@pytest.mark.parametrize("machine", triton_plan.HEURISTICS)
+def test_blocks_of_experts_have_a_tile_in_every_format(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_machine(monkeypatch, machine)
+    for rows in (1, 100, 10000):
+        block = triton_plan.moe_rows(rows, 8, CPU)
+        for bits in (2, 3, 4, 8):
+            for itemsize in (2, 4):
+                assert block in [tile.rows for tile in triton_plan.fitting_tiles(bits, itemsize, CPU)]
+
+
+# -- numbers, in the interpreter ---------------------------------------------------------------------------------------
+
+
+def test_the_interpreter_agrees() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1])
+
+
+def test_x_that_cannot_be_read_is_refused() -> None:
+    spec, tensors = prepared(random_weight(4, 64, 32, 32), kernels.TRITON)
+    for x in (torch.randn(2, 63), torch.ones(2, 64, dtype=torch.int64), torch.empty(2, 64, device="meta")):
+        with pytest.raises(ValueError, match="expected floating point with a last dimension of 64 on cpu"):
+            kernels.TRITON.apply(spec, tensors, x, None)
+
+
+# -- compiled for GPUs -------------------------------------------------------------------------------------------------
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+
+
+class Compiler:
+    """Stands in for the module of kernels: compiles what would be launched, for a GPU that is not here."""
+
+    def __init__(self, target: str, module: Any = triton_kernels) -> None:
+        self.name, self.target, self.compiled = target, GPUTarget(*TARGETS[target]), {}
+        self.kernels = {name: kernel for name, kernel in vars(module).items() if hasattr(kernel, "arg_names")}
+
+    def __getattr__(self, name: str) -> Any:
+        launch = functools.partial(self._compile, name)
+        return type("Grid", (), {"__getitem__": lambda self, grid: launch})()
+
+    def _compile(self, name: str, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+        kernel = self.kernels[name]
+        signature: dict[str, str] = dict.fromkeys(constants, "constexpr")
+        attributes = {}
+        for i, (argument, value) in enumerate(zip(kernel.arg_names, arguments)):
+            special = not kernel.params[i].do_not_specialize
+            if isinstance(value, Tensor):
+                signature[argument] = f"*{TYPES[value.dtype]}"
+            elif value is None or (value == 1 and special):  # Triton makes a constant of every 1
+                signature[argument], constants[argument] = "constexpr", value
+            else:
+                signature[argument] = "i32"
+            if isinstance(value, Tensor) or (value is not None and value % 16 == 0 and special):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, {key: signature[key] for key in kernel.arg_names}, constants, attributes)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.compiled[name] = triton.compile(source, target=self.target, options=options)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Compiler]:
+    """By the name of a target."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def make(target: str) -> Compiler:
+        compiler = Compiler(target)
+        monkeypatch.setattr(triton_ops, "_kernels", lambda: compiler)
+        use_machine(monkeypatch, target)
+        return compiler
+
+    return make
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Of NVIDIA machine code: registers, and bytes of stack and local memory, where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def assert_fast(target: str, name: str, compiled: Any, dtype: torch.dtype) -> None:
+    """It fits, no register is spilled, weights are loaded 16 bytes at a time, products are those of matrix units."""
+    assert compiled.metadata.shared <= SHARED[target]
+    if assembly := compiled.asm.get("amdgcn"):
+        assert re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly) == ["0", "0"]
+        wide, matrix = "_load_dwordx4", "v_mfma"
+    else:
+        assembly = compiled.asm["ptx"]
+        if dtype != torch.float32:  # whose products take no matrix unit and more registers
+            assert resources(compiled)["STACK"] == resources(compiled)["LOCAL"] == 0
+        wide = r"cp\.async\.cg\.shared\.global[^;]*, 0x10,|ld\.global[^;]*\.v4\.b32"
+        matrix = r"wgmma\.mma_async" if compiled.metadata.target.arch == 90 else r"mma\.sync"
+    if name in ("gemm", "gemv", "dequantize"):
+        assert re.search(wide, assembly), name
+    if name == "gemm" and dtype != torch.float32:
+        assert re.search(matrix, assembly)
+
+
+def compile_everything(compiler: Compiler, bits: int, dtype: torch.dtype, rows: int, **weight: Any) -> None:
+    """What is launched for so many rows, and for so many that the weight is dequantized."""
+    spec, tensors = prepared(random_weight(bits, 1024, 256, 128, **weight), kernels.TRITON)
+    kernels.TRITON.apply(spec, tensors, torch.empty(rows, 1024, dtype=dtype), torch.empty(256, dtype=dtype))
+    gathers = rows > 1 and weight["act_order"]
+    assert compiler.compiled.keys() == {"add_splits", "gemv" if rows == 1 else "gemm"} | (
+        {"gather"} if gathers else set()
+    )
+    kernels.TRITON.apply(spec, tensors, torch.empty(600, 1024, dtype=dtype), None)
+    for name, compiled in compiler.compiled.items():
+        assert_fast(compiler.name, name, compiled, dtype)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("bits", "rows", "sym", "act_order"), [(4, 1, True, False), (4, 64, False, True), (3, 16, True, False)]
+)
+def test_compiles_without_spilling(compiler, target: str, bits: int, rows: int, sym: bool, act_order: bool) -> None:
+    compile_everything(compiler(target), bits, torch.bfloat16, rows, sym=sym, act_order=act_order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [(2, torch.bfloat16), (3, torch.bfloat16), (4, torch.float16), (8, torch.bfloat16), (4, torch.float32)],
+)
+@pytest.mark.timeout(900)
+def test_every_tile_of_the_heuristics_compiles_without_spilling(compiler, target, bits, dtype) -> None:
+    for tile in triton_plan.HEURISTICS[target].tiles:
+        for sym, act_order in ((True, False), (False, True)):
+            compile_everything(compiler(target), bits, dtype, tile.rows, sym=sym, act_order=act_order)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_experts_compile_without_spilling(compiler, target: str) -> None:
+    made = compiler(target)
+    specs, _, stack = stacked(kernels.TRITON, [random_weight(4, 1024, 256, 128, i) for i in range(2)])
+    x = torch.empty(2, 1024, dtype=torch.bfloat16)
+    kernels.TRITON.moe.apply(specs[0], stack, x, moe.Routing(torch.tensor([[0, 1], [1, 0]]), 2), 2, None)
+    assert_fast(target, "gemm", made.compiled["gemm"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("descent", [False, True])
+def test_the_column_loop_compiles_without_spilling(target, descent, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = Compiler(target, triton_columns)
+    for name in ("round_panel", "rounding_cost"):
+        monkeypatch.setattr(triton_columns, name, getattr(made, name))
+    count, width = (32, 256) if descent else (128, 256)
+    rest, one = torch.empty(count, width), torch.ones(3, width)
+    grids, groups = Grid(one, one, one, one), torch.zeros(count, dtype=torch.int32)
+    start = (rest.clone(), rest[:, 0].clone()) if descent else None
+    triton_columns.round_columns(rest, torch.zeros(count, count), grids, groups, rest.clone(), start)
+    triton_columns.rounding_costs(rest, rest[:, 0].clone(), grids)
+    assert made.compiled.keys() == {"round_panel", "rounding_cost"}
+    for compiled in made.compiled.values():
+        if assembly := compiled.asm.get("amdgcn"):
+            assert re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly) == ["0", "0"]
+        else:
+            used = resources(compiled)
+            assert used["STACK"] == used["LOCAL"] == 0
+        assert compiled.metadata.shared <= SHARED[target]
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("sym", "act_order"), [(True, False), (False, True)])
+def test_gpu_agrees_with_float64(bits: int, dtype: torch.dtype, sym: bool, act_order: bool) -> None:
+    for columns, outputs, size in [(4096, 4096, 128), (530, 100, 48), (64, 17, 64)]:
+        weight = random_weight(bits, columns, outputs, size, act_order=act_order, sym=sym)
+        spec, tensors = encode(weight)
+        spec = resolve(spec, tensors, "layer")
+        tensors = kernels.TRITON.prepare(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
+        bias = torch.randn(outputs, dtype=dtype)
+        for rows in (1, 2, 16, 17, 64, 100, 600):
+            x = torch.randn(rows, columns).to(dtype)
+            y = kernels.TRITON.apply(spec, tensors, x.cuda(), bias.cuda()).cpu()
+            # The dense path rounds weights to the dtype of x.
+            assert error(y, exact(weight, x, bias)) < LIMITS[dtype] * (1 if rows < 512 else 2)
+
+
+@pytest.mark.gpu
+def test_gpu_repeats_bit_for_bit_and_is_captured() -> None:
+    spec, tensors = encode(random_weight(4, 4096, 512, 128, act_order=True))
+    spec = resolve(spec, tensors, "layer")
+    tensors = kernels.TRITON.prepare(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
+    for rows in (1, 16):
+        x = torch.randn(rows, 4096, device="cuda", dtype=torch.float16)
+        first = kernels.TRITON.apply(spec, tensors, x, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = kernels.TRITON.apply(spec, tensors, x, None)
+        for _ in range(3):
+            y.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(y, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gpu_experts(act_order: bool) -> None:
+    check_experts(kernels.TRITON, 4, act_order, torch.bfloat16, torch.randint(-1, 4, (50, 2)), 2, torch.device("cuda"))
