@@ -1,6 +1,6 @@
 """One row of the table in accuracy.md: quantize on a set of calibration tokens, judge on others, print JSON.
 
-    python docs/benchmarks/accuracy.py MODEL TEXT TEST_TEXT --set 0 --config '{"bits": 4, "group_size": 64}'
+python docs/benchmarks/accuracy.py MODEL TEXT TEST_TEXT --set 0 --config '{"bits": 4, "group_size": 64}'
 """
 
 from __future__ import annotations
