@@ -2,3 +2,27 @@
 
 ``timing`` interleaves what is compared, ``machine`` says what the hardware allows, ``gemm`` does one layer's product.
 """
+
+from . import gemm, machine, products
+from .gemm import Row
+from .layers import DTYPES, Problem, Weight
+from .machine import describe_machine
+from .products import Peer
+from .timing import Candidate, interleave, quartiles, synchronize, threads
+
+__all__ = [
+    "DTYPES",
+    "Candidate",
+    "Peer",
+    "Problem",
+    "Row",
+    "Weight",
+    "describe_machine",
+    "gemm",
+    "interleave",
+    "machine",
+    "products",
+    "quartiles",
+    "synchronize",
+    "threads",
+]

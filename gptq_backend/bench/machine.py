@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gptq_backend
-
+from ..version import __version__
 from .timing import synchronize, threads
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -51,7 +50,7 @@ def describe_machine(device: torch.device, command: str) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "gptq_backend": gptq_backend.__version__,
+        "gptq_backend": __version__,
         "git_commit": _git_commit(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_ENVIRONMENT)},
         "command": command,

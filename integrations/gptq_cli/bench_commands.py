@@ -19,8 +19,7 @@ from .options import Device, Json, TrustRemoteCode
 if TYPE_CHECKING:
     import torch
 
-    from gptq_backend.bench.gemm import Row
-    from gptq_backend.bench.layers import Problem
+    from gptq_backend.bench import Problem, Row
 
 app = typer.Typer(
     help="Measure speed: of a layer's product, a model's generation, or quantizing.", no_args_is_help=True
@@ -61,10 +60,7 @@ def bench_gemm(
     """Time y = x @ W.T of one quantized layer: ours, F.linear, torch's int4 product, peers, and the hardware's roof."""
     import torch
 
-    from gptq_backend.bench import gemm, machine
-    from gptq_backend.bench.layers import Problem
-    from gptq_backend.bench.products import Peer
-    from gptq_backend.bench.timing import threads
+    from gptq_backend.bench import Peer, Problem, gemm, machine, threads
 
     from . import terminal
     from .evaluate import require_device
@@ -171,7 +167,7 @@ def _numbers(option: str, text: str, allowed: Sequence[int] = ()) -> list[int]:
 
 def _dtypes(text: str) -> list[str]:
     from gptq_backend import ConfigError
-    from gptq_backend.bench.layers import DTYPES
+    from gptq_backend.bench import DTYPES
 
     for name in text.split(","):
         if name not in DTYPES:
@@ -204,9 +200,7 @@ def bench_model(
     import torch
 
     from gptq_backend import ConfigError
-    from gptq_backend.bench import gemm
-    from gptq_backend.bench.layers import DTYPES
-    from gptq_backend.bench.timing import threads
+    from gptq_backend.bench import DTYPES, gemm, threads
 
     from . import bench_model as bench
     from . import terminal
@@ -286,9 +280,7 @@ def bench_quantize(
     import torch
 
     from gptq_backend import ConfigError, QuantizeConfig
-    from gptq_backend.bench import machine
-    from gptq_backend.bench.layers import DTYPES
-    from gptq_backend.bench.timing import threads
+    from gptq_backend.bench import DTYPES, machine, threads
 
     from . import bench_quantize as bench
     from . import terminal

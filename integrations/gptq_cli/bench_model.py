@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_backend import GPTQError, QuantLinear
-from gptq_backend.bench.timing import quartiles, synchronize
+from gptq_backend.bench import quartiles, synchronize
 from gptq_transformers.experts.unfuse import ExpertList
 
 

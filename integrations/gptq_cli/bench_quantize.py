@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_backend import GPTQError, QuantizeConfig, quantize_model
-from gptq_backend.bench.layers import DTYPES
+from gptq_backend.bench import DTYPES
 from gptq_backend.locks import scratch_folder
 from gptq_backend.timing import Recorder, record
 from gptq_transformers.streaming import BlockWriter

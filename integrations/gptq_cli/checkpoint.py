@@ -16,11 +16,17 @@ from typing import Any
 from torch import nn
 
 from gptq_backend import CheckpointError, GPTQError, LinearSpec, QuantizeConfig
-from gptq_backend.format.files import checkpoint_files, read_settings
-from gptq_backend.format.headers import Manifest, TensorInfo, read_manifest, read_tensor
-from gptq_backend.format.layer_specs import resolve_specs
-from gptq_backend.format.weight import resolve
-from gptq_backend.model.structure import linear_shapes
+from gptq_backend.format import (
+    Manifest,
+    TensorInfo,
+    checkpoint_files,
+    read_manifest,
+    read_settings,
+    read_tensor,
+    resolve,
+    resolve_specs,
+)
+from gptq_backend.model import linear_shapes
 from gptq_transformers.checkpoint_names import checkpoint_names
 from gptq_transformers.finite import check_stored
 from gptq_transformers.loading import absent, check_loaded, prepare_model, quant_linears

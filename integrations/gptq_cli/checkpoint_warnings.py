@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
-from gptq_backend.format.files import SETTINGS_FILES, settings_in
-from gptq_backend.format.headers import read_tensor
-from gptq_backend.format.layer_specs import claimed_group_size
+from gptq_backend.format import SETTINGS_FILES, claimed_group_size, read_tensor, settings_in
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Layer

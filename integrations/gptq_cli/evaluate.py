@@ -23,8 +23,8 @@ from transformers import AutoConfig, GPTQConfig
 from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
-from gptq_backend.format.files import embedded_settings
-from gptq_backend.model.calibration import cut
+from gptq_backend.format import embedded_settings
+from gptq_backend.model import cut
 from gptq_transformers.errors import loading
 from gptq_transformers.load_quantized import from_quantized
 from gptq_transformers.model_class import class_of, from_pretrained, predicts_next_token, read_config

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gptq_backend import GPTQError, kernel_report
-from gptq_backend.kernels.table import fastest
+from gptq_backend.kernels import fastest
 
 from . import checkpoint_warnings as oddities
 from .checkpoint import Layer, read_checkpoint

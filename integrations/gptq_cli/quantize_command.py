@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gptq_backend import GPTQError, QuantizeConfig
-from gptq_backend.model.calibration import set_aside
+from gptq_backend.model import set_aside
 from gptq_backend.output import check_spared
 from gptq_transformers.memory import bytes_of, free_bytes
 from gptq_transformers.quantize_pretrained import quantize

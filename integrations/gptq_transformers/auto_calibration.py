@@ -20,9 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import CalibrationError
 from gptq_backend.locks import scratch_folder
-from gptq_backend.model.calibration import check_fits, cut, draw, make_batches, tokenize
-from gptq_backend.model.calibration_choice import Selection, select, sketch
-from gptq_backend.model.structure import evaluating
+from gptq_backend.model import Selection, check_fits, cut, draw, evaluating, make_batches, select, sketch, tokenize
 
 from .errors import first_line
 from .memory import bytes_of, free_bytes

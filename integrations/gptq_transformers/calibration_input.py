@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from gptq_backend.errors import CalibrationError
-from gptq_backend.model.calibration import draw, require_sequences, tokenize
+from gptq_backend.model import draw, require_sequences, tokenize
 
 from .auto_calibration import AUTO
 from .errors import first_line

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gptq_backend.format.expert_names import layer_names, renamed
+from gptq_backend.format import layer_names, renamed
 
 from .experts.unfuse import expert_places
 

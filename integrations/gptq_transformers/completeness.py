@@ -12,9 +12,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from gptq_backend import CheckpointError
-from gptq_backend.format.files import checkpoint_files
-from gptq_backend.format.headers import read_manifest, read_tensor
-from gptq_backend.format.writer import Shards
+from gptq_backend.format import Shards, checkpoint_files, read_manifest, read_tensor
 
 from .checkpoint_names import model_names
 from .experts.unfuse import ExpertList, converters

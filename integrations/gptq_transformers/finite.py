@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, ConfigError, QuantLinear
-from gptq_backend.format.headers import Manifest, read_tensor
+from gptq_backend.format import Manifest, read_tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

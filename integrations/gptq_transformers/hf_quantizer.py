@@ -16,9 +16,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
-from gptq_backend.format.files import checkpoint_files, read_json
-from gptq_backend.format.headers import read_manifest
-from gptq_backend.model.structure import replace_module
+from gptq_backend.format import checkpoint_files, read_json, read_manifest
+from gptq_backend.model import replace_module
 
 from . import loading, resizing
 from .checkpoint_names import checkpoint_names

@@ -11,15 +11,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gptq_backend import QuantizeConfig
-from gptq_backend.format.files import (
+from gptq_backend.format import (
     INDEX,
     STANDARD_FILES,
     checkpoint_files,
     embedded_settings,
     read_json,
+    read_manifest,
     read_settings,
 )
-from gptq_backend.format.headers import read_manifest
 from gptq_backend.locks import Scratch
 
 from .errors import loading

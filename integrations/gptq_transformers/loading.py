@@ -14,12 +14,19 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
-from gptq_backend.format.expert_names import layer_names, renamed
-from gptq_backend.format.files import TGI_TENSORS
-from gptq_backend.format.headers import Manifest, read_tensor
-from gptq_backend.format.layer_specs import quantized_modules, resolve_specs
-from gptq_backend.format.weight import LinearSpec, decode, resolve
-from gptq_backend.model.structure import linear_shapes, replace_module
+from gptq_backend.format import (
+    TGI_TENSORS,
+    LinearSpec,
+    Manifest,
+    decode,
+    layer_names,
+    quantized_modules,
+    read_tensor,
+    renamed,
+    resolve,
+    resolve_specs,
+)
+from gptq_backend.model import linear_shapes, replace_module
 
 from .checkpoint_names import CheckpointNames
 from .experts import unfuse as experts

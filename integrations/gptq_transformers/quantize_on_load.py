@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from gptq_backend import CalibrationError, ConfigError, quantize_model
-from gptq_backend.model.calibration import tokenize
+from gptq_backend.model import tokenize
 
 from . import loading
 from .calibration_input import given, is_text, load_tokenizer

@@ -16,9 +16,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
-from gptq_backend.model.progress import Progress
+from gptq_backend.model import Progress
 from gptq_backend.output import atomic_folder, check_spared
-from gptq_backend.pipeline.quantize import OnLayer
+from gptq_backend.pipeline import OnLayer
 
 from .auto_calibration import AUTO, Choice, choose
 from .calibration_input import given, is_text, load_tokenizer, token_ids

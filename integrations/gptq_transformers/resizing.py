@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gptq_backend import QuantLinear
-from gptq_backend.model.structure import replace_module
+from gptq_backend.model import replace_module
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from gptq_backend import CheckpointError
-from gptq_backend.format.files import read_json
-from gptq_backend.format.headers import Manifest
+from gptq_backend.format import Manifest, read_json
 
 from .errors import first_line
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend.model.structure import is_linear, replace_module
+from gptq_backend.model import is_linear, replace_module
 
 # Parts of equal size, in the order of the rows.
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gptq_backend import ConfigError, GPTQError, QuantizeConfig
-from gptq_backend.format.writer import Shards
-from gptq_backend.model.structure import find_blocks, find_structure
+from gptq_backend.format import Shards
+from gptq_backend.model import find_blocks, find_structure
 from gptq_backend.timing import timed
 
 from .errors import loading

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from gptq_backend import CheckpointError, LinearSpec, QuantizeConfig
-from gptq_backend.format.expert_names import ExpertLayout, expert_renaming, layer_names, renamed
-from gptq_backend.format.files import INDEX, STANDARD_FILES, checkpoint_files, indexed_files
-from gptq_backend.format.headers import Manifest, read_manifest
-from gptq_backend.format.layer_specs import quantized_modules, resolve_specs
+from gptq_backend.format import (
+    INDEX,
+    STANDARD_FILES,
+    ExpertLayout,
+    Manifest,
+    checkpoint_files,
+    expert_renaming,
+    indexed_files,
+    layer_names,
+    quantized_modules,
+    read_manifest,
+    renamed,
+    resolve_specs,
+)
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 

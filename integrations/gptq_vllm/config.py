@@ -18,10 +18,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from vllm.model_executor.models.utils import WeightsMapper
 
 from gptq_backend import KERNELS, ConfigError, LinearSpec, QuantizeConfig
-from gptq_backend.format.expert_names import ExpertLayout
-from gptq_backend.format.files import TGI_TENSORS
-from gptq_backend.format.headers import TensorFile, TensorInfo, read_tensor
-from gptq_backend.format.layer_specs import resolve_specs
+from gptq_backend.format import TGI_TENSORS, ExpertLayout, TensorFile, TensorInfo, read_tensor, resolve_specs
 
 from . import who_serves as choice
 from .checkpoint import PARTS, Checkpoint, Use

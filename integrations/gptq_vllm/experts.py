@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
 
-from gptq_backend.kernels.experts import Grouped, Routing, obstacle, one_by_one
+from gptq_backend.kernels import Grouped, Routing, obstacle, one_by_one
 
 from .fused_weight import QuantizedSegment, Segments
 from .pieces import AnyPiece

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.activation import (
 from vllm.utils.torch_utils import LayerName, LayerNameType, direct_register_custom_op
 
 from gptq_backend import ConfigError
-from gptq_backend.kernels.experts import Routing
+from gptq_backend.kernels import Routing
 
 from .checkpoint import Use
 from .experts import Experts

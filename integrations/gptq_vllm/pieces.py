@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gptq_backend import LinearSpec
-from gptq_backend.format import packing
-from gptq_backend.format.weight import resolve, unpack_codes, unpack_zeros
+from gptq_backend.format import packing, resolve, unpack_codes, unpack_zeros
 
 
 @dataclass(frozen=True)

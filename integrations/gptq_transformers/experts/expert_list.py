@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend.format.expert_names import ExpertLayout
-from gptq_backend.kernels.experts import Routing
+from gptq_backend.format import ExpertLayout
+from gptq_backend.kernels import Routing
 from gptq_backend.linear import QuantLinear, changing_layout
 
 from .grouped import GroupedExperts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import Kernel, QuantLinear
-from gptq_backend.kernels.experts import Grouped, Routing, obstacle, one_by_one
+from gptq_backend.kernels import Grouped, Routing, obstacle, one_by_one
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from transformers.core_model_loading import WeightRenaming
 
-from gptq_backend.format.expert_names import renamed
+from gptq_backend.format import renamed
 
 
 class ExpertRenaming(WeightRenaming):

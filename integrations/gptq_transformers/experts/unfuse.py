@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_backend import QuantLinear
 from gptq_backend.errors import CheckpointError, ConfigError
-from gptq_backend.format.expert_names import ExpertLayout, default_layout, expert_layout, expert_renaming
-from gptq_backend.linear import QuantLinear
-from gptq_backend.model.structure import is_linear, replace_module
+from gptq_backend.format import ExpertLayout, default_layout, expert_layout, expert_renaming
+from gptq_backend.model import is_linear, replace_module
 
 from .expert_list import ExpertList, halves
 

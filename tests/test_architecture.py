@@ -1,0 +1,134 @@
+"""Which room may import which; docs/architecture.md draws it. A line that breaks the rule is named."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__"): path
+    for base in (ROOT, ROOT / "integrations")
+    for package in sorted(base.glob("gptq_*"))
+    for path in sorted(package.rglob("*.py"))
+}
+
+# What each room of the core may import beside itself and the files at the top that need no room.
+FLOOR = {"config", "dialects", "errors", "locks", "modules", "output", "patterns", "timing", "version"}
+ROOMS = {
+    "format": set(),
+    "kernels": {"format"},
+    "linear": {"format", "kernels", "lazy_weight"},
+    "algorithm": {"format", "kernels"},
+    "model": {"format", "kernels", "algorithm"},
+    "training": {"format", "kernels", "linear", "algorithm", "model"},
+    "pipeline": {"format", "kernels", "linear", "algorithm", "model", "training"},
+    "bench": {"format", "kernels", "linear"},
+}
+# What each package beside the core may import of the others.
+PACKAGES = {
+    "gptq_autoload": set(),
+    "gptq_transformers": {"gptq_autoload"},
+    "gptq_vllm": set(),
+    "gptq_cli": {"gptq_transformers"},
+}
+# ``python -m gptq_transformers`` starts the application, which is above the adapter.
+STARTERS = {"gptq_transformers.__main__", "gptq_transformers.cli"}
+
+
+class Import(NamedTuple):
+    """One imported module, and for ``from module import name`` the name."""
+
+    importer: str
+    line: int
+    module: str
+    name: str | None
+
+    def __str__(self) -> str:
+        path = SOURCES[self.importer].relative_to(ROOT)
+        return f"{path}:{self.line} imports {self.name or ''} of {self.module}".replace("  of", "")
+
+
+def _imports(importer: str, path: Path) -> Iterator[Import]:
+    package = importer if path.name == "__init__.py" else importer.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (Import(importer, node.lineno, alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield Import(importer, node.lineno, *((inner, None) if inner in SOURCES else (module, alias.name)))
+
+
+def _own(found: Iterator[Import]) -> list[Import]:
+    return [each for each in found if each.module.partition(".")[0] in {name.partition(".")[0] for name in SOURCES}]
+
+
+IMPORTS = [each for importer, path in SOURCES.items() for each in _own(_imports(importer, path))]
+
+
+def _room(module: str) -> str:
+    """The folder or file of the core that ``module`` belongs to; "" for the package's face."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def test_rooms_of_the_core_import_only_what_lies_below_them() -> None:
+    wrong = []
+    for each in IMPORTS:
+        room, target = _room(each.importer), _room(each.module)
+        if each.importer.startswith("gptq_backend.") and target != room:
+            below = ROOMS[room] | FLOOR if room in ROOMS else FLOOR
+            wrong += [str(each)] * (not each.module.startswith("gptq_backend") or target not in below)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_adapters_import_public_names_of_the_core_and_not_each_other() -> None:
+    wrong = []
+    for each in IMPORTS:
+        package, target = each.importer.partition(".")[0], each.module.partition(".")[0]
+        if package == "gptq_backend" or each.importer in STARTERS or package == target:
+            continue
+        if target != "gptq_backend":
+            wrong += [str(each)] * (target not in PACKAGES[package])
+        elif _room(each.module) in ROOMS and _room(each.module) != "linear":
+            face, name = (each.module, each.name) if each.name else each.module.rsplit(".", 1)  # a module by its name
+            public = importlib.import_module(face).__all__ if face.count(".") == 1 else ()
+            wrong += [f"{each}, which is not in the __all__ of its room"] * (name not in public)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_private_name_crosses_from_one_package_into_another() -> None:
+    wrong = [
+        str(each)
+        for each in IMPORTS
+        if each.importer.partition(".")[0] != each.module.partition(".")[0] and (each.name or "").startswith("_")
+        if not (each.name or "").startswith("__")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", ["gptq_backend", *PACKAGES])
+def test_imports_form_no_circle(package: str) -> None:
+    graph: dict[str, set[str]] = {module: set() for module in SOURCES if module.startswith(package)}
+    for each in IMPORTS:
+        if each.importer in graph and each.module in graph and SOURCES[each.importer].name != "__init__.py":
+            graph[each.importer].add(each.module)
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"circle: {' -> '.join(error.args[1])}")
+
+
+def test_the_rules_see_the_imports() -> None:
+    found = {(each.importer, each.module) for each in IMPORTS}
+    assert ("gptq_backend.linear", "gptq_backend.kernels.table") in found
+    assert any(importer.startswith("gptq_vllm") and module == "gptq_backend.format" for importer, module in found)
+    assert all(_room(module) in ROOMS for module in SOURCES if SOURCES[module].parent.parent.name == "gptq_backend")
