@@ -85,7 +85,7 @@ def last_level_cache() -> int:
 
 def _git_commit() -> str | None:
     """Of the working tree that the package lies in, with "+" if tracked files differ from it; None if in none."""
-    package = Path(gptq_backend.__file__).parent
+    package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package), *arguments]
