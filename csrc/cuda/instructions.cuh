@@ -1,5 +1,5 @@
 // The instructions that the kernels use, each as one function. A compiler that is not nvcc gets the same functions from
-// emulator.h (tests/cuda), which runs the kernels thread by thread on the host.
+// emulator.h (tests/kernels/cuda_emulator), which runs the kernels thread by thread on the host.
 #pragma once
 #include <type_traits>
 

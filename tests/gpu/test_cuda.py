@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: `make test-gpu`. What the host can check is in tests/test_cuda.py."""
+"""The CUDA kernels on a GPU: `make test-gpu`. What the host can check is in tests/kernels/test_cuda.py."""
 
 from __future__ import annotations
 

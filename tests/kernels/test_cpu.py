@@ -331,7 +331,7 @@ def test_threads_follow_torch_and_do_not_change_the_result() -> None:
     code = """
 import os, torch
 torch.set_num_threads(1)
-from gptq_backend import kernels
+from gptq_backend.kernels import table as kernels
 from tests.kernels.test_cpu import prepared, random_weight
 threads = lambda: len(os.listdir("/proc/self/task"))
 spec, tensors = prepared(random_weight(4, 512, 512, 128))
@@ -405,7 +405,8 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", tests]
 def test_a_missing_extension_says_how_to_get_it_past_pips_cache() -> None:
     code = (
         "import sys; sys.modules['gptq_backend._cpu'] = sys.modules['gptq_backend._cuda'] = None; "
-        "from gptq_backend import cpu, cuda; print(cpu._MISSING, cuda._MISSING)"
+        "from gptq_backend.kernels import cpu; from gptq_backend.kernels.cuda import operators as cuda; "
+        "print(cpu._MISSING, cuda._MISSING)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.count("--no-cache-dir --force-reinstall --no-deps") == 2

@@ -39,7 +39,7 @@ from gptq_backend.algorithm import columns_triton as triton_columns  # noqa: E40
 from gptq_backend.kernels.triton import programs as triton_kernels  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-INTERPRETED = ("tests/interpret_triton.py", "tests/interpret_columns.py")
+INTERPRETED = ("tests/kernels/interpret_triton.py", "tests/algorithm/interpret_columns.py")
 CPU = torch.device("cpu")
 
 # -- the layout, in plain torch ----------------------------------------------------------------------------------------
