@@ -41,7 +41,7 @@ _STRIP = 16
 _MAX_BLOCK = 128
 
 
-class _Fields(NamedTuple):
+class WeightFields(NamedTuple):
     """What describes a weight to the operators; of experts, the tensors have a leading dimension.
 
     a8: activations become int8 with a scale per token and block (8 bits of precision), in place of int16 (float32: two
@@ -153,7 +153,7 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
         ValueError: see ``check_input`` and ``check_prepared``.
     """
     *layout, bias = layout_and_bias
-    w = _Fields(*layout)
+    w = WeightFields(*layout)
     check_prepared(w.qweight)
     check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
     if x.dtype not in DTYPE_CODES:
@@ -173,7 +173,7 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
         ValueError: see ``check_input``; or x is float64, or the shapes of x, ids and bias do not fit together.
     """
     *layout, ids, experts, top_k, bias = layout_and_more
-    w = _Fields(*layout)
+    w = WeightFields(*layout)
     check_input(x, w.qweight.device, w.in_features, w.out_features, None)
     rows, parts = ids.numel(), w.qweight.shape[0] // experts
     fits = x.dtype in DTYPE_CODES and x.dim() == 2 and x.shape[0] * top_k == rows
@@ -190,7 +190,9 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
     return y
 
 
-def _multiply(function: Any, x: Tensor, rows: int, layout: _Fields, bias: Tensor | None, y: Tensor, *more: int) -> None:
+def _multiply(
+    function: Any, x: Tensor, rows: int, layout: WeightFields, bias: Tensor | None, y: Tensor, *more: int
+) -> None:
     qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8 = layout
     if bias is not None:
         bias = (bias if bias.dtype in DTYPE_CODES else bias.float()).contiguous()
@@ -223,7 +225,7 @@ def _multiply(function: Any, x: Tensor, rows: int, layout: _Fields, bias: Tensor
 def dequantize(*layout_and_dtype: Any) -> Tensor:
     """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``."""
     *layout, dtype = layout_and_dtype
-    qweight, scales, zeros, perm, blocks, in_features, out_features, bits, _ = _Fields(*layout)
+    qweight, scales, zeros, perm, blocks, in_features, out_features, bits, _ = WeightFields(*layout)
     codes = torch.empty((in_features, out_features), dtype=torch.uint8)
     _repack(_cpu.unpack, codes, qweight, perm, bits)
     # The group of each slot, and from there of each channel.
@@ -254,7 +256,7 @@ def _torch_functions() -> dict[str, int]:
 # With them the operator for inference is one in C++, which takes a fraction of the time that one in Python takes.
 _FUNCTIONS = _torch_functions()
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
-_LAYOUT, _LAYOUT_A8 = (Layout(_Fields, constants=(a8,)) for a8 in (False, True))
+_LAYOUT, _LAYOUT_A8 = (Layout(WeightFields, constants=(a8,)) for a8 in (False, True))
 _OPERATORS = define_operators(
     _library,
     "cpu_",

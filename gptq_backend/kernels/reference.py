@@ -22,7 +22,7 @@ from .interface import Kernel, Layout, Tensors
 from .operators import check_input, define_operators
 
 
-class _Fields(NamedTuple):
+class WeightFields(NamedTuple):
     """The arguments above. A packed weight is stored as ``gptq_v2`` stores it: zeros as they are, codes in a stream."""
 
     qweight: Tensor
@@ -136,7 +136,7 @@ def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tenso
     return tensors["qweight"], tensors["scales"], zeros
 
 
-LAYOUT = Layout(_Fields, constants=(0, False))
+LAYOUT = Layout(WeightFields, constants=(0, False))
 _library = torch.library.Library("gptq_backend", "DEF")
 KERNEL = Kernel(
     "reference",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import QuantizedWeight
-from gptq_backend.kernels import experts as moe
+from gptq_backend.kernels.routing import sort_by_expert
 from gptq_backend.kernels.triton import operators as triton_ops
 from gptq_backend.kernels.triton import plan as triton_plan
 from tests.format.test_weight import random_weight
@@ -61,7 +61,7 @@ def test_every_number_of_splits(rows: int) -> None:
     served = prepared(weight, triton_ops.KERNEL)
     _, spec, tensors, _ = served
     x = torch.randn(rows, 640)
-    layout = triton_ops._Fields(*triton_ops.KERNEL.layout.arguments(spec, tensors))
+    layout = triton_ops.WeightFields(*triton_ops.KERNEL.layout.arguments(spec, tensors))
     tile, _ = triton_plan.plan(rows, 40, layout.slabs, 4, 4, CPU)
     for splits in range(1, layout.slabs + 1):
         y = triton_ops._multiply(x, layout, None, tile, splits)
@@ -149,5 +149,5 @@ def test_experts(bits: int, act_order: bool, dtype: torch.dtype, ids: Tensor) ->
 
 
 def test_experts_pass_opcheck() -> None:
-    order, experts = moe.sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 4, 16)
+    order, experts = sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 4, 16)
     check_opcheck(triton_ops.KERNEL, torch.ops.gptq_backend.triton_moe_gemm.default, order, experts, 2)

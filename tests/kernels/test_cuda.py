@@ -26,6 +26,7 @@ from gptq_backend import QuantizedWeight
 from gptq_backend.format import encode, read_packed
 from gptq_backend.kernels import PreparedWeight, reference
 from gptq_backend.kernels.cuda import operators as cuda
+from gptq_backend.kernels.cuda import plan as cuda_plan
 from gptq_backend.kernels.cuda.plan import Plan
 from tests.format.test_weight import random_weight
 from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, prepared
@@ -90,9 +91,8 @@ def poisoned() -> Iterator[None]:
 
 
 def multiply(served: PreparedWeight, x: Tensor, bias: Tensor | None, plan: Plan | None) -> Tensor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "plan", lambda *_: plan)
-        return served.multiply(x, bias)
+    fields = cuda.WeightFields(*cuda.KERNEL.layout.arguments(served.spec, served.tensors))
+    return cuda.planned_gemm(x, fields, bias, plan)
 
 
 # -- layout ------------------------------------------------------------------------------------------------------------
@@ -274,14 +274,14 @@ def test_a_plan_without_a_kernel_is_refused(emulated: Seed) -> None:
 def test_every_plan_has_a_kernel_that_fits_and_gives_each_block_work(
     rows, outputs, tiles, bits, processors, shared
 ) -> None:
-    plan = cuda.plan(rows, outputs, tiles, bits, processors, shared << 10)
+    plan = cuda_plan.plan(rows, outputs, tiles, bits, processors, shared << 10)
     if plan is None:
         assert rows > 16
         return
     assert (plan.strips, plan.tokens) in {(1, 1), (2, 1), (2, 2), (0, 2), (0, 4), (0, 8)}
     assert 1 <= plan.splits <= max(1, tiles // 4)
     assert plan.warps * plan.strips * plan.tokens * 512 <= 48 * 1024
-    assert plan.strips or cuda._wide_bytes(bits, plan.tokens) <= shared << 10
+    assert plan.strips or cuda_plan._wide_bytes(bits, plan.tokens) <= shared << 10
     assert plan.warps <= 8 or (plan.strips, plan.tokens) == (1, 1)
 
 

@@ -169,13 +169,13 @@ def test_spec_of_the_operators_is_complete() -> None:
     [
         ("gemm", ops.gemm),
         ("dequantize", ops.dequantize),
-        ("cpu_gemm", cpu._Fields),
-        ("cpu_dequantize", cpu._Fields),
-        ("cpu_moe_gemm", cpu._Fields),
-        ("cuda_gemm", cuda._Fields),
-        ("cuda_dequantize", cuda._Fields),
-        ("triton_gemm", triton_ops._Fields),
-        ("triton_moe_gemm", triton_ops._Fields),
+        ("cpu_gemm", cpu.WeightFields),
+        ("cpu_dequantize", cpu.WeightFields),
+        ("cpu_moe_gemm", cpu.WeightFields),
+        ("cuda_gemm", cuda.WeightFields),
+        ("cuda_dequantize", cuda.WeightFields),
+        ("triton_gemm", triton_ops.WeightFields),
+        ("triton_moe_gemm", triton_ops.WeightFields),
     ],
 )
 def test_an_argument_that_moves_in_a_schema_moves_in_the_code(operator: str, takes: Any) -> None:

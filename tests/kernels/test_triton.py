@@ -22,8 +22,7 @@ from torch import Tensor
 
 from gptq_backend.algorithm.columns import Grid
 from gptq_backend.format import encode, read_packed
-from gptq_backend.kernels import PreparedWeight
-from gptq_backend.kernels import experts as moe
+from gptq_backend.kernels import PreparedWeight, Routing
 from gptq_backend.kernels.triton import operators as triton_ops
 from gptq_backend.kernels.triton import plan as triton_plan
 from tests.format.test_weight import random_weight
@@ -267,9 +266,9 @@ def test_every_tile_of_the_heuristics_compiles_without_spilling(compiler, target
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_experts_compile_without_spilling(compiler, target: str) -> None:
     made = compiler(target)
-    specs, _, stack = stacked(triton_ops.KERNEL, [random_weight(4, 1024, 256, 128, i) for i in range(2)])
+    each, stack = stacked(triton_ops.KERNEL, [random_weight(4, 1024, 256, 128, i) for i in range(2)])
     x = torch.empty(2, 1024, dtype=torch.bfloat16)
-    triton_ops.KERNEL.moe.apply(specs[0], stack, x, moe.Routing(torch.tensor([[0, 1], [1, 0]]), 2), 2, None)
+    triton_ops.EXPERTS.gemm(each[0].spec, stack, x, Routing(torch.tensor([[0, 1], [1, 0]]), 2), 2, None)
     assert_fast(target, "gemm", made.compiled["gemm"], torch.bfloat16)
 
 

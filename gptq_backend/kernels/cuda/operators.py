@@ -34,7 +34,7 @@ except ImportError as error:
 _DENSE_ELEMENTS = 1 << 26
 
 
-class _Fields(NamedTuple):
+class WeightFields(NamedTuple):
     """What describes a weight to the operators."""
 
     qweight: Tensor
@@ -93,7 +93,7 @@ def _on(x: Tensor) -> Any:
     return contextlib.nullcontext()
 
 
-def _weight(w: _Fields) -> Any:
+def _weight(w: WeightFields) -> Any:
     return _cuda.Weight(
         w.qweight.data_ptr(),
         w.scales.data_ptr(),
@@ -133,16 +133,21 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
         ValueError: see ``check_input`` and ``check_prepared``.
     """
     *fields, bias = layout_and_bias
-    w = _Fields(*fields)
+    w = WeightFields(*fields)
     check_prepared(w.qweight)
     check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
+    how = None
+    if _multiplies(x.dtype, x.device):
+        how = plan(x.numel() // w.in_features, w.out_features, w.qweight.shape[1], w.bits, *machine(x.device))
+    return planned_gemm(x, w, bias, how)
+
+
+def planned_gemm(x: Tensor, w: WeightFields, bias: Tensor | None, how: Plan | None) -> Tensor:
+    """The product of :func:`gemm`, cut as ``how`` says; None: through the dense weight. Nothing is checked."""
     y = x.new_empty((*x.shape[:-1], w.out_features))
     rows = x.numel() // w.in_features
     if not y.numel():
         return y
-    how = None
-    if _multiplies(x.dtype, x.device):
-        how = plan(rows, w.out_features, w.qweight.shape[1], w.bits, *machine(x.device))
     with _on(x):
         weight = _weight(w)
         compute = x.dtype if x.dtype in DTYPE_CODES else torch.float32
@@ -201,7 +206,7 @@ def _through_dense(x: Tensor, weight: Any, bias: Tensor | None, y: Tensor) -> No
 def dequantize(*layout_and_dtype: Any) -> Tensor:
     """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``, which is how it lies in memory."""
     *fields, dtype = layout_and_dtype
-    w = _Fields(*fields)
+    w = WeightFields(*fields)
     columns = w.in_features if w.perm is None else w.perm.shape[0]
     compute = dtype if dtype in DTYPE_CODES else torch.float32
     with _on(w.qweight):
@@ -214,7 +219,7 @@ def dequantize(*layout_and_dtype: Any) -> Tensor:
     return dense.to(dtype).contiguous().t()
 
 
-_LAYOUT = Layout(_Fields)
+_LAYOUT = Layout(WeightFields)
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
 KERNEL = Kernel(
     "cuda",

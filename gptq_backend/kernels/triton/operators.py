@@ -64,7 +64,7 @@ def _kernels() -> Any:
     return importlib.import_module(".programs", __package__)
 
 
-class _Fields(NamedTuple):
+class WeightFields(NamedTuple):
     """What describes a weight to the operators; of experts, the tensors have a leading dimension E."""
 
     qweight: Tensor
@@ -105,7 +105,7 @@ class _Fields(NamedTuple):
 
 def _multiply(
     x: Tensor,
-    w: _Fields,
+    w: WeightFields,
     bias: Tensor | None,
     tile: Tile,
     splits: int,
@@ -151,7 +151,7 @@ def _multiply(
     return y
 
 
-def _dense(w: _Fields, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+def _dense(w: WeightFields, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     """[K, stop - start]: output channels of the dense weight."""
     y = torch.empty((w.in_features, stop - start), dtype=dtype, device=w.qweight.device)
     with on_device(y.device):
@@ -166,7 +166,7 @@ def _dense(w: _Fields, dtype: torch.dtype, start: int, stop: int) -> Tensor:
 _tuned: dict[tuple[Any, ...], tuple[Tile, int]] = {}
 
 
-def _plan(x: Tensor, w: _Fields) -> tuple[Tile, int]:
+def _plan(x: Tensor, w: WeightFields) -> tuple[Tile, int]:
     """The heuristics' choice, or with GPTQ_BACKEND_TRITON_AUTOTUNE=1 the fastest of its neighbours."""
     first = triton_plan.plan(x.shape[0], w.out_features, w.slabs, w.bits, x.itemsize, x.device)
     if not AUTOTUNE or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -197,7 +197,7 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
         ValueError: see ``check_input`` and ``check_prepared``.
     """
     *fields, bias = layout_and_bias
-    w = _Fields(*fields)
+    w = WeightFields(*fields)
     check_prepared(w.qweight)
     check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
     rows = x.reshape(-1, w.in_features).contiguous()
@@ -217,14 +217,14 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
 def dequantize(*layout_and_dtype: Any) -> Tensor:
     """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``. Other arguments: see the module."""
     *fields, dtype = layout_and_dtype
-    w = _Fields(*fields)
+    w = WeightFields(*fields)
     return _dense(w, dtype, 0, w.out_features)
 
 
 def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
     """Each row of x times the weight of its expert; see experts.py. The layout's tensors have a leading dimension E."""
     *fields, order, experts, top_k, bias = layout_and_more
-    w = _Fields(*fields)
+    w = WeightFields(*fields)
     check_input(x, w.qweight.device, w.in_features, w.out_features, None)
     if not len(x):
         return x.new_empty((0, w.out_features))
@@ -236,7 +236,7 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
     return _multiply(x.contiguous(), w, bias, tile, splits, order, experts, top_k)
 
 
-_LAYOUT = Layout(_Fields)
+_LAYOUT = Layout(WeightFields)
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
 KERNEL = Kernel(
     "triton",
