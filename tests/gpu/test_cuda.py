@@ -141,6 +141,8 @@ def test_gradients_and_fake_tensors() -> None:
         x = torch.randn(3, 128, device="cuda", dtype=torch.float16, requires_grad=True)
         bias = torch.randn(96, device="cuda", requires_grad=True)
         torch.library.opcheck(torch.ops.gptq_backend.cuda_gemm.default, (x, *fields, bias))
+        inference = torch.ops.gptq_backend.cuda_gemm_inference.default
+        torch.library.opcheck(inference, (x.detach(), *fields, bias.detach()))
         torch.library.opcheck(torch.ops.gptq_backend.cuda_dequantize.default, (*fields, torch.float16))
 
 

@@ -123,6 +123,8 @@ def test_operators_pass_opcheck() -> None:
     layout = triton_ops.KERNEL.layout.arguments(spec, tensors)
     x, bias = torch.randn(2, 1, 90, requires_grad=True), torch.randn(33, requires_grad=True)
     torch.library.opcheck(torch.ops.gptq_backend.triton_gemm.default, (x, *layout, bias))
+    inference = torch.ops.gptq_backend.triton_gemm_inference.default
+    torch.library.opcheck(inference, (x.detach(), *layout, bias.detach()))
     torch.library.opcheck(torch.ops.gptq_backend.triton_dequantize.default, (*layout, torch.float32))
 
 

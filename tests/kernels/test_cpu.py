@@ -225,19 +225,6 @@ def test_an_older_torch_keeps_the_operator_in_python(monkeypatch: pytest.MonkeyP
 
 
 @native
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("sym", [False, True])
-def test_operators_pass_opcheck(act_order: bool, sym: bool) -> None:
-    _, _, t, _ = prepared(random_weight(4, 90, 33, 30, act_order=act_order, sym=sym), cpu.KERNEL)
-    layout = (t["qweight"], t["scales"], t.get("zeros"), t.get("perm"), t["blocks"], 90, 33, 4, False)
-    x = torch.randn(2, 3, 90, requires_grad=True)
-    bias = torch.randn(33, requires_grad=True)
-    torch.library.opcheck(torch.ops.gptq_backend.cpu_gemm.default, (x, *layout, bias))
-    torch.library.opcheck(torch.ops.gptq_backend.cpu_gemm_inference.default, (x.detach(), *layout, bias.detach()))
-    torch.library.opcheck(torch.ops.gptq_backend.cpu_dequantize.default, (*layout, torch.float32))
-
-
-@native
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gradients_are_those_of_the_dense_layer(bits: int, act_order: bool) -> None:

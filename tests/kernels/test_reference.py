@@ -83,21 +83,6 @@ def test_strided_x(transposed: bool) -> None:
     assert torch.allclose(torch.ops.gptq_backend.gemm(x, *args, None), x @ dense.t(), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["plain", "act order"])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_opcheck_gemm(name: str, with_bias: bool) -> None:
-    args, _ = case(name)
-    x = torch.randn(3, 96, requires_grad=True)
-    bias = torch.randn(32, requires_grad=True) if with_bias else None
-    torch.library.opcheck(torch.ops.gptq_backend.gemm.default, (x, *args, bias))
-
-
-@pytest.mark.parametrize("name", ["plain", "act order"])
-def test_opcheck_dequantize(name: str) -> None:
-    args, _ = case(name)
-    torch.library.opcheck(torch.ops.gptq_backend.dequantize.default, (*args, torch.float32))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_those_of_a_dense_layer(name: str) -> None:
     args, dense = case(name)
