@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,23 +16,11 @@ from .format.weight import QuantizedWeight, WeightSpec
 from .kernels.interface import Kernel, PreparedWeight, Tensors
 from .kernels.table import select_kernel
 from .lazy_weight import LazyWeight
-from .modules import effect, offloading_hook
+from .modules import changing_layout, effect, offloading_hook
 from .timing import timed
 
 # What a prepared layer keeps of the checkpoint beside the kernel's tensors: small, and the way back is exact.
 _KEPT = {"qzeros": "stored_qzeros", "g_idx": "stored_g_idx"}
-
-# Held while tensors change their layout, as several threads may call a layer for the first time at once. One for all
-# layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it: it
-# reads one attribute, which is replaced as a whole.
-_LOCK = threading.RLock()
-
-
-@contextmanager
-def changing_layout() -> Iterator[None]:
-    """One thread at a time, and no inference tensors, which could never be trained with."""
-    with _LOCK, torch.inference_mode(False):
-        yield
 
 
 class QuantLinear(nn.Module):
@@ -80,7 +66,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         tensors = empty_tensors(spec, device)
         bias = tensors.pop("bias", None)
-        self._hold_stored(tensors, None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._hold(tensors, None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
     @timed("pack")
@@ -106,9 +92,9 @@ class QuantLinear(nn.Module):
             bias = nn.Parameter(bias.detach().to(device or bias.device), requires_grad=False)
         layer = cls(spec, name, backend, device="meta", dtype=dtype)
         if device is None or device == weight.codes.device:
-            layer._hold_stored(tensors, bias)
+            layer._hold(tensors, bias)
             return layer.prepare()
-        layer._hold_stored({key: tensor.to(device) for key, tensor in tensors.items()}, bias)
+        layer._hold({key: tensor.to(device) for key, tensor in tensors.items()}, bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +151,7 @@ class QuantLinear(nn.Module):
     def unprepare(self) -> QuantLinear:
         """Return to the checkpoint's tensors, bit for bit."""
         if self.kernel is not None:
-            self._hold_stored(self._stored(), self.bias)
+            self._hold(self._stored(), self.bias)
         return self
 
     @property
@@ -223,11 +209,9 @@ class QuantLinear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        weight = self._served[0]
-        bias = self.stored_spec.has_bias
-        if weight is None:
-            return f"{self.stored_spec.describe()}, bias={bias}, kernel=not prepared"
-        return f"{weight.spec.describe()}, bias={bias}, kernel={weight.kernel.name}"
+        weight = self._served[0]  # once: another thread may be taking it away
+        described = f"{self.stored_spec.describe()}, kernel=not prepared" if weight is None else weight.describe()
+        return f"{described}, bias={self.stored_spec.has_bias}"
 
     # -- storage ---------------------------------------------------------------------------------------------------
 
@@ -242,12 +226,10 @@ class QuantLinear(nn.Module):
         """The checkpoint's tensors, bias excluded."""
         return _stored(self.stored_spec, *self._served)
 
-    def _hold_stored(self, tensors: Mapping[str, Tensor], bias: nn.Parameter | None) -> None:
-        """Make the checkpoint's tensors and ``bias`` the parameters."""
-        self._hold(tensors, bias, None)
-
-    def _hold(self, tensors: Mapping[str, Tensor], bias: nn.Parameter | None, prepared: PreparedWeight | None) -> None:
-        """Make ``tensors``, in the layout of ``prepared``'s kernel, and ``bias`` the parameters, all at once."""
+    def _hold(
+        self, tensors: Mapping[str, Tensor], bias: nn.Parameter | None, prepared: PreparedWeight | None = None
+    ) -> None:
+        """Make ``tensors``, the checkpoint's or ``prepared``'s, and ``bias`` the parameters, all at once."""
         parameters: dict[str, Any] = {"bias": bias}
         parameters |= {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
         self.changes += 1
@@ -282,7 +264,7 @@ class QuantLinear(nn.Module):
                 f"{self.name}.weight cannot be multiplied by {factor}: its scales are {scales.dtype}, which does not "
                 "hold the products exactly; replace the layer by its dequantize(), which is an nn.Linear"
             )
-        self._hold_stored(stored | {"scales": scales}, self.bias)
+        self._hold(stored | {"scales": scales}, self.bias)
         if prepared:
             self.prepare()
 
@@ -319,9 +301,9 @@ class QuantLinear(nn.Module):
             if weight is not None and not keeps_values:
                 weight, tensors = None, _without_bias(empty_tensors(self.stored_spec, "meta"))
             if weight is None:
-                self._hold_stored({key: move(tensor) for key, tensor in tensors.items()}, bias)
+                self._hold({key: move(tensor) for key, tensor in tensors.items()}, bias)
             elif device != home:
-                self._hold_stored({key: move(tensor) for key, tensor in self._stored().items()}, bias)
+                self._hold({key: move(tensor) for key, tensor in self._stored().items()}, bias)
                 self.prepare()
             else:
                 moved = {key: move(tensor) for key, tensor in tensors.items()}
@@ -356,7 +338,7 @@ class QuantLinear(nn.Module):
         ``state_dict()``, hence be a layer of those tensors.
         """
         empty = empty_tensors(self.stored_spec, self._served[1]["qweight"].device)
-        self._hold_stored(_without_bias(empty), self.bias)
+        self._hold(_without_bias(empty), self.bias)
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "original_devices", None):
                 home = item.original_devices["qweight"]
