@@ -22,9 +22,9 @@ STOCK = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "des
 @pytest.fixture(params=["cpu", "gpu"])
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """vLLM's platform says what it is asked to say; nothing else depends on it here."""
-    from gptq_vllm import who_serves as choice
+    from gptq_vllm.who_serves import current_platform
 
-    monkeypatch.setattr(type(choice.current_platform), "is_cpu", lambda self: request.param == "cpu")
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: request.param == "cpu")
     return request.param
 
 
@@ -63,12 +63,12 @@ def test_the_wrong_one_serves(
 def test_an_unknown_vllm_is_served(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
+    from gptq_vllm.who_serves import refusing, unsupported_version
+
     monkeypatch.setattr(vllm, "__version__", version)
-    reason = gptq_vllm.unsupported_version()
+    reason = unsupported_version()
     assert (reason is None) == served
     if reason is not None:
-        from gptq_vllm.unsupported import refusing
-
         config = refusing(reason)
         for name in ("gptq", "gptq_backend"):
             with pytest.raises(ConfigError, match=f"from 0.32 up to but without 0.33, and vllm {version}"):
@@ -84,8 +84,8 @@ def test_a_config_cannot_go_to_another_process() -> None:
     config.maybe_update_config(str(PEERS / "llama-4-64-actorder"))
     again = pickle.loads(pickle.dumps(config))
     assert again.settings == config.settings
-    assert again.checkpoint.manifest == config.checkpoint.manifest
-    assert again.checkpoint.is_quantized("model.layers.0.self_attn.q_proj")
+    assert again.stored.checkpoint.manifest == config.stored.checkpoint.manifest
+    assert again.stored.checkpoint.is_quantized("model.layers.0.self_attn.q_proj")
 
 
 def test_registering_twice_fails() -> None:
