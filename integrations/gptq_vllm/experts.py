@@ -36,7 +36,7 @@ class Experts(nn.Module):
         if why is None:
             self.each = None
             self.parts = nn.ModuleList(_grouped(parts) for parts in zip(*(one.parts for one in each)))
-            kernels = {part.kernel.name for part in self.parts}
+            kernels: set[str] = {part.kernel.name for part in self.parts}  # type: ignore[union-attr,misc]
             logger.info_once("experts, %s: one grouped product of the kernel %s", name, " and ".join(sorted(kernels)))
         else:
             for segments in each:

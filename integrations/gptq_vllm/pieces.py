@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Piece:
     def to(self, device: torch.device) -> Piece:
         """Contiguous copies on ``device`` that share no memory with a mapped file."""
         tensors = {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
-        moved = {key: value.contiguous().to(device, copy=True) for key, value in tensors.items()}
+        moved: dict[str, Any] = {key: value.contiguous().to(device, copy=True) for key, value in tensors.items()}
         return dataclasses.replace(self, **moved)
 
     def outputs(self, rows: Tensor) -> Piece:
