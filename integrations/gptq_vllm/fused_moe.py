@@ -27,7 +27,7 @@ from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, missing, remove_parameters
 
-_TEMPLATES = ("w13_{}", "w2_{}")  # of the names by which vLLM looks for parameters of experts
+_TEMPLATES = ("w13_{}", "w2_{}")  # names by which vLLM looks for the parameters of experts
 
 
 def expert_layout(layer: RoutedExperts) -> ExpertLayout:
@@ -37,7 +37,8 @@ def expert_layout(layer: RoutedExperts) -> ExpertLayout:
 
 
 class GPTQMoEMethod(FusedMoEMethodBase):
-    """Experts of which at least one projection is quantized; each may have a spec of its own. A method per layer.
+    """Experts of which at least one projection is quantized; each may have a spec of its own. There is one method per
+    layer.
 
     Args:
         stored: the checkpoint's layers.
@@ -79,7 +80,8 @@ class GPTQMoEMethod(FusedMoEMethodBase):
     ) -> None:
         self._layer, self._dtype, self._intermediate = layer, params_dtype, intermediate_size_per_partition
         parallel = layer.moe_config.moe_parallel_config
-        self._first, whole = (self._intermediate * ranks for ranks in (parallel.tp_rank, parallel.tp_size))
+        self._first = parallel.tp_rank * self._intermediate
+        whole = parallel.tp_size * self._intermediate
         self._shards = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
         if not layer.moe_config.is_act_and_mul:
             del self._shards["w3"]

@@ -101,7 +101,7 @@ def add_parameters(
 def remove_parameters(layer: nn.Module, template: str = "{}") -> None:
     """Undo :func:`add_parameters`."""
     for part in (*PARTS, "weight"):
-        del layer._parameters[template.format(part)]
+        layer._parameters.pop(template.format(part), None)
 
 
 def output_rows(layer: Any, loader: Callable[..., Any], stored: int, total: int, *shard: Any) -> Tensor:
