@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from vllm.logger import init_logger
 
-from gptq_backend import ConfigError, LinearSpec, QuantizeConfig
+from gptq_backend import ConfigError, QuantizeConfig, StoredSpec
 from gptq_backend.format import TensorFile, TensorInfo, read_tensor, resolve_specs
 
 from .checkpoint import Checkpoint
@@ -45,7 +45,7 @@ class StoredLayers:
     def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
         self._expected: dict[str, ExpectedLayer] = {}  # by the file's names
-        self._specs: dict[str, LinearSpec] = {}  # likewise
+        self._specs: dict[str, StoredSpec] = {}  # likewise
 
     def check_model(self, hf_config: Any) -> None:
         """Correct what ``config.json`` says and the checkpoint shows to be otherwise.
@@ -86,7 +86,7 @@ class StoredLayers:
         if (stored := self.checkpoint.stored_name(name)) is not None:
             self._expected[stored] = layer
 
-    def specs(self) -> dict[str, LinearSpec]:
+    def specs(self) -> dict[str, StoredSpec]:
         """Specs of the expected layers that are quantized, by their names in the file.
 
         Raises:
@@ -99,7 +99,7 @@ class StoredLayers:
                 biased |= {name} if layer.has_bias else set()
         return resolve_specs(manifest, self.settings, shapes, biased)
 
-    def spec(self, name: str, layer: ExpectedLayer, tensors: Mapping[str, Tensor]) -> tuple[LinearSpec, Tensor | None]:
+    def spec(self, name: str, layer: ExpectedLayer, tensors: Mapping[str, Tensor]) -> tuple[StoredSpec, Tensor | None]:
         """Spec of layer ``name``, and its bias if the model does not know of one that is not zero.
 
         Args:

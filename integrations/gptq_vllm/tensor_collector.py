@@ -16,9 +16,10 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from gptq_backend import CheckpointError
+from gptq_backend.format import read_packed
 
 from .checkpoint import PARTS
-from .pieces import AnyPiece, DensePiece, Piece
+from .pieces import AnyPiece, DensePiece
 from .stored_layers import ExpectedLayer, StoredLayers
 
 _DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32}
@@ -70,7 +71,7 @@ class TensorCollector:
         spec, bias = self._stored.spec(name, layer, tensors)
         if bias is not None:
             tensors["bias"] = bias
-        self._place(name, Piece.from_stored(spec, tensors, name))
+        self._place(name, read_packed(spec, tensors, name))
 
 
 def add_parameters(

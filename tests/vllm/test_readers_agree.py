@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from gptq_backend import GPTQError
+from gptq_backend.format import read_packed
 from gptq_backend.format.files import read_settings
 from gptq_backend.format.headers import read_tensor
 from gptq_cli.checkpoint import read_checkpoint
 from gptq_vllm.config import GPTQBackendConfig
-from gptq_vllm.pieces import Piece
 from gptq_vllm.stored_layers import ExpectedLayer
 from tests.transformers.checkpoints import PEERS
 from tests.transformers.mutations import mutated
@@ -43,7 +43,7 @@ def read_as_the_plugin(folder: Path, wanted: dict[str, ExpectedLayer]) -> str:
             config.stored.expect(name, layer)
         for name, spec in config.stored.specs().items():
             tensors = {part: read_tensor(checkpoint.manifest[f"{name}.{part}"]) for part in spec.shapes}
-            Piece.from_stored(spec, tensors, name)
+            read_packed(spec, tensors, name)
     except GPTQError as error:
         return str(error)
     return ""
