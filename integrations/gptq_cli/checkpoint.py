@@ -27,9 +27,11 @@ from gptq_backend.format import (
     resolve_specs,
 )
 from gptq_backend.model import linear_shapes
+from gptq_transformers.check_loading import absent, check_loaded
 from gptq_transformers.checkpoint_names import checkpoint_names
 from gptq_transformers.finite import check_stored
-from gptq_transformers.loading import absent, check_loaded, prepare_model, quant_linears
+from gptq_transformers.prepare_loading import prepare_model
+from gptq_transformers.quantized_layers import quant_linears
 from gptq_transformers.skeleton import UnknownModel, build_skeleton
 
 
@@ -140,7 +142,7 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
     try:
         plan = prepare_model(model, manifest, checkpoint.config, names)
         specs = {name: layer.stored_spec for name, layer in quant_linears(model)} | plan.dense
-        check_loaded(model, absent(model, plan))
+        check_loaded(model, absent(model, plan.manifest, plan.dense))
         check_stored(plan.dtypes, plan.manifest)
     except CheckpointError as error:
         checkpoint.damaged["checkpoint"] = str(error)

@@ -10,22 +10,25 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.format import checkpoint_files, read_json, read_manifest
-from gptq_backend.model import replace_module
 
-from . import loading, resizing
+from .casting import allow_casting
+from .check_loading import check_loaded
 from .checkpoint_names import checkpoint_names
 from .config import GPTQConfig
+from .dequantize import dequantize
 from .experts import unfuse as experts
+from .finish_loading import finish_model
 from .newer_config import adopt_newer
+from .prepare_loading import LoadPlan, follow_renaming, prepare_model
+from .quantized_layers import tied_names, untie_quantized
+from .resizing import allow_resizing
 from .skeleton import check_size
-from .split_layers import join_layers
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class GPTQBackendQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(GPTQConfig.adopt(quantization_config), **kwargs)
-        self._plan: loading.Plan | None = None
+        self._plan: LoadPlan | None = None
         self._loading: Any = None
         self._renamings: list[Any] = []  # of experts, for transformers 5
 
@@ -109,7 +112,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                 )
             config, stored = self.quantization_config, read_manifest(files)
             with torch.device("cpu"):  # transformers calls this under torch.device("meta")
-                self._plan = loading.prepare_model(
+                self._plan = prepare_model(
                     model,
                     stored,
                     config.to_quantize_config(),
@@ -117,9 +120,9 @@ class GPTQBackendQuantizer(HfQuantizer):
                     config.kernel,
                     bool(caller.get("ignore_mismatched_sizes")),
                 )
-            self._renamings = loading.follow_renaming(model, self._plan)
-        loading.allow_casting(model)
-        resizing.allow_resizing(model)
+            self._renamings = follow_renaming(model, self._plan)
+        allow_casting(model)
+        allow_resizing(model)
         self._loading = model
         return model
 
@@ -135,16 +138,16 @@ class GPTQBackendQuantizer(HfQuantizer):
         if self._plan is None:
             return missing_keys
         later = set(self._plan.dense)  # and what is tied to those
-        tied = loading.tied_names(model) if later else ()
+        tied = tied_names(model) if later else ()
         missing_keys = [key for key in missing_keys if key.removesuffix(".weight") not in later and key not in tied]
-        loading.check_loaded(model, missing_keys)
+        check_loaded(model, missing_keys)
         return missing_keys
 
     # -- after loading ---------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._plan is not None:
-            loading.finish_model(model, self._plan)
+            finish_model(model, self._plan)
         elif not self.pre_quantized:
             from .quantize_on_load import quantize_loaded
 
@@ -158,41 +161,8 @@ class GPTQBackendQuantizer(HfQuantizer):
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Replace the quantized layers by ordinary ones, in place.
-
-        Args:
-            dtype: what to cast all parameters to that are of the model's dtype, as loading in it would; buffers, and
-                parameters that the model keeps in float32, stay. None: the layers get the dtype that dense ones would
-                have, and nothing else changes.
-        """
-        old = model.dtype
-        classes = loading.restored_classes(model)
-        for module in model.modules():
-            if isinstance(module, experts.ExpertList):
-                module.ungroup()  # its stacks would stay, and with them all that was replaced
-        for name, layer in list(loading.quant_linears(model)):
-            if any(parameter.is_meta for parameter in layer.parameters()):
-                raise ConfigError(
-                    f"{name}: its weights are offloaded; load the model without offloading to dequantize it"
-                )
-            own = layer.compute_dtype
-            if dtype is not None and own == old:
-                own = loading.dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
-            replace_module(model, name, _as_class(layer.dequantize(own), classes.get(name)))
-        join_layers(model)
-        loading.forbid_casting(model)
-        resizing.forbid_resizing(model)
-        if dtype is not None:
-            _cast_parameters(model, old, dtype)
-        for holder, key in (
-            (model, "hf_quantizer"),
-            (model, "quantization_method"),
-            (model.config, "quantization_config"),
-            (model.config, "_pre_quantization_dtype"),
-        ):
-            if key in vars(holder):
-                delattr(holder, key)
-        model.is_quantized = False
+        """For ``model.dequantize()``; see :func:`dequantize.dequantize`."""
+        dequantize(model, dtype)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -219,29 +189,11 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     model.is_quantized = True
     model.quantization_method = QuantizationMethod.GPTQ
     model.config.quantization_config = quantizer.quantization_config
-    loading.untie_quantized(model)
-    loading.allow_casting(model)
-    resizing.allow_resizing(model)
+    untie_quantized(model)
+    allow_casting(model)
+    allow_resizing(model)
     experts.keep_packed_names(model)
     experts.group_experts(model)
-
-
-def _cast_parameters(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
-    """Cast those of dtype ``old``; others, and buffers such as rotary frequencies, are what they are on purpose."""
-    for key, parameter in model.named_parameters():
-        if parameter.dtype == old:
-            parameter.data = parameter.data.to(loading.dtype_of_parameter(model, key, new))
-
-
-def _as_class(linear: nn.Linear, wanted: type[nn.Module] | None) -> nn.Module:
-    if wanted is None or wanted.__name__ != "Conv1D":
-        return linear
-    with torch.device("meta"):
-        conv = wanted(linear.out_features, linear.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
-    bias = linear.bias
-    conv.bias = nn.Parameter(torch.zeros(linear.out_features).to(conv.weight)) if bias is None else bias
-    return conv
 
 
 def _frames() -> Iterator[FrameType]:

@@ -21,7 +21,7 @@ from gptq_backend.algorithm.gptq import quantize_weight
 from gptq_backend.format import packing
 from gptq_backend.format.weight import encode
 from gptq_cli.checkpoint import read_checkpoint
-from gptq_transformers.loading import name_patterns
+from gptq_transformers.prepare_loading import name_patterns
 from tests.transformers.checkpoints import (
     NAMES,
     PEERS,
