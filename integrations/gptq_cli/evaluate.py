@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from gptq_backend import GPTQError
 from gptq_backend.format import embedded_settings
 from gptq_backend.model import cut
-from gptq_transformers.errors import loading
+from gptq_transformers.errors import load_errors
 from gptq_transformers.load_quantized import from_quantized
 from gptq_transformers.model_class import class_of, from_pretrained, predicts_next_token, read_config
 
@@ -248,7 +248,7 @@ def load_model(
     options["trust_remote_code"] = trust_remote_code
     if device != "cpu":
         options["device_map"] = device
-    with loading(path), warnings.catch_warnings():
+    with load_errors(path), warnings.catch_warnings():
         if not is_quantized(path, trust_remote_code):
             return from_pretrained(class_of(config, path, trust_remote_code), path, **options).eval()
         if backend is not None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 
+from gptq_backend.modules import offloading_hook
+
 
 @contextmanager
 def keeping_hooks(model: nn.Module) -> Iterator[None]:
@@ -15,11 +17,14 @@ def keeping_hooks(model: nn.Module) -> Iterator[None]:
 
     Hooks that load offloaded weights are not for others: their weights are those of the module that is gone.
     """
-    hooks = {name: module._hf_hook for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
+    hooks = {
+        name: module._hf_hook
+        for name, module in model.named_modules()
+        if hasattr(module, "_hf_hook") and offloading_hook(module) is None
+    }
     yield
     modules = dict(model.named_modules())
     for name, hook in hooks.items():
         module = modules.get(name)
-        offloads = any(getattr(item, "offload", False) for item in getattr(hook, "hooks", [hook]))
-        if module is not None and not hasattr(module, "_hf_hook") and not offloads:
+        if module is not None and not hasattr(module, "_hf_hook"):
             add_hook_to_module(module, hook)

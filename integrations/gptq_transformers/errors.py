@@ -35,7 +35,7 @@ _KINDS = (ValueError, KeyError, RuntimeError, SafetensorError, AttributeError, O
 
 
 @contextmanager
-def loading(path: str | Path, kinds: tuple[type[Exception], ...] = _KINDS) -> Iterator[None]:
+def load_errors(path: str | Path, kinds: tuple[type[Exception], ...] = _KINDS) -> Iterator[None]:
     """Errors of these ``kinds`` become one sentence about the model in ``path``, which cannot be loaded.
 
     Put nothing of ours inside: a bug would look like a damaged model.

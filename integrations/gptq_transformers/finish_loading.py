@@ -7,6 +7,7 @@ from torch import nn
 
 from gptq_backend import QuantLinear
 from gptq_backend.format import Manifest, decode, read_tensor, resolve
+from gptq_backend.modules import offloading_hook
 
 from .casting import dtype_of_parameter
 from .check_loading import check_loaded, not_loaded
@@ -70,15 +71,11 @@ def _restore_dtypes(name: str, layer: QuantLinear, manifest: Manifest) -> None:
 
 
 def _restore_offloaded(name: str, layer: QuantLinear, part: str, dtype: torch.dtype, manifest: Manifest) -> None:
-    hook = getattr(layer, "_hf_hook", None)
-    for item in getattr(hook, "hooks", [hook]):
-        weights = getattr(item, "weights_map", None)
-        loader, key = getattr(weights, "dataset", None), f"{getattr(weights, 'prefix', '')}{part}"
-        if loader is None:
-            continue
-        if key in loader.state_dict and loader.state_dict[key].dtype != dtype:
-            loader.state_dict[key] = read_tensor(manifest[f"{name}.{part}"])
-        elif "safetensors_file" in loader.index.get(key, {}):
-            # transformers 4 has the model's dtype here even for packed integers; without it they come as stored
-            loader.index[key] = {k: v for k, v in loader.index[key].items() if k != "dtype"}
+    weights = getattr(offloading_hook(layer), "weights_map", None)
+    loader, key = getattr(weights, "dataset", None), f"{getattr(weights, 'prefix', '')}{part}"
+    if loader is not None and key in loader.state_dict and loader.state_dict[key].dtype != dtype:
+        loader.state_dict[key] = read_tensor(manifest[f"{name}.{part}"])
+    elif loader is not None and "safetensors_file" in loader.index.get(key, {}):
+        # transformers 4 has the model's dtype here even for packed integers; without it they come as stored
+        loader.index[key] = {k: v for k, v in loader.index[key].items() if k != "dtype"}
     setattr(layer, part, nn.Parameter(getattr(layer, part).to(dtype), requires_grad=False))

@@ -22,7 +22,7 @@ from gptq_backend.format import (
 )
 from gptq_backend.locks import Scratch
 
-from .errors import loading
+from .errors import load_errors
 from .model_class import class_to_load, from_pretrained
 
 
@@ -63,7 +63,7 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def _load(path: str | Path, folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
-    with loading(path, (Exception,)):  # a config.json of any content makes the code of models raise any kind
+    with load_errors(path, (Exception,)):  # a config.json of any content makes the code of models raise any kind
         return from_pretrained(class_to_load(folder, kwargs), folder, **kwargs)
 
 

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from gptq_backend import ConfigError
 
-from .errors import loading
+from .errors import load_errors
 
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how their names end
@@ -35,14 +35,14 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any
     Raises:
         ConfigError: it needs code of its own. GPTQError: it cannot be read.
     """
-    with loading(path, (Exception,)):  # transformers raises any kind for a config.json with other types than it expects
+    with load_errors(path, (Exception,)):  # a config.json of unexpected types makes transformers raise any
         content, _ = PretrainedConfig.get_config_dict(path, **kwargs)
         known = str(content.get("model_type")) in CONFIG_MAPPING
         own = bool(content.get("auto_map")) and not known
         named = content.get("architectures")
     if own and not trust_remote_code:
         raise _own_code(path, _named(named, path) or "its model")
-    with loading(path, (Exception,)):
+    with load_errors(path, (Exception,)):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
 
 

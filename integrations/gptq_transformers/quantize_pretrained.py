@@ -28,7 +28,7 @@ from .config import GPTQConfig, StockGPTQConfig
 from .dispatch import keeping_hooks
 from .experts.unfuse import unfuse_experts
 from .hf_quantizer import attach
-from .streaming import BlockWriter, load_streamed, load_whole, take_offloading
+from .streaming import BlockWriter, detach_offloading, load_streamed, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def quantize(
         writer = None
         if folder is not None and from_folder and not config.tier.distill_epochs:
             writer = BlockWriter.of(model, folder, block_name)
-        bring = take_offloading(model, block_name)
+        bring = detach_offloading(model, block_name)
         with keeping_hooks(model):
             report = quantize_model(
                 model,

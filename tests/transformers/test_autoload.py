@@ -204,6 +204,6 @@ def test_hooked_modules_look_untouched_afterwards() -> None:
     assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
     print({type(module) for module in (auto, config)} == {types.ModuleType})
     print({type(module.__spec__.loader).__name__ for module in (auto, config)})
-    print(sum(type(finder).__module__ == "gptq_autoload" for finder in sys.meta_path) <= 1)
+    print(sum(type(finder).__module__ == "gptq_autoload.watch" for finder in sys.meta_path) <= 1)
     """
     assert python(code).split("\n") == ["True", "{'SourceFileLoader'}", "True"]

@@ -35,6 +35,7 @@ from gptq_backend import QuantLinear
 from gptq_backend.errors import CheckpointError, ConfigError
 from gptq_backend.format import ExpertLayout, default_layout, expert_layout, expert_renaming
 from gptq_backend.model import is_linear, replace_module
+from gptq_backend.modules import offloading_hook
 
 from .expert_list import ExpertList, halves
 
@@ -278,8 +279,7 @@ def _layout(module: nn.Module) -> _Layout | None:
 
 
 def _unfused(fused: nn.Module, layout: _Layout, name: str, names: ExpertLayout) -> ExpertList:
-    hook = getattr(fused, "_hf_hook", None)
-    if any(getattr(item, "offload", False) for item in getattr(hook, "hooks", [hook])):
+    if offloading_hook(fused) is not None:
         raise ConfigError(
             f"{name}: its weights are offloaded to CPU or disk; load the model without offloading to split its experts"
         )
