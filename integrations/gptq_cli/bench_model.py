@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_backend import GPTQError, QuantLinear
 from gptq_backend.bench import quartiles, synchronize
-from gptq_transformers.experts.unfuse import ExpertList
+from gptq_transformers.experts.expert_list import ExpertList
 
 
 @dataclass(frozen=True)

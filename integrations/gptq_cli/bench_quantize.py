@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from gptq_backend import GPTQError, QuantizeConfig, quantize_model
 from gptq_backend.bench import DTYPES
@@ -93,7 +93,7 @@ def run(
             writer.add(name, block)
             writer.shards.flush()
 
-        quantize_model(model, config, tokens, device=device, on_block=laps.cut, on_done=write)
+        quantize_model(model, config, list(tokens), device=device, on_block=laps.cut, on_done=write)
         laps.cut()
     before, first, *later = [sum(lap.values()) for lap in laps.laps]
     peak, reserved = _peak(device)
@@ -111,7 +111,7 @@ def run(
     )
 
 
-def build(shape: str, blocks: int, dtype: str, positions: int) -> nn.Module:
+def build(shape: str, blocks: int, dtype: str, positions: int) -> PreTrainedModel:
     """A model with so many of the shape's blocks, on the CPU."""
     settings = SHAPES[shape] | {"num_hidden_layers": blocks, "max_position_embeddings": max(positions, 4096)}
     return AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=DTYPES[dtype]).eval()

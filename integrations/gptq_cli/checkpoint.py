@@ -161,7 +161,8 @@ def _one_by_one(
     checkpoint: Checkpoint, model: nn.Module, modules: Mapping[str, Manifest], names: Mapping[str, str]
 ) -> dict[str, LinearSpec]:
     """Specs of the modules that can be used, one bad module hiding no other."""
-    shapes, found = linear_shapes(model), {}
+    shapes = linear_shapes(model)
+    found: dict[str, LinearSpec] = {}
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     for name, tensors in modules.items():
         try:

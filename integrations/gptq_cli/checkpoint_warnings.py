@@ -154,7 +154,8 @@ def _mixed(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _biases(checkpoint: Checkpoint) -> Iterator[str]:
-    zero, other = [], []
+    zero: list[Layer] = []
+    other: list[Layer] = []
     for layer in checkpoint.layers:
         stored = checkpoint.manifest.get(f"{layer.name}.bias")
         if stored is not None and layer.name in checkpoint.unbiased:

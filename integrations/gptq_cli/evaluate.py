@@ -20,7 +20,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, GPTQConfig
-from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
 from gptq_backend.format import embedded_settings
@@ -28,6 +27,7 @@ from gptq_backend.model import cut
 from gptq_transformers.errors import load_errors
 from gptq_transformers.load_quantized import from_quantized
 from gptq_transformers.model_class import class_of, from_pretrained, predicts_next_token, read_config
+from gptq_transformers.model_files import local_file
 
 # Positions whose distributions are compared at once: with 128k words a chunk stays near 128 MB per model.
 _ROWS = 256
@@ -173,7 +173,7 @@ def _log_probabilities(logits: Tensor, which: str) -> Tensor:
 def _summarize(totals: _Totals, ids: Tensor) -> Evaluation:
     windows, seqlen = ids.shape
     predicted = windows * (seqlen - 1)
-    result = {
+    result: dict[str, Any] = {
         "tokens": windows * seqlen,
         "windows": windows,
         "seqlen": seqlen,
@@ -189,7 +189,7 @@ def _summarize(totals: _Totals, ids: Tensor) -> Evaluation:
             kld_p99=_quantile(kld.flatten(), 0.99),
             top1_agreement=torch.stack(totals.agree).double().mean().item(),
         )
-    return Evaluation(**result)  # type: ignore[arg-type]
+    return Evaluation(**result)
 
 
 def _quantile(values: Tensor, share: float) -> float:
@@ -279,7 +279,7 @@ def require_model(path: str | Path) -> None:
         raise GPTQError(f"{path} is a file; expected the folder that holds the weights, config.json and tokenizer")
     elif folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith((".", "~")):
         raise GPTQError(f"{path} does not exist; expected a model folder")
-    elif not any(_is_cached(str(path), name) for name in ("config.json", "adapter_config.json")):
+    elif all(local_file(path, name) is None for name in ("config.json", "adapter_config.json")):
         try:
             HfApi().model_info(str(path), timeout=10)
         except (RepositoryNotFoundError, HFValidationError):
@@ -297,13 +297,6 @@ def _convert_gguf(file: Path) -> str:
         f"{file} is a GGUF file; expected a model folder: make one with transformers, calling "
         f"AutoModelForCausalLM.{source}.save_pretrained(FOLDER) and the same with AutoTokenizer"
     )
-
-
-def _is_cached(model: str, file: str) -> bool:
-    try:
-        return cached_file(model, file, local_files_only=True) is not None
-    except (OSError, ValueError):
-        return False
 
 
 def require_device(name: str) -> None:

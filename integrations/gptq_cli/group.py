@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from . import INTERRUPTED
 
 # ClickException, which typer brings in one of two ways and does not export: what it prints itself.
-_USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _TWICE = 5.0  # seconds in which a signal that comes again is the same one
 
 

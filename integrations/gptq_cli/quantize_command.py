@@ -42,7 +42,7 @@ class Source:
 
     calibration: str | None
     text: Path | None
-    window: Mapping[str, int]
+    window: Mapping[str, Any]
 
 
 def run(
@@ -88,7 +88,7 @@ def run(
     def unseen() -> list[Any]:
         if (choice := progress.choice) is not None:
             return list(choice.held_out[:kld_windows])
-        return set_aside(texts, load_tokenizer(str(out), trust_remote_code), **window, count=kld_windows)
+        return set_aside(texts or "", load_tokenizer(str(out), trust_remote_code), **window, count=kld_windows)
 
     first = "choosing calibration text" if calibration == "auto" else "loading the model"
     with terminal.LayerProgress(console, first) as progress:
@@ -158,7 +158,7 @@ def _compare(
         dtype = _dtype_that_fits(out, model, device, trust_remote_code)
         if dtype is None:
             return None
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         quantized, original = (evaluate.load_model(path, **options) for path in (out, model))
         found = evaluate.evaluate(quantized, windows, original)
         return {"dtype": dtype, **dataclasses.asdict(found)}

@@ -200,7 +200,7 @@ class _Original:
     model: PreTrainedModel
     silent: str | None = None
     on_block: Callable[[nn.Module], None] | None = None
-    on_done: Callable[[nn.Module], None] | None = None
+    on_done: Callable[[nn.Module], Any] | None = None
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 from gptq_backend.errors import CalibrationError
 from gptq_backend.model import draw, require_sequences, tokenize
 
 from .auto_calibration import AUTO
 from .errors import first_line
+from .model_files import local_file
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def load_tokenizer(
         return tokenizer
     if required:
         raise CalibrationError(f"no tokenizer could be loaded from {path} ({reason}); {way_on}")
-    if _holds(path, "tokenizer.json"):
+    if local_file(path, "tokenizer.json") is not None:
         logger.warning("the tokenizer of %s cannot be loaded (%s), and is not copied", path, reason)
     return None
 
@@ -95,16 +95,7 @@ def _is_made_up(tokenizer: Any, path: str | Path) -> bool:
     if len(tokenizer) > len(tokenizer.all_special_tokens) + _TRIFLES:
         return False
     names = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
-    return not any(_holds(path, name) for name in names)
-
-
-def _holds(model: str | Path, file: str) -> bool:
-    if Path(model).is_dir():
-        return (Path(model) / file).is_file()
-    try:
-        return cached_file(str(model), file, local_files_only=True) is not None
-    except (OSError, ValueError):
-        return False
+    return all(local_file(path, name) is None for name in names)
 
 
 def _names_a_file(text: Any) -> bool:

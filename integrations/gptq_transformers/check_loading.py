@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import transformers
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def check_loaded(model: nn.Module, missing: Iterable[str]) -> None:
             )
 
 
-def _needed(model: nn.Module) -> tuple[str, ...]:
+def _needed(model: Any) -> tuple[str, ...]:
     """Starts of the names of all tensors without which the model would compute nonsense."""
     base = getattr(model, "base_model", model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

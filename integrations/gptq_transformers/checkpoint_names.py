@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -45,9 +46,9 @@ def checkpoint_names(
     return CheckpointNames(names, renaming)
 
 
-def _head_renaming(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
+def _head_renaming(model: Any, layers: Collection[str]) -> dict[str, str]:
     """Where the checkpoint gives the output embedding the name that another version of transformers has for it."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     own = next((name for name, module in model.named_modules() if module is head), "")
     prefix = getattr(model, "base_model_prefix", "")  # which a name that the model does not have was given, maybe
     others = [place for name in _HEADS if not hasattr(model, name) for place in (name, f"{prefix}.{name}")]
@@ -81,9 +82,9 @@ def _renaming(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Callab
     return lambda key: rename_source_key(key, renamings, [])[0]
 
 
-def _renaming_of_4(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
+def _renaming_of_4(model: Any, key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
     def rename(key: str) -> str:
-        key, _ = model._fix_state_dict_key_on_load(key)  # type: ignore[operator]
+        key, _ = model._fix_state_dict_key_on_load(key)
         for pattern, replacement in (key_mapping or {}).items():
             key, count = re.subn(pattern, replacement, key)
             if count:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -44,7 +46,7 @@ def finish_model(model: nn.Module, plan: LoadPlan) -> None:
     check_finite(model, plan.manifest)
 
 
-def _load_dense(model: nn.Module, plan: LoadPlan) -> None:
+def _load_dense(model: Any, plan: LoadPlan) -> None:
     for name, spec in plan.dense.items():
         tensors = {part: read_tensor(plan.manifest[f"{name}.{part}"]) for part in spec.shapes if part != "bias"}
         weight = decode(resolve(spec, tensors, name), tensors).dequantize()
@@ -53,10 +55,11 @@ def _load_dense(model: nn.Module, plan: LoadPlan) -> None:
             weight = weight.t().contiguous()
         old = module.weight
         device = "cpu" if old.is_meta else old.device
-        module.weight = nn.Parameter(weight.to(device, plan.dtypes[f"{name}.weight"]), requires_grad=False)
-        module.weight._is_hf_initialized = True
+        new: Any = nn.Parameter(weight.to(device, plan.dtypes[f"{name}.weight"]), requires_grad=False)
+        new._is_hf_initialized = True
+        module.weight = new
     if any(isinstance(model.get_submodule(name), nn.Embedding) for name in plan.dense):
-        model.tie_weights()  # type: ignore[operator]
+        model.tie_weights()
 
 
 def _restore_dtypes(name: str, layer: QuantLinear, manifest: Manifest) -> None:

@@ -59,6 +59,7 @@ class GPTQBackendQuantizer(HfQuantizer):
         pre_quantized: whether the checkpoint is quantized; if not, it is quantized after loading.
     """
 
+    pre_quantized: bool
     requires_calibration = False
     requires_parameters_quantization = False
     required_packages = None

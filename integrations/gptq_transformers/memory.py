@@ -27,7 +27,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _left_in_containers(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
     """Bytes left below the memory limit of this process's control group (version 2) and of those around it."""
-    left = []
+    left: list[int] = []
     try:
         own = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):

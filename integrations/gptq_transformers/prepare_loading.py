@@ -113,14 +113,14 @@ def prepare_model(
     return plan
 
 
-def _expect_unused(model: nn.Module, unused: set[str], stored: Iterable[str]) -> None:
+def _expect_unused(model: Any, unused: set[str], stored: Iterable[str]) -> None:
     """Keep transformers from warning of tensors that nothing is loaded from.
 
     Args:
         unused: their names in the files.
         stored: all names in the files.
     """
-    known: Any = model._keys_to_ignore_on_load_unexpected
+    known = model._keys_to_ignore_on_load_unexpected
     known = [] if known is None else known
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS] + name_patterns(unused, stored)
     model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])  # a list in version 4, a set in 5
@@ -139,7 +139,7 @@ def name_patterns(chosen: set[str], names: Iterable[str]) -> list[str]:
     return [f"{pattern}$" for pattern in patterns]
 
 
-def follow_renaming(model: nn.Module, plan: LoadPlan) -> list[Any]:
+def follow_renaming(model: Any, plan: LoadPlan) -> list[Any]:
     """Let transformers load under the names that :func:`prepare_model` found; after it come those of transformers.
 
     Returns:
@@ -154,9 +154,9 @@ def follow_renaming(model: nn.Module, plan: LoadPlan) -> list[Any]:
         original = model._get_key_renaming_mapping
 
         def renaming_mapping(*args: Any, **kwargs: Any) -> Any:
-            return {key: renamed(name, plan.renaming) for key, name in original(*args, **kwargs).items()}  # type: ignore[operator]
+            return {key: renamed(name, plan.renaming) for key, name in original(*args, **kwargs).items()}
 
-        model._get_key_renaming_mapping = renaming_mapping  # type: ignore[assignment]
+        model._get_key_renaming_mapping = renaming_mapping
         return []
     # The file may be that of the base model, which lacks its prefix, or the model may be: both are seen to afterwards.
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""

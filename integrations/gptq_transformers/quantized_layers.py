@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
             yield name, module
 
 
-def untie_quantized(model: nn.Module) -> None:
+def untie_quantized(model: Any) -> None:
     """Stop transformers from tying the embedding to an output layer that is quantized."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter else None
@@ -32,7 +33,7 @@ def untie_quantized(model: nn.Module) -> None:
                 model.all_tied_weights_keys = {k: v for k, v in tied.items() if not k.startswith(f"{name}.")}
 
 
-def tied_names(model: nn.Module) -> Collection[str]:
+def tied_names(model: Any) -> Collection[str]:
     """Parameters that are another one under a second name."""
     tied: Collection[str] | None = getattr(model, "all_tied_weights_keys", None)  # transformers 5
     if tied is None:

@@ -50,6 +50,6 @@ def _dequantize_head(model: Any, head: QuantLinear) -> None:
     )
     dense.requires_grad_(False)
     replace_module(model, name, dense)
-    settings = getattr(model.config, "quantization_config", None)
+    settings: Any = getattr(model.config, "quantization_config", None)
     if getattr(settings, "lm_head", None):
         settings.lm_head = False

@@ -66,7 +66,7 @@ def split_layers(model: nn.Module, layers: Collection[str]) -> list[str]:
         rows, columns = _shape(module)
         for part in parts:
             layer = nn.Linear(columns, rows // len(parts), module.bias is not None, device="meta")
-            parent.add_module(part, layer.to(module.weight.dtype))  # type: ignore[arg-type,union-attr]
+            parent.add_module(part, layer.to(module.weight.dtype))
         replace_module(model, name, JoinedParts(parent, parts))
     return list(found)
 

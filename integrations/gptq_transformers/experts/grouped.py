@@ -128,4 +128,4 @@ def _obstacle(layers: Sequence[QuantLinear]) -> str | None:
         return "are on several devices"
     kernels: list[Kernel] = [layer.prepare(expert=True).kernel for layer in layers]  # type: ignore[misc]
     prepared = [layer._parameters for layer in layers]
-    return obstacle(kernels, [layer.spec for layer in layers], prepared, [layer.bias for layer in layers])  # type: ignore[misc]
+    return obstacle(kernels, [layer.spec for layer in layers], prepared, [layer.bias for layer in layers])  # type: ignore[arg-type]

@@ -142,7 +142,7 @@ def replace_fused_experts(
     if not any(by_module.values()):
         return []
     for name, inner in by_module.items():
-        _check_complete(name, inner, len(model.get_submodule(name).down_proj))  # type: ignore[arg-type]
+        _check_complete(name, inner, model.get_parameter(f"{name}.down_proj").shape[0])
     conversions = _model_conversions(model)
     usual = {name: _projection_names(name, layout, conversions) for name, layout in found.items()}
     names = {name: expert_layout(name, by_module[name], layout.gated) or usual[name] for name, layout in found.items()}
@@ -239,7 +239,7 @@ def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) 
     ]
 
 
-def keep_packed_names(model: nn.Module) -> None:
+def keep_packed_names(model: Any) -> None:
     """Let ``save_pretrained`` write the layers of a model that was quantized in memory by themselves, where it would
     join the model's q_proj, k_proj and v_proj into the one tensor of the original checkpoint.
     """
@@ -249,7 +249,7 @@ def keep_packed_names(model: nn.Module) -> None:
         conversions = [each for each in conversions if type(each).__name__ != "PrefixChange"]
     kept = drop_fused_conversions(conversions, model)
     if len(kept) < len(conversions):
-        model._weight_conversions = kept  # type: ignore[assignment]
+        model._weight_conversions = kept
 
 
 def converters(model: nn.Module) -> list[Any]:
@@ -284,7 +284,7 @@ def _unfused(fused: nn.Module, layout: _Layout, name: str, names: ExpertLayout) 
             f"{name}: its weights are offloaded to CPU or disk; load the model without offloading to split its experts"
         )
     experts = []
-    for index in range(fused.down_proj.shape[0]):  # type: ignore[index,union-attr]
+    for index in range(fused.get_parameter("down_proj").shape[0]):
         first = _matrices(fused, layout.first, index, layout, split=layout.gated and not names.joined)
         experts.append([_linear(*pair) for pair in (*first, *_matrices(fused, "down_proj", index, layout))])
     return ExpertList(fused, experts, names, layout.parameters)
