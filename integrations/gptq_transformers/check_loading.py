@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gptq_backend import CheckpointError
 from gptq_backend.format import Manifest
 
-from .experts.unfuse import produces, remaining_converters
+from .experts.conversions import produces, remaining_converters
 from .quantized_layers import quant_linears, tied_names
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from gptq_backend.format import layer_names, renamed
 
-from .experts.unfuse import expert_places
+from .experts.conversions import model_conversions
+from .experts.places import expert_places
 
 _HEADS = ("lm_head", "embed_out")  # GPT-NeoX has either, by version
 
@@ -73,12 +74,10 @@ def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str,
 
 def _renaming(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # transformers 4
         return _renaming_of_4(model, key_mapping)
-    conversions = get_model_conversion_mapping(model, key_mapping)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    renamings = [each for each in model_conversions(model, key_mapping=key_mapping) if isinstance(each, WeightRenaming)]
     return lambda key: rename_source_key(key, renamings, [])[0]
 
 

@@ -22,7 +22,8 @@ from .check_loading import check_loaded
 from .checkpoint_names import checkpoint_names
 from .config import GPTQConfig
 from .dequantize import dequantize
-from .experts import unfuse as experts
+from .experts.conversions import drop_fused_conversions, keep_packed_names
+from .experts.unfuse import group_experts
 from .finish_loading import finish_model
 from .newer_config import adopt_newer
 from .prepare_loading import LoadPlan, follow_renaming, prepare_model
@@ -132,7 +133,7 @@ class GPTQBackendQuantizer(HfQuantizer):
         model = model if model is not None else self._loading
         if not self.pre_quantized or model is None:
             return weight_conversions
-        return [*experts.drop_fused_conversions(weight_conversions, model), *self._renamings]
+        return [*drop_fused_conversions(weight_conversions, model), *self._renamings]
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """For transformers 4: the names that it did not find and is about to fill with random values."""
@@ -153,7 +154,7 @@ class GPTQBackendQuantizer(HfQuantizer):
             from .quantize_on_load import quantize_loaded
 
             quantize_loaded(model, self.quantization_config)
-            experts.keep_packed_names(model)
+            keep_packed_names(model)
             self.quantization_config.forget_run()
             self.pre_quantized = True
         # This object stays with the model, also in copies and pickles: nothing of the loading belongs there.
@@ -193,8 +194,8 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     untie_quantized(model)
     allow_casting(model)
     allow_resizing(model)
-    experts.keep_packed_names(model)
-    experts.group_experts(model)
+    keep_packed_names(model)
+    group_experts(model)
 
 
 def _frames() -> Iterator[FrameType]:

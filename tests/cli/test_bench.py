@@ -297,7 +297,7 @@ def test_looking_leaves_the_model_as_it_was() -> None:
 def test_the_time_of_grouped_experts_is_that_of_the_rest() -> None:
     from gptq_cli import bench_model
     from gptq_cli.evaluate import load_model
-    from gptq_transformers.experts.unfuse import ExpertList
+    from gptq_transformers.experts.expert_list import ExpertList
 
     model = load_model(CHECKPOINTS / "qwen3_moe-4-32")
     layers = sum(isinstance(module, ExpertList) for module in model.modules())
