@@ -270,8 +270,7 @@ def inspect(
     from . import terminal
     from .inspection import inspect_checkpoint, print_inspection
 
-    terminal.set_up_logging(terminal.stderr_console())
-    terminal.check_json_target(json_target)
+    terminal.start(json_target)
     found = inspect_checkpoint(path, device)
     terminal.write_json(json_target, found)
     if json_target != "-":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,15 @@ def _peak(device: torch.device) -> tuple[int | None, int | None]:
         return None, None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, None
+
+
+def lines(result: Result) -> Iterator[str]:
+    """For people: seconds by phase and block, and what the whole model takes."""
+    titles = ["before", *(f"block {i}" for i in range(len(result.phases) - 1))]
+    yield "\nseconds       " + "".join(f"{title:>10}" for title in titles)
+    for name in dict.fromkeys(itertools.chain(*result.phases)):
+        yield f"{name:<14}" + "".join(f"{lap.get(name, 0):>10.3f}" for lap in result.phases)
+    yield f"{'all':<14}" + "".join(f"{sum(lap.values()):>10.3f}" for lap in result.phases)
+    yield f"{result.all_blocks} blocks of {result.shape} with {result.tokens} tokens: {result.whole:.1f} s (computed)"
+    if result.peak_bytes is not None:
+        yield f"memory at most {result.peak_bytes / 1e9:.2f} GB"

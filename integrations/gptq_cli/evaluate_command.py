@@ -9,10 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from gptq_backend import GPTQError
-from gptq_transformers import calibration_input
+from gptq_transformers.calibration_input import load_tokenizer
 
-from . import evaluate, terminal
-from .report import percent, significant, with_error
+from . import evaluate, models, terminal
+from .figures import percent, significant, with_error
 
 
 def run(
@@ -33,21 +33,19 @@ def run(
     Raises:
         GPTQError: something cannot be used; the message says what to do.
     """
-    console = terminal.stderr_console()
-    terminal.set_up_logging(console)
-    terminal.check_json_target(json_target)
+    console, _ = terminal.start(json_target)
     content = terminal.read_text(text)
     for path in filter(None, (model, reference)):
-        evaluate.require_model(path)
-    evaluate.require_device(device)
+        models.require_model(path)
+    models.require_device(device)
     with console.status("loading", spinner="line") as status:
-        ids = evaluate.cut_windows(content, load_tokenizer(model, trust_remote_code), seqlen, windows)
+        ids = evaluate.cut_windows(content, load_tokenizer(model, True, trust_remote_code), seqlen, windows)
         if reference is not None:
             _check_reference_tokens(reference, content, ids.flatten().tolist(), trust_remote_code)
-        loaded = evaluate.load_model(model, dtype, device, backend, trust_remote_code=trust_remote_code)
+        loaded = models.load_model(model, dtype, device, backend, trust_remote_code=trust_remote_code)
         other = None
         if reference is not None:
-            other = evaluate.load_model(reference, dtype, device, trust_remote_code=trust_remote_code)
+            other = models.load_model(reference, dtype, device, trust_remote_code=trust_remote_code)
         result = evaluate.evaluate(loaded, ids, other, lambda done, total: status.update(f"window {done} of {total}"))
     settings = {"model": model, "reference": reference, "text": str(text), "device": device}
     computed_in = str(next(p for p in loaded.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
@@ -56,20 +54,10 @@ def run(
         _print(result, settings, computed_in)
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a model folder.
-
-    Raises:
-        GPTQError: there is none, or it cannot be loaded.
-    """
-    way_on = "copy the tokenizer's files of the original model there"
-    return calibration_input.load_tokenizer(path, True, trust_remote_code, way_on)
-
-
 def _check_reference_tokens(reference: str, text: str, ids: list[int], trust_remote_code: bool) -> None:
     """Raises GPTQError when the tokenizer of ``reference``, if there is one, begins ``text`` with other ``ids``."""
     try:
-        tokenizer = load_tokenizer(reference, trust_remote_code)
+        tokenizer = load_tokenizer(reference, True, trust_remote_code)
     except GPTQError:  # there is none
         return
     if list(tokenizer(text)["input_ids"])[: len(ids)] != ids:

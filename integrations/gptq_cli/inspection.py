@@ -16,9 +16,9 @@ import torch
 from gptq_backend import GPTQError, kernel_report
 from gptq_backend.kernels import fastest
 
-from . import checkpoint_warnings as oddities
+from . import checkpoint_warnings
 from .checkpoint import Layer, read_checkpoint
-from .report import megabytes
+from .figures import megabytes
 
 
 def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -
         "bytes_quantized": packed,
         "bytes_other": total - packed,
         "modules": modules,
-        "odd": oddities.find(checkpoint),
+        "odd": checkpoint_warnings.find(checkpoint),
         "damaged": checkpoint.damaged,
         "kernels": {str(device): _kernels(checkpoint.layers, device) for device in chosen},
     }
@@ -73,7 +73,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError:
-        raise GPTQError(f"--device {name} is no device; expected one like cpu, cuda or cuda:0") from None
+        raise GPTQError(f"--device {name} is not a device; expected one like cpu, cuda or cuda:0") from None
 
 
 def _kernels(layers: Sequence[Layer], device: torch.device) -> list[dict[str, Any]]:

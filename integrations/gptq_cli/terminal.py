@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from gptq_backend import CalibrationError, GPTQError, LayerReport
 from gptq_backend.locks import write_text
 from gptq_transformers.errors import first_line, is_out_of_memory
 
-from .report import duration, finite, percent, significant
+from .figures import duration, percent, significant
+from .json_text import to_json
 
 
 def explain(error: Exception) -> str | None:
@@ -102,6 +103,22 @@ def set_up_logging(console: Console, ignore: str | None = None) -> None:
     transformers.logging.disable_progress_bar()
 
 
+def start(json_target: str | None, ignore: str | None = None) -> tuple[Console, Callable[[str], None]]:
+    """What every command does first: set up logging, and check where its result goes.
+
+    Args:
+        json_target: value of ``--json``.
+        ignore: see :func:`set_up_logging`.
+
+    Returns:
+        The console for progress and warnings, and :func:`say`, which says nothing where stdout is for JSON.
+    """
+    console = stderr_console()
+    set_up_logging(console, ignore)
+    check_json_target(json_target)
+    return console, (lambda _: None) if json_target == "-" else say
+
+
 def check_json_target(target: str | None) -> None:
     """Say before an hour of work, not after it, that the result cannot be written."""
     if target is None or target == "-":
@@ -116,11 +133,17 @@ def check_json_target(target: str | None) -> None:
         raise GPTQError(f"--json {target}: cannot be written here; choose another place")
 
 
+def check_choice(option: str, value: str, allowed: Collection[str]) -> None:
+    """Raises GPTQError for a value of an option that is not one of those ``allowed``."""
+    if value not in allowed:
+        raise GPTQError(f"{option} {value}: expected one of {', '.join(allowed)}")
+
+
 def write_json(target: str | None, value: Mapping[str, Any]) -> None:
     """To a file, to stdout for ``-``, or nowhere for None."""
     if target is None:
         return
-    text = json.dumps(finite(value), indent=2) + "\n"
+    text = to_json(value) + "\n"
     if target == "-":
         sys.stdout.write(text)
     else:

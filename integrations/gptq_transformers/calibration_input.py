@@ -65,16 +65,11 @@ def token_ids(calibration: Any, tokenizer: Any, seqlen: int | None, samples: int
     return draw(calibration, samples, seed)
 
 
-def load_tokenizer(
-    path: str | Path,
-    required: bool,
-    trust_remote_code: bool = False,
-    way_on: str = "pass tokenizer= or token ids",
-) -> Any:
+def load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model's folder; None if none can be made, unless it is ``required``.
 
     Raises:
-        CalibrationError: it is, and cannot be made; ends in ``way_on``.
+        CalibrationError: it is, and cannot be made.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -84,7 +79,10 @@ def load_tokenizer(
     if reason is None:
         return tokenizer
     if required:
-        raise CalibrationError(f"no tokenizer could be loaded from {path} ({reason}); {way_on}")
+        raise CalibrationError(
+            f"no tokenizer could be loaded from {path} ({reason}); copy the tokenizer's files of the original model "
+            "there, or in Python pass tokenizer= or token ids"
+        )
     if local_file(path, "tokenizer.json") is not None:
         logger.warning("the tokenizer of %s cannot be loaded (%s), and is not copied", path, reason)
     return None

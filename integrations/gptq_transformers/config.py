@@ -19,36 +19,11 @@ logger = logging.getLogger(__name__)
 
 # Kernels of GPTQModel, AutoGPTQ and optimum. Code that names them must run unchanged, so they mean 'auto'; those that
 # are called as ours are ("cuda", "triton"), where ours cannot run.
-_FOREIGN_BACKENDS = frozenset(
-    [
-        "bitblas",
-        "cuda",
-        "cuda_old",
-        "exllama",
-        "exllama_eora",
-        "exllama_v1",
-        "exllama_v2",
-        "exllama_v3",
-        "exllamav1",
-        "exllamav2",
-        "gguf",
-        "hf_kernel",
-        "ipex",
-        "machete",
-        "marlin",
-        "marlin_fp16",
-        "mlx",
-        "qigen",
-        "sglang",
-        "torch",
-        "torch_aten",
-        "torch_fused",
-        "torch_int8",
-        "triton",
-        "trainable",
-        "vllm",
-    ]
-)
+_FOREIGN_BACKENDS = frozenset([
+    "bitblas", "cuda", "cuda_old", "exllama", "exllama_eora", "exllama_v1", "exllama_v2", "exllama_v3", "exllamav1",
+    "exllamav2", "gguf", "hf_kernel", "ipex", "machete", "marlin", "marlin_fp16", "mlx", "qigen", "sglang", "torch",
+    "torch_aten", "torch_fused", "torch_int8", "triton", "trainable", "vllm",
+])  # fmt: skip
 # How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
 _NOT_STORED = ("backend", "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
 # What a run of quantizing needs and a reader of its result does not.

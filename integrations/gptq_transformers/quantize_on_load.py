@@ -86,7 +86,7 @@ def _tokenizer(model: Any, config: GPTQConfig) -> Any:
     tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
     if not isinstance(tokenizer, str):
         return tokenizer
-    return load_tokenizer(tokenizer, True, way_on="pass GPTQConfig(tokenizer=...) an object or a folder")
+    return load_tokenizer(tokenizer, True)
 
 
 def _named_texts(name: str) -> list[str]:

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq_backend import GPTQError
 from gptq_cli import evaluate as module
-from gptq_cli.evaluate import cut_windows, evaluate, is_quantized, require_device, require_model
+from gptq_cli.evaluate import cut_windows, evaluate
+from gptq_cli.models import is_quantized, require_device, require_model
 
 
 def _tiny(**changes: int) -> LlamaForCausalLM:

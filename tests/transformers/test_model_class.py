@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from gptq_backend import CalibrationError, ConfigError, GPTQError, QuantizeConfig, QuantLinear
-from gptq_cli.evaluate import load_model
+from gptq_cli.models import load_model
 from gptq_transformers import from_quantized, quantize
 from tests.cli.command import error, run
 

@@ -100,7 +100,7 @@ def test_an_empty_data_set_means_round_to_nearest(plain: Path) -> None:
 
 
 def test_a_missing_tokenizer_gives_no_reason(plain: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"no tokenizer could be loaded from .*GPTQConfig\(tokenizer="):
+    with pytest.raises(CalibrationError, match="no tokenizer could be loaded from .* pass tokenizer= or"):
         quantized(plain, GPTQConfig(bits=4, group_size=32, dataset=TEXTS))
 
 

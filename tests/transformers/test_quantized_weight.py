@@ -298,7 +298,7 @@ def test_a_backend_of_old_code_that_this_machine_lacks_means_auto(
 
 
 def test_evaluating_a_folder_with_only_an_adapter_says_what_to_do(tmp_path: Path) -> None:
-    from gptq_cli.evaluate import load_model
+    from gptq_cli.models import load_model
 
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
     with pytest.raises(GPTQError, match=r"holds an adapter .* merge_and_unload"):
