@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,25 +29,11 @@ from .quantized_layers import tied_names, untie_quantized
 from .resizing import allow_resizing
 from .skeleton import check_size
 
-logger = logging.getLogger(__name__)
-
-
 # What _from_pretrained_locals looks for.
 _LOCALS = (
-    "checkpoint_files",
-    "config",
-    "device_mesh",
-    "distributed_config",
-    "ignore_mismatched_sizes",
-    "gguf_file",
-    "key_mapping",
-    "pretrained_model_name_or_path",
-    "state_dict",
-    "subfolder",
-    "tp_plan",
-    "use_safetensors",
-    "variant",
-)
+    "checkpoint_files", "config", "device_mesh", "distributed_config", "gguf_file", "ignore_mismatched_sizes",
+    "key_mapping", "pretrained_model_name_or_path", "state_dict", "subfolder", "tp_plan", "use_safetensors", "variant",
+)  # fmt: skip
 
 
 class GPTQBackendQuantizer(HfQuantizer):
@@ -198,18 +182,9 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     group_experts(model)
 
 
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def _local_folder(caller: dict[str, Any]) -> Path | None:
     """The folder whose files are about to be read in the usual way; None for the hub and for arguments that choose."""
-    if any(caller.get(key) is not None for key in ("variant", "gguf_file", "state_dict")):
-        return None
-    if caller.get("use_safetensors") is not None:
+    if any(caller.get(key) is not None for key in ("variant", "gguf_file", "state_dict", "use_safetensors")):
         return None
     subfolder = caller.get("subfolder") or ""
     folder = Path(str(caller.get("pretrained_model_name_or_path")), subfolder)
@@ -222,7 +197,10 @@ def _from_pretrained_locals() -> dict[str, Any]:
     transformers 4 resolves the checkpoint's files (cache, revision, subfolder, variant) and keeps them to itself, and
     no version hands over ``key_mapping`` or the tensor-parallel arguments. They are locals of a caller.
     """
-    for frame in _frames():
-        if frame.f_code.co_name == "from_pretrained" and Path(frame.f_code.co_filename).name == "modeling_utils.py":
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "from_pretrained" and Path(code.co_filename).name == "modeling_utils.py":
             return {name: frame.f_locals.get(name) for name in _LOCALS}
+        frame = frame.f_back
     return {}
