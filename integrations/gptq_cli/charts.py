@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .figures import percent, significant
+from .formatting import percent, significant
 
 _WIDTH, _HEIGHT, _TOP, _BOTTOM = 360, 128, 12, 18  # of one panel, in SVG units
 _CHARACTER, _SPACE = 6.2, 5  # width of a digit of the labels at most; between a label and its line

@@ -17,7 +17,7 @@ import torch
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.format import SETTINGS_FILES, claimed_group_size, read_tensor, settings_in
 
-from .module_names import name_pattern
+from .formatting import name_pattern
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Layer

@@ -23,7 +23,7 @@ from gptq_transformers.quantize_pretrained import quantize
 from gptq_transformers.streaming import skeleton
 
 from . import evaluate, models, terminal
-from .figures import duration, megabytes, percent, significant, with_error
+from .formatting import duration, megabytes, percent, significant, with_error
 from .report import make_report, weights_size, write_reports
 
 logger = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ def run(
         GPTQError: something cannot be used; the message says what to do.
     """
     config = QuantizeConfig(**settings, dynamic=_parse_rules(rules))
-    console = terminal.stderr_console()
-    terminal.set_up_logging(console, ignore="gptq_backend.kernels.table")  # the layers only get packed here
-    terminal.check_json_target(json_target)
+    console, _ = terminal.start(json_target, ignore="gptq_backend.kernels.table")  # the layers only get packed here
     models.require_model(model)
     models.require_device(device)
     for file in (source.calibration, source.text):

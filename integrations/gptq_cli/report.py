@@ -17,7 +17,7 @@ from gptq_backend import QuantizeReport
 from gptq_backend import __version__ as version
 from gptq_backend.locks import write_text
 
-from .json_text import to_json
+from .formatting import to_json
 from .report_page import badness, render_html
 
 JSON_NAME, HTML_NAME = "quantize_report.json", "quantize_report.html"

@@ -11,9 +11,7 @@ from string import Template
 from typing import Any
 
 from .charts import error_bars, predicted_errors
-from .figures import duration, megabytes, percent, significant, with_error
-from .json_text import to_json
-from .module_names import name_pattern
+from .formatting import duration, megabytes, name_pattern, percent, significant, to_json, with_error
 
 
 def render_html(report: Mapping[str, Any]) -> str:

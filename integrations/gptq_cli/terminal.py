@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
@@ -22,8 +21,7 @@ from gptq_backend import CalibrationError, GPTQError, LayerReport
 from gptq_backend.locks import write_text
 from gptq_transformers.errors import first_line, is_out_of_memory
 
-from .figures import duration, percent, significant
-from .json_text import to_json
+from .formatting import duration, percent, significant, to_json
 
 
 def explain(error: Exception) -> str | None:
@@ -53,10 +51,12 @@ def printable(text: str) -> str:
 
 
 class TerminalConsole(Console):
-    """A console on which text is only ever text: no markup, no links, no control characters but rich's own."""
+    """stderr, for progress and warnings, on which text is only ever text: no markup, no links, no control characters
+    but rich's own.
+    """
 
-    def __init__(self, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Whatever is printed comes by here."""
@@ -66,12 +66,7 @@ class TerminalConsole(Console):
 
 def say(text: str) -> None:
     """A line of a result, to stdout."""
-    typer.echo(printable(text))
-
-
-def stderr_console() -> Console:
-    """Progress and warnings go to stderr, so that stdout holds results only."""
-    return TerminalConsole(stderr=True)
+    print(printable(text), flush=True)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -82,7 +77,7 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(f"{record.levelname.lower()}: {self.format(record)}", markup=False, soft_wrap=True)
+        self._console.print(f"{record.levelname.lower()}: {self.format(record)}", soft_wrap=True)
 
 
 def set_up_logging(console: Console, ignore: str | None = None) -> None:
@@ -113,7 +108,7 @@ def start(json_target: str | None, ignore: str | None = None) -> tuple[Console, 
     Returns:
         The console for progress and warnings, and :func:`say`, which says nothing where stdout is for JSON.
     """
-    console = stderr_console()
+    console = TerminalConsole()
     set_up_logging(console, ignore)
     check_json_target(json_target)
     return console, (lambda _: None) if json_target == "-" else say
@@ -246,7 +241,7 @@ class LayerProgress:
     def on_choice(self, choice: Any) -> None:
         """Show what ``calibration="auto"`` chose, and keep it in ``choice``."""
         self.choice = choice
-        self._console.print(f"calibration: {choice.summary()}", markup=False, soft_wrap=True)
+        self._console.print(f"calibration: {choice.summary()}", soft_wrap=True)
 
     def on_layer(self, layer: LayerReport, done: int, total: int) -> None:
         """Show one finished layer."""

@@ -12,9 +12,8 @@ from gptq_backend.format import Manifest, decode, read_tensor, resolve
 from gptq_backend.modules import offloading_hook
 
 from .casting import dtype_of_parameter
-from .check_loading import check_loaded, not_loaded
+from .check_loading import check_finite, check_loaded, not_loaded
 from .experts.unfuse import group_experts
-from .finite import check_finite
 from .prepare_loading import LoadPlan
 from .quantized_layers import quant_linears
 

@@ -21,7 +21,7 @@ from gptq_backend import CheckpointError, LayerReport
 from gptq_backend.kernels import table as kernels
 from gptq_cli import quantize_command as quantizing
 from gptq_cli import terminal
-from gptq_cli.figures import percent, significant
+from gptq_cli.formatting import percent, significant
 from tests.cli.command import SMALL, TEXT, error, run
 
 

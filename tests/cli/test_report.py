@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from gptq_cli.figures import percent, significant, with_error
+from gptq_cli.formatting import percent, significant, with_error
 from gptq_cli.report import HTML_NAME, JSON_NAME, render_html, write_reports
 
 WIDEST_DIGIT = 0.62  # of the font's size, in the fonts that system-ui stands for

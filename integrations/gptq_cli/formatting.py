@@ -1,8 +1,11 @@
-"""Figures as people read them."""
+"""Values as text: figures for people, JSON for programs."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def percent(share: float | None) -> str:
@@ -40,3 +43,23 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def name_pattern(name: str) -> str:
+    """``model.layers.3.mlp.up_proj`` -> ``model.layers.*.mlp.up_proj``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON; NaN and infinities, which it does not know, are null."""
+    return json.dumps(_finite(value), indent=2)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
