@@ -32,12 +32,9 @@ def load_model(
     """A language model to evaluate, quantized or not.
 
     Args:
-        path: folder, or name of a model on a hub.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as stored); None is float32 on a CPU, where 16-bit
             matrix products are slow or inexact, and ``auto`` elsewhere.
-        device: where it runs.
         backend: row of the kernel table for a quantized model.
-        trust_remote_code: run the Python code that comes with the model; without, such a model is refused.
 
     Raises:
         GPTQError: no such model or device, the model cannot be loaded, or it does not predict the next token.

@@ -28,8 +28,6 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any
     """The model's configuration; nobody is asked on the terminal whether its code may run.
 
     Args:
-        path: folder, or name on the hub.
-        trust_remote_code: let the model's own code run.
         **kwargs: for the hub, like ``revision`` and ``token``.
 
     Raises:

@@ -12,16 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
-from gptq_backend.format import (
-    TGI_TENSORS,
-    LinearSpec,
-    Manifest,
-    layer_names,
-    quantized_modules,
-    renamed,
-    resolve_specs,
-)
+from gptq_backend import CheckpointError, LinearSpec, QuantizeConfig, QuantLinear
+from gptq_backend.format import TGI_TENSORS, Manifest, layer_names, quantized_modules, renamed, resolve_specs
 from gptq_backend.model import linear_shapes, replace_module
 
 from .casting import dtype_of_parameter
@@ -68,9 +60,7 @@ def prepare_model(
     Args:
         model: a ``PreTrainedModel`` without weights.
         stored: the checkpoint's tensors, by their names in the files.
-        config: its settings.
         names: what the model calls them.
-        backend: row of the kernel table, or None.
         ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
 
     Raises:

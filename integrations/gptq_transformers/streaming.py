@@ -60,9 +60,7 @@ def load_whole(
     """The model that config.json names, in memory.
 
     Args:
-        path: folder, or name on the hub.
         dtype: of the weights; ``auto`` is as stored.
-        trust_remote_code: let the model's own code run.
         **kwargs: for ``from_pretrained``.
 
     Raises:
@@ -122,8 +120,7 @@ def detach_offloading(model: PreTrainedModel, block_name: str | None = None) -> 
     """Free ``model`` of accelerate's offloading -> a function that brings a block's offloaded weights for good.
 
     What is offloaded beside the blocks is brought at once. The hooks of a model that is only spread over devices stay:
-    they carry what its blocks hand on. Both raise GPTQError where weights are missing or have
-    another shape: nobody has looked at them before.
+    they carry what its blocks hand on. Both raise GPTQError where weights are missing or have another shape.
     """
     hooks = {module: hook for module in model.modules() if (hook := offloading_hook(module)) is not None}
     if hooks:
