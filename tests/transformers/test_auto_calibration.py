@@ -146,7 +146,7 @@ def test_the_models_own_way_to_generate_does_not_matter(settings: dict[str, Any]
     assert torch.equal(choose(odd, tokenizer(), **SMALL).samples, choose(model(), tokenizer(), **SMALL).samples)
 
 
-def test_windows_longer_than_the_model_takes_are_refused_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_longer_than_the_model_takes_are_refused_before_it_generates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_calibration, "_sampled", lambda *_: pytest.fail("it spoke"))
     with pytest.raises(CalibrationError, match="65 tokens, but the model takes at most 64"):
         choose(model(), tokenizer(), samples=8, seqlen=65)

@@ -133,7 +133,7 @@ def test_stock_config_keeps_arguments_that_it_does_not_know(first: str) -> None:
     assert python(code) == "True ['text'] True True {'-:x': {}}"
 
 
-def test_stock_config_of_a_working_stock_path_is_changed(tmp_path: Path) -> None:
+def test_stock_config_of_a_working_stock_path_is_left_alone(tmp_path: Path) -> None:
     package(tmp_path, "optimum")
     package(tmp_path, "gptqmodel")
     code = """
