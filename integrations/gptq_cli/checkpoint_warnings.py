@@ -1,7 +1,7 @@
-"""What is odd about a checkpoint: where its config and its tensors disagree, and what is in it beside them.
+"""What a user should know of a checkpoint: where its config and its tensors disagree, and what else is in it.
 
 Each finder takes a checkpoint as :mod:`checkpoint` reads it and yields sentences. None of them is an error: the tensors
-decide, and the checkpoint loads. What cannot be loaded is damage, which is reported apart.
+decide, and the checkpoint loads. What cannot be loaded is damage, which is reported separately.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _format(checkpoint: Checkpoint) -> Iterator[str]:
         actual = "zeros as they are (gptq_v2)" if wrong[0].spec.zero_offset == 0 else "zeros minus one (gptq)"
         yield (
             f"checkpoint_format is {spec_format}, but {_count(wrong, checkpoint)} store {actual}: mislabelled zeros; "
-            "being symmetric, they are read correctly here"
+            "they are symmetric, so they are read correctly here"
         )
     words = {layer.spec.word_dtype for layer in checkpoint.layers} - {torch.int32}
     for dtype in sorted(map(str, words)):
@@ -98,7 +98,7 @@ def _grid(checkpoint: Checkpoint) -> Iterator[str]:
         differing = [layer for layer in layers if getattr(layer.spec, key) != _expected(checkpoint, layer, key)]
         if differing:
             values = sorted({getattr(layer.spec, key) for layer in differing})
-            yield f"{_count(differing, checkpoint)} have {key} {_some(values)} by their shapes, not as the config says"
+            yield f"{_count(differing, checkpoint)} have {key} {_some(values)} by their shapes, unlike in the config"
 
 
 def _expected(checkpoint: Checkpoint, layer: Layer, key: str) -> int:
@@ -139,9 +139,9 @@ def _which_modules(checkpoint: Checkpoint) -> Iterator[str]:
         inside = (re.search(r"\.\d+\.(.+)", layer.name) for layer in layers)
         kinds = {match[1] for match in inside if match}
         if extra := sorted(kinds - set(wanted)):
-            yield f"{_some(extra)} quantized, but missing in modules_in_block_to_quantize"
+            yield f"{_some(extra)} quantized, but not in modules_in_block_to_quantize"
         if missing := sorted(set(wanted) - kinds):
-            yield f"{_some(missing)} in modules_in_block_to_quantize, but nowhere quantized"
+            yield f"{_some(missing)} in modules_in_block_to_quantize, but quantized nowhere"
     yield from _mixed(checkpoint)
 
 
@@ -171,7 +171,7 @@ def _biases(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _structure(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.unknown:
-        yield f"the model's structure is not known ({checkpoint.unknown}): shapes and names were not held against it"
+        yield f"the model's structure is not known ({checkpoint.unknown}): shapes and names were not checked against it"
     if checkpoint.skipped:
         names = _some(checkpoint.skipped)
         yield f"{len(checkpoint.skipped)} quantized modules that the model does not have, ignored: {names}"

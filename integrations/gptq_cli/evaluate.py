@@ -192,7 +192,7 @@ def _quantile(values: Tensor, share: float) -> float:
 
 
 def _check_limits(model: nn.Module, ids: Tensor) -> None:
-    """Windows that the model cannot read end in an index error deep inside it; say it before."""
+    """Raise GPTQError for windows that the model cannot read, which would end in an index error deep inside it."""
     positions, vocabulary = model_limits(model)
     if ids.shape[1] > positions:
         raise GPTQError(

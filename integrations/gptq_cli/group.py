@@ -20,7 +20,7 @@ _TWICE = 5.0  # seconds in which a signal that comes again is the same one
 
 
 class CommandGroup(TyperGroup):
-    """Ends what a user can cause with one line on stderr and exit code 1; anything else is a bug, with its trace."""
+    """Errors that the user can fix are one line on stderr and exit code 1; any other is a bug and has its trace."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         """Read the options of the whole program."""

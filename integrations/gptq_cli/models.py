@@ -45,7 +45,7 @@ def load_model(
     if not predicts_next_token(config, path):
         raise GPTQError(
             f"{path} is a {config.architectures[0]}, which does not predict the next token; perplexity and KL "
-            "divergence are measured of causal language models only"
+            "divergence are defined for causal language models only"
         )
     name = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
     options: dict[str, Any] = {"dtype": name if name == "auto" else getattr(torch, name)}
@@ -71,7 +71,7 @@ def require_model(path: str | Path) -> None:
         if not (folder / "config.json").is_file():
             if (folder / "adapter_config.json").is_file():
                 raise GPTQError(
-                    f"{path} holds an adapter (adapter_config.json) and no model; merge it into its base model (peft: "
+                    f"{path} holds an adapter (adapter_config.json) but no model; merge it into its base model (peft: "
                     "merge_and_unload(), then save_pretrained), and pass that folder"
                 )
             if files := sorted(folder.glob("*.gguf")):

@@ -25,7 +25,7 @@ from .formatting import duration, percent, significant, to_json
 
 
 def explain(error: Exception) -> str | None:
-    """One line for an error that a user can cause and mend; None for any other."""
+    """One line for an error that the user can fix; None for any other."""
     if isinstance(error, OSError):
         if error.errno == errno.EPIPE:
             return None  # the reader of our output went away; the CLI library ends quietly
@@ -115,21 +115,21 @@ def start(json_target: str | None, ignore: str | None = None) -> tuple[Console, 
 
 
 def check_json_target(target: str | None) -> None:
-    """Say before an hour of work, not after it, that the result cannot be written."""
+    """Raise GPTQError before an hour of work, not after it, if the result cannot be written."""
     if target is None or target == "-":
         return
     if Path(target).is_dir():
-        raise GPTQError(f"--json {target}: is a folder; expected a file to write: name one, or - for stdout")
+        raise GPTQError(f"--json {target} is a folder; expected a file: name one, or - for stdout")
     folder = Path(target).absolute().parent
     if not folder.is_dir():
         raise GPTQError(f"--json {target}: its folder does not exist; create it or choose another place")
     special = Path(target).exists() and not Path(target).is_file()  # a pipe is written itself, a file beside it
     if not os.access(target if special else folder, os.W_OK):
-        raise GPTQError(f"--json {target}: cannot be written here; choose another place")
+        raise GPTQError(f"--json {target} cannot be written here; choose another place")
 
 
 def check_choice(option: str, value: str, allowed: Collection[str]) -> None:
-    """Raises GPTQError for a value of an option that is not one of those ``allowed``."""
+    """Raise GPTQError unless the option's value is one of those ``allowed``."""
     if value not in allowed:
         raise GPTQError(f"{option} {value}: expected one of {', '.join(allowed)}")
 
@@ -194,12 +194,14 @@ def read_calibration(path: Path) -> list[str]:
             entry.encode()
         except UnicodeEncodeError:
             raise CalibrationError(
-                f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
+                f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff), which is not a character; "
                 "remove it, or write both halves"
             ) from None
         texts.append(entry)
     if not texts:
-        raise CalibrationError(f"{path} has no text in it; expected one per line: a JSON string, or an object with it")
+        raise CalibrationError(
+            f'{path} has no text in it; expected a JSON string, or an object with a string "text", in each line'
+        )
     return texts
 
 

@@ -62,8 +62,8 @@ def check_loaded(model: nn.Module, missing: Iterable[str]) -> None:
     for key in missing:
         if key.startswith(required):
             raise CheckpointError(
-                f"{key} is not in the checkpoint ({len(missing)} of the model's tensors are not), neither quantized "
-                "nor dense, and would be random; fetch all of its files, or check that config.json belongs to them"
+                f"{key} is not in the checkpoint ({len(missing)} of the model's tensors are missing), neither "
+                "quantized nor dense, and would be random; fetch all of its files, or check that config.json fits them"
             )
 
 

@@ -1,4 +1,4 @@
-"""Files of a model that ``save_pretrained`` does not write, and without which its checkpoint is used otherwise."""
+"""Files that ``save_pretrained`` does not write, but that tools need to use a checkpoint like its original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``GPTQConfig``: transformers' own class, made to need neither optimum nor gptqmodel and to forget no key."""
+"""``GPTQConfig``: transformers' own class, without its need for optimum or gptqmodel; it keeps every key."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DATASETS["c4-new"] = DATASETS["c4"]
 
 
 class GPTQConfig(StockGPTQConfig):
-    """Settings of :class:`gptq_backend.QuantizeConfig` in the clothes that ``from_pretrained`` expects.
+    """Settings of :class:`gptq_backend.QuantizeConfig` in the form that ``from_pretrained`` expects.
 
     Args:
         bits, tokenizer, dataset, ...: as in transformers' ``GPTQConfig``.
@@ -89,7 +89,7 @@ class GPTQConfig(StockGPTQConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What a checkpoint says. A kernel that nobody knows is no reason to refuse it: another one is chosen."""
+        """What a checkpoint says. If it names an unknown kernel, it is not refused: another one is chosen."""
         stored = {key: value for key, value in config_dict.items() if key != "self"}
         name = _kernel_name(stored.get("backend"))
         if name not in (None, *_FOREIGN_BACKENDS, *(row.name for row in KERNELS)):

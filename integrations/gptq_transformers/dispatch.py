@@ -1,4 +1,4 @@
-"""accelerate's hooks, which send what a module reads to the module's device, outlive the exchange of modules."""
+"""Keeping accelerate's hooks, which move a module's inputs to its device, when modules are replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptq_backend.modules import offloading_hook
 
 @contextmanager
 def keeping_hooks(model: nn.Module) -> Iterator[None]:
-    """Afterwards a module that took the place of one with a hook has that hook.
+    """A module that takes the place of one with a hook gets that hook.
 
     Hooks that load offloaded weights are not for others: their weights are those of the module that is gone.
     """

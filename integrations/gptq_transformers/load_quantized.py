@@ -1,4 +1,4 @@
-"""``from_quantized``: ``from_pretrained`` for quantized checkpoints in places that transformers does not look at."""
+"""``from_quantized``: ``from_pretrained`` for quantized checkpoints that transformers does not recognize."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         **kwargs: for ``from_pretrained``; ``trust_remote_code=True`` lets code that comes with the model run.
 
     Raises:
-        ConfigError: no quantization settings anywhere, or a class that is not to be had. CheckpointError: no usable
+        ConfigError: no quantization settings anywhere, or a class that is not available. CheckpointError: no usable
             weights. GPTQError: transformers cannot load the model.
     """
     source = Path(path)

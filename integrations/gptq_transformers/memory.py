@@ -1,4 +1,4 @@
-"""What a model takes as a whole, and what is free for it."""
+"""How much memory a whole model takes, and how much is free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def bytes_of(model: nn.Module, dtype: torch.dtype) -> int:
-    """Of all parameters in ``dtype``; ``model`` may be on the meta device."""
+    """Bytes of all parameters in ``dtype``; ``model`` may be on the meta device."""
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 

@@ -49,7 +49,7 @@ def class_of(config: Any, path: str | Path, trust_remote_code: bool = False) -> 
     or the auto class for it. A configuration without ``architectures`` is a causal language model's.
 
     Raises:
-        ConfigError: the class is not to be had, or belongs to another kind of configuration.
+        ConfigError: the class is not available, or belongs to another kind of configuration.
     """
     wanted, causal = _named(getattr(config, "architectures", None), path), causal_class(config)
     if wanted is None or wanted == causal:

@@ -42,8 +42,8 @@ def _dequantize_head(model: Any, head: QuantLinear) -> None:
     name = next(name for name, module in model.named_modules() if module is head)
     dense = head.dequantize(head.compute_dtype)
     logger.warning(
-        "%s is quantized, and new tokens need rows in full precision: it was dequantized to resize it (%d MB in place "
-        "of %d), and will be saved so",
+        "%s is quantized, and new tokens need rows in full precision: it was dequantized to resize it (%d MB instead "
+        "of %d), and will be saved that way",
         name,
         dense.weight.nbytes >> 20,
         head.stored_spec.nbytes >> 20,

@@ -1,4 +1,4 @@
-"""A large model's way through a small memory: blocks are read when their turn comes and written when it is over."""
+"""How a large model is quantized in little memory: blocks are read when their turn comes, and written after it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
     """The model that config.json names, without its weights, on the meta device.
 
     Raises:
-        ConfigError: it is quantized, an encoder-decoder, or of a class that is not to be had. GPTQError: it cannot be
+        ConfigError: it is quantized, an encoder-decoder, or of a class that is not available. GPTQError: it cannot be
             loaded.
     """
     config = read_config(path, trust_remote_code)
@@ -49,7 +49,7 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
     if halves and (not named or "decoder_input_ids" in signature(model.forward).parameters):
         raise ConfigError(
             f"{path} is an encoder-decoder model, which cannot be quantized from its folder; load it and pass the "
-            "model instead, of which one stack of blocks is quantized"
+            "model instead: one of its stacks of blocks is then quantized"
         )
     return model
 
@@ -117,9 +117,9 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
 
 
 def detach_offloading(model: PreTrainedModel, block_name: str | None = None) -> Callable[[nn.Module], None]:
-    """Free ``model`` of accelerate's offloading -> a function that brings a block's offloaded weights for good.
+    """Remove accelerate's offloading from ``model`` -> a function that loads a block's offloaded weights to stay.
 
-    What is offloaded beside the blocks is brought at once. The hooks of a model that is only spread over devices stay:
+    What is offloaded outside the blocks is loaded at once. The hooks of a model that is only spread over devices stay:
     they carry what its blocks hand on. Both raise GPTQError where weights are missing or have another shape.
     """
     hooks = {module: hook for module in model.modules() if (hook := offloading_hook(module)) is not None}

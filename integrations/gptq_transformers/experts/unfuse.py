@@ -56,7 +56,7 @@ def unfuse_experts(model: nn.Module) -> list[str]:
 
 
 def group_experts(model: nn.Module) -> None:
-    """Let the quantized experts of ``model`` be multiplied by grouped products, and log where they are not."""
+    """Multiply the quantized experts of ``model`` by grouped products where possible, and log where it is not."""
     obstacles = {name: module.group() for name, module in model.named_modules() if isinstance(module, ExpertList)}
     apart = {name: why for name, why in obstacles.items() if why}
     if apart:
@@ -117,8 +117,8 @@ def _check_complete(module: str, layers: Iterable[str], count: int) -> None:
     numbers = {int(p) for layer in layers for p in layer.removeprefix(f"{module}.").split(".") if p.isdecimal()}
     if numbers and (absent := set(range(count)) - numbers):
         raise CheckpointError(
-            f"{module}: the checkpoint has {len(numbers)} of the model's {count} experts (number {min(absent)} is not "
-            "there); fetch all of its files, or export it again, since some tools write only the first expert"
+            f"{module}: the checkpoint has {len(numbers)} of the model's {count} experts (expert {min(absent)} is "
+            "missing); fetch all of its files, or export it again: some tools write only the first expert"
         )
 
 
