@@ -95,15 +95,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the loader's warnings, some one per module: the caller sums them up."""
-    loggers = [logging.getLogger(name) for name in ("gptq_backend", "gptq_transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _modules(manifest: Manifest) -> dict[str, Manifest]:

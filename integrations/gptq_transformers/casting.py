@@ -1,28 +1,11 @@
-"""Casting a quantized model: which of its tensors change dtype, and that transformers lets them."""
+"""Which dtype a parameter has in a model that is loaded in, or cast to, another one."""
 
 from __future__ import annotations
 
-import functools
 import re
 
 import torch
 from torch import nn
-
-
-def allow_casting(model: nn.Module) -> None:
-    """Let ``.half()``, ``.float()`` and ``.to(dtype)`` work; transformers refuses them for every quantized model.
-
-    A QuantLinear keeps its stored dtypes and computes in that of its input, so casting the rest is well defined.
-    """
-    for name in ("half", "float", "to"):
-        setattr(model, name, functools.partial(getattr(nn.Module, name), model))
-
-
-def forbid_casting(model: nn.Module) -> None:
-    """Undo :func:`allow_casting`."""
-    for name in ("half", "float", "to"):
-        if isinstance(getattr(model, name), functools.partial):
-            delattr(model, name)
 
 
 def cast_parameters(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:

@@ -20,12 +20,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def absent(model: nn.Module, manifest: Manifest, dense: Collection[str]) -> list[str]:
-    """Parameters of a prepared model that the files do not have under any name.
+    """Parameters of a prepared model that the files do not have under any name; see :class:`LoadPlan`.
 
     What transformers ties, makes of other tensors or drops is not among them.
-
-    Args:
-        model: see :func:`prepare_loading.prepare_model`, as are ``manifest`` and ``dense`` of its plan.
     """
     converters = remaining_converters(model)
     tied = tied_names(model)
@@ -111,9 +108,6 @@ def check_finite(model: nn.Module, manifest: Manifest) -> None:
     Buffers may be: masks hold minus infinity on purpose. Nothing is known of what is offloaded. Costs about a twentieth
     of reading the tensors, and no memory.
 
-    Args:
-        manifest: the checkpoint's tensors by the model's names.
-
     Raises:
         CheckpointError: with the tensor and its file.
         ConfigError: a value of the file is too large for the dtype that the model is loaded in.
@@ -127,15 +121,7 @@ def check_finite(model: nn.Module, manifest: Manifest) -> None:
 
 
 def check_stored(names: Iterable[str], manifest: Manifest) -> None:
-    """As :func:`check_finite`, for tensors that are read from the files one at a time.
-
-    Args:
-        names: of the model's dense parameters.
-        manifest: the checkpoint's tensors by the model's names.
-
-    Raises:
-        CheckpointError: with the tensor and its file.
-    """
+    """As :func:`check_finite`, for dense parameters that are read from the files one at a time."""
     for name in names:
         if name in manifest and manifest[name].dtype in _DTYPES:
             tensor = read_tensor(manifest[name])

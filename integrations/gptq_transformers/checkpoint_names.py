@@ -27,7 +27,7 @@ class CheckpointNames:
     Args:
         of: ``{name in the checkpoint: name in the model}``.
         renaming: that of experts, which is a part of it (see ``expert_renaming``). transformers does not know it, and
-            has to be told (see ``loading.follow_renaming``).
+            has to be told (see ``prepare_loading.follow_renaming``).
     """
 
     of: dict[str, str]
@@ -62,13 +62,7 @@ def _head_renaming(model: Any, layers: Collection[str]) -> dict[str, str]:
 
 
 def model_names(model: nn.Module, keys: Iterable[str], key_mapping: Mapping[str, str] | None = None) -> dict[str, str]:
-    """``{name in the checkpoint: name in the model}``.
-
-    Args:
-        model: a ``PreTrainedModel``, weights may be on meta.
-        keys: full tensor names.
-        key_mapping: what the user passed to ``from_pretrained``.
-    """
+    """``{name in the checkpoint: name in the model}``; ``key_mapping`` is the argument of ``from_pretrained``."""
     rename = _renaming(model, key_mapping)
     prefix = getattr(model, "base_model_prefix", "")
     modules = {name for name, _ in model.named_modules()}
@@ -123,7 +117,6 @@ def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     otherwise where the model has them as single layers; {} if there is nothing to rename.
 
     Args:
-        model: a ``PreTrainedModel``, weights may be on meta.
         layers: full names of the checkpoint's layers, as far as transformers renames them by itself.
 
     Raises:

@@ -31,12 +31,7 @@ _OF_A_MODULE = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def copy_companions(original: str | Path, folder: Path) -> None:
-    """Copy what processors and sentence-transformers read into a checkpoint, unless it has a file of that name.
-
-    Args:
-        original: folder, or name on the hub.
-        folder: the checkpoint.
-    """
+    """Copy what processors and sentence-transformers read into the checkpoint in ``folder``, unless it is there."""
     for name in (*_PROCESSORS, *_SENTENCES, _MODULES):
         _copy(original, folder, name)
     if (folder / _MODULES).is_file():

@@ -22,12 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def keep_all_tensors(original: str | Path, model: nn.Module, folder: Path) -> None:
-    """Compare the tensors of the original's files with those written, and copy those that the model does not use.
-
-    Args:
-        original: folder, or name on the hub.
-        model: as it was written.
-        folder: with the written checkpoint.
+    """Compare the tensors of the original's files with those in ``folder``, and copy those that the model does not use.
 
     Raises:
         CheckpointError: a tensor that the model uses was not written.

@@ -10,10 +10,10 @@ from torch import nn
 from gptq_backend import ConfigError
 from gptq_backend.model import replace_module
 
-from .casting import cast_parameters, dtype_of_parameter, forbid_casting
+from .casting import cast_parameters, dtype_of_parameter
+from .changes import forbid_changes
 from .experts.expert_list import ExpertList
 from .quantized_layers import quant_linears
-from .resizing import forbid_resizing
 from .split_layers import join_layers
 
 
@@ -44,8 +44,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
         is_conv = wanted is not None and wanted.__name__ == "Conv1D"
         replace_module(model, name, _as_conv1d(dense, wanted) if is_conv else dense)
     join_layers(model)
-    forbid_casting(model)
-    forbid_resizing(model)
+    forbid_changes(model)
     if dtype is not None:
         cast_parameters(model, old, dtype)
     for holder, key in (

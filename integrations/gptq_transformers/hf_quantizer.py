@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.format import checkpoint_files, read_json, read_manifest
 
-from .casting import allow_casting
+from .changes import allow_changes
 from .check_loading import check_loaded
 from .checkpoint_names import checkpoint_names
 from .config import GPTQConfig
@@ -26,7 +26,6 @@ from .finish_loading import finish_model
 from .newer_config import adopt_newer
 from .prepare_loading import LoadPlan, follow_renaming, prepare_model
 from .quantized_layers import tied_names, untie_quantized
-from .resizing import allow_resizing
 from .skeleton import check_size
 
 # What _from_pretrained_locals looks for.
@@ -68,12 +67,8 @@ class GPTQBackendQuantizer(HfQuantizer):
         self.quantization_config.to_quantize_config()
         caller = _from_pretrained_locals()
         parallel = caller.get("distributed_config")
-        if (
-            caller.get("tp_plan") is not None
-            or caller.get("device_mesh") is not None
-            or getattr(parallel, "tp_size", None) not in (None, 1)
-            or getattr(parallel, "tp_plan", None) is not None
-        ):
+        asked = (caller.get("tp_plan"), caller.get("device_mesh"), getattr(parallel, "tp_plan", None))
+        if getattr(parallel, "tp_size", None) not in (None, 1) or any(each is not None for each in asked):
             raise ConfigError(
                 "tp_plan is not supported for GPTQ checkpoints, because transformers would cut the packed weights in "
                 "the wrong dimension; leave it out, use device_map, or serve the model with vLLM"
@@ -107,8 +102,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                     bool(caller.get("ignore_mismatched_sizes")),
                 )
             self._renamings = follow_renaming(model, self._plan)
-        allow_casting(model)
-        allow_resizing(model)
+        allow_changes(model)
         self._loading = model
         return model
 
@@ -164,20 +158,14 @@ class GPTQBackendQuantizer(HfQuantizer):
 
 
 def attach(model: Any, config: QuantizeConfig) -> None:
-    """Mark an in-memory model, whose layers are QuantLinear already, as quantized; ``save_pretrained`` then works.
-
-    Args:
-        model: a ``PreTrainedModel``.
-        config: what its layers were quantized with.
-    """
+    """Mark a ``PreTrainedModel``, whose layers are QuantLinear already, as quantized; it can then be saved."""
     quantizer = GPTQBackendQuantizer(GPTQConfig.from_quantize_config(config), pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QuantizationMethod.GPTQ
     model.config.quantization_config = quantizer.quantization_config
     untie_quantized(model)
-    allow_casting(model)
-    allow_resizing(model)
+    allow_changes(model)
     keep_packed_names(model)
     group_experts(model)
 

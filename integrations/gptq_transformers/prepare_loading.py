@@ -104,12 +104,7 @@ def prepare_model(
 
 
 def _expect_unused(model: Any, unused: set[str], stored: Iterable[str]) -> None:
-    """Keep transformers from warning of tensors that nothing is loaded from.
-
-    Args:
-        unused: their names in the files.
-        stored: all names in the files.
-    """
+    """Keep transformers from warning of the tensors ``unused``, of all that are ``stored``."""
     known = model._keys_to_ignore_on_load_unexpected
     known = [] if known is None else known
     ignored = [rf"(^|\.){name}$" for name in TGI_TENSORS] + name_patterns(unused, stored)
