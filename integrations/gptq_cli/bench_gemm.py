@@ -22,11 +22,7 @@ _DEFAULT_SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 def problems(
     shapes: list[tuple[int, int]], bits: str, group_size: str, dtype: str, sym: bool, act_order: bool
 ) -> list[Problem]:
-    """All combinations of the options' values, which are lists with commas.
-
-    Raises:
-        ConfigError: a value that is not allowed.
-    """
+    """All combinations of the options' values, which are lists with commas; ConfigError for one that is not allowed."""
     return [
         Problem(n, k, b, k if g == -1 else min(g, k), sym, act_order, d)
         for (n, k), b, g, d in itertools.product(
@@ -36,11 +32,7 @@ def problems(
 
 
 def read_shapes(texts: Sequence[str], lists: Sequence[str]) -> list[tuple[int, int]]:
-    """[N, K] of ``--shape NxK`` and of the models in ``--shapes``.
-
-    Raises:
-        ConfigError: it is not NxK, or there is no such model.
-    """
+    """[N, K] of ``--shape NxK`` and of the models in ``--shapes``; ConfigError for what is neither."""
     found = []
     for text in texts:
         n, _, k = text.lower().partition("x")
@@ -55,10 +47,9 @@ def read_shapes(texts: Sequence[str], lists: Sequence[str]) -> list[tuple[int, i
 
 
 def numbers(option: str, text: str, allowed: Sequence[int] = ()) -> list[int]:
-    """The numbers in ``text``, with commas between them.
+    """The numbers in ``text``, with commas between them; ConfigError for one that is not ``allowed``.
 
-    Raises:
-        ConfigError: one is not ``allowed``; if nothing is, all positive ones are, and -1 for ``--group-size``.
+    Without ``allowed``, all positive ones are, and -1 for ``--group-size``.
     """
     try:
         found = [int(part) for part in text.split(",")]
@@ -84,14 +75,11 @@ def run(
     say: Callable[[str], None],
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure all problems, and ``say`` the rows of each as they come.
+    """Measure all problems, and ``say`` the rows of each as they come -> ``machine``, ``ceilings`` and ``rows``.
 
     Args:
         tokens: numbers of rows of activations.
         **options: of ``gptq_backend.bench.gemm.run``.
-
-    Returns:
-        ``machine``, ``ceilings`` and ``rows``, as JSON values.
     """
     result, rows = measure_machine(device, console, say), []
     for problem in asked:

@@ -185,10 +185,7 @@ def profile(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, dict
     """Where the time of one eager ``generate`` goes: ``{phase: {kind: {share, ms_per_step, calls_per_step}}}``.
 
     Kinds are QuantLinear, Linear (``lm_head`` among them), ExpertList with all that is inside, and rest. Looking costs
-    about a microsecond a call.
-
-    Args:
-        prompt: int [B, T].
+    about a microsecond a call. prompt: int [B, T].
     """
     spans: list[tuple[str, float, float]] = []
     device = prompt.device

@@ -29,15 +29,10 @@ def make_report(
     output: Path,
     calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything known about one quantization, as JSON values.
+    """Everything known about one quantization of ``model`` into the folder ``output``, as JSON values.
 
-    Args:
-        report: what the core reports.
-        model: folder or name of the original.
-        output: the folder that was written.
-        calibration: where the calibration tokens came from; None for round-to-nearest.
-
-    Its ``evaluation`` is None; the caller may put the fields of an ``evaluate.Evaluation`` there.
+    ``calibration`` says where the calibration tokens came from; None for round to nearest. ``evaluation`` in the result
+    is None; the caller may put the fields of an ``evaluate.Evaluation`` there.
     """
     distilled = report.distillation
     layers = [dataclasses.asdict(layer) for layer in report.layers]

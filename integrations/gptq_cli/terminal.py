@@ -81,11 +81,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def set_up_logging(console: Console, ignore: str | None = None) -> None:
-    """Our warnings above the progress bar; of the libraries only errors.
-
-    Args:
-        ignore: name of a logger of ours to keep out.
-    """
+    """Our warnings above the progress bar, but for those of the logger ``ignore``; of the libraries only errors."""
     import transformers
 
     handler = _ConsoleHandler(console)
@@ -102,8 +98,7 @@ def start(json_target: str | None, ignore: str | None = None) -> tuple[Console, 
     """What every command does first: set up logging, and check where its result goes.
 
     Args:
-        json_target: value of ``--json``.
-        ignore: see :func:`set_up_logging`.
+        ignore: name of a logger whose warnings are not shown.
 
     Returns:
         The console for progress and warnings, and :func:`say`, which says nothing where stdout is for JSON.
