@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gptq_backend import QuantLinear
-from gptq_backend.format import Manifest, decode, read_tensor, resolve
+from gptq_backend.format import Manifest, read_packed, read_tensor
 from gptq_backend.modules import offloading_hook
 
 from .casting import dtype_of_parameter
@@ -48,7 +48,7 @@ def finish_model(model: nn.Module, plan: LoadPlan) -> None:
 def _load_dense(model: Any, plan: LoadPlan) -> None:
     for name, spec in plan.dense.items():
         tensors = {part: read_tensor(plan.manifest[f"{name}.{part}"]) for part in spec.shapes if part != "bias"}
-        weight = decode(resolve(spec, tensors, name), tensors).dequantize()
+        weight = read_packed(spec, tensors, name).unpack().dequantize()
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
             weight = weight.t().contiguous()

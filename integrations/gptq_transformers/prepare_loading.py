@@ -12,8 +12,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_backend import CheckpointError, LinearSpec, QuantizeConfig, QuantLinear
-from gptq_backend.format import TGI_TENSORS, Manifest, layer_names, quantized_modules, renamed, resolve_specs
+from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
+from gptq_backend.format import (
+    TGI_TENSORS,
+    Manifest,
+    StoredSpec,
+    layer_names,
+    quantized_modules,
+    renamed,
+    resolve_specs,
+)
 from gptq_backend.model import linear_shapes, replace_module
 
 from .casting import dtype_of_parameter
@@ -44,7 +52,7 @@ class LoadPlan:
     renamed: set[str] = field(default_factory=set)
     resized: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    dense: dict[str, LinearSpec] = field(default_factory=dict)
+    dense: dict[str, StoredSpec] = field(default_factory=dict)
 
 
 def prepare_model(
@@ -159,7 +167,7 @@ def _by_gptqmodel(config: QuantizeConfig) -> bool:
 
 def _other_modules(
     model: nn.Module, manifest: Manifest, config: QuantizeConfig, names: list[str]
-) -> dict[str, LinearSpec]:
+) -> dict[str, StoredSpec]:
     """What to do with layers that are quantized in the file and not linear in the model.
 
     A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight, and so does an
