@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_backend import KERNELS, QuantizedWeight, QuantLinear
-from gptq_backend.format import encode
+from gptq_backend.format import StoredSpec, encode
 from tests.format.test_weight import random_weight
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_the_state_dict_of_a_prepared_layer_is_the_checkpoint(
     spec = dataclasses.replace(spec, g_idx_dtype=index_dtype)
     tensors["g_idx"] = tensors["g_idx"].to(index_dtype)
     used = columns * bits % (word_dtype.itemsize * 8)
-    if filled and used and bits != 3:  # what lies behind the last code; of 3 bits, codes cross words
+    if filled and used:  # what lies behind the last code
         tensors["qweight"][-1] |= torch.tensor(-1, dtype=word_dtype) << used
     layer = QuantLinear(spec, backend=backend)
     layer.load_state_dict(tensors)
@@ -56,3 +56,17 @@ def test_the_state_dict_of_a_prepared_layer_is_the_checkpoint(
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
     torch.testing.assert_close(layer.dequantize(torch.float32).weight, weight.dequantize())
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("columns", [40, 48, 90])
+def test_planes_that_end_within_a_run_come_back_bit_for_bit(backend, columns) -> None:
+    spec = StoredSpec(columns, 32, 3, columns, groups=1, sym=False, zero_offset=0, planar=True, has_g_idx=False)
+    tensors = {
+        key: torch.randint(-(2**31), 2**31, shape, dtype=torch.int32) if "q" in key else torch.rand(shape).half()
+        for key, shape in spec.shapes.items()
+    }
+    layer = QuantLinear(spec, backend=backend)
+    layer.load_state_dict(tensors)
+    found = layer.prepare().state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

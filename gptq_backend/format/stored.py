@@ -120,8 +120,8 @@ def read_packed(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> P
     spec = resolve(spec, tensors, name)
     qweight = packing.to_int32_words(tensors["qweight"], 0)
     if spec.planar:
-        channels = qweight.shape[0] * 32 // spec.bits
-        qweight = packing.pack(packing.unpack(qweight, spec.bits, channels, planar=True), spec.bits)
+        runs = -(-qweight.shape[0] // spec.bits)  # of 32 channels; a file may end within the last one
+        qweight = packing.pack(packing.unpack(qweight, spec.bits, runs * 32, planar=True), spec.bits)
     g_idx = tensors["g_idx"].to(torch.int32) if spec.act_order else None
     zeros = unpack_zeros(spec, tensors["qzeros"])
     return PackedWeight(spec.weight, qweight, zeros, tensors["scales"], g_idx, tensors.get("bias"))
@@ -130,9 +130,8 @@ def read_packed(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> P
 def stored_words(spec: StoredSpec, qweight: Tensor) -> Tensor:
     """``qweight`` of a :class:`PackedWeight` as the file had it, bit for bit."""
     rows = spec.shapes["qweight"][0]
-    if spec.planar:  # a file may end within the last run of 32 channels
-        codes = packing.unpack(qweight, spec.bits, qweight.shape[0] * 32 // spec.bits)
-        codes = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % 32))
+    if spec.planar:
+        codes = packing.unpack(qweight, spec.bits, qweight.shape[0] // spec.bits * 32)
         qweight = packing.pack(codes, spec.bits, planar=True)
     return packing.from_int32_words(qweight, spec.word_dtype, 0, rows)[:rows]
 

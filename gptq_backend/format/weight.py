@@ -111,8 +111,8 @@ class PackedWeight:
 
     @property
     def channels(self) -> int:
-        """Input channels that ``qweight`` has room for: K, and what fills its last words."""
-        return self.qweight.shape[0] * 32 // self.spec.bits
+        """Input channels that ``qweight`` has bits of: K, and what fills its last words."""
+        return -(-self.qweight.shape[0] * 32 // self.spec.bits)
 
     def codes(self) -> Tensor:
         """uint8 [K, N]."""
