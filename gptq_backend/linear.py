@@ -292,9 +292,14 @@ class QuantLinear(nn.Module):
             if shares:
                 self._share(fn)
                 return self
-            rest = nn.Module()  # what is like that of any other module
-            rest._parameters, rest._buffers, rest._modules = {"bias": self.bias}, self._buffers, self._modules
-            bias = nn.Module._apply(rest, move, recurse)._parameters["bias"]
+            rest, bias = nn.Module(), self.bias  # what is like that of any other module
+            rest._parameters, rest._buffers, rest._modules = {"bias": bias}, self._buffers, self._modules
+            if bias is not None and not bias.requires_grad:  # torch writes it in place, while a call may be reading it
+                old_bias = bias.data
+                new_bias = move(old_bias)
+                bias = bias if new_bias is old_bias else nn.Parameter(new_bias, requires_grad=False)
+                rest._parameters = {}
+            bias = nn.Module._apply(rest, move, recurse)._parameters.get("bias", bias)
             cast = fn(torch.empty(0, dtype=self.compute_dtype, device=home)).dtype
             if cast.is_floating_point:
                 self.compute_dtype = cast
@@ -351,22 +356,14 @@ class QuantLinear(nn.Module):
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     @changing_layout()
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         concerned = any(key.startswith(prefix) and "." not in key[len(prefix) :] for key in state_dict)
         if concerned or self._load_state_dict_pre_hooks:
             self.unprepare()
             super()._load_from_state_dict(state_dict, prefix, *rest)
-        elif strict:  # as above, for a state dict, an adapter's for example, that has nothing of this layer
+            return
+        _, strict, missing_keys, *_ = rest
+        if strict:  # as above, for a state dict, an adapter's for example, that has nothing of this layer
             missing_keys += [f"{prefix}{key}" for key in self.stored_spec.shapes]
 
     def __getstate__(self) -> dict[str, Any]:

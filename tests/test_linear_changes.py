@@ -144,6 +144,7 @@ CHANGES: dict[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = {
     "half": lambda model, state: model.half().float(),
     "to(cpu)": lambda model, state: model.to("cpu", torch.bfloat16),
     "share_memory": lambda model, state: model.share_memory(),
+    "share_memory and copy": lambda model, state: model.share_memory()._apply(torch.clone),
     "prepare and unprepare": lambda model, state: model[0].unprepare().prepare(),
     "load_state_dict": lambda model, state: model.load_state_dict(state),
     "load_state_dict(assign)": lambda model, state: model.load_state_dict(
@@ -151,6 +152,16 @@ CHANGES: dict[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = {
     ),
     "state_dict": lambda model, state: model.state_dict(),
 }
+
+
+def test_moving_a_layer_leaves_the_old_bias_to_calls_that_read_it() -> None:
+    quantized = layer()
+    bias = quantized.bias
+    address = bias.data_ptr()
+    quantized._apply(torch.clone)
+    assert bias.data_ptr() == address != quantized.bias.data_ptr()
+    trained = quantized.bias.requires_grad_()
+    assert quantized._apply(torch.clone).bias is trained  # an optimizer may have it
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
