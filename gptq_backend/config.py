@@ -111,7 +111,7 @@ class QuantizeConfig:
             "best" (also trains towards the original). It fills in those of the next settings that are None.
         scale_search: search each scale for the least Hessian-weighted rounding error instead of min-max.
         token_weights: in the Hessians of layers before attention, count each token by what an error in the layer's
-            output there changes (see :class:`sensitivity.Sensitivity`); otherwise all tokens count the same.
+            output there changes (see :class:`token_weights.Sensitivity`); otherwise all tokens count the same.
         signed_scales: a wider scale search; symmetric grids may have a negative scale, which mirrors the range
             -2**(b-1)..2**(b-1)-1, and asymmetric ones a zero one higher or lower. Plain GPTQ tensors; False is for
             readers that insist on positive scales.
@@ -119,7 +119,7 @@ class QuantizeConfig:
             feedback before one is chosen.
         refine_sweeps: after the column loop, refit the scales and descend over the codes so often.
         block_epochs: train each block's scales and norms, when its layers are quantized, towards what the original
-            blocks pass on, for so many passes over the calibration data (see :func:`blockwise.train_block`).
+            blocks pass on, for so many passes over the calibration data (see :func:`blocks.train_block`).
         distill_epochs: at the end, train scales and norms against the original for so many passes over the calibration
             data (see :func:`distill.distill`); needs the original beside the quantized model.
         lm_head: also quantize the output embedding.

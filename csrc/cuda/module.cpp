@@ -1,5 +1,5 @@
 // Python bindings. Tensors arrive as addresses and sizes, so that one build serves every version of torch; the caller,
-// gptq_backend/cuda.py, owns the checks.
+// gptq_backend/kernels/cuda/operators.py, owns the checks.
 #include <pybind11/pybind11.h>
 
 #include "api.h"

@@ -30,7 +30,7 @@ class Step:
     Args:
         name: "loop" or "sweep N".
         error: share of the layer's output energy on the calibration tokens that is error, each token counted as in
-            the Hessian (see :class:`sensitivity.Sensitivity`).
+            the Hessian (see :class:`token_weights.Sensitivity`).
     """
 
     name: str

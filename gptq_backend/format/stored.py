@@ -123,7 +123,10 @@ def read_packed(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> P
         runs = -(-qweight.shape[0] // spec.bits)  # of 32 channels; a file may end within the last one
         qweight = packing.pack(packing.unpack(qweight, spec.bits, runs * 32, planar=True), spec.bits)
     g_idx = tensors["g_idx"].to(torch.int32) if spec.act_order else None
-    zeros = unpack_zeros(spec, tensors["qzeros"])
+    if spec.sym:
+        zeros = torch.full(spec.shapes["scales"], 1 << (spec.bits - 1), dtype=torch.uint8, device=qweight.device)
+    else:
+        zeros = unpack_zeros(spec, tensors["qzeros"])
     return PackedWeight(spec.weight, qweight, zeros, tensors["scales"], g_idx, tensors.get("bias"))
 
 

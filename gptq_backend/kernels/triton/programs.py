@@ -1,4 +1,4 @@
-"""Triton kernels over the layout of triton_layout.py; triton_ops.py launches them. Importing this module needs triton.
+"""Triton kernels over the layout of layout.py; operators.py launches them. Importing this module needs triton.
 
 Names common to all, with K, N, G as in docs/format.md:
 
