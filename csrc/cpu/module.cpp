@@ -1,5 +1,5 @@
 // Python bindings. Tensors arrive as addresses and sizes, so that one build serves every version of torch; the callers
-// in gptq_backend/cpu.py own the checks.
+// in gptq_backend/kernels/cpu.py own the checks.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

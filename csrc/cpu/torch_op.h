@@ -11,7 +11,7 @@ namespace gptq {
 // Functions of libtorch's stable C interface that the kernel calls.
 std::vector<std::string> torch_functions();
 
-// Makes `name` of the namespace gptq_backend, which has the schema in gptq_backend/cpu.py, this kernel on CPUs.
+// Makes `name` of the namespace gptq_backend, which has the schema in gptq_backend/kernels/cpu.py, this kernel on CPUs.
 // `functions` holds the address of each of torch_functions(). Throws std::runtime_error where torch refuses.
 void register_with_torch(const char* name, const std::map<std::string, uintptr_t>& functions);
 
