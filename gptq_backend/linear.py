@@ -234,7 +234,7 @@ class QuantLinear(nn.Module):
         parameters |= {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
         self.changes += 1
         self._parameters = parameters
-        self._served = (None if prepared is None else prepared.with_tensors(parameters), parameters)
+        self._served = (None if prepared is None else prepared._replace(tensors=parameters), parameters)
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         """[N, K], rounded once to ``dtype``."""
@@ -386,11 +386,10 @@ def _stored(spec: StoredSpec, weight: PreparedWeight | None, parameters: Mapping
     """The checkpoint's tensors, bit for bit, bias excluded."""
     if weight is None:
         return _without_bias(parameters)
-    held = weight.with_tensors(_without_bias(parameters))
-    packed = held.unprepare()
-    kept = {old: held.tensors[new] for old, new in _KEPT.items() if new in held.tensors}
-    qzeros = kept.pop("qzeros")
-    return {"qweight": stored_words(spec, packed.qweight), "qzeros": qzeros, "scales": packed.scales, **kept}
+    held = _without_bias(parameters)
+    qweight, scales, _ = weight.kernel.unprepare(weight.spec, held)
+    kept = {old: held[new] for old, new in _KEPT.items() if new in held}
+    return {"qweight": stored_words(spec, qweight), "qzeros": kept.pop("qzeros"), "scales": scales, **kept}
 
 
 def _without_bias(parameters: Mapping[str, Any]) -> Tensors:

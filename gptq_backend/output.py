@@ -28,11 +28,8 @@ from .locks import claim
 
 logger = logging.getLogger(__name__)
 
-_TAKEN = {
-    errno.EEXIST,
-    errno.ENOTEMPTY,
-    errno.ENOTDIR,
-}  # what a rename onto a folder with something in it, or a file, says
+# What a rename onto a folder with something in it, or a file, says.
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded")
 
@@ -198,9 +195,7 @@ def _writable(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in _FULL:
-            raise CheckpointError(
-                f"no space left on the disk of {path.parent}; nothing was written: free some"
-            ) from None
+            raise _full(path, error) from None
         raise CheckpointError(f"{path.parent} cannot be written ({error.strerror}); choose another folder") from None
 
 

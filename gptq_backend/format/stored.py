@@ -92,7 +92,7 @@ def encode(
         in_features=features,
         out_features=out_features,
         bits=bits,
-        group_size=_group_size(weight.g_idx, groups),
+        group_size=int(torch.bincount(weight.g_idx.long()).max()),  # of the largest: what the groups were made with
         groups=groups,
         zero_offset=offset,
         planar=planar,
@@ -215,8 +215,3 @@ def _has_act_order(spec: StoredSpec, g_idx: Tensor, name: str) -> bool:
         logger.warning("%s.g_idx was never filled; the groups are taken as contiguous, as without act-order", name)
         return False
     return not torch.equal(g_idx.cpu().int(), spec.trivial_g_idx)
-
-
-def _group_size(g_idx: Tensor, groups: int) -> int:
-    """Channels in the largest group: the group size that produced ``g_idx``."""
-    return int(torch.bincount(g_idx.long(), minlength=groups).max())

@@ -149,10 +149,6 @@ class PreparedWeight(NamedTuple):
         dense = self.kernel.dequantize(*map(tensors.get, self.kernel.layout.tensors), *self.facts, wide)
         return dense.t().to(dtype).contiguous()
 
-    def with_tensors(self, tensors: Tensors) -> PreparedWeight:
-        """The same in other tensors of the same values."""
-        return self._replace(tensors=tensors)
-
     def describe(self) -> str:
         """For the ``repr`` of modules."""
         return f"{self.spec.describe()}, kernel={self.kernel.name}"

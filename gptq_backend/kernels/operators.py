@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .interface import Layout
-
-
-class Operators(NamedTuple):
-    """What :func:`define_operators` made, as :class:`Kernel` wants it: ``op`` and ``dequantize``."""
-
-    op: Callable[..., Tensor]
-    dequantize: Callable[..., Tensor]
 
 
 def define_operators(
@@ -27,8 +20,8 @@ def define_operators(
     dispatch: str = "CompositeExplicitAutograd",
     by_output: bool = False,
     register_inference: Callable[[str], None] | None = None,
-) -> Operators:
-    """Register the operators of a kernel, with all that torch wants of them.
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Register the operators of a kernel, with all that torch wants of them -> ``op`` and ``dequantize`` of its row.
 
     ``gptq_backend::{prefix}gemm`` has gradients with respect to x and bias (the quantized weight is not trainable), by
     ``gptq_backend::{prefix}dequantize``. ``gptq_backend::{prefix}gemm_inference`` is the same product without them:
@@ -62,7 +55,7 @@ def define_operators(
     def op(*arguments: Any) -> Tensor:
         return (with_gradients if torch.is_grad_enabled() else without)(*arguments)
 
-    return Operators(op, dense)
+    return op, dense
 
 
 def _register_fakes(library: torch.library.Library, prefix: str, layout: Layout, by_output: bool) -> None:

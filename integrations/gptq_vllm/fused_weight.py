@@ -51,7 +51,7 @@ class QuantizedSegment(nn.Module):
         tensors: Any = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in weight.tensors.items()}
         self._parameters = {"extra_bias": self.extra_bias, **tensors}
         # The same dictionary: whoever puts others in their place, as vLLM's offloading does, is heard.
-        self.prepared = weight.with_tensors(self._parameters)  # type: ignore[arg-type]
+        self.prepared = weight._replace(tensors=self._parameters)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return self.prepared.describe()

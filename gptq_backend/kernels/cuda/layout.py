@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...format.weight import PackedWeight, WeightSpec
 from ..interface import Tensors
-from ..slots import codes_by_slot, group_sizes, group_slots, words_by_channel
+from ..slots import codes_by_slot, group_sizes, group_slots, rows_of, strips, words_by_channel
 
 STRIP, TILE = 16, 64
 _UNIT = 32
@@ -72,13 +72,12 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 
 def _strips(rows: Tensor) -> Tensor:
     """[chunks, N] -> [ceil(N/16), chunks, 16], channels g and g + 8 adjacent, padded with zeros."""
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % STRIP))
-    return padded.view(len(rows), -1, 2, 8).permute(1, 0, 3, 2).flatten(2).contiguous()
+    return strips(rows, STRIP).unflatten(2, (2, 8)).transpose(2, 3).flatten(2)
 
 
-def _rows(strips: Tensor, width: int) -> Tensor:
+def _rows(tensor: Tensor, columns: int) -> Tensor:
     """Undo :func:`_strips`."""
-    return strips.unflatten(2, (8, 2)).permute(1, 0, 3, 2).reshape(strips.shape[1], -1)[:, :width].contiguous()
+    return rows_of(tensor.unflatten(2, (8, 2)).transpose(2, 3).flatten(2), columns)
 
 
 @dataclass(frozen=True)
@@ -156,16 +155,16 @@ def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tenso
     slots, chunks = words.shape[1] * TILE, tensors["scales"].shape[1]
     parts = []
     for columns in _slices(spec, slots):
-        strips = slice(columns.start // STRIP, math.ceil(columns.stop / STRIP))
-        codes = _unpack(words[strips], spec.bits)[:, : columns.stop - columns.start]
+        part = slice(columns.start // STRIP, math.ceil(columns.stop / STRIP))
+        codes = _unpack(words[part], spec.bits)[:, : columns.stop - columns.start]
         parts.append(words_by_channel(codes, spec.bits, perm))
     g_idx = tensors["g_idx"].cpu() if spec.act_order else None
     groups = _Slots(perm, group_sizes(spec, g_idx, slots // chunks)[1], slots, slots // chunks).groups
     # The first chunk of each group that has channels tells its scales; a group without has nothing to tell.
     first = (groups >= 0) & (groups != torch.nn.functional.pad(groups, (1, 0), value=-1)[:-1])
 
-    def by_group(strips: Tensor) -> Tensor:
-        by_chunk = _rows(strips, spec.out_features)
+    def by_group(tensor: Tensor) -> Tensor:
+        by_chunk = _rows(tensor, spec.out_features)
         rows = by_chunk.new_zeros((spec.groups, spec.out_features))
         rows[groups[first].to(rows.device)] = by_chunk[first.to(rows.device)]
         return rows
