@@ -125,7 +125,7 @@ def test_loading_into_a_prepared_layer_replaces_its_weight() -> None:
 
 
 @pytest.mark.parametrize("key", ["qweight", "qzeros"])
-def test_packed_words_that_were_cast_are_read_as_if_they_were_not(key: str) -> None:
+def test_packed_words_that_were_cast_are_refused(key: str) -> None:
     model = layer()
     model.load_state_dict({**model.state_dict(), key: getattr(model, key).long()}, assign=True)
     with pytest.raises(CheckpointError, match=rf"q_proj\.{key}: .* torch\.int64, expected torch\.int32"):

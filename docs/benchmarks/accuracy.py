@@ -17,8 +17,9 @@ import torch
 from transformers import AutoTokenizer
 
 from gptq_backend import QuantizeConfig
-from gptq_backend.model.calibration import cut
-from gptq_cli.evaluate import cut_windows, evaluate, load_model
+from gptq_backend.model import cut
+from gptq_cli.evaluate import cut_windows, evaluate
+from gptq_cli.models import load_model
 from gptq_transformers import quantize
 
 

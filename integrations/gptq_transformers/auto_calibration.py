@@ -24,7 +24,7 @@ from gptq_backend.model import Selection, check_fits, cut, draw, evaluating, mak
 
 from .errors import first_line
 from .memory import bytes_of, free_bytes
-from .streaming import load_streamed, load_whole, skeleton, take_offloading
+from .streaming import detach_offloading, load_streamed, load_whole, skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class _Original:
     model: PreTrainedModel
     silent: str | None = None
     on_block: Callable[[nn.Module], None] | None = None
-    on_done: Callable[[nn.Module], None] | None = None
+    on_done: Callable[[nn.Module], Any] | None = None
 
 
 @contextmanager
@@ -225,7 +225,7 @@ def _opened(
     silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with scratch_folder("offload") as scratch:
         model = load_streamed(model_or_path, scratch, None, block_name, trust_remote_code)
-        yield _Original(model, silent, take_offloading(model, block_name), lambda block: block.to("meta"))
+        yield _Original(model, silent, detach_offloading(model, block_name), lambda block: block.to("meta"))
 
 
 def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor | str:

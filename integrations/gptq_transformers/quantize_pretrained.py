@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers import GPTQConfig as StockGPTQConfig
 
 from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
 from gptq_backend.errors import CalibrationError, ConfigError
@@ -24,11 +25,11 @@ from .auto_calibration import AUTO, Choice, choose
 from .calibration_input import given, is_text, load_tokenizer, token_ids
 from .companions import copy_companions
 from .completeness import keep_all_tensors
-from .config import GPTQConfig, StockGPTQConfig
+from .config import GPTQConfig
 from .dispatch import keeping_hooks
 from .experts.unfuse import unfuse_experts
 from .hf_quantizer import attach
-from .streaming import BlockWriter, load_streamed, load_whole, take_offloading
+from .streaming import BlockWriter, detach_offloading, load_streamed, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -143,12 +144,12 @@ def quantize(
         writer = None
         if folder is not None and from_folder and not config.tier.distill_epochs:
             writer = BlockWriter.of(model, folder, block_name)
-        bring = take_offloading(model, block_name)
+        bring = detach_offloading(model, block_name)
         with keeping_hooks(model):
             report = quantize_model(
                 model,
                 config,
-                calibration,
+                calibration,  # type: ignore[arg-type]
                 batch_size=batch_size,
                 block_name=block_name,
                 backend=backend,
@@ -189,7 +190,7 @@ def _generation_settings_as_they_are(model: PreTrainedModel, folder: Path) -> It
     """Let settings be saved that ``save_pretrained`` refuses, like the temperature that many published models have
     without sampling; ``generate`` ignores it.
     """
-    settings = getattr(model, "generation_config", None)
+    settings: Any = getattr(model, "generation_config", None)
     try:
         if settings is not None:
             settings.validate(strict=True)

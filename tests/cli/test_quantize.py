@@ -22,7 +22,7 @@ from gptq_backend.kernels import reference
 from gptq_backend.kernels import table as kernels
 from gptq_cli import quantize_command as quantizing
 from gptq_cli import terminal
-from gptq_cli.report import percent, significant
+from gptq_cli.formatting import percent, significant
 from tests.cli.command import SMALL, TEXT, error, run
 
 
@@ -142,7 +142,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
         (["eval", original, "--text", TEXT, "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["inspect", original], "no quantization settings"),
         (["inspect", tmp_path / "none"], "is not a folder"),
-        (["inspect", quantized, "--device", "abacus"], "--device abacus is no device"),
+        (["inspect", quantized, "--device", "abacus"], "--device abacus is not a device"),
     ]
     for command, message in expected:
         assert message in error(run(*command)), command
