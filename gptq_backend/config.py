@@ -10,9 +10,9 @@ from typing import Any
 from .dialects import as_flag, as_integer, as_number, canonical, require_gptq
 from .errors import ConfigError
 from .patterns import Patterns, compiled
+from .settings import FORMATS as FORMATS
 
 SUPPORTED_BITS = (2, 3, 4, 8)
-CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gptq_p")
 PACK_DTYPES = ("int8", "int16", "int32", "int64")
 
 
@@ -167,13 +167,12 @@ class QuantizeConfig:
         for name, (accepts, expected) in (_READ | _WRITE_ONLY).items():
             if not accepts(value := getattr(self, name)):
                 raise ConfigError(f"{name}={value!r} is not supported; {expected}")
-        if self.checkpoint_format not in CHECKPOINT_FORMATS:
+        if self.checkpoint_format not in FORMATS:
             hint = " (serialized Marlin cannot be converted back; find the original)" * (
                 "marlin" in str(self.checkpoint_format)
             )
             raise ConfigError(
-                f"checkpoint_format={self.checkpoint_format!r} is not supported; "
-                f"choose one of {CHECKPOINT_FORMATS}{hint}"
+                f"checkpoint_format={self.checkpoint_format!r} is not supported; choose one of {tuple(FORMATS)}{hint}"
             )
         if self.modules_in_block_to_quantize is not None:
             object.__setattr__(self, "modules_in_block_to_quantize", _flat(self.modules_in_block_to_quantize))

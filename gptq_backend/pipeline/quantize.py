@@ -441,7 +441,7 @@ class _Run:
             return
         for target in self.current.targets:
             if target.module not in self.done:
-                if self.batches is not None and "experts" not in target.name.split("."):
+                if self.batches is not None and not target.may_be_idle:
                     self.keep(target)
                     continue
                 if self.batches is not None:
