@@ -5,8 +5,7 @@ from .errors import CalibrationError, CheckpointError, ConfigError, GPTQError
 from .format.weight import LinearSpec, QuantizedWeight
 from .kernels.table import KERNELS, Kernel, kernel_report, select_kernel
 from .linear import QuantLinear
-from .pipeline.quantize import quantize_model
-from .pipeline.report import LayerReport, QuantizeReport
+from .pipeline import Events, LayerReport, QuantizeReport, RunOptions, quantize_model
 from .version import __version__ as __version__
 
 __all__ = [
@@ -14,6 +13,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "Events",
     "GPTQError",
     "Kernel",
     "LayerReport",
@@ -22,6 +22,7 @@ __all__ = [
     "QuantizeConfig",
     "QuantizeReport",
     "QuantizedWeight",
+    "RunOptions",
     "kernel_report",
     "quantize_model",
     "select_kernel",

@@ -17,7 +17,7 @@ PACK_DTYPES = ("int8", "int16", "int32", "int64")
 
 
 @dataclass(frozen=True)
-class Tier:
+class Preset:
     """What a ``quality`` stands for; each field is also a setting of :class:`QuantizeConfig`, which then wins."""
 
     signed_scales: bool
@@ -33,9 +33,9 @@ class Tier:
 
 
 QUALITIES = {
-    "fast": Tier(signed_scales=False, search_finalists=1, refine_sweeps=0, block_epochs=0, distill_epochs=0),
-    "default": Tier(signed_scales=True, search_finalists=4, refine_sweeps=2, block_epochs=0, distill_epochs=0),
-    "best": Tier(signed_scales=True, search_finalists=8, refine_sweeps=4, block_epochs=2, distill_epochs=2),
+    "fast": Preset(signed_scales=False, search_finalists=1, refine_sweeps=0, block_epochs=0, distill_epochs=0),
+    "default": Preset(signed_scales=True, search_finalists=4, refine_sweeps=2, block_epochs=0, distill_epochs=0),
+    "best": Preset(signed_scales=True, search_finalists=8, refine_sweeps=4, block_epochs=2, distill_epochs=2),
 }
 
 _Rule = tuple[Callable[[Any], bool], str]  # whether a value is accepted, and what is
@@ -193,9 +193,9 @@ class QuantizeConfig:
         return self.act_group_aware
 
     @property
-    def tier(self) -> Tier:
+    def preset(self) -> Preset:
         """What ``quality`` stands for, with the settings that were made one by one."""
-        made = {item.name: getattr(self, item.name) for item in dataclasses.fields(Tier)}
+        made = {item.name: getattr(self, item.name) for item in dataclasses.fields(Preset)}
         chosen = {name: value for name, value in made.items() if value is not None}
         return dataclasses.replace(QUALITIES[self.quality], **chosen)
 
@@ -221,7 +221,7 @@ class QuantizeConfig:
         except ConfigError as error:
             raise ConfigError(f"the dynamic rule {pattern[:60]!r}: {error}") from None
 
-    def vain_rules(self, names: Iterable[str]) -> list[str]:
+    def unused_rules(self, names: Iterable[str]) -> list[str]:
         """What of ``dynamic`` has no effect, as sentences. names: of all linear layers."""
         found: list[str] = []
         if not self.dynamic:
@@ -244,7 +244,7 @@ class QuantizeConfig:
         """Read a ``quantization_config`` or ``quantize_config.json`` dictionary of any known dialect.
 
         Numbers and booleans may be JSON strings. A checkpoint is not refused for how it was made: values of ``quality``
-        and the like that are not known here go to ``extra``, and :meth:`require_run` raises for them.
+        and the like that are not known here go to ``extra``, and :meth:`check_quantizer_settings` raises for them.
 
         Raises:
             ConfigError: another format, or a value that a reader needs is not supported.
@@ -253,7 +253,7 @@ class QuantizeConfig:
         known, extra = _known(canonical(source))
         return cls(**known, extra=extra)
 
-    def require_run(self) -> None:
+    def check_quantizer_settings(self) -> None:
         """Raises ConfigError where a setting of a quantizing run has a value that :meth:`from_dict` set aside."""
         dataclasses.replace(self, **{key: self.extra[key] for key in _WRITE_ONLY if key in self.extra})
 

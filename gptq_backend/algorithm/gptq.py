@@ -120,7 +120,7 @@ def quantize_weight(
         raise CalibrationError(f"{name}.weight: a scale overflows {_SCALES}; skip the layer with a dynamic rule")
     steps: tuple[Step, ...] = ()
     hessian = None if shared is None else shared.hessian.to(weight.dtype)
-    sweeps = config.tier.refine_sweeps
+    sweeps = config.preset.refine_sweeps
     if shared is not None and hessian is not None and sweeps and shared.factor.method != "diagonal":  # then indefinite
         quantized, steps = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
     difference = quantized.dequantize(weight.dtype) - weight
@@ -241,7 +241,7 @@ def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, spread: Tens
     if not config.scale_search:
         return _grid(low, high, config)
     candidates = _candidates(low, high, config)  # fields [candidates, N]
-    finalists = config.tier.search_finalists if spread is not None else 1
+    finalists = config.preset.search_finalists if spread is not None else 1
     if finalists > 1:  # a choice among grids, each exact in float32
         columns, cost = columns.float(), cost.float()
         candidates = candidates.map(Tensor.float)
@@ -256,10 +256,10 @@ def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, spread: Tens
 
 def _candidates(low: Tensor, high: Tensor, config: QuantizeConfig) -> Grid:
     """Grids over shrunk ranges, fields [candidates, N]; with signed scales also wider search and what a sign adds."""
-    shrinks = _WIDE_SHRINK if config.tier.signed_scales else _SHRINK
+    shrinks = _WIDE_SHRINK if config.preset.signed_scales else _SHRINK
     shrink = torch.tensor(shrinks, dtype=low.dtype, device=low.device).unsqueeze(1)
     grid = _grid(low * shrink, high * shrink, config)
-    if not config.tier.signed_scales:
+    if not config.preset.signed_scales:
         return grid
     if config.sym:
         mirrored = Grid(-grid.scale, grid.zero, grid.low, grid.high)

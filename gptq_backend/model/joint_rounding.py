@@ -16,8 +16,8 @@ from ..format.weight import QuantizedWeight
 from .structure import Block, Target, dense_weight
 
 
-class Stacks:
-    """What is stacked in the current block, and what the next one will learn from it."""
+class JointRounding:
+    """What is rounded together in the current block, and what the next one will learn from it."""
 
     def __init__(self) -> None:
         self._block: dict[str, Target] = {}  # targets by their names inside the block

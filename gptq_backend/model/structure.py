@@ -178,7 +178,7 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
         ConfigError: no repeated blocks, no layer left to quantize, one that shares its weight with another, or settings
             that no run knows or that do not fit a layer.
     """
-    config.require_run()
+    config.check_quantizer_settings()
     blocks = find_blocks(model, block_name)
     last = len(blocks) - config.keep_edge_blocks
     found = []
@@ -194,7 +194,7 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
         )
     _check_shared(structure)
     for target in structure.targets:
-        target.config.require_run()
+        target.config.check_quantizer_settings()
         _check_format(target, config)
         _check_planar(target)
     return structure

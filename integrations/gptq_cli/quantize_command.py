@@ -102,9 +102,7 @@ def run(
             batch_size=batch_size,
             block_name=block_name,
             overwrite=overwrite,
-            on_layer=progress.on_layer,
-            on_step=progress.on_step,
-            on_choice=progress.on_choice,
+            events=progress,
             device=device,
             trust_remote_code=trust_remote_code,
         )[1]

@@ -151,14 +151,14 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
 def test_ctrl_c_in_the_middle_exits_130_and_leaves_nothing(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = terminal.LayerProgress.on_layer
+    shown = terminal.LayerProgress.layer_done
 
     def interrupt(self: terminal.LayerProgress, layer: LayerReport, done: int, total: int) -> None:
         shown(self, layer, done, total)
         if done == 5:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(terminal.LayerProgress, "on_layer", interrupt)
+    monkeypatch.setattr(terminal.LayerProgress, "layer_done", interrupt)
     result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT)
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
@@ -237,14 +237,19 @@ def test_a_bug_is_not_taken_for_a_damaged_model(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    for place in ("api.quantize_model", "calibration_input.tokenize", "evaluate.evaluate"):
+    places = (
+        "gptq_transformers.quantize_pretrained.quantize_model",
+        "gptq_transformers.calibration_input.tokenize",
+        "gptq_cli.evaluate.evaluate",
+    )
+    for place in places:
         with monkeypatch.context() as patch:
-            patch.setattr(f"gptq_transformers.{place}", fail)
+            patch.setattr(place, fail)
             result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--overwrite")
             assert isinstance(result.exception, RuntimeError), f"{place}: {result.output}"
             assert "cannot be loaded" not in result.stderr
             result = run("eval", original, "--text", TEXT, "--seqlen", "32", "--windows", "2")
-            assert isinstance(result.exception, RuntimeError) == place.startswith("evaluate"), place
+            assert isinstance(result.exception, RuntimeError) == ("evaluate" in place), place
 
 
 @pytest.mark.parametrize("damage", ["config", "model type", "no weights", "cut weights", "no tensor", "shape"])
@@ -369,7 +374,7 @@ def test_an_interrupted_training_says_that_it_can_go_on_and_does(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(terminal.LayerProgress, "on_step", interrupt)
+        patch.setattr(terminal.LayerProgress, "training_step", interrupt)
         result = run(*command)
     assert result.exit_code == 130
     said = "".join(result.stderr.split())

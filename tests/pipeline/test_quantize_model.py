@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import gptq_backend.model.layer_inputs as factors
-from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend import CalibrationError, ConfigError, QuantizeConfig, QuantLinear, RunOptions, quantize_model
 from gptq_backend.algorithm.hessian import Hessian
-from tests.toy import VOCABULARY, Mlp, SparseMlp, Toy, samples, toy
+from tests.toy import VOCABULARY, Mlp, SparseMlp, Toy, listener, samples, toy
 
 
 def config(**settings: Any) -> QuantizeConfig:
@@ -108,7 +108,7 @@ def test_true_sequential_layers_are_optimised_on_the_inputs_they_will_see(
     hessians: list[Tensor], batch_size: int
 ) -> None:
     model, data = toy(), samples()
-    quantize_model(model, config(bits=2), data, batch_size=batch_size)
+    quantize_model(model, config(bits=2), data, options=RunOptions(batch_size=batch_size))
     firsts = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.q", "attn.o", "mlp.gate", "mlp.down")]
     final = second_moments(model, firsts, data)
     for made, name in zip(hessians, firsts, strict=True):
@@ -186,13 +186,15 @@ def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
     with pytest.raises(ConfigError, match="teacher="):
         quantize_model(toy(), settings, samples())
     model = toy(dtype=torch.float32)
-    report = quantize_model(model, settings, samples(16), batch_size=2, teacher=lambda: toy(dtype=torch.float32))
+    report = quantize_model(
+        model, settings, samples(16), options=RunOptions(batch_size=2), teacher=lambda: toy(dtype=torch.float32)
+    )
     assert report.distillation is not None
     assert len(report.distillation.losses) == 2 * 7
     assert [each.name for each in report.blocks] == ["blocks.0", "blocks.1"]
     untouched = toy()
     with pytest.raises(CalibrationError, match="at least two calibration batches"):
-        quantize_model(untouched, settings, samples(2), batch_size=2, teacher=toy)
+        quantize_model(untouched, settings, samples(2), options=RunOptions(batch_size=2), teacher=toy)
     with pytest.raises(ConfigError, match="training needs calibration data"):
         quantize_model(untouched, settings, None, teacher=toy)
     assert not any(isinstance(module, QuantLinear) for module in untouched.modules()), "found out after the work"
@@ -201,7 +203,10 @@ def test_best_distils_against_the_teacher_and_refuses_to_go_without() -> None:
 def test_progress_counts_up_to_the_number_of_layers() -> None:
     seen: list[tuple[str, int, int]] = []
     quantize_model(
-        toy(), config(), samples(), on_layer=lambda entry, done, total: seen.append((entry.name, done, total))
+        toy(),
+        config(),
+        samples(),
+        events=listener(layer_done=lambda entry, done, total: seen.append((entry.name, done, total))),
     )
     assert [done for _, done, _ in seen] == list(range(1, 15))
     assert {total for *_, total in seen} == {14}
@@ -241,14 +246,16 @@ def test_a_layer_whose_weight_the_models_code_reads_stays_and_the_settings_say_s
 def test_expert_reached_only_after_its_block_changed_is_quantized_once(seed: int) -> None:
     """Few tokens and two bits: with these seeds routing differs between the dense and the quantized pass of a block."""
     model = toy(seed, blocks=3, mlp=lambda: SparseMlp(8))
-    report = quantize_model(model, config(bits=2, true_sequential=False), samples(3, 4), batch_size=1)
+    report = quantize_model(
+        model, config(bits=2, true_sequential=False), samples(3, 4), options=RunOptions(batch_size=1)
+    )
     names = [entry.name for entry in report.layers]
     assert len(names) == len(set(names)) == len(quantized_names(model))
 
 
 def test_expert_hessians_hold_exactly_the_tokens_routed_to_them(hessians: list[Tensor]) -> None:
     model, data = toy(blocks=1, mlp=SparseMlp), samples()
-    report = quantize_model(model, config(), data, batch_size=1)
+    report = quantize_model(model, config(), data, options=RunOptions(batch_size=1))
     tokens = {entry.name: entry.tokens for entry in report.layers}
     names = [f"blocks.0.mlp.experts.{i}.gate" for i in range(3)]
     assert sum(tokens[name] for name in names) == tokens["blocks.0.attn.q"] == 4 * 24
@@ -347,12 +354,12 @@ def test_non_finite_activations_are_dropped_counted_and_named(caplog: pytest.Log
         ids[ids == 5] = 6
     bad = torch.full((24,), 5)
     with caplog.at_level(logging.WARNING, "gptq_backend"):
-        report = quantize_model(model, config(token_weights=True), [*good, bad], batch_size=2)
+        report = quantize_model(model, config(token_weights=True), [*good, bad], options=RunOptions(batch_size=2))
     assert {entry.dropped_tokens for entry in report.layers} == {24}
     assert {entry.tokens for entry in report.layers} == {4 * 24}
     assert "blocks.0.attn.q: dropped 24 " in caplog.text
     clean = toy()
-    quantize_model(clean, config(token_weights=True), good, batch_size=2)
+    quantize_model(clean, config(token_weights=True), good, options=RunOptions(batch_size=2))
     for name in quantized_names(clean):
         assert torch.equal(
             clean.get_submodule(name).quantized_weight().codes, model.get_submodule(name).quantized_weight().codes
@@ -413,13 +420,13 @@ def test_dense_weights_and_hessians_of_a_finished_block_are_freed(monkeypatch: p
     monkeypatch.setattr(factors, "Hessian", Counted)
     sizes, held = [], []
 
-    def on_block(block: nn.Module) -> None:
+    def look(name: str, block: nn.Module) -> None:
         linear = [m for done in model.blocks for m in done.modules() if type(m) is nn.Linear]
         sizes.append(sum(module.weight.numel() for module in linear))
         held.append(sum(ref() is not None for ref in alive))
 
     layers = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
-    quantize_model(model, config(), samples(), on_block=on_block)
+    quantize_model(model, config(), samples(), events=listener(block_needed=look))
     assert [size * 3 for size in sizes] == [sizes[0] * 3, sizes[0] * 2, sizes[0]]
     assert held == [0, 0, 0]
     assert all(layer.weight.numel() == 0 for layer in layers)
@@ -459,7 +466,12 @@ def test_a_failed_run_leaves_forwards_as_they_were() -> None:
     model = toy()
     own = model.blocks[1].forward = model.blocks[1].forward
     with pytest.raises(RuntimeError, match="boom"):
-        quantize_model(model, config(), samples(), on_layer=lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+        quantize_model(
+            model,
+            config(),
+            samples(),
+            events=listener(layer_done=lambda *_: (_ for _ in ()).throw(RuntimeError("boom"))),
+        )
     assert vars(model.blocks[1])["forward"] is own
     assert "forward" not in vars(model.blocks[0])
 
@@ -482,8 +494,9 @@ def test_a_block_that_no_token_reaches_is_brought_and_finished_and_stays(caplog:
         model,
         config(),
         samples(),
-        on_block=brought.append,
-        on_done=lambda name, block: finished.append(name),
+        events=listener(
+            block_needed=lambda name, block: brought.append(block), block_done=lambda name, block: finished.append(name)
+        ),
     )
     assert brought == list(model.blocks)
     assert finished == ["blocks.0", "blocks.1"]
@@ -500,7 +513,7 @@ def test_a_run_that_quantizes_nothing_is_an_error(head: bool) -> None:
     model = toy()
     model.unused = nn.ModuleList(Mlp() for _ in range(2)).double()
     with pytest.raises(ConfigError, match=r"no layer was quantized: .* unused.0 to unused.1; .*block_name"):
-        quantize_model(model, config(lm_head=head), samples(), block_name="unused")
+        quantize_model(model, config(lm_head=head), samples(), options=RunOptions(block_name="unused"))
 
 
 def test_a_model_that_wants_other_inputs_says_so_before_its_blocks() -> None:

@@ -20,6 +20,7 @@ from gptq_backend import CalibrationError, ConfigError
 from gptq_cli.app import app
 from gptq_transformers import auto_calibration, memory, quantize
 from gptq_transformers.auto_calibration import MODEL, USER, choose, packaged_texts
+from tests.toy import listener
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests" / "data" / "checkpoints" / "llama-4-32-sym" / "tokenizer.json"
@@ -223,9 +224,9 @@ def test_a_quantized_model_is_refused_before_the_work(folder: Path, tmp_path: Pa
 
 
 def test_quantize_uses_the_choice_and_tells_it(folder: Path, offline: None) -> None:
-    told: list[auto_calibration.Choice] = []
-    _, report = quantize(folder, CONFIG, "auto", **SMALL, on_choice=told.append)
-    assert {layer.tokens for layer in report.layers} == {told[0].samples.numel()}
+    chosen: list[auto_calibration.Choice] = []
+    _, report = quantize(folder, CONFIG, "auto", **SMALL, events=listener(calibration_chosen=chosen.append))
+    assert {layer.tokens for layer in report.layers} == {chosen[0].samples.numel()}
 
 
 def test_the_command_reports_what_was_chosen_and_why(folder: Path, tmp_path: Path, offline: None) -> None:
