@@ -49,7 +49,6 @@ def run(
     model: str,
     out: Path,
     settings: Mapping[str, Any],
-    rules: str | None,
     source: Source,
     *,
     batch_size: int | None,
@@ -63,13 +62,12 @@ def run(
     """Quantize, write the reports, compare and print; the arguments are the command's options.
 
     Args:
-        settings: of ``QuantizeConfig``, but ``dynamic``.
-        rules: that, as JSON.
+        settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
 
     Raises:
         GPTQError: something cannot be used; the message says what to do.
     """
-    config = QuantizeConfig(**settings, dynamic=_parse_rules(rules))
+    config = QuantizeConfig(**{**settings, "dynamic": _parse_rules(settings["dynamic"])})
     console = terminal.stderr_console()
     terminal.set_up_logging(console, ignore="gptq_backend.kernels.table")  # the layers only get packed here
     terminal.check_json_target(json_target)
