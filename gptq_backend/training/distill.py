@@ -21,7 +21,7 @@ from ..format.weight import QuantizedWeight
 from ..linear import QuantLinear
 from ..model.calibration import Batch
 from ..model.progress import Progress
-from ..model.structure import evaluating, replace_module
+from ..model.structure import evaluating
 from .scales import Training, schedule, trainable, validation_batches
 
 logger = logging.getLogger(__name__)
@@ -102,25 +102,10 @@ def distill(
         results = state.results()
     if state.keep:
         for name, source in sources.items():
-            replace_module(model, name, _quantized_linear(results[name], source))
+            source.load_state_dict({"scales": results[name].scales}, strict=False)
     else:
         logger.warning("distillation did not lower the held-out divergence (%.3g -> %.3g); undone", before, after)
     return DistillReport(before, after, tuple(losses), state.keep)
-
-
-def _quantized_linear(weight: QuantizedWeight, source: QuantLinear) -> QuantLinear:
-    """A layer like ``source`` with another weight."""
-    spec = source.stored_spec
-    checkpoint_format = "gptq_p" if spec.planar else "gptq" if spec.zero_offset else "gptq_v2"
-    return QuantLinear.from_weight(
-        weight,
-        source.bias,
-        checkpoint_format,
-        spec.word_dtype,
-        source.name,
-        source.backend,
-        dtype=source.compute_dtype,
-    )
 
 
 def _seen(state: Training, weights: Mapping[str, QuantizedWeight], batches: list[Batch]) -> list[Tensor]:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_backend.algorithm.columns import Grid
+from gptq_backend.algorithm.grid import Grid
 from gptq_backend.format.weight import encode, resolve
 from gptq_backend.kernels import experts as moe
 from gptq_backend.kernels import table as kernels
