@@ -88,20 +88,7 @@ def quantize(
     json_target: Json = None,
 ) -> None:
     """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
-    if not out:  # an unset variable of the shell; Path("") would be the current folder
-        raise typer.BadParameter("OUT is empty; name the folder to write")
-    if (calibration is None) != rtn:
-        raise typer.BadParameter(
-            "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read), --calibration "
-            "auto (GPTQ on text that it chooses) or --rtn (round to nearest, no text needed, less accurate)"
-        )
-    if text is not None and calibration != "auto":
-        raise typer.BadParameter("--text goes with --calibration auto; for that text alone, pass --calibration FILE")
-    if rtn and (settings["quality"] == "best" or settings["block_epochs"] or settings["distill_epochs"]):
-        raise typer.BadParameter(
-            "--quality best, --block-epochs and --distill-epochs train on calibration text, and --rtn has none; pass "
-            "--calibration FILE instead of --rtn, or leave them out"
-        )
+    _check_usage(out, settings, calibration, text, rtn)
     from .quantize_command import Source, run
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
@@ -118,6 +105,24 @@ def quantize(
         overwrite=overwrite,
         json_target=json_target,
     )
+
+
+def _check_usage(out: str, settings: dict[str, Any], calibration: str | None, text: Path | None, rtn: bool) -> None:
+    """Raises BadParameter for options of ``quantize`` that do not go together."""
+    if not out:  # an unset variable of the shell; Path("") would be the current folder
+        raise typer.BadParameter("OUT is empty; name the folder to write")
+    if (calibration is None) != rtn:
+        raise typer.BadParameter(
+            "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read), --calibration "
+            "auto (GPTQ on text that it chooses) or --rtn (round to nearest, no text needed, less accurate)"
+        )
+    if text is not None and calibration != "auto":
+        raise typer.BadParameter("--text goes with --calibration auto; for that text alone, pass --calibration FILE")
+    if rtn and (settings["quality"] == "best" or settings["block_epochs"] or settings["distill_epochs"]):
+        raise typer.BadParameter(
+            "--quality best, --block-epochs and --distill-epochs train on calibration text, and --rtn has none; pass "
+            "--calibration FILE instead of --rtn, or leave them out"
+        )
 
 
 @app.command("eval")

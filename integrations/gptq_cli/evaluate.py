@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
 from gptq_backend.format import embedded_settings
-from gptq_backend.model import cut
+from gptq_backend.model import split_windows
 from gptq_transformers.errors import loading
 from gptq_transformers.load_quantized import from_quantized
 from gptq_transformers.model_class import class_of, from_pretrained, predicts_next_token, read_config
@@ -82,7 +82,7 @@ def cut_windows(text: str, tokenizer: Callable[..., Any], seqlen: int, windows: 
     if seqlen < 2 or windows < 1:
         raise GPTQError(f"seqlen={seqlen} and windows={windows} give nothing to predict; use seqlen >= 2, windows >= 1")
     ids = list(tokenizer(text)["input_ids"])
-    found = cut(ids, seqlen, tokenizer)[:windows]
+    found = split_windows(ids, seqlen, tokenizer)[:windows]
     if not found:
         raise GPTQError(
             f"the evaluation text has {len(ids)} tokens, fewer than one window of seqlen={seqlen}; "

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from gptq_backend import GPTQError, QuantizeConfig
-from gptq_backend.model import set_aside
+from gptq_backend import GPTQError, QuantizeConfig, QuantizeReport
+from gptq_backend.model import held_out_windows
 from gptq_backend.output import check_spared
 from gptq_transformers.memory import bytes_of, free_bytes
 from gptq_transformers.quantize_pretrained import quantize
@@ -43,6 +43,21 @@ class Source:
     calibration: str | None
     text: Path | None
     window: Mapping[str, int]
+
+    def read(self) -> tuple[str | list[str] | None, str | list[str] | None]:
+        """What to calibrate on ("auto" stays), and what the model will read."""
+        texts: str | list[str] | None = self.calibration
+        if self.calibration not in (None, "auto"):
+            texts = terminal.read_calibration(Path(self.calibration))
+        return texts, None if self.text is None else terminal.read_calibration(self.text)
+
+    def describe(self, result: QuantizeReport, choice: Any) -> dict[str, Any] | None:
+        """What was calibrated on, for the report; ``choice`` is that of "auto"."""
+        if self.calibration is None:
+            return None
+        tokens = max((layer.tokens for layer in result.layers), default=0)
+        used = {"file": str(self.text or self.calibration), **self.window, "tokens": tokens}
+        return used if choice is None else {**used, "choice": choice.report()}
 
 
 def run(
@@ -77,18 +92,15 @@ def run(
         if file not in (None, "auto"):
             check_spared(out, file, "the text")
     here = out.resolve() if out.is_dir() and out.samefile(".") else None
-    calibration, window = source.calibration, source.window
-    texts: str | list[str] | None = calibration
-    if calibration not in (None, "auto"):
-        texts = terminal.read_calibration(Path(calibration))
-    own = None if source.text is None else terminal.read_calibration(source.text)
+    texts, own = source.read()
 
     def unseen() -> list[Any]:
         if (choice := progress.choice) is not None:
             return list(choice.held_out[:kld_windows])
-        return set_aside(texts, load_tokenizer(str(out), trust_remote_code), **window, count=kld_windows)
+        tokenizer = load_tokenizer(str(out), trust_remote_code)
+        return held_out_windows(texts, tokenizer, **source.window, count=kld_windows)
 
-    first = "choosing calibration text" if calibration == "auto" else "loading the model"
+    first = "choosing calibration text" if source.calibration == "auto" else "loading the model"
     with terminal.LayerProgress(console, first) as progress:
         result = quantize(  # without the model, whose memory the comparison needs
             model,
@@ -96,7 +108,7 @@ def run(
             texts,
             text=own,
             output=out,
-            **window,
+            **source.window,
             batch_size=batch_size,
             block_name=block_name,
             overwrite=overwrite,
@@ -106,16 +118,10 @@ def run(
         )[1]
     if here is not None:  # the folder that this process stood in was replaced; relative paths mean the same again
         os.chdir(here)
-    used = None
-    if calibration is not None:
-        tokens = max((layer.tokens for layer in result.layers), default=0)
-        used = {"file": str(source.text or calibration), **window, "tokens": tokens}
-        if progress.choice is not None:
-            used["choice"] = progress.choice.report()
-    report = make_report(result, model, out, used)
+    report = make_report(result, model, out, source.describe(result, progress.choice))
     with _reporting(out):
         _, page = write_reports(report, out)  # before the comparison, which can fail
-    if calibration is not None and kld_windows:
+    if source.calibration is not None and kld_windows:
         report["evaluation"] = _compare(out, model, unseen, device, trust_remote_code)
     with _reporting(out):
         write_reports(report, out)
