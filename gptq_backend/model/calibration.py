@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
 from typing import Any
@@ -95,7 +95,7 @@ def held_out_windows(
     return [rest[i * len(rest) // count] for i in range(count)] if len(rest) > count else rest
 
 
-def require_sequences(samples: Sequence[Any]) -> None:
+def require_sequences(samples: Iterable[Any]) -> None:
     """Raises CalibrationError for a sample that is one number: of a flat sequence of ids, each would be a sample."""
     for index, sample in enumerate(samples):
         ids = sample.get("input_ids") if isinstance(sample, Mapping) else sample
@@ -106,7 +106,7 @@ def require_sequences(samples: Sequence[Any]) -> None:
             )
 
 
-def make_batches(samples: Sequence[Any] | Mapping[str, Any], batch_size: int | None = None) -> list[Batch]:
+def make_batches(samples: Sequence[Any] | Tensor | Mapping[str, Any], batch_size: int | None = None) -> list[Batch]:
     """Group samples of equal length.
 
     Args:

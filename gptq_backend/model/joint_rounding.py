@@ -25,7 +25,8 @@ class JointRounding:
         self._later: dict[str, list[str]] = {}  # in the block before: the first reader of a factor -> the others
         self._ahead: dict[Target, tuple[weakref.ref[LayerFactor], QuantizedWeight]] = {}
 
-    def enter(self, block: Block) -> None:
+    def begin_block(self, block: Block) -> None:
+        """Take together what the block before this one has read together."""
         self._later = {names[0]: names[1:] for _, names in self._readers}
         self._readers.clear()
         self._ahead.clear()

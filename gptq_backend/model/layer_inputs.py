@@ -27,7 +27,7 @@ class LayerInput:
     Args:
         x: [B, T, K] or another shape that ends in K.
         mask: [B, T], 0 marks padding; None if nothing is padded.
-        weights: [B, T], what each token counts (:class:`sensitivity.Sensitivity`); None: as much as an average one.
+        weights: [B, T], what each token counts (:class:`token_weights.Sensitivity`); None: as much as an average one.
     """
 
     x: Tensor

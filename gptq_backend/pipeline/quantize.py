@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import QuantizeConfig
 from ..errors import ConfigError
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 def quantize_model(
     model: nn.Module,
     config: QuantizeConfig,
-    calibration: Sequence[Any] | None = None,
+    calibration: Sequence[Any] | Tensor | None = None,
     *,
     options: RunOptions | None = None,
     events: Events | None = None,
@@ -203,9 +203,9 @@ class _Run:
     def begin_block(self, block: Block) -> BlockState:
         """Give a block its turn."""
         self.events.block_needed(block.name, block.module)
-        self.resume.enter(block)
+        self.resume.begin_block(block)
         self.placement.bring(tensors_of(block.module))
-        self.layers.joint.enter(block)
+        self.layers.joint.begin_block(block)
         self.passes.state = BlockState(block)
         return self.passes.state
 

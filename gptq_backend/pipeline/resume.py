@@ -52,7 +52,7 @@ class Resume:
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
         self.identity = self.progress.digest("", [config.to_dict(), str(device), described], [*data, *outside])
 
-    def enter(self, block: Block) -> None:
+    def begin_block(self, block: Block) -> None:
         """A block depends on its weights and on what the blocks before it do."""
         self.identity = self.progress.digest(self.identity, block.name, tensors_of(block.module))
 
