@@ -23,6 +23,8 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Never done unasked.")
 ]
 
+_MAKE_ENUM: Any = Enum  # called with names that type checkers cannot know
+
 
 def names_in_core(file: str) -> dict[str, Any]:
     """What a file of gptq_backend defines; the package is not imported, which would import torch."""
@@ -59,7 +61,7 @@ def _setting_options() -> list[inspect.Parameter]:
             continue
         kind: Any = {"int": int, "float": float, "bool": bool}.get(item.type.removesuffix(" | None"), str)
         if setting.choices:
-            kind = Enum(item.name, {choice: choice for choice in setting.choices}, type=str)
+            kind = _MAKE_ENUM(item.name, {choice: choice for choice in setting.choices}, type=str)
             default = kind(default)
         option = typer.Option(
             *([setting.option] if setting.option else []),

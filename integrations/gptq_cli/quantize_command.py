@@ -42,7 +42,7 @@ class Source:
 
     calibration: str | None
     text: Path | None
-    window: Mapping[str, int]
+    window: Mapping[str, Any]
 
     def read(self) -> tuple[str | list[str] | None, str | list[str] | None]:
         """What to calibrate on ("auto" stays), and what the model will read."""
@@ -98,7 +98,7 @@ def run(
         if (choice := progress.choice) is not None:
             return list(choice.held_out[:kld_windows])
         tokenizer = load_tokenizer(str(out), trust_remote_code)
-        return held_out_windows(texts, tokenizer, **source.window, count=kld_windows)
+        return held_out_windows(texts or "", tokenizer, **source.window, count=kld_windows)
 
     first = "choosing calibration text" if source.calibration == "auto" else "loading the model"
     with terminal.LayerProgress(console, first) as progress:
@@ -160,7 +160,7 @@ def _compare(
         dtype = _dtype_that_fits(out, model, device, trust_remote_code)
         if dtype is None:
             return None
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         quantized, original = (evaluate.load_model(path, **options) for path in (out, model))
         found = evaluate.evaluate(quantized, windows, original)
         return {"dtype": dtype, **dataclasses.asdict(found)}

@@ -239,7 +239,7 @@ class _Original:
     model: PreTrainedModel
     cannot_generate: str | None = None
     on_block: Callable[[nn.Module], None] | None = None
-    on_done: Callable[[nn.Module], None] | None = None
+    on_done: Callable[[nn.Module], Any] | None = None
 
 
 @contextmanager
@@ -282,7 +282,8 @@ def _generated(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, 
         raise CalibrationError("windows of one token leave nothing to generate")
     length = min(seqlen, _RUN)
     runs = math.ceil(seqlen / length)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
     if hasattr(tokenizer, "__len__"):
         vocabulary = min(vocabulary, len(tokenizer))  # embeddings may be padded
     words = sorted(set(range(vocabulary)) - set(getattr(tokenizer, "all_special_ids", ())))
@@ -295,7 +296,7 @@ def _generated(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, 
         do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0,
         eos_token_id=getattr(model.generation_config, "eos_token_id", None),
     )  # fmt: skip
-    starts = starts.to(model.get_input_embeddings().weight.device)
+    starts = starts.to(embeddings.weight.device)
     before, model.generation_config = model.generation_config, settings  # of its own settings, generate() adds some
     try:
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model):

@@ -112,8 +112,9 @@ def quantize(
         model = source.open(scratch, settings, options)
         distils = data is not None and settings.preset.distill_epochs > 0
         teacher = source.teacher(model) if distils else None
-        streams = folder is not None and source.is_folder and not settings.preset.distill_epochs
-        writer = BlockWriter.of(model, folder, options.block_name) if streams else None
+        writer = None
+        if folder is not None and source.is_folder and not settings.preset.distill_epochs:
+            writer = BlockWriter.of(model, folder, options.block_name)
         streaming = _Streaming(events, take_offloading(model, options.block_name), writer)
         with keeping_hooks(model):
             report = quantize_model(
@@ -148,7 +149,7 @@ class _Source:
         """Folder or name, also of a loaded model; empty if that has none."""
         return self.origin.config._name_or_path if isinstance(self.origin, PreTrainedModel) else self.origin
 
-    def open(self, scratch: Path, config: QuantizeConfig, options: RunOptions) -> PreTrainedModel:
+    def open(self, scratch: str, config: QuantizeConfig, options: RunOptions) -> PreTrainedModel:
         """The model with a layer for each expert; its blocks are not read yet if it comes from a folder.
 
         Raises:
@@ -236,7 +237,7 @@ def _generation_settings_as_they_are(model: PreTrainedModel, folder: Path) -> It
     """Let settings be saved that ``save_pretrained`` refuses, like the temperature that many published models have
     without sampling; ``generate`` ignores it.
     """
-    settings = getattr(model, "generation_config", None)
+    settings: Any = getattr(model, "generation_config", None)
     try:
         if settings is not None:
             settings.validate(strict=True)
