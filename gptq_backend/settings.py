@@ -69,7 +69,7 @@ class Setting:
         scope: who needs it.
         accepts: whether a value can be used.
         expected: what can, for the message about one that cannot.
-        choices: the values, if they are few names.
+        choices: the values, if they are few.
         least: the least value of an integer.
         option: of the command, where the default spelling would not do; None if the command has none.
         metavar: what the option's value is called.
@@ -79,7 +79,7 @@ class Setting:
     scope: Scope
     accepts: Callable[[Any], bool]
     expected: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
     least: int | None = None
     option: str | None = ""
     metavar: str | None = None
@@ -99,9 +99,9 @@ def _flag(default: bool | None, meaning: str, scope: Scope = Scope.LAYER, **more
     return _setting(default, meaning, scope, accepts, expected, **more)
 
 
-def _choice(default: str, choices: tuple[str, ...], meaning: str, scope: Scope = Scope.LAYER, **more: Any) -> Any:
+def _choice(default: Any, choices: tuple[Any, ...], meaning: str, scope: Scope = Scope.LAYER, **more: Any) -> Any:
     def accepts(value: Any) -> bool:
-        return isinstance(value, str) and value in choices
+        return type(value) is type(default) and value in choices
 
     return _setting(default, meaning, scope, accepts, f"choose one of {choices}", choices=choices, **more)
 
@@ -129,13 +129,7 @@ def _are_rules(value: Any) -> bool:
 class Settings:
     """The fields of :class:`QuantizeConfig`, in the order of the command's help."""
 
-    bits: int = _setting(
-        4,
-        "width of a code: 2, 3, 4 or 8",
-        Scope.FILE,
-        lambda value: type(value) is int and value in SUPPORTED_BITS,
-        f"choose one of {SUPPORTED_BITS}",
-    )
+    bits: int = _choice(4, SUPPORTED_BITS, "width of a code: 2, 3, 4 or 8", Scope.FILE)
     group_size: int = _setting(  # one scale and zero each
         128,
         "input channels that share a scale; -1 for all; need not divide in_features",

@@ -7,8 +7,8 @@ capturing or replaying, because the model's own forward passes them.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -151,7 +151,8 @@ class Passes:
         kinds = (True, False) if self.config.preset.block_epochs else (False,)
         inputs = [model_inputs(self.model, batch, self.placement.device) for batch in batches]
         tasks = [_Task(i, each, original) for original in kinds for i, each in enumerate(inputs)]
-        with self._hooks():
+        with ExitStack() as hooks:
+            self._set_hooks(hooks)
             lockstep.run([partial(self._forward, task) for task in tasks], serve, ranks.__getitem__)
 
     def _forward(self, task: _Task) -> None:
@@ -159,26 +160,24 @@ class Passes:
         with calling(self.model, lambda: bool(self.reached)):
             self.model(**task.inputs)
 
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        """Make the passes wait at blocks and layers, and end them behind the last."""
-        handles = []
+    def _set_hooks(self, hooks: ExitStack) -> None:
+        """Make the passes wait at blocks and layers, and end them behind the last, until ``hooks`` is closed."""
         for block in self.structure.blocks:
-            handles.append(self._hook_block(block))
-            handles += [self._hook_layer(target) for target in block.targets]
-        last = self.structure.blocks[-1].module
-        if self.structure.head is None:
-            handles.append(last.register_forward_hook(_stop))
+            # accelerate, too, gives instances a forward of their own.
+            own = vars(block.module).get("forward")
+            restore = (setattr, block.module, "forward", own) if own else (delattr, block.module, "forward")
+            block.module.forward = self._waiting_forward(block)
+            hooks.callback(*restore)
+            for target in block.targets:
+                self._hook_layer(target, hooks)
+        head, last = self.structure.head, self.structure.blocks[-1]
+        if head is None:
+            hooks.callback(last.module.register_forward_hook(_stop).remove)
         else:
-            handles.append(self._hook_layer(self.structure.head))
-            handles.append(self.structure.head.module.register_forward_pre_hook(_stop))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            self._hook_layer(head, hooks)
+            hooks.callback(head.module.register_forward_pre_hook(_stop).remove)
 
-    def _hook_block(self, block: Block) -> Any:
+    def _waiting_forward(self, block: Block) -> Callable[..., Any]:
         forward = block.module.forward
 
         def waiting_forward(*args: Any, **kwargs: Any) -> Any:
@@ -192,9 +191,7 @@ class Passes:
                 self._run_until_final(state, run)
             return run()
 
-        restore = _Restore(block.module, vars(block.module).get("forward"))
-        block.module.forward = waiting_forward
-        return restore
+        return waiting_forward
 
     def _run_original(self, block: Block, run: Callable[[], Any]) -> Any:
         """Keep what the block returns before it is quantized."""
@@ -220,7 +217,7 @@ class Passes:
             state.examples[task.number] = Example(run, original, task.mask)
             lockstep.wait((block, Place.TRAIN))
 
-    def _hook_layer(self, target: Target) -> Any:
+    def _hook_layer(self, target: Target, hooks: ExitStack) -> None:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._sensitivity.running or (self.state and self.state.phase is Phase.TRAINING):
                 return
@@ -233,25 +230,11 @@ class Passes:
             lockstep.wait(target)
             self.placement.fetch(x)
 
-        return target.module.register_forward_pre_hook(wait, with_kwargs=True)
+        hooks.callback(target.module.register_forward_pre_hook(wait, with_kwargs=True).remove)
 
     def _current(self) -> BlockState:
         assert self.state is not None, "a block was passed without its turn"
         return self.state
-
-
-@dataclass
-class _Restore:
-    """Undo a change of an instance's ``forward``: accelerate, too, gives instances one of their own."""
-
-    module: nn.Module
-    before: Callable[..., Any] | None
-
-    def remove(self) -> None:
-        if self.before is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.before
 
 
 def _stop(*_: Any) -> None:

@@ -60,7 +60,7 @@ def _setting_options() -> list[inspect.Parameter]:
         if setting.option is None:
             continue
         kind: Any = {"int": int, "float": float, "bool": bool}.get(item.type.removesuffix(" | None"), str)
-        if setting.choices:
+        if isinstance(default, str):
             kind = _MAKE_ENUM(item.name, {choice: choice for choice in setting.choices}, type=str)
             default = kind(default)
         option = typer.Option(

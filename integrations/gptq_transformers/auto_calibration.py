@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from gptq_backend import CalibrationError
+from gptq_backend import CalibrationError, RunOptions
 from gptq_backend.locks import scratch_folder
 from gptq_backend.model import (
     Selection,
@@ -86,13 +86,12 @@ class Choice:
 def choose(
     model_or_path: PreTrainedModel | str | Path,
     tokenizer: Any,
-    text: str | Sequence[str] | None = None,
+    text: str | Iterable[str] | None = None,
+    options: RunOptions | None = None,
     *,
-    samples: int = 64,
-    seqlen: int = 512,
+    samples: int | None = None,
+    seqlen: int | None = None,
     seed: int = 0,
-    device: torch.device | str | None = None,
-    block_name: str | None = None,
     trust_remote_code: bool = False,
 ) -> Choice:
     """Choose windows of text to calibrate on.
@@ -105,25 +104,32 @@ def choose(
         model_or_path: a loaded model, or a folder or name.
         tokenizer: of the model.
         text: what the model will read, if there is some.
-        samples: choose at most this many windows.
-        seqlen: tokens per window.
+        options: where to compute (by default where the weights are), and the list of blocks.
+        samples: choose at most this many windows; by default 64.
+        seqlen: tokens per window; by default 512.
         seed: of the sample_windows, the model's text and the sketch; the same seed gives the same choice.
-        device: where to compute; None: where the weights are.
-        block_name: name of the list of blocks, where :func:`structure.find_blocks` would choose another.
         trust_remote_code: let code that comes with the model run.
 
     Raises:
         CalibrationError: ``text`` is shorter than two windows, or all sources are. ConfigError: quantized already.
     """
+    options = options or RunOptions()
+    samples, seqlen = 64 if samples is None else samples, 512 if seqlen is None else seqlen
     if samples < 1 or seqlen < 1:
         raise CalibrationError(f"seqlen={seqlen} and samples={samples} must be positive")
     share = 0.0 if text is None else _USER_SHARE
     size = max(_LEAST, math.ceil(_POOL * samples * (1 - share) / (len(packaged_texts()) + 1)))
     pool, left_out = _packaged_pool(tokenizer, seqlen, size, seed)
     if text is not None:
-        count = max(_LEAST, math.ceil(_POOL * samples * share))
-        pool = {USER: _users_windows(text, tokenizer, seqlen, count, seed), **pool}
-    with _opened(model_or_path, device, block_name, trust_remote_code) as original:
+        own = text if isinstance(text, str) else list(text)
+        windows = _windows(own, tokenizer, seqlen, max(_LEAST, math.ceil(_POOL * samples * share)), seed)
+        if len(windows) < 2:
+            raise CalibrationError(
+                f"calibration='auto' needs at least two windows of seqlen={seqlen} tokens from your text, but it has "
+                f"{len(windows)}; pass more text, a smaller seqlen, or no text"
+            )
+        pool = {USER: windows, **pool}
+    with _opened(model_or_path, options, trust_remote_code) as original:
         if pool:  # before it generates text
             check_fits(original.model, make_batches(list(pool.values())))
         try:
@@ -143,13 +149,15 @@ def choose(
             original.model,
             torch.cat(list(pool.values())),
             seed=seed,
-            block_name=block_name,
+            block_name=options.block_name,
             on_block=original.on_block,
             on_done=original.on_done,
-            device=device,
+            device=options.device,
         )
         channels = getattr(original.model.config.get_text_config(), "hidden_size", None)
-    return _selected(pool, left_out, moments, channels, samples)
+    choice = _selected(pool, left_out, moments, channels, samples)
+    logger.info("calibration='auto' uses %s", choice.summary())
+    return choice
 
 
 def _packaged_pool(tokenizer: Any, seqlen: int, count: int, seed: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -163,21 +171,6 @@ def _packaged_pool(tokenizer: Any, seqlen: int, count: int, seed: int) -> tuple[
         else:
             pool[name] = windows
     return pool, left_out
-
-
-def _users_windows(text: str | Sequence[str], tokenizer: Any, seqlen: int, count: int, seed: int) -> Tensor:
-    """Up to ``count`` windows of the user's text.
-
-    Raises:
-        CalibrationError: it has fewer than two.
-    """
-    windows = _windows(text, tokenizer, seqlen, count, seed)
-    if len(windows) < 2:
-        raise CalibrationError(
-            f"calibration='auto' needs at least two windows of seqlen={seqlen} tokens from your text, but it has "
-            f"{len(windows)}; pass more text, a smaller seqlen, or no text"
-        )
-    return windows
 
 
 def _selected(
@@ -245,8 +238,7 @@ class _Original:
 @contextmanager
 def _opened(
     model_or_path: PreTrainedModel | str | Path,
-    device: torch.device | str | None,
-    block_name: str | None,
+    options: RunOptions,
     trust_remote_code: bool,
 ) -> Iterator[_Original]:
     """A loaded model as it is, a small one loaded as a whole, and of a large one a block at a time."""
@@ -255,7 +247,7 @@ def _opened(
         yield _Original(model_or_path, "it is offloaded, and every token would read all of it" if offloaded else None)
         return
     model = skeleton(model_or_path, trust_remote_code)
-    where = torch.device(device or "cpu")
+    where = torch.device(options.device or "cpu")
     dtype = torch.float32 if where.type == "cpu" else model.dtype  # CPUs compute 16 bits slowly
     needed, free = bytes_of(model, dtype), free_bytes(where)
     if needed <= free / 2:
@@ -263,8 +255,8 @@ def _opened(
         return
     reason = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with scratch_folder("offload") as scratch:
-        model = load_streamed(model_or_path, scratch, None, block_name, trust_remote_code)
-        yield _Original(model, reason, take_offloading(model, block_name), lambda block: block.to("meta"))
+        model = load_streamed(model_or_path, scratch, None, options.block_name, trust_remote_code)
+        yield _Original(model, reason, take_offloading(model, options.block_name), lambda block: block.to("meta"))
 
 
 def _generated(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor:

@@ -7,12 +7,11 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
@@ -92,9 +91,10 @@ def quantize(
         raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
     options = RunOptions(batch_size, block_name or _block_name(config), backend, device)
     settings, events = _as_config(config), events or Events()
-    source = _Source(model_or_path, trust_remote_code)
-    if output is not None and str(source.path):
-        check_spared(output, source.path, "the original model")
+    from_folder = isinstance(model_or_path, str | Path)
+    path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
+    if output is not None and str(path):
+        check_spared(output, path, "the original model")
     with ExitStack() as stack:
         # Made before the work, so that an output that cannot be written is found out at once.
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
@@ -103,17 +103,17 @@ def quantize(
         scratch = stack.enter_context(scratch_folder("offload"))
         calibration = given(calibration)
         if tokenizer is None and (output is not None or is_text(calibration)):
-            tokenizer = load_tokenizer(source.path, is_text(calibration), trust_remote_code)
+            tokenizer = load_tokenizer(path, is_text(calibration), trust_remote_code)
         if calibration == AUTO:
-            window = {"samples": 64 if samples is None else samples, "seqlen": 512 if seqlen is None else seqlen}
-            data = _chosen(source, tokenizer, text, options, events, seed=seed, **window)
+            window: Any = {"samples": samples, "seqlen": seqlen, "seed": seed}
+            choice = choose(model_or_path, tokenizer, text, options, **window, trust_remote_code=trust_remote_code)
+            events.calibration_chosen(choice)
+            data: Any = choice.samples
         else:
             data = token_ids(calibration, tokenizer, seqlen, samples, seed)
-        model = source.open(scratch, settings, options)
-        distils = data is not None and settings.preset.distill_epochs > 0
-        teacher = source.teacher(model) if distils else None
+        model, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code)
         writer = None
-        if folder is not None and source.is_folder and not settings.preset.distill_epochs:
+        if folder is not None and from_folder and not settings.preset.distill_epochs:
             writer = BlockWriter.of(model, folder, options.block_name)
         streaming = _Streaming(events, take_offloading(model, options.block_name), writer)
         with keeping_hooks(model):
@@ -122,57 +122,32 @@ def quantize(
             )
         attach(model, report.config)
         if folder is not None:
-            _write(model, folder, writer, source.path if source.is_folder else None, tokenizer)
+            _write(model, folder, writer, path if from_folder else None, tokenizer)
     progress.remove()
     return model, report
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the model comes from.
+def _open(
+    model_or_path: Any, scratch: str, config: QuantizeConfig, options: RunOptions, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Callable[[], PreTrainedModel]]:
+    """The model with a layer for each expert, and what gives its original again, for a distillation.
 
-    Args:
-        origin: a loaded model, or its folder or name.
-        trust_remote_code: let code that comes with it run.
+    From a folder, its blocks are not read yet.
     """
-
-    origin: PreTrainedModel | str | Path
-    trust_remote_code: bool
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether the model is still to be loaded."""
-        return isinstance(self.origin, str | Path)
-
-    @property
-    def path(self) -> str | Path:
-        """Folder or name, also of a loaded model; empty if that has none."""
-        return self.origin.config._name_or_path if isinstance(self.origin, PreTrainedModel) else self.origin
-
-    def open(self, scratch: str, config: QuantizeConfig, options: RunOptions) -> PreTrainedModel:
-        """The model with a layer for each expert; its blocks are not read yet if it comes from a folder.
-
-        Raises:
-            ConfigError: it is quantized already, or not in one place. GPTQError: it cannot be loaded.
-        """
-        if isinstance(self.origin, PreTrainedModel):
-            model = self.origin
-        else:
-            model = load_streamed(self.origin, scratch, config, options.block_name, self.trust_remote_code)
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ConfigError(f"{self.path} is quantized already; pass the original 16-bit model")
-        if options.device is not None:
-            _check_in_one_place(model, options.device)
-        with keeping_hooks(model):
-            unfuse_experts(model)
-        return model
-
-    def teacher(self, model: PreTrainedModel) -> Callable[[], PreTrainedModel]:
-        """Gives the original of the opened ``model``, which is quantized in place."""
-        if not self.is_folder:
-            original = copy.deepcopy(model)
-            return lambda: original
-        return lambda: load_whole(self.path, trust_remote_code=self.trust_remote_code)
+    from_folder = isinstance(model_or_path, str | Path)
+    model: PreTrainedModel = model_or_path
+    if from_folder:
+        model = load_streamed(model_or_path, scratch, config, options.block_name, trust_remote_code)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ConfigError(f"{model.name_or_path} is quantized already; pass the original 16-bit model")
+    if options.device is not None:
+        _check_in_one_place(model, options.device)
+    with keeping_hooks(model):
+        unfuse_experts(model)
+    if from_folder:
+        return model, lambda: load_whole(model_or_path, trust_remote_code=trust_remote_code)
+    original = copy.deepcopy(model) if config.preset.distill_epochs else model
+    return model, lambda: original
 
 
 class _Streaming(Events):
@@ -190,29 +165,6 @@ class _Streaming(Events):
         if self.writer is not None:
             self.writer.add(name, block)
         self.events.block_done(name, block)
-
-
-def _chosen(
-    source: _Source,
-    tokenizer: Any,
-    text: str | Iterable[str] | None,
-    options: RunOptions,
-    events: Events,
-    **window: int,
-) -> Tensor:
-    """Samples that ``calibration="auto"`` chooses; see :func:`auto_calibration.choose`."""
-    choice = choose(
-        source.origin,
-        tokenizer,
-        text if text is None or isinstance(text, str) else list(text),
-        device=options.device,
-        block_name=options.block_name,
-        trust_remote_code=source.trust_remote_code,
-        **window,
-    )
-    logger.info("calibration='auto' uses %s", choice.summary())
-    events.calibration_chosen(choice)
-    return choice.samples
 
 
 def _write(
