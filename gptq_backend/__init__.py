@@ -2,8 +2,10 @@
 
 from .config import QuantizeConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, GPTQError
-from .format.weight import LinearSpec, QuantizedWeight
-from .kernels.table import KERNELS, Kernel, kernel_report, select_kernel
+from .format.stored import StoredSpec
+from .format.weight import PackedWeight, QuantizedWeight, WeightSpec
+from .kernels.interface import Kernel
+from .kernels.table import KERNELS, kernel_report, select_kernel
 from .linear import QuantLinear
 from .pipeline import Events, LayerReport, QuantizeReport, RunOptions, quantize_model
 from .version import __version__ as __version__
@@ -17,12 +19,14 @@ __all__ = [
     "GPTQError",
     "Kernel",
     "LayerReport",
-    "LinearSpec",
+    "PackedWeight",
     "QuantLinear",
     "QuantizeConfig",
     "QuantizeReport",
     "QuantizedWeight",
     "RunOptions",
+    "StoredSpec",
+    "WeightSpec",
     "kernel_report",
     "quantize_model",
     "select_kernel",

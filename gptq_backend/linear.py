@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError
-from .format.weight import LinearSpec, QuantizedWeight, decode, empty_tensors, encode, resolve
-from .kernels.slots import Tensors
-from .kernels.table import Kernel, select_kernel
+from .format.stored import StoredSpec, empty_tensors, encode, read_packed, stored_words
+from .format.weight import QuantizedWeight, WeightSpec
+from .kernels.interface import Kernel, PreparedWeight, Tensors
+from .kernels.table import select_kernel
 from .lazy_weight import LazyWeight
-from .modules import effect, offloading_hook
+from .modules import changing_layout, effect, offloading_hook
 from .timing import timed
 
-# Held while tensors change their layout, as several threads may call a layer for the first time at once. One for all
-# layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it: it
-# reads one attribute, which is replaced as a whole.
-_LOCK = threading.RLock()
-
-
-@contextmanager
-def changing_layout() -> Iterator[None]:
-    """One thread at a time, and no inference tensors, which could never be trained with."""
-    with _LOCK, torch.inference_mode(False):
-        yield
+# What a prepared layer keeps of the checkpoint beside the kernel's tensors: small, and the way back is exact.
+_KEPT = {"qzeros": "stored_qzeros", "g_idx": "stored_g_idx"}
 
 
 class QuantLinear(nn.Module):
@@ -55,12 +45,13 @@ class QuantLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
-    # The kernel, or None before prepare(), the spec that it serves, and the parameters in its layout.
-    _served: tuple[Kernel | None, LinearSpec, dict[str, Any]]
+    # The prepared weight, whose tensors are all parameters, bias included; None before prepare(). With the parameters,
+    # so that both are replaced at once.
+    _served: tuple[PreparedWeight | None, dict[str, Any]]
 
     def __init__(
         self,
-        spec: LinearSpec,
+        spec: StoredSpec,
         name: str = "linear",
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -75,7 +66,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         tensors = empty_tensors(spec, device)
         bias = tensors.pop("bias", None)
-        self._serve(None, spec, tensors, None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._hold(tensors, None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
     @timed("pack")
@@ -101,26 +92,20 @@ class QuantLinear(nn.Module):
             bias = nn.Parameter(bias.detach().to(device or bias.device), requires_grad=False)
         layer = cls(spec, name, backend, device="meta", dtype=dtype)
         if device is None or device == weight.codes.device:
-            layer._serve(None, spec, tensors, bias)
+            layer._hold(tensors, bias)
             return layer.prepare()
-        layer._serve(None, spec, {key: tensor.to(device) for key, tensor in tensors.items()}, bias)
+        layer._hold({key: tensor.to(device) for key, tensor in tensors.items()}, bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [..., K] -> [..., N] in the dtype of x."""
-        kernel, spec, parameters = self._served
-        if kernel is None:
+        weight, parameters = self._served
+        if weight is None:
             return self._forward_unprepared(x)
         if torch.compiler.is_compiling():
-            # By the module's own attribute, which tells the compiler that they are parameters.
             named: Any = self._parameters
-            return kernel.op(spec, named, x, named["bias"])
-        bias = parameters["bias"]
-        if type(x) is not Tensor or (
-            torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        ):
-            return kernel.op(spec, parameters, x, bias)
-        return kernel.apply(spec, parameters, x, bias)
+            return weight.multiply_in_graph(named, x, named["bias"])
+        return weight.multiply(x, parameters["bias"])
 
     # torch.compiler.disable would import torch._dynamo, which takes as long as torch itself, with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -128,9 +113,9 @@ class QuantLinear(nn.Module):
         """First call, or a layer whose weights an accelerate hook brings for this call only."""
         if offloading_hook(self) is None:
             return self.prepare()(x)
-        spec = resolve(self.spec, self._stored(), self.name)
-        kernel = select_kernel(spec, x.device, self.backend)
-        return kernel.op(spec, kernel.prepare(spec, self._stored()), x, self.bias)
+        weight = read_packed(self.stored_spec, self._stored(), self.name)
+        kernel = select_kernel(weight.spec, x.device, self.backend)
+        return PreparedWeight.of(weight, kernel).multiply(x, self.bias)
 
     @changing_layout()
     def prepare(self, expert: bool | None = None) -> QuantLinear:
@@ -141,7 +126,7 @@ class QuantLinear(nn.Module):
             expert: see ``select_kernel``; None leaves what was said before.
 
         Raises:
-            CheckpointError: damaged values (see :func:`weight.resolve`), or parameters that were never loaded.
+            CheckpointError: damaged values (see :func:`stored.resolve`), or parameters that were never loaded.
             ConfigError: the requested backend does not exist or cannot serve the layer.
         """
         if expert is not None and expert != self._expert:
@@ -153,31 +138,38 @@ class QuantLinear(nn.Module):
         stored, bias = self._stored(), self.bias
         if any(tensor.is_meta for tensor in stored.values()):
             raise CheckpointError(f"{self.name}: its weights were never loaded; load a state dict first")
-        checked = stored if bias is None else {**stored, "bias": bias.data}
-        spec = resolve(self.stored_spec, checked, self.name)
-        kernel = self._select(spec)
-        self._serve(kernel, spec, kernel.prepare(spec, stored), bias)
+        weight = read_packed(self.stored_spec, stored if bias is None else {**stored, "bias": bias.data}, self.name)
+        prepared = PreparedWeight.of(weight, self._select(weight.spec))
+        kept = {new: stored[old] for old, new in _KEPT.items() if old in stored}
+        self._hold({**prepared.tensors, **kept}, bias, prepared)
         return self
 
-    def _select(self, spec: LinearSpec) -> Kernel:
+    def _select(self, spec: WeightSpec) -> Kernel:
         return select_kernel(spec, self._device, self.backend, self._expert)
 
     @changing_layout()
     def unprepare(self) -> QuantLinear:
         """Return to the checkpoint's tensors, bit for bit."""
         if self.kernel is not None:
-            self._serve(None, self.stored_spec, self._stored(), self.bias)
+            self._hold(self._stored(), self.bias)
         return self
+
+    @property
+    def prepared(self) -> PreparedWeight | None:
+        """The weight as the kernel has it, among other parameters; None before :meth:`prepare`."""
+        return self._served[0]
 
     @property
     def kernel(self) -> Kernel | None:
         """The row of the kernel table that serves it; None before :meth:`prepare`."""
-        return self._served[0]
+        weight = self._served[0]
+        return None if weight is None else weight.kernel
 
     @property
-    def spec(self) -> LinearSpec:
-        """``stored_spec``, completed by :meth:`prepare` with what the values tell."""
-        return self._served[1]
+    def spec(self) -> WeightSpec:
+        """Of the weight: what the checkpoint claims, and after :meth:`prepare` what its values tell."""
+        weight = self._served[0]
+        return self.stored_spec if weight is None else weight.spec
 
     @property
     def weight(self) -> Tensor:
@@ -204,9 +196,8 @@ class QuantLinear(nn.Module):
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The layer's weight as the hub value."""
-        stored = self._stored()
-        return decode(resolve(self.stored_spec, stored, self.name), stored)
+        """The layer's codes, scales, zeros and groups."""
+        return read_packed(self.stored_spec, self._stored(), self.name).unpack()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """An ordinary ``nn.Linear`` with the same weight, rounded once to ``dtype``."""
@@ -218,13 +209,9 @@ class QuantLinear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        spec = self.spec
-        chosen = self.kernel  # once: another thread may be taking it away
-        kernel = chosen.name if chosen else "not prepared"
-        return (
-            f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}, "
-            f"sym={spec.sym}, act_order={spec.act_order}, bias={spec.has_bias}, kernel={kernel}"
-        )
+        weight = self._served[0]  # once: another thread may be taking it away
+        described = f"{self.stored_spec.describe()}, kernel=not prepared" if weight is None else weight.describe()
+        return f"{described}, bias={self.stored_spec.has_bias}"
 
     # -- storage ---------------------------------------------------------------------------------------------------
 
@@ -233,21 +220,21 @@ class QuantLinear(nn.Module):
         """Where the layer computes."""
         if (hook := offloading_hook(self)) is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)
-        return self._served[2]["qweight"].device
+        return self._served[1]["qweight"].device
 
     def _stored(self) -> Tensors:
         """The checkpoint's tensors, bias excluded."""
-        return _stored(*self._served)
+        return _stored(self.stored_spec, *self._served)
 
-    def _serve(
-        self, kernel: Kernel | None, spec: LinearSpec, tensors: Mapping[str, Tensor], bias: nn.Parameter | None
+    def _hold(
+        self, tensors: Mapping[str, Tensor], bias: nn.Parameter | None, prepared: PreparedWeight | None = None
     ) -> None:
-        """Make ``tensors``, in the layout of ``kernel``, and ``bias`` the parameters, all at once."""
+        """Make ``tensors``, the checkpoint's or ``prepared``'s, and ``bias`` the parameters, all at once."""
         parameters: dict[str, Any] = {"bias": bias}
         parameters |= {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
         self.changes += 1
         self._parameters = parameters
-        self._served = (kernel, spec, parameters)
+        self._served = (None if prepared is None else prepared.with_tensors(parameters), parameters)
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         """[N, K], rounded once to ``dtype``."""
@@ -256,11 +243,11 @@ class QuantLinear(nn.Module):
             if hook is not None:
                 hook.pre_forward(self)
             try:
-                kernel, spec, parameters = self._served
-                wide = torch.promote_types(dtype, torch.float32)
-                if kernel is None or kernel.dequantize is None:
+                weight = self._served[0]
+                if weight is None:
+                    wide = torch.promote_types(dtype, torch.float32)
                     return self.quantized_weight().dequantize(wide).to(dtype)
-                return kernel.dequantize(spec, parameters, wide).t().to(dtype).contiguous()
+                return weight.dequantize(dtype)
             finally:
                 if hook is not None:
                     hook.post_forward(self, None)
@@ -277,18 +264,16 @@ class QuantLinear(nn.Module):
                 f"{self.name}.weight cannot be multiplied by {factor}: its scales are {scales.dtype}, which does not "
                 "hold the products exactly; replace the layer by its dequantize(), which is an nn.Linear"
             )
-        self._serve(None, self.stored_spec, stored | {"scales": scales}, self.bias)
+        self._hold(stored | {"scales": scales}, self.bias)
         if prepared:
             self.prepare()
 
     def _traced_weight(self) -> Tensor:
         """The same as a part of the graph that is being made, where it vanishes if only its dtype is looked at."""
-        kernel, dtype = self.kernel, self.compute_dtype
-        if kernel is None or kernel.dequantize is None:
+        weight, dtype = self._served[0], self.compute_dtype
+        if weight is None:
             return self._dense_weight_outside_of_graphs(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        parameters: Any = self._parameters
-        return kernel.dequantize(self.spec, parameters, wide).t().to(dtype).contiguous()
+        return weight.dequantize(dtype, self._parameters)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _dense_weight_outside_of_graphs(self, dtype: torch.dtype) -> Tensor:
@@ -300,10 +285,10 @@ class QuantLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         with changing_layout():
-            kernel, spec, parameters = self._served
+            weight, parameters = self._served
             tensors = _without_bias(parameters)
             home = tensors["qweight"].device
-            device, keeps_values, shares = (home, True, False) if kernel is None else effect(fn, home)
+            device, keeps_values, shares = (home, True, False) if weight is None else effect(fn, home)
             if shares:
                 self._share(fn)
                 return self
@@ -313,26 +298,22 @@ class QuantLinear(nn.Module):
             cast = fn(torch.empty(0, dtype=self.compute_dtype, device=home)).dtype
             if cast.is_floating_point:
                 self.compute_dtype = cast
-            if kernel is None:
-                self._serve(None, spec, {key: move(tensor) for key, tensor in tensors.items()}, bias)
-                return self
-            if not keeps_values:
-                empty = _without_bias(empty_tensors(self.stored_spec, "meta"))
-                empty = {key: move(tensor) for key, tensor in empty.items()}
-                self._serve(None, self.stored_spec, empty, bias)
+            if weight is not None and not keeps_values:
+                weight, tensors = None, _without_bias(empty_tensors(self.stored_spec, "meta"))
+            if weight is None:
+                self._hold({key: move(tensor) for key, tensor in tensors.items()}, bias)
             elif device != home:
-                moved = {key: move(tensor) for key, tensor in kernel.unprepare(spec, tensors).items()}
-                self._serve(None, self.stored_spec, moved, bias)
+                self._hold({key: move(tensor) for key, tensor in self._stored().items()}, bias)
                 self.prepare()
             else:
                 moved = {key: move(tensor) for key, tensor in tensors.items()}
                 if bias is not self.bias or any(moved[key] is not tensor for key, tensor in tensors.items()):
-                    self._serve(kernel, spec, moved, bias)
+                    self._hold(moved, bias, weight)
         return self
 
     def _share(self, share: Callable[[Tensor], Tensor]) -> None:
         """Put copies into shared memory: in place, it would be pulled from under a kernel that is reading it."""
-        kernel, spec, parameters = self._served
+        weight, parameters = self._served
         bias = self.bias
         if bias is not None and not bias.is_shared():
             shared = nn.Parameter(share(bias.detach().clone()), bias.requires_grad)
@@ -340,7 +321,7 @@ class QuantLinear(nn.Module):
         tensors = _without_bias(parameters)
         if bias is not self.bias or not all(tensor.is_shared() for tensor in tensors.values()):
             copies = {k: tensor if tensor.is_shared() else share(tensor.clone()) for k, tensor in tensors.items()}
-            self._serve(kernel, spec, copies, bias)
+            self._hold(copies, bias, weight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -356,8 +337,8 @@ class QuantLinear(nn.Module):
         """accelerate has put a prepared layer on the meta device; what it will bring for each call is the
         ``state_dict()``, hence be a layer of those tensors.
         """
-        device = self._served[2]["qweight"].device
-        self._serve(None, self.stored_spec, _without_bias(empty_tensors(self.stored_spec, device)), self.bias)
+        empty = empty_tensors(self.stored_spec, self._served[1]["qweight"].device)
+        self._hold(_without_bias(empty), self.bias)
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "original_devices", None):
                 home = item.original_devices["qweight"]
@@ -390,23 +371,29 @@ class QuantLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        served = state.pop("_served")
-        stored, (kernel, _, parameters) = _stored(*served), served
-        state["_parameters"] = {"bias": parameters["bias"]}
-        state["_parameters"] |= {key: nn.Parameter(value, requires_grad=False) for key, value in stored.items()}
-        return state | {"_was_prepared": kernel is not None}
+        prepared, parameters = served = state.pop("_served")
+        stored = {
+            key: nn.Parameter(value, requires_grad=False) for key, value in _stored(self.stored_spec, *served).items()
+        }
+        return state | {"_parameters": {"bias": parameters["bias"], **stored}, "_was_prepared": prepared is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         prepared = state.pop("_was_prepared")
         super().__setstate__(state)
-        self._served = (None, self.stored_spec, self._parameters)
+        self._served = (None, self._parameters)
         if prepared:  # by a kernel of the machine that reads the copy
             self.prepare()
 
 
-def _stored(kernel: Kernel | None, spec: LinearSpec, parameters: Mapping[str, Any]) -> Tensors:
-    held = _without_bias(parameters)
-    return held if kernel is None else kernel.unprepare(spec, held)
+def _stored(spec: StoredSpec, weight: PreparedWeight | None, parameters: Mapping[str, Any]) -> Tensors:
+    """The checkpoint's tensors, bit for bit, bias excluded."""
+    if weight is None:
+        return _without_bias(parameters)
+    held = weight.with_tensors(_without_bias(parameters))
+    packed = held.unprepare()
+    kept = {old: held.tensors[new] for old, new in _KEPT.items() if new in held.tensors}
+    qzeros = kept.pop("qzeros")
+    return {"qweight": stored_words(spec, packed.qweight), "qzeros": qzeros, "scales": packed.scales, **kept}
 
 
 def _without_bias(parameters: Mapping[str, Any]) -> Tensors:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Held while tensors change their layout, as several threads may call a layer for the first time at once. One for all
+# layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it: it
+# reads one attribute, which is replaced as a whole.
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def changing_layout() -> Iterator[None]:
+    """One thread at a time, and no inference tensors, which could never be trained with."""
+    with _LOCK, torch.inference_mode(False):
+        yield
 
 
 def effect(fn: Callable[[Tensor], Tensor], home: torch.device) -> tuple[torch.device, bool, bool]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gptq_backend import KERNELS, ConfigError, QuantLinear
-from gptq_backend.format.weight import encode
+from gptq_backend.format import encode
 from gptq_backend.lazy_weight import LazyWeight
 from tests.format.test_weight import random_weight
 

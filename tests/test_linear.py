@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import CheckpointError, ConfigError, QuantLinear
-from gptq_backend.format.weight import LinearSpec, encode
+from gptq_backend import CheckpointError, ConfigError, PackedWeight, QuantLinear
+from gptq_backend.format import encode
+from gptq_backend.kernels import reference
 from gptq_backend.kernels import table as kernels
+from gptq_backend.kernels.triton import operators as triton
 from tests.format.test_weight import random_weight
 
 
@@ -212,10 +214,10 @@ def test_threads_that_call_a_layer_for_the_first_time_do_not_repack_it_twice(mon
     model, x = layer(), torch.randn(3, 64)
     expected, together, repacked = copy.deepcopy(model)(x), threading.Barrier(4), []
 
-    def prepare(spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        repacked.append(spec)
+    def prepare(weight: PackedWeight) -> dict[str, Tensor]:
+        repacked.append(weight.spec)
         time.sleep(0.05)
-        return row.prepare(spec, tensors)
+        return row.prepare(weight)
 
     def call(_: int) -> Tensor:
         together.wait()
@@ -294,9 +296,10 @@ def test_functional_call_takes_the_parameters_and_refuses_the_state_dict(grad: b
 
 def test_an_expert_changes_rows_and_not_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine whose fastest row has no grouped product, as NVIDIA GPUs are."""
-    fastest = dataclasses.replace(kernels.REFERENCE, name="fastest")
-    grouped = dataclasses.replace(kernels.TRITON, supports=lambda spec, device: None)
-    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, kernels.REFERENCE])
+    fastest = dataclasses.replace(reference.KERNEL, name="fastest")
+    grouped = dataclasses.replace(triton.KERNEL, supports=lambda spec, device: None)
+    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, reference.KERNEL])
+    monkeypatch.setattr(kernels, "EXPERT_KERNELS", [dataclasses.replace(triton.EXPERTS, kernel=grouped)])
     layer = QuantLinear.from_weight(random_weight(4, 64, 32, 16))
     before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
     for expert, row in ((None, fastest), (True, grouped), (None, grouped), (False, fastest)):

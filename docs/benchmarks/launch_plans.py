@@ -1,4 +1,4 @@
-"""Times of every way to multiply in csrc/cuda, from which the table in cuda.py is to be written.
+"""Times of every way to multiply in csrc/cuda, from which the table in kernels/cuda/plan.py is to be written.
 
 python docs/benchmarks/launch_plans.py OUT.json
 """
@@ -21,6 +21,7 @@ from gptq_backend.bench.layers import DTYPES, Problem, Weight
 from gptq_backend.bench.machine import describe_machine
 from gptq_backend.bench.timing import Candidate, interleave, quartiles
 from gptq_backend.kernels.cuda import operators as cuda
+from gptq_backend.kernels.cuda.plan import Plan, machine, plan
 from gptq_backend.linear import QuantLinear
 from gptq_backend.locks import write_text
 
@@ -28,29 +29,27 @@ SHAPES = [(1024, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (8192, 8192)
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
-def choices(rows: int, tiles: int) -> list[cuda.Plan | None]:
+def choices(rows: int, tiles: int) -> list[Plan | None]:
     """Plans worth trying for so many rows; None is the way through the dense weight."""
-    found: list[cuda.Plan | None] = [None]
+    found: list[Plan | None] = [None]
     if rows <= 64:
         shapes = ((1, 1), (2, 1), (2, 2))
-        found += [cuda.Plan(strips, tokens, warps) for (strips, tokens), warps in itertools.product(shapes, (2, 4, 8))]
-        found.append(cuda.Plan(1, 1, 16))  # the others would want more registers than there are
+        found += [Plan(strips, tokens, warps) for (strips, tokens), warps in itertools.product(shapes, (2, 4, 8))]
+        found.append(Plan(1, 1, 16))  # the others would want more registers than there are
     splits = [count for count in (1, 2, 3, 4, 6, 8, 12, 16) if count <= max(1, tiles // 4)]
-    return found + [cuda.Plan(0, tokens, splits=count) for tokens, count in itertools.product((2, 4, 8), splits)]
+    return found + [Plan(0, tokens, splits=count) for tokens, count in itertools.product((2, 4, 8), splits)]
 
 
-def with_plan(how: cuda.Plan | None, layer: QuantLinear, x: Tensor) -> Tensor:
+def with_plan(how: Plan | None, layer: QuantLinear, x: Tensor) -> Tensor:
     """``layer(x)`` by that plan."""
-    usual = cuda.plan
-    cuda.plan = lambda *_: how  # type: ignore[assignment]
-    try:
-        return layer(x)
-    finally:
-        cuda.plan = usual
+    weight = layer.prepared
+    assert weight is not None
+    fields = cuda.WeightFields(*cuda.KERNEL.layout.arguments(weight.spec, weight.tensors))
+    return cuda.planned_gemm(x, fields, None, how)
 
 
 def measure(problem: Problem, rows: int, device: torch.device, seconds: float = 0.01) -> dict[str, Any]:
-    """Microseconds by plan, fastest first, and what ``cuda.plan`` chooses."""
+    """Microseconds by plan, fastest first, and what ``plan`` chooses."""
     weight = Weight.random(problem, device)
     rotation = products.ours(weight, "cuda")
     if rotation.reason:
@@ -66,7 +65,7 @@ def measure(problem: Problem, rows: int, device: torch.device, seconds: float = 
     return {
         **dataclasses.asdict(problem),
         "M": rows,
-        "chosen": str(cuda.plan(rows, problem.N, tiles, problem.bits, *cuda.machine(device))),
+        "chosen": str(plan(rows, problem.N, tiles, problem.bits, *machine(device))),
         "us": dict(sorted(times.items(), key=lambda item: item[1])),
         "failed": {one.name: one.reason for one in candidates if one.reason is not None},
     }

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.triton.plan import on_device
+from ..kernels.devices import on_device
 
 _PANEL = 128  # columns of a program, of which a thread has 64 elements
 _BLOCK = 16  # output channels of a program

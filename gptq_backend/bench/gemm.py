@@ -176,13 +176,13 @@ def call_overhead(
     """
     weight = Weight.random(Problem(N=16, K=16, group_size=16, dtype=dtype), device)
     layer = products.layer(weight, backend)
-    kernel = select_kernel(layer.spec, device, backend)
-    tensors: dict[str, Tensor] = dict(layer.named_parameters())
+    weight_alone = layer.prepared
+    assert weight_alone is not None
     plain = nn.Linear(16, 16, bias=False, device=device, dtype=DTYPES[dtype])
     x = torch.randn((1, 16), device=device).to(DTYPES[dtype])
     candidates = [
         Candidate("QuantLinear", [functools.partial(layer, x)]),
-        Candidate(f"kernel {kernel.name}", [functools.partial(kernel.apply, layer.spec, tensors, x, None)]),
+        Candidate(f"kernel {weight_alone.kernel.name}", [functools.partial(weight_alone.multiply, x)]),
         Candidate("nn.Linear", [functools.partial(plain, x)]),
     ]
     interleave(candidates, seconds, device, launching=True)

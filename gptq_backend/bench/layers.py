@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..format import packing
-from ..format.weight import LinearSpec, QuantizedWeight, unpack_codes
+from ..format.stored import StoredSpec, unpack_codes
+from ..format.weight import QuantizedWeight
 
 _MAX_UNPACKED = 1 << 24
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,8 +48,8 @@ class Problem:
         return self.N * self.K * self.bits // 8 + 2 * self.N * self.groups
 
     @property
-    def spec(self) -> LinearSpec:
-        return LinearSpec(
+    def spec(self) -> StoredSpec:
+        return StoredSpec(
             in_features=self.K,
             out_features=self.N,
             bits=self.bits,

@@ -1,6 +1,5 @@
 """What lies in a checkpoint's files, and the one value that a packed weight is in memory."""
 
-from . import packing
 from .expert_names import ExpertLayout, default_layout, expert_layout, expert_renaming, layer_names, renamed
 from .files import (
     INDEX,
@@ -16,7 +15,8 @@ from .files import (
 )
 from .headers import Manifest, TensorFile, TensorInfo, read_manifest, read_tensor
 from .layer_specs import claimed_group_size, quantized_modules, resolve_specs
-from .weight import LinearSpec, QuantizedWeight, decode, encode, resolve, unpack_codes, unpack_zeros
+from .stored import StoredSpec, encode, read_packed, resolve
+from .weight import PackedWeight, QuantizedWeight, WeightSpec, selected, side_by_side
 from .writer import Shards, write_checkpoint
 
 __all__ = [
@@ -25,15 +25,16 @@ __all__ = [
     "STANDARD_FILES",
     "TGI_TENSORS",
     "ExpertLayout",
-    "LinearSpec",
     "Manifest",
+    "PackedWeight",
     "QuantizedWeight",
     "Shards",
+    "StoredSpec",
     "TensorFile",
     "TensorInfo",
+    "WeightSpec",
     "checkpoint_files",
     "claimed_group_size",
-    "decode",
     "default_layout",
     "embedded_settings",
     "encode",
@@ -41,17 +42,17 @@ __all__ = [
     "expert_renaming",
     "indexed_files",
     "layer_names",
-    "packing",
     "quantized_modules",
     "read_json",
     "read_manifest",
+    "read_packed",
     "read_settings",
     "read_tensor",
     "renamed",
     "resolve",
     "resolve_specs",
+    "selected",
     "settings_in",
-    "unpack_codes",
-    "unpack_zeros",
+    "side_by_side",
     "write_checkpoint",
 ]

@@ -15,7 +15,7 @@ import torch
 from ..config import SUPPORTED_BITS, QuantizeConfig
 from ..errors import CheckpointError
 from .headers import Manifest, TensorInfo, read_tensor
-from .weight import LinearSpec, check_groups
+from .stored import StoredSpec, check_groups
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def resolve_specs(
     config: QuantizeConfig,
     linear_shapes: Mapping[str, tuple[int, int]] | None = None,
     biased: Collection[str] | None = None,
-) -> dict[str, LinearSpec]:
+) -> dict[str, StoredSpec]:
     """One spec per quantized layer.
 
     Args:
@@ -63,7 +63,7 @@ def resolve_specs(
 
 
 def _warn_once_for_all(
-    specs: Mapping[str, LinearSpec], configs: Mapping[str, QuantizeConfig], manifest: Manifest
+    specs: Mapping[str, StoredSpec], configs: Mapping[str, QuantizeConfig], manifest: Manifest
 ) -> None:
     """A wrong config is wrong for hundreds of layers: one line with an example."""
     wrong = [
@@ -99,7 +99,7 @@ def _layer_config(name: str, manifest: Manifest, config: QuantizeConfig) -> Quan
 
 def _resolve(
     name: str, manifest: Manifest, config: QuantizeConfig, shape: tuple[int, int] | None, has_bias: bool | None
-) -> LinearSpec:
+) -> StoredSpec:
     parts = {part: manifest[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in manifest}
     for part in _PARTS:
         if part not in parts:
@@ -119,7 +119,7 @@ def _resolve(
     features = shape[0] if shape else _in_features(qweight, g_idx, config.bits, word_bits)
     bits = _bits(name, qweight, features, config, word_bits)
     groups = scales.shape[0]
-    spec = LinearSpec(
+    spec = StoredSpec(
         in_features=features,
         out_features=qweight.shape[1],
         bits=bits,
@@ -155,7 +155,7 @@ def _check_sizes(
         )
 
 
-def _check_shapes(name: str, spec: LinearSpec, manifest: Manifest) -> None:
+def _check_shapes(name: str, spec: StoredSpec, manifest: Manifest) -> None:
     for part, expected in spec.shapes.items():
         found = manifest[f"{name}.{part}"]
         if found.shape != expected and not (part == "g_idx" and spec.empty_g_idx):

@@ -1,37 +1,35 @@
-"""The hub value between algorithm, file format and kernels: a quantized weight and the spec of its stored tensors."""
+"""The hub value: a quantized weight, packed (what kernels take) or not (what the algorithm makes).
+
+Every reader of a checkpoint format ends in a :class:`PackedWeight`, and every kernel begins with one. It can be cut
+along both axes and joined along the outputs, which is what tensor parallelism and fused layers need.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..errors import CheckpointError
 from . import packing
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LinearSpec:
-    """Everything about one stored linear layer except its values.
+class WeightSpec:
+    """What a kernel has to know of a weight beside its values.
 
     Args:
         in_features, out_features: K and N.
         bits: width of a code.
-        group_size: channels per group when ``g_idx`` is absent or trivial (K for a single group).
-        groups: G, rows of ``scales``.
-        zero_offset: what to add to a stored zero: 1 for ``gptq``, 0 for ``gptq_v2`` and ``gptq_p``.
-        planar: 3-bit codes and zeros lie in planes (``gptq_p``).
-        sym: the checkpoint claims a symmetric grid; checked against the zeros by :func:`resolve`.
-        has_g_idx, has_bias: whether the tensor exists in the checkpoint.
-        empty_g_idx: it exists without elements, which means the same as absent.
-        act_order: ``g_idx`` is not ``arange(K) // group_size``; before :func:`resolve` what the checkpoint claims.
-        word_dtype, scales_dtype, bias_dtype, g_idx_dtype: dtypes in the checkpoint.
+        group_size: channels per group, K for a single group; with act-order the size that the groups were made with.
+        groups: G, rows of the scales.
+        sym: every zero is ``2**(bits-1)``.
+        act_order: the groups are scattered over the input channels, hence the weight has a ``g_idx``.
+        scales_dtype: float16, bfloat16 or float32.
     """
 
     in_features: int
@@ -39,55 +37,21 @@ class LinearSpec:
     bits: int
     group_size: int
     groups: int
-    zero_offset: int = 1
-    planar: bool = False
     sym: bool = True
-    has_g_idx: bool = True
-    empty_g_idx: bool = False
-    has_bias: bool = False
     act_order: bool = False
-    word_dtype: torch.dtype = torch.int32
     scales_dtype: torch.dtype = torch.float16
-    bias_dtype: torch.dtype = torch.float16
-    g_idx_dtype: torch.dtype = torch.int32
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each stored tensor."""
-        word_bits = self.word_dtype.itemsize * 8
-        shapes: dict[str, tuple[int, ...]] = {
-            "qweight": (-(-self.in_features * self.bits // word_bits), self.out_features),
-            "qzeros": (self.groups, -(-self.out_features * self.bits // word_bits)),
-            "scales": (self.groups, self.out_features),
-        }
-        if self.has_g_idx or self.empty_g_idx:
-            shapes["g_idx"] = (self.in_features,) if self.has_g_idx else (0,)
-        if self.has_bias:
-            shapes["bias"] = (self.out_features,)
-        return shapes
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of each stored tensor."""
-        all_dtypes = {
-            "qweight": self.word_dtype,
-            "qzeros": self.word_dtype,
-            "scales": self.scales_dtype,
-            "g_idx": self.g_idx_dtype,
-            "bias": self.bias_dtype,
-        }
-        return {name: all_dtypes[name] for name in self.shapes}
 
     @property
     def trivial_g_idx(self) -> Tensor:
         """int32 [K]: the group of each input channel without act-order."""
         return torch.arange(self.in_features, dtype=torch.int32) // self.group_size
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the stored tensors in bytes."""
-        dtypes = self.dtypes
-        return sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in self.shapes.items())
+    def describe(self) -> str:
+        """For the ``repr`` of modules."""
+        return (
+            f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}, "
+            f"sym={self.sym}, act_order={self.act_order}"
+        )
 
 
 @dataclass(frozen=True)
@@ -120,123 +84,132 @@ class QuantizedWeight:
         return (difference * self.scales.to(dtype)[index]).t().contiguous()
 
 
-def encode(
-    weight: QuantizedWeight, checkpoint_format: str = "gptq", word_dtype: torch.dtype = torch.int32
-) -> tuple[LinearSpec, dict[str, Tensor]]:
-    """The tensors of a checkpoint. Returns their spec and qweight, qzeros, scales, g_idx (shapes in docs/format.md)."""
-    features, out_features = weight.codes.shape
-    bits, groups = weight.bits, weight.scales.shape[0]
-    offset = 1 if checkpoint_format == "gptq" else 0
-    planar = checkpoint_format == "gptq_p" and bits == 3
-    stored_zeros = (weight.zeros.int() - offset) & ((1 << bits) - 1)
-    spec = LinearSpec(
-        in_features=features,
-        out_features=out_features,
-        bits=bits,
-        group_size=_group_size(weight.g_idx, groups),
-        groups=groups,
-        zero_offset=offset,
-        planar=planar,
-        sym=bool((weight.zeros == 1 << (bits - 1)).all()),
-        scales_dtype=weight.scales.dtype,
-        word_dtype=word_dtype,
-    )
-    spec = dataclasses.replace(spec, act_order=not torch.equal(weight.g_idx.cpu(), spec.trivial_g_idx))
-    qweight = packing.pack(weight.codes, bits, planar)
-    qzeros = packing.pack(stored_zeros.t(), bits, planar).t()
-    return spec, {
-        "qweight": packing.from_int32_words(qweight, word_dtype, 0, spec.shapes["qweight"][0]).contiguous(),
-        "qzeros": packing.from_int32_words(qzeros, word_dtype, 1, spec.shapes["qzeros"][1]).contiguous(),
-        "scales": weight.scales.contiguous(),
-        "g_idx": weight.g_idx.to(torch.int32, copy=True),  # layers that share an input share the order: no aliases
-    }
+@dataclass(frozen=True)
+class PackedWeight:
+    """The same weight with its codes packed, whatever format it came from.
 
-
-def decode(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """Undo :func:`encode` for tensors of any layout that ``spec`` can describe."""
-    codes, zeros = unpack_codes(spec, tensors["qweight"]), unpack_zeros(spec, tensors["qzeros"])
-    g_idx = tensors["g_idx"] if spec.act_order else spec.trivial_g_idx.to(codes.device)
-    return QuantizedWeight(codes, tensors["scales"], zeros, g_idx, spec.bits)
-
-
-def unpack_codes(spec: LinearSpec, qweight: Tensor) -> Tensor:
-    """uint8 [K, N] from ``qweight``."""
-    return packing.unpack(packing.to_int32_words(qweight, 0), spec.bits, spec.in_features, spec.planar)
-
-
-def unpack_zeros(spec: LinearSpec, qzeros: Tensor) -> Tensor:
-    """uint8 [G, N] from ``qzeros``. The offset is added to each field, never to a packed word, and wraps."""
-    words = packing.to_int32_words(qzeros, 1).t()
-    stored = packing.unpack(words, spec.bits, spec.out_features, spec.planar).t()
-    return (stored + spec.zero_offset) & ((1 << spec.bits) - 1)
-
-
-def empty_tensors(spec: LinearSpec, device: torch.device | str | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, bias included, uninitialised."""
-    dtypes = spec.dtypes
-    return {key: torch.empty(shape, dtype=dtypes[key], device=device) for key, shape in spec.shapes.items()}
-
-
-def resolve(spec: LinearSpec, tensors: Mapping[str, Tensor], name: str) -> LinearSpec:
-    """Complete ``spec`` with what only the values tell: whether ``g_idx`` is real, and what the zeros mean.
-
-    A checkpoint that claims ``sym`` and stores zeros that are all ``2**(b-1)`` or all ``2**(b-1) - 1`` means
-    ``2**(b-1)``, whatever its format key says (v2 zeros under a v1 label are in circulation).
-
-    Raises:
-        CheckpointError: packed words of another dtype, ``g_idx`` out of range, or non-finite scales or bias (which need
-            not be among ``tensors``), with the module's ``name``.
+    Args:
+        spec: of the weight.
+        qweight: int32 [>= ceil(K*bits/32), N], the codes of each output channel in one stream, lowest bits first. Bits
+            behind the last code are kept: a layer has to give back the file that it was read from.
+        zeros: uint8 [G, N].
+        scales: float [G, N].
+        g_idx: int32 [K], the group of each input channel; None without act-order.
+        bias: float [N], or None.
     """
-    for key in {"qweight", "qzeros"} & tensors.keys():  # load_state_dict(assign=True) compares no dtypes
-        if tensors[key].dtype != spec.word_dtype:
-            raise CheckpointError(
-                f"{name}.{key}: the packed words are {tensors[key].dtype}, expected {spec.word_dtype}; a cast moves "
-                "them apart: load them as they were stored"
-            )
-    largest = (1 << spec.bits) - 1  # code minus zero
-    for key, factor in (("scales", largest), ("bias", 1)):
-        if key in tensors and not (worst := tensors[key].float() * factor).isfinite().all():
-            bad = int((~worst.isfinite()).sum())
-            raise CheckpointError(
-                f"{name}.{key}: {bad} values are NaN or infinite, or would make weights infinite; the file is damaged, "
-                "fetch it again"
-            )
-    spec = dataclasses.replace(spec, act_order=spec.has_g_idx and _has_act_order(spec, tensors["g_idx"], name))
-    if spec.sym:
-        stored = unpack_zeros(dataclasses.replace(spec, zero_offset=0), tensors["qzeros"])
-        middle = 1 << (spec.bits - 1)
-        first = int(stored[0, 0])
-        if first in (middle, middle - 1) and bool((stored == first).all()):
-            spec = dataclasses.replace(spec, zero_offset=middle - first)
-        else:
-            logger.warning("%s: config says sym, but the zeros vary; they are used as stored (asymmetric)", name)
-            spec = dataclasses.replace(spec, sym=False)
-    return spec
 
+    spec: WeightSpec
+    qweight: Tensor
+    zeros: Tensor
+    scales: Tensor
+    g_idx: Tensor | None = None
+    bias: Tensor | None = None
 
-def check_groups(name: str, g_idx: Tensor, groups: int) -> None:
-    """Raises CheckpointError where ``g_idx`` of the layer called ``name`` names groups that do not exist."""
-    low, high = int(g_idx.min()), int(g_idx.max())
-    if low < 0 or high >= groups:
-        raise CheckpointError(
-            f"{name}.g_idx: values span {low}..{high}, expected 0..{groups - 1} ({groups} rows of scales); the file is "
-            "damaged, fetch it again"
+    @property
+    def out_features(self) -> int:
+        return self.spec.out_features
+
+    @property
+    def channels(self) -> int:
+        """Input channels that ``qweight`` has room for: K, and what fills its last words."""
+        return self.qweight.shape[0] * 32 // self.spec.bits
+
+    def codes(self) -> Tensor:
+        """uint8 [K, N]."""
+        return packing.unpack(self.qweight, self.spec.bits, self.spec.in_features)
+
+    def unpack(self) -> QuantizedWeight:
+        """The same, not packed."""
+        g_idx = self.spec.trivial_g_idx.to(self.qweight.device) if self.g_idx is None else self.g_idx
+        return QuantizedWeight(self.codes(), self.scales, self.zeros, g_idx, self.spec.bits)
+
+    def to(self, device: torch.device) -> PackedWeight:
+        """Contiguous copies on ``device`` that share no memory with a mapped file."""
+        tensors = {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: Any = {key: value.contiguous().to(device, copy=True) for key, value in tensors.items()}
+        return dataclasses.replace(self, **moved)
+
+    def outputs(self, rows: Tensor) -> PackedWeight:
+        """The output channels ``rows``: int64 [n]."""
+        bias = None if self.bias is None else selected(self.bias, 0, rows)
+        spec = dataclasses.replace(self.spec, out_features=len(rows))
+        qweight, zeros, scales = (selected(tensor, 1, rows) for tensor in (self.qweight, self.zeros, self.scales))
+        return PackedWeight(spec, qweight, zeros, scales, self.g_idx, bias)
+
+    def inputs(self, first: int, count: int) -> PackedWeight:
+        """The input channels ``first`` to ``first + count``, and of their groups those that occur.
+
+        The bias stays with the first input channel: those who share a sum add their results.
+        """
+        spec, last = self.spec, first + count
+        if count == spec.in_features:
+            return self
+        if first * spec.bits % 32 == 0 and (last * spec.bits % 32 == 0 or last == spec.in_features):
+            qweight = self.qweight[first * spec.bits // 32 :][: packing.words_for(count, spec.bits)]
+        else:  # a cut within a word
+            qweight = packing.pack(self.codes()[first:last], spec.bits)
+        g_idx = spec.trivial_g_idx if self.g_idx is None else self.g_idx
+        used, local = torch.unique(g_idx[first:last], return_inverse=True)
+        used = used.long()
+        # A single group has no order, whatever it was cut from.
+        aligned = len(used) == 1 or (self.g_idx is None and first % spec.group_size == 0)
+        spec = dataclasses.replace(
+            spec,
+            in_features=count,
+            groups=len(used),
+            group_size=count if len(used) == 1 else min(spec.group_size, count),
+            act_order=not aligned,
+        )
+        return PackedWeight(
+            spec,
+            qweight,
+            self.zeros[used],
+            self.scales[used],
+            None if aligned else local.to(torch.int32),
+            self.bias if first == 0 else None,
         )
 
+    def padded(self, out_features: int) -> PackedWeight:
+        """With output channels that are always zero behind the last one."""
+        more = (0, out_features - self.spec.out_features)
+        if more == (0, 0):
+            return self
+        middle = 1 << (self.spec.bits - 1)  # keeps a symmetric weight symmetric
+        return PackedWeight(
+            dataclasses.replace(self.spec, out_features=out_features),
+            pad(self.qweight, more),
+            pad(self.zeros, more, value=middle),
+            pad(self.scales, more),
+            self.g_idx,
+            None if self.bias is None else pad(self.bias, more),
+        )
 
-def _has_act_order(spec: LinearSpec, g_idx: Tensor, name: str) -> bool:
-    check_groups(name, g_idx, spec.groups)
-    if spec.groups > 1 and bool((g_idx == g_idx[0]).all()):  # a placeholder that nobody filled, not one group for all
-        if spec.act_order:
-            raise CheckpointError(
-                f"{name}.g_idx is {int(g_idx[0])} for all {len(g_idx)} inputs, expected {spec.groups} groups, since "
-                "desc_act is true; the order is lost: fetch the file again or export it anew"
-            )
-        logger.warning("%s.g_idx was never filled; the groups are taken as contiguous, as without act-order", name)
-        return False
-    return not torch.equal(g_idx.cpu().int(), spec.trivial_g_idx)
+    def joins(self, right: PackedWeight) -> bool:
+        """Whether one product can serve both: they differ in their values and in N, no more."""
+        specs = [dataclasses.replace(weight.spec, out_features=0) for weight in (self, right)]
+        if specs[0] != specs[1] or (self.bias is None) != (right.bias is None):
+            return False
+        return self.g_idx is None or right.g_idx is None or torch.equal(self.g_idx, right.g_idx)
 
 
-def _group_size(g_idx: Tensor, groups: int) -> int:
-    """Channels in the largest group: the group size that produced ``g_idx``."""
-    return int(torch.bincount(g_idx.long(), minlength=groups).max())
+def side_by_side(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """One weight with the outputs of all; each must join the first (:meth:`PackedWeight.joins`)."""
+    if len(weights) == 1:
+        return weights[0]
+    first, biases = weights[0], [weight.bias for weight in weights if weight.bias is not None]
+    return PackedWeight(
+        dataclasses.replace(first.spec, out_features=sum(weight.out_features for weight in weights)),
+        torch.cat([weight.qweight for weight in weights], 1),
+        torch.cat([weight.zeros for weight in weights], 1),
+        torch.cat([weight.scales for weight in weights], 1),
+        first.g_idx,
+        torch.cat(biases) if biases else None,
+    )
+
+
+def selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """``index_select``, without a copy where the index is a range. index: int64 [n], n > 0."""
+    first, count = int(index[0]), len(index)
+    if torch.equal(index, torch.arange(first, first + count)):
+        return tensor.narrow(dim, first, count)
+    return tensor.index_select(dim, index)

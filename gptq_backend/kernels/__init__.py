@@ -1,16 +1,22 @@
 """Multiplying by a packed weight: one table of kernels, one folder or file per kind of device."""
 
-from .experts import Grouped, Routing, obstacle, one_by_one
-from .table import KERNELS, Kernel, fastest, kernel_report, select_kernel
+from .experts import Grouped, one_by_one, why_not_groupable
+from .interface import ExpertKernel, Kernel, PreparedWeight
+from .routing import Routing
+from .table import EXPERT_KERNELS, KERNELS, expert_kernel, fastest, kernel_report, select_kernel
 
 __all__ = [
+    "EXPERT_KERNELS",
     "KERNELS",
+    "ExpertKernel",
     "Grouped",
     "Kernel",
+    "PreparedWeight",
     "Routing",
+    "expert_kernel",
     "fastest",
     "kernel_report",
-    "obstacle",
     "one_by_one",
     "select_kernel",
+    "why_not_groupable",
 ]

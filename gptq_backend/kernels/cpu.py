@@ -10,19 +10,21 @@ Prepared tensors, with K, N, G as in docs/format.md and "slots" as in slots.py:
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import math
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..format import packing
-from ..format.weight import LinearSpec, unpack_zeros
-from .operators import check_input, check_prepared, define_operators
-from .slots import Tensors, group_slots, kept, pack_channels, source_channels, stored
+from ..format.weight import PackedWeight, WeightSpec
+from .devices import DTYPE_CODES
+from .interface import ExpertKernel, Kernel, Layout, Tensors
+from .operators import check_input, check_prepared, define_grouped, define_operators
+from .routing import Routing
+from .slots import group_slots, rows_of, strips
 
 _cpu: Any
 try:
@@ -37,16 +39,14 @@ except ImportError as error:
 _STRIP = 16
 # A block shares one activation scale; csrc/cpu/kernel.h has the reason for the limit.
 _MAX_BLOCK = 128
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-_LAYOUT = (
-    "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor blocks, "
-    "int in_features, int out_features, int bits, bool a8"
-)
 
 
-class _Layout(NamedTuple):
-    """The arguments of that schema; of experts, the tensors have a leading dimension."""
+class WeightFields(NamedTuple):
+    """What describes a weight to the operators; of experts, the tensors have a leading dimension.
+
+    a8: activations become int8 with a scale per token and block (8 bits of precision), in place of int16 (float32: two
+    of them).
+    """
 
     qweight: Tensor
     scales: Tensor
@@ -59,13 +59,13 @@ class _Layout(NamedTuple):
     a8: bool
 
 
-def supports(spec: LinearSpec, device: torch.device) -> str | None:
+def supports(spec: WeightSpec, device: torch.device) -> str | None:
     """``None``, or why these kernels cannot serve the layer."""
     if device.type != "cpu":
         return "serves CPUs"
     if _cpu is None:
         return _MISSING
-    if spec.scales_dtype not in _DTYPES:
+    if spec.scales_dtype not in DTYPE_CODES:
         return f"{spec.scales_dtype} scales"
     return None
 
@@ -96,17 +96,6 @@ def _blocks(sizes: Tensor) -> Tensor:
     return torch.tensor(blocks, dtype=torch.int32).view(-1, 3)
 
 
-def _strips(rows: Tensor) -> Tensor:
-    """[G, N] -> [ceil(N/16), G, 16], padded with zeros."""
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _STRIP))
-    return padded.view(rows.shape[0], -1, _STRIP).transpose(0, 1).contiguous()
-
-
-def _rows(strips: Tensor, width: int) -> Tensor:
-    """Undo :func:`_strips`."""
-    return strips.transpose(0, 1).reshape(strips.shape[1], -1)[:, :width].contiguous()
-
-
 def _repack(function: Any, source: Tensor, words: Tensor, perm: Tensor | None, spec_bits: int) -> None:
     """``source``: int32 words [rows, N] of the checkpoint, or uint8 codes [channels, N]."""
     function(
@@ -123,74 +112,60 @@ def _repack(function: Any, source: Tensor, words: Tensor, perm: Tensor | None, s
     )
 
 
-def prepare(spec: LinearSpec, tensors: Tensors) -> Tensors:
-    """Checkpoint tensors -> the tensors above."""
-    g_idx = tensors["g_idx"] if spec.act_order else None
-    perm, sizes, slots = group_slots(spec, g_idx, _run(spec.bits), 32)
-    source = packing.to_int32_words(tensors["qweight"], 0).contiguous()
-    if spec.bits == 3:  # codes that cross words, or planes
-        source = packing.unpack(source, 3, source_channels(spec), spec.planar).contiguous()
-    strips = math.ceil(spec.out_features / _STRIP)
-    words = torch.empty((strips, slots * spec.bits // 32, _STRIP), dtype=torch.int32)
+def prepare(weight: PackedWeight) -> Tensors:
+    """The tensors above; see ``Kernel``."""
+    spec, source = weight.spec, weight.qweight.contiguous()
+    perm, sizes, slots = group_slots(weight, _run(spec.bits), 32)
+    if spec.bits == 3:  # codes that cross words
+        source = packing.unpack(source, 3, weight.channels).contiguous()
+    words = torch.empty((math.ceil(spec.out_features / _STRIP), slots * spec.bits // 32, _STRIP), dtype=torch.int32)
     _repack(_cpu.pack, source, words, perm, spec.bits)
-    prepared = {"qweight": words, "scales": _strips(tensors["scales"]), "blocks": _blocks(sizes)}
+    prepared = {"qweight": words, "scales": strips(weight.scales, _STRIP), "blocks": _blocks(sizes)}
     if not spec.sym:
-        prepared["zeros"] = _strips(unpack_zeros(spec, tensors["qzeros"]))
+        prepared["zeros"] = strips(weight.zeros, _STRIP)
     if perm is not None:
         prepared["perm"] = perm
-    return prepared | kept(tensors)
+    return prepared
 
 
-def unprepare(spec: LinearSpec, prepared: Tensors) -> Tensors:
-    """The checkpoint tensors again, bit for bit."""
+def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``Kernel``."""
+    words, perm, zeros = tensors["qweight"], tensors.get("perm"), tensors.get("zeros")
+    channels = words.shape[1] * 32 // spec.bits if perm is None else int((perm >= 0).sum())
     if spec.bits == 3:
-        codes = torch.empty((source_channels(spec), spec.out_features), dtype=torch.uint8)
-        _repack(_cpu.unpack, codes, prepared["qweight"], prepared.get("perm"), spec.bits)
-        words = pack_channels(spec, codes)
+        codes = torch.empty((channels, spec.out_features), dtype=torch.uint8)
+        _repack(_cpu.unpack, codes, words, perm, spec.bits)
+        qweight = packing.pack(codes, spec.bits)
     else:
-        count = math.ceil(spec.shapes["qweight"][0] * spec.word_dtype.itemsize / 4)
-        words = torch.empty((count, spec.out_features), dtype=torch.int32)
-        _repack(_cpu.unpack, words, prepared["qweight"], prepared.get("perm"), spec.bits)
-    return stored(spec, words, _rows(prepared["scales"], spec.out_features), prepared)
+        qweight = torch.empty((packing.words_for(channels, spec.bits), spec.out_features), dtype=torch.int32)
+        _repack(_cpu.unpack, qweight, words, perm, spec.bits)
+    scales = rows_of(tensors["scales"], spec.out_features)
+    return qweight, scales, None if zeros is None else rows_of(zeros, spec.out_features)
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
-def gemm(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    blocks: Tensor,
-    in_features: int,
-    out_features: int,
-    bits: int,
-    a8: bool,
-    bias: Tensor | None,
-) -> Tensor:
+def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
     """``x @ W.T + bias``. x: float [..., K] -> [..., N] in the dtype of x; float64 goes through the dense weight.
-
-    a8: activations become int8 with a scale per token and block (8 bits of precision), in place of int16 (float32:
-    two of them). Other arguments: see the module.
 
     Raises:
         ValueError: see ``check_input`` and ``check_prepared``.
     """
-    check_prepared(qweight)
-    check_input(x, qweight.device, in_features, out_features, bias)
-    if x.dtype not in _DTYPES:
-        y = x @ dequantize(qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8, x.dtype)
+    *layout, bias = layout_and_bias
+    w = WeightFields(*layout)
+    check_prepared(w.qweight)
+    check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
+    if x.dtype not in DTYPE_CODES:
+        y = x @ dequantize(*w, x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
-    y = x.new_empty((*x.shape[:-1], out_features))
-    layout = (qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8)
-    _multiply(_cpu.gemm, x, x.numel() // in_features, layout, bias, y)
+    y = x.new_empty((*x.shape[:-1], w.out_features))
+    _multiply(_cpu.gemm, x, x.numel() // w.in_features, w, bias, y)
     return y
 
 
 def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
-    """Each row of x times the weights of its expert: see ``moe.MoeKernel``.
+    """Each row of x times the weights of its expert: see ``ExpertKernel``.
 
     After the layout, whose tensors have a leading dimension, come ids [rows], the number of experts, top_k and bias.
 
@@ -198,10 +173,10 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
         ValueError: see ``check_input``; or x is float64, or the shapes of x, ids and bias do not fit together.
     """
     *layout, ids, experts, top_k, bias = layout_and_more
-    w = _Layout(*layout)
+    w = WeightFields(*layout)
     check_input(x, w.qweight.device, w.in_features, w.out_features, None)
     rows, parts = ids.numel(), w.qweight.shape[0] // experts
-    fits = x.dtype in _DTYPES and x.dim() == 2 and x.shape[0] * top_k == rows
+    fits = x.dtype in DTYPE_CODES and x.dim() == 2 and x.shape[0] * top_k == rows
     if not fits or ids.dtype not in (torch.int32, torch.int64) or not ids.is_cpu:
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)} and ids is {ids.dtype} {tuple(ids.shape)} on {ids.device}, expected "
@@ -216,19 +191,19 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
 
 
 def _multiply(
-    function: Any, x: Tensor, rows: int, layout: Sequence[Any], bias: Tensor | None, y: Tensor, *more: int
+    function: Any, x: Tensor, rows: int, layout: WeightFields, bias: Tensor | None, y: Tensor, *more: int
 ) -> None:
     qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8 = layout
     if bias is not None:
-        bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
+        bias = (bias if bias.dtype in DTYPE_CODES else bias.float()).contiguous()
     x = x.contiguous()
     function(
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPE_CODES[x.dtype],
         rows,
         qweight.data_ptr(),
         scales.data_ptr(),
-        _DTYPES[scales.dtype],
+        DTYPE_CODES[scales.dtype],
         0 if zeros is None else zeros.data_ptr(),
         0 if perm is None else perm.data_ptr(),
         blocks.data_ptr(),
@@ -239,7 +214,7 @@ def _multiply(
         scales.shape[-2],
         blocks.shape[-2],
         0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _DTYPES[bias.dtype],
+        0 if bias is None else DTYPE_CODES[bias.dtype],
         y.data_ptr(),
         a8,
         torch.get_num_threads(),
@@ -247,21 +222,13 @@ def _multiply(
     )
 
 
-def dequantize(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    blocks: Tensor,
-    in_features: int,
-    out_features: int,
-    bits: int,
-    a8: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``; a8 concerns activations only."""
+def dequantize(*layout_and_dtype: Any) -> Tensor:
+    """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``."""
+    *layout, dtype = layout_and_dtype
+    qweight, scales, zeros, perm, blocks, in_features, out_features, bits, _ = WeightFields(*layout)
     codes = torch.empty((in_features, out_features), dtype=torch.uint8)
     _repack(_cpu.unpack, codes, qweight, perm, bits)
+    # The group of each slot, and from there of each channel.
     first, end, group = blocks.long().unbind(1)
     of_slot = torch.zeros(qweight.shape[1] * 32 // bits, dtype=torch.long)
     of_slot[: int(end[-1])] = group.repeat_interleave(end - first)
@@ -271,14 +238,8 @@ def dequantize(
         real = (perm >= 0) & (perm < in_features)
         index = torch.empty(in_features, dtype=torch.long).scatter_(0, perm[real].long(), of_slot[real])
     dense = codes.to(dtype)
-    dense -= 1 << (bits - 1) if zeros is None else _rows(zeros, out_features).to(dtype)[index]
-    return dense.mul_(_rows(scales, out_features).to(dtype)[index])
-
-
-def _moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
-    *layout, ids, experts, _, _ = arguments
-    w = _Layout(*layout)
-    return x.new_empty((ids.numel(), w.qweight.shape[0] // experts * w.out_features))
+    dense -= 1 << (bits - 1) if zeros is None else rows_of(zeros, out_features).to(dtype)[index]
+    return dense.mul_(rows_of(scales, out_features).to(dtype)[index])
 
 
 def _torch_functions() -> dict[str, int]:
@@ -295,7 +256,8 @@ def _torch_functions() -> dict[str, int]:
 # With them the operator for inference is one in C++, which takes a fraction of the time that one in Python takes.
 _FUNCTIONS = _torch_functions()
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
-_op = define_operators(
+_LAYOUT, _LAYOUT_A8 = (Layout(WeightFields, constants=(a8,)) for a8 in (False, True))
+_OPERATORS = define_operators(
     _library,
     "cpu_",
     _LAYOUT,
@@ -304,15 +266,15 @@ _op = define_operators(
     dispatch="CPU",
     register_inference=(lambda name: _cpu.register_with_torch(name, _FUNCTIONS)) if _FUNCTIONS else None,
 )
-_library.define(f"cpu_moe_gemm(Tensor x, {_LAYOUT}, Tensor ids, int experts, int top_k, Tensor? bias) -> Tensor")
-_library.impl("cpu_moe_gemm", moe_gemm, "CPU")
-torch.library.register_fake("gptq_backend::cpu_moe_gemm", _moe_gemm_fake, lib=_library)
-
-
-def arguments(spec: LinearSpec, prepared: Tensors, a8: bool) -> tuple[Any, ...]:
-    """The layout, as the operators take it."""
-    tensors = (prepared["qweight"], prepared["scales"], prepared.get("zeros"), prepared.get("perm"), prepared["blocks"])
-    return (*tensors, spec.in_features, spec.out_features, spec.bits, a8)
+_moe_op = define_grouped(
+    _library,
+    "cpu_moe_gemm",
+    _LAYOUT,
+    "Tensor ids, int experts, int top_k, Tensor? bias",
+    moe_gemm,
+    lambda x, w, ids, experts, *_: (ids.numel(), w.qweight.shape[0] // experts * w.out_features),
+    dispatch="CPU",
+)
 
 
 def _infer(*arguments: Any) -> Tensor:
@@ -322,11 +284,26 @@ def _infer(*arguments: Any) -> Tensor:
         return gemm(*arguments)  # says what is wrong, which is lost on the way through C++
 
 
-def _call(function: Any, a8: bool, spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
-    return function(x, *arguments(spec, prepared, a8), bias)
+# -- rows of the kernel table ------------------------------------------------------------------------------------------
 
 
-apply: Any = functools.partial(_call, _infer if _FUNCTIONS else gemm, False)
-op: Any = functools.partial(_call, _op, False)
-apply_w4a8: Any = functools.partial(_call, _infer if _FUNCTIONS else gemm, True)
-op_w4a8: Any = functools.partial(_call, _op, True)
+def _kernel(name: str, layout: Layout, opt_in: bool) -> Kernel:
+    return Kernel(name, supports, prepare, unprepare, layout, _infer if _FUNCTIONS else gemm, *_OPERATORS, opt_in)
+
+
+def _experts(kernel: Kernel) -> ExpertKernel:
+    def call(
+        function: Any, spec: WeightSpec, stacked: Tensors, x: Tensor, routing: Routing, top_k: int, bias: Tensor | None
+    ) -> Tensor:
+        layout = kernel.layout.arguments(spec, stacked)
+        return function(x, *layout, routing.ids, routing.experts, top_k, bias)
+
+    def allocate(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return in_huge_pages(like.new_empty(shape))
+
+    names = ("qweight", "scales", "zeros", "perm", "blocks")
+    return ExpertKernel(kernel, names, partial(call, moe_gemm), partial(call, _moe_op), allocate)
+
+
+KERNEL, W4A8 = _kernel("cpu", _LAYOUT, opt_in=False), _kernel("cpu_w4a8", _LAYOUT_A8, opt_in=True)
+EXPERTS, W4A8_EXPERTS = _experts(KERNEL), _experts(W4A8)

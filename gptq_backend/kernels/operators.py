@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .interface import Layout
+
+
+class Operators(NamedTuple):
+    """What :func:`define_operators` made, as :class:`Kernel` wants it: ``op`` and ``dequantize``."""
+
+    op: Callable[..., Tensor]
+    dequantize: Callable[..., Tensor]
 
 
 def define_operators(
     library: torch.library.Library,
     prefix: str,
-    layout: str,
+    layout: Layout,
     gemm: Callable[..., Tensor],
     dequantize: Callable[..., Tensor],
-    out_features: Callable[..., int] | None = None,
     dispatch: str = "CompositeExplicitAutograd",
     by_output: bool = False,
     register_inference: Callable[[str], None] | None = None,
-) -> Callable[..., Tensor]:
+) -> Operators:
     """Register the operators of a kernel, with all that torch wants of them.
 
     ``gptq_backend::{prefix}gemm`` has gradients with respect to x and bias (the quantized weight is not trainable), by
@@ -28,51 +36,57 @@ def define_operators(
 
     Args:
         library: of the namespace gptq_backend.
-        layout: schema of the arguments that describe the weight, common to both; with ``in_features`` = K.
+        layout: of the weight.
         gemm: ``(x [..., K], *layout, bias [N] | None) -> y [..., N]`` in the dtype of x.
         dequantize: ``(*layout, dtype) -> [K, N]``, the transpose of ``nn.Linear.weight``.
-        out_features: N, where the layout does not say; takes it by keywords.
         dispatch: key that both are registered for.
         by_output: the result of ``dequantize`` lies in memory as [N, K].
         register_inference: gives the operator of that name another implementation than ``gemm``.
-
-    Returns:
-        ``gemm`` through whichever of the two operators suffices.
     """
-    product, dense = f"gptq_backend::{prefix}gemm", f"gptq_backend::{prefix}dequantize"
     for name in ("gemm", "gemm_inference"):
-        library.define(f"{prefix}{name}(Tensor x, {layout}, Tensor? bias) -> Tensor")
-    library.define(f"{prefix}dequantize({layout}, ScalarType dtype) -> Tensor")
+        library.define(f"{prefix}{name}(Tensor x, {layout.schema}, Tensor? bias) -> Tensor")
+    library.define(f"{prefix}dequantize({layout.schema}, ScalarType dtype) -> Tensor")
     library.impl(f"{prefix}gemm", gemm, dispatch)
     library.impl(f"{prefix}dequantize", dequantize, dispatch)
     if register_inference is None:
         library.impl(f"{prefix}gemm_inference", gemm, dispatch)
     else:
         register_inference(f"{prefix}gemm_inference")
+    _register_fakes(library, prefix, layout, by_output)
+    packets = torch.ops.gptq_backend
+    dense = getattr(packets, f"{prefix}dequantize")
+    _register_gradients(library, prefix, dense)
+    with_gradients = getattr(packets, f"{prefix}gemm").default
+    without = getattr(packets, f"{prefix}gemm_inference").default
 
-    names = [argument.split()[-1] for argument in layout.split(", ")]
+    def op(*arguments: Any) -> Tensor:
+        return (with_gradients if torch.is_grad_enabled() else without)(*arguments)
 
-    def features(weight: Sequence[Any]) -> tuple[int, int]:
-        """K and N."""
-        by_name = dict(zip(names, weight, strict=True))
-        return by_name["in_features"], out_features(**by_name) if out_features else by_name["out_features"]
+    return Operators(op, dense)
+
+
+def _register_fakes(library: torch.library.Library, prefix: str, layout: Layout, by_output: bool) -> None:
+    """Shapes and dtypes of the results, for traces."""
 
     def fake_gemm(x: Tensor, *arguments: Any) -> Tensor:
-        *weight, bias = arguments
-        inputs, outputs = features(weight)
-        check_input(x, weight[0].device, inputs, outputs, bias)
-        return x.new_empty((*x.shape[:-1], outputs))
+        weight, bias = layout.fields(*arguments[:-1]), arguments[-1]
+        check_input(x, weight.qweight.device, weight.in_features, weight.out_features, bias)
+        return x.new_empty((*x.shape[:-1], weight.out_features))
 
     def fake_dequantize(*arguments: Any) -> Tensor:
-        *weight, dtype = arguments
-        inputs, outputs = features(weight)
+        weight, dtype = layout.fields(*arguments[:-1]), arguments[-1]
+        inputs, outputs = weight.in_features, weight.out_features
         if by_output:
-            return weight[0].new_empty((outputs, inputs), dtype=dtype).t()
-        return weight[0].new_empty((inputs, outputs), dtype=dtype)
+            return weight.qweight.new_empty((outputs, inputs), dtype=dtype).t()
+        return weight.qweight.new_empty((inputs, outputs), dtype=dtype)
 
-    torch.library.register_fake(product, fake_gemm, lib=library)
-    torch.library.register_fake(f"{product}_inference", fake_gemm, lib=library)
-    torch.library.register_fake(dense, fake_dequantize, lib=library)
+    for name in ("gemm", "gemm_inference"):
+        torch.library.register_fake(f"gptq_backend::{prefix}{name}", fake_gemm, lib=library)
+    torch.library.register_fake(f"gptq_backend::{prefix}dequantize", fake_dequantize, lib=library)
+
+
+def _register_gradients(library: torch.library.Library, prefix: str, dense: Callable[..., Tensor]) -> None:
+    """Of ``gemm``, with respect to x and bias."""
 
     def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         _, *weight, bias = inputs
@@ -85,20 +99,41 @@ def define_operators(
         if ctx.needs_input_grad[0]:
             tensors = iter(ctx.saved_tensors)
             weight = [next(tensors) if each is None else each[0] for each in ctx.weight]
-            # Through the operator, so that it can be traced.
-            grad_x = grad @ getattr(torch.ops.gptq_backend, f"{prefix}dequantize")(*weight, grad.dtype).t()
+            grad_x = grad @ dense(*weight, grad.dtype).t()  # through the operator, so that it can be traced
         if ctx.needs_input_grad[-1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return (grad_x, *[None] * len(ctx.weight), grad_bias)
 
-    torch.library.register_autograd(product, backward, setup_context=save, lib=library)
-    with_gradients = getattr(torch.ops.gptq_backend, f"{prefix}gemm").default
-    without = getattr(torch.ops.gptq_backend, f"{prefix}gemm_inference").default
+    torch.library.register_autograd(f"gptq_backend::{prefix}gemm", backward, setup_context=save, lib=library)
 
-    def op(*arguments: Any) -> Tensor:
-        return (with_gradients if torch.is_grad_enabled() else without)(*arguments)
 
-    return op
+def define_grouped(
+    library: torch.library.Library,
+    name: str,
+    layout: Layout,
+    arguments: str,
+    moe_gemm: Callable[..., Tensor],
+    shape: Callable[..., tuple[int, int]],
+    dispatch: str = "CompositeExplicitAutograd",
+) -> Callable[..., Tensor]:
+    """Register ``gptq_backend::{name}``, a grouped product, whose weights have a leading dimension.
+
+    Args:
+        library, layout, dispatch: as for :func:`define_operators`.
+        arguments: schema of those behind the layout, the last of them a bias.
+        moe_gemm: ``(x, *layout, *arguments) -> y``.
+        shape: ``(x, layout, *arguments) -> shape of y``.
+    """
+
+    def fake(x: Tensor, *rest: Any) -> Tensor:
+        count = len(layout.fields._fields)  # type: ignore[attr-defined]
+        return x.new_empty(shape(x, layout.fields(*rest[:count]), *rest[count:]))
+
+    library.define(f"{name}(Tensor x, {layout.schema}, {arguments}) -> Tensor")
+    library.impl(name, moe_gemm, dispatch)
+    torch.library.register_fake(f"gptq_backend::{name}", fake, lib=library)
+    operator: Callable[..., Tensor] = getattr(torch.ops.gptq_backend, name)
+    return operator
 
 
 def check_input(x: Tensor, device: torch.device, in_features: int, out_features: int, bias: Tensor | None) -> None:

@@ -10,27 +10,44 @@ the ``reference`` row of the kernel table calls. Arguments common to both, with 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..format.weight import LinearSpec, unpack_codes, unpack_zeros
+from ..format import packing
+from ..format.stored import StoredSpec, unpack_codes, unpack_zeros
+from ..format.weight import PackedWeight, WeightSpec
+from .interface import Kernel, Layout, Tensors
 from .operators import check_input, define_operators
-from .slots import Tensors
 
-_LAYOUT = (
-    "Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, "
-    "int in_features, int bits, int group_size, int zero_offset, bool planar"
-)
+
+class WeightFields(NamedTuple):
+    """The arguments above. A packed weight is stored as ``gptq_v2`` stores it: zeros as they are, codes in a stream."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor | None
+    in_features: int
+    bits: int
+    group_size: int
+    zero_offset: int
+    planar: bool
+
+    @property
+    def out_features(self) -> int:
+        return self.scales.shape[1]
+
+
 # Largest dense slice that exists at a time: 64 MiB in float32.
 _MAX_DENSE_ELEMENTS = 1 << 24
 
 
 def _spec(
     qweight: Tensor, scales: Tensor, in_features: int, bits: int, group_size: int, offset: int, planar: bool
-) -> LinearSpec:
-    return LinearSpec(
+) -> StoredSpec:
+    return StoredSpec(
         in_features=in_features,
         out_features=scales.shape[1],
         bits=bits,
@@ -43,7 +60,7 @@ def _spec(
 
 
 def _dense(
-    spec: LinearSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dtype: torch.dtype
+    spec: StoredSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """[K, n] of the n output channels that all arguments but g_idx were sliced to."""
     dense = unpack_codes(spec, qweight).to(dtype)
@@ -107,19 +124,26 @@ def gemm(
     return y.to(x.dtype).view(*x.shape[:-1], spec.out_features)
 
 
-def arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
-    """The layout, as the operators take it."""
-    g_idx = prepared["g_idx"] if spec.act_order else None
-    tensors = (prepared["qweight"], prepared["qzeros"], prepared["scales"], g_idx)
-    return (*tensors, spec.in_features, spec.bits, spec.group_size, spec.zero_offset, spec.planar)
+def prepare(weight: PackedWeight) -> Tensors:
+    """The tensors of a checkpoint again; see ``Kernel``."""
+    qzeros = packing.pack(weight.zeros.t(), weight.spec.bits).t().contiguous()
+    return {"qweight": weight.qweight.contiguous(), "qzeros": qzeros, "scales": weight.scales.contiguous()}
 
 
+def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``Kernel``."""
+    zeros = packing.unpack(tensors["qzeros"].t(), spec.bits, spec.out_features).t()
+    return tensors["qweight"], tensors["scales"], zeros
+
+
+LAYOUT = Layout(WeightFields, constants=(0, False))
 _library = torch.library.Library("gptq_backend", "DEF")
-op = define_operators(
-    _library,
-    "",
-    _LAYOUT,
+KERNEL = Kernel(
+    "reference",
+    lambda spec, device: None,
+    prepare,
+    unprepare,
+    LAYOUT,
     gemm,
-    dequantize,
-    out_features=lambda scales, **_: scales.shape[1],
+    *define_operators(_library, "", LAYOUT, gemm, dequantize),
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_backend import CheckpointError, GPTQError, LinearSpec, QuantizeConfig
+from gptq_backend import CheckpointError, GPTQError, QuantizeConfig, StoredSpec
 from gptq_backend.format import (
     Manifest,
     TensorInfo,
@@ -38,8 +38,8 @@ class Layer:
     """One quantized module. ``claimed`` is its spec by headers and config, ``spec`` also by its values."""
 
     name: str
-    claimed: LinearSpec
-    spec: LinearSpec
+    claimed: StoredSpec
+    spec: StoredSpec
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _modules(manifest: Manifest) -> dict[str, Manifest]:
     return {name: found for name, found in modules.items() if any(f"{name}.{part}" in found for part in parts)}
 
 
-_Found = dict[str, tuple[LinearSpec, dict[str, TensorInfo]]]
+_Found = dict[str, tuple[StoredSpec, dict[str, TensorInfo]]]
 
 
 def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest]) -> _Found | None:
@@ -136,7 +136,7 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
     own = {name: names.of.get(f"{name}.qweight", "").removesuffix(".qweight") for name in modules}
     unbiased = {name for name, module in model.named_modules() if getattr(module, "bias", 0) is None}
     checkpoint.unbiased = {name for name, key in own.items() if key in unbiased}
-    specs: dict[str, LinearSpec] = {}
+    specs: dict[str, StoredSpec] = {}
     try:
         plan = prepare_model(model, manifest, checkpoint.config, names)
         specs = {name: layer.stored_spec for name, layer in quant_linears(model)} | plan.dense
@@ -157,7 +157,7 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
 
 def _one_by_one(
     checkpoint: Checkpoint, model: nn.Module, modules: Mapping[str, Manifest], names: Mapping[str, str]
-) -> dict[str, LinearSpec]:
+) -> dict[str, StoredSpec]:
     """Specs of the modules that can be used, one bad module hiding no other."""
     shapes, found = linear_shapes(model), {}
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}

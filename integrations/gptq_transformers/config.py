@@ -12,7 +12,7 @@ import torch
 from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
-from gptq_backend import KERNELS, ConfigError, LinearSpec, QuantizeConfig
+from gptq_backend import KERNELS, ConfigError, QuantizeConfig, WeightSpec
 from gptq_backend.dialects import ALIASES
 
 logger = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def _is_kernel(backend: Any) -> bool:
 
 def _unusable_here(name: str) -> str | None:
     """Why the row of that name serves no device of this machine, not even an ordinary layer; None if it does one."""
-    ordinary = LinearSpec(in_features=128, out_features=128, bits=4, group_size=128, groups=1)
+    ordinary = WeightSpec(in_features=128, out_features=128, bits=4, group_size=128, groups=1)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = [torch.device("cpu")] if accelerator is None else [torch.device(accelerator.type, 0), torch.device("cpu")]
     reasons = [row.supports(ordinary, device) for row in KERNELS if row.name == name for device in devices]

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
 from gptq_backend.format import (
     TGI_TENSORS,
-    LinearSpec,
     Manifest,
-    decode,
+    StoredSpec,
     layer_names,
     quantized_modules,
+    read_packed,
     read_tensor,
     renamed,
-    resolve,
     resolve_specs,
 )
 from gptq_backend.model import linear_shapes, replace_module
@@ -54,7 +53,7 @@ class Plan:
     renamed: set[str] = field(default_factory=set)
     resized: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    dense: dict[str, LinearSpec] = field(default_factory=dict)
+    dense: dict[str, StoredSpec] = field(default_factory=dict)
 
 
 def prepare_model(
@@ -301,7 +300,7 @@ def _cast(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> nn.Module
 
 def _other_modules(
     model: nn.Module, manifest: Manifest, config: QuantizeConfig, names: list[str]
-) -> dict[str, LinearSpec]:
+) -> dict[str, StoredSpec]:
     """What to do with layers that are quantized in the file and not linear in the model.
 
     A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight, and so does an
@@ -360,7 +359,7 @@ def _check_dense_shapes(model: nn.Module, manifest: Manifest, parameters: Mappin
 def _load_dense(model: nn.Module, plan: Plan) -> None:
     for name, spec in plan.dense.items():
         tensors = {part: read_tensor(plan.manifest[f"{name}.{part}"]) for part in spec.shapes if part != "bias"}
-        weight = decode(resolve(spec, tensors, name), tensors).dequantize()
+        weight = read_packed(spec, tensors, name).unpack().dequantize()
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
             weight = weight.t().contiguous()

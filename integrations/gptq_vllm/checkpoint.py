@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptq_backend import CheckpointError, LinearSpec, QuantizeConfig
+from gptq_backend import CheckpointError, QuantizeConfig, StoredSpec
 from gptq_backend.format import (
     INDEX,
     STANDARD_FILES,
@@ -125,7 +125,7 @@ class Checkpoint:
         """Whether any layer inside ``module`` is quantized."""
         return any(name.startswith(f"{module}.") and name.endswith(".qweight") for name in self._stored)
 
-    def resolve(self, uses: Mapping[str, Use], settings: QuantizeConfig) -> dict[str, LinearSpec]:
+    def resolve(self, uses: Mapping[str, Use], settings: QuantizeConfig) -> dict[str, StoredSpec]:
         """Specs of those layers, by their names in the file, that are quantized.
 
         Raises:

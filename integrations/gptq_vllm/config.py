@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 from vllm.model_executor.models.utils import WeightsMapper
 
-from gptq_backend import KERNELS, ConfigError, LinearSpec, QuantizeConfig
+from gptq_backend import KERNELS, ConfigError, QuantizeConfig, StoredSpec
 from gptq_backend.format import TGI_TENSORS, ExpertLayout, TensorFile, TensorInfo, read_tensor, resolve_specs
 
 from . import who_serves as choice
@@ -48,7 +48,7 @@ class GPTQBackendConfig(QuantizationConfig):
         self._model: tuple[str, Any, str | None] | None = None
         self._renamings: list[WeightsMapper] = []
         self._uses: dict[str, Use] = {}
-        self._specs: dict[str, LinearSpec] | None = None
+        self._specs: dict[str, StoredSpec] | None = None
 
     # -- what vLLM asks of every config ----------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class GPTQBackendConfig(QuantizationConfig):
         parts = (*PARTS, "weight")
         return {part: manifest[f"{stored}.{part}"].dtype for part in parts if f"{stored}.{part}" in manifest}
 
-    def spec(self, name: str, use: Use, tensors: dict[str, Tensor]) -> tuple[LinearSpec, Tensor | None]:
+    def spec(self, name: str, use: Use, tensors: dict[str, Tensor]) -> tuple[StoredSpec, Tensor | None]:
         """Spec of layer ``name``, and its bias if the model does not know of one that is not zero.
 
         Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
 
-from gptq_backend.kernels import Grouped, Routing, obstacle, one_by_one
+from gptq_backend.kernels import Grouped, Routing, one_by_one, why_not_groupable
 
 from .fused_weight import QuantizedSegment, Segments
 from .pieces import AnyPiece
@@ -32,11 +32,11 @@ class Experts(nn.Module):
         each = [Segments(of_one, dtype, backend, expert=True) for of_one in pieces]
         self.out_features = each[0].out_features
         self.descriptions = sorted({segments.describe() for segments in each})
-        why = _obstacle(each)
+        why = _why_not_groupable(each)
         if why is None:
             self.each = None
             self.parts = nn.ModuleList(_grouped(parts) for parts in zip(*(one.parts for one in each)))
-            kernels = {part.kernel.name for part in self.parts}
+            kernels = {part.row.kernel.name for part in self.parts}
             logger.info_once("experts, %s: one grouped product of the kernel %s", name, " and ".join(sorted(kernels)))
         else:
             for segments in each:
@@ -57,22 +57,15 @@ class Experts(nn.Module):
 
 
 def _grouped(parts: Sequence[QuantizedSegment]) -> Grouped:
-    prepared = [part._parameters for part in parts]
-    return Grouped(parts[0].kernel, parts[0].spec, prepared, [part.extra_bias for part in parts])  # type: ignore[arg-type]
+    return Grouped([part.prepared for part in parts], [part.extra_bias for part in parts])
 
 
-def _obstacle(each: Sequence[Segments]) -> str | None:
+def _why_not_groupable(each: Sequence[Segments]) -> str | None:
     if len({tuple(part.out_features for part in one.parts) for one in each}) > 1:
         return "differ in the projections that can be joined"
     for parts in zip(*(one.parts for one in each)):
         if not all(isinstance(part, QuantizedSegment) for part in parts):
             return "are not all quantized"
-        why = obstacle(
-            [part.kernel for part in parts],
-            [part.spec for part in parts],
-            [part._parameters for part in parts],
-            [part.extra_bias for part in parts],
-        )
-        if why is not None:
+        if why := why_not_groupable([part.prepared for part in parts], [part.extra_bias for part in parts]):
             return why
     return None

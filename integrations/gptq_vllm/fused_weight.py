@@ -9,57 +9,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptq_backend import Kernel, select_kernel
+from gptq_backend import PackedWeight, select_kernel
+from gptq_backend.kernels import PreparedWeight
 
-from .pieces import AnyPiece, DensePiece, Piece, joined
+from .pieces import AnyPiece, DensePiece, joined
 
 
 class QuantizedSegment(nn.Module):
     """A quantized weight [K, N] in the layout of the kernel that serves it; its parameters are the kernel's.
 
     Args:
-        piece: on the device to run on.
+        weight: on the device to run on.
         backend: row of the kernel table, or None for the fastest that fits.
         expert: see ``select_kernel``.
     """
 
-    def __init__(self, piece: Piece, backend: str | None, expert: bool = False) -> None:
+    prepared: PreparedWeight
+
+    def __init__(self, weight: PackedWeight, backend: str | None, expert: bool = False) -> None:
         super().__init__()
-        self.spec, tensors = piece.stored()
-        self.out_features = self.spec.out_features
-        self._backend = backend
-        self._prepare(select_kernel(self.spec, piece.qweight.device, backend, expert), tensors)
-        self.extra_bias = None if piece.bias is None else nn.Parameter(piece.bias, requires_grad=False)
+        self.out_features, self._backend = weight.out_features, backend
+        self.extra_bias = None if weight.bias is None else nn.Parameter(weight.bias, requires_grad=False)
+        self._hold(PreparedWeight.of(weight, select_kernel(weight.spec, weight.qweight.device, backend, expert)))
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x: float [..., K], bias: [N] or None -> [..., N] in the dtype of x."""
         if self.extra_bias is not None:
             bias = self.extra_bias if bias is None else bias + self.extra_bias
-        # Outside of a trace the kernel is called without the detour through torch's dispatcher.
-        call = self.kernel.op if torch.compiler.is_compiling() else self.kernel.apply
-        return call(self.spec, self._parameters, x, bias)  # type: ignore[arg-type]
+        if torch.compiler.is_compiling():
+            return self.prepared.multiply_in_graph(self._parameters, x, bias)
+        return self.prepared.multiply(x, bias)
 
     def serve_alone(self) -> None:
         """Take back what being an expert had to do with the choice of the kernel."""
-        kernel = select_kernel(self.spec, self.qweight.device, self._backend)  # type: ignore[arg-type]
-        if kernel is not self.kernel:
-            held: Any = {key: value for key, value in self._parameters.items() if key != "extra_bias"}
-            stored = self.kernel.unprepare(self.spec, held)
-            for key in held:
-                del self._parameters[key]
-            self._prepare(kernel, stored)
+        weight = self.prepared
+        kernel = select_kernel(weight.spec, weight.tensors["qweight"].device, self._backend)
+        if kernel is not weight.kernel:
+            self._hold(PreparedWeight.of(weight.unprepare(), kernel))
 
-    def _prepare(self, kernel: Kernel, stored: dict[str, Tensor]) -> None:
-        self.kernel = kernel
-        for key, tensor in kernel.prepare(self.spec, stored).items():
-            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+    def _hold(self, weight: PreparedWeight) -> None:
+        tensors: Any = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in weight.tensors.items()}
+        self._parameters = {"extra_bias": self.extra_bias, **tensors}
+        self.prepared = weight.with_tensors(tensors)
 
     def extra_repr(self) -> str:
-        spec = self.spec
-        return (
-            f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}, "
-            f"sym={spec.sym}, act_order={spec.act_order}, kernel={self.kernel.name}"
-        )
+        return self.prepared.describe()
 
 
 class DenseSegment(nn.Module):
@@ -93,7 +87,7 @@ class Segments(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(
-            QuantizedSegment(piece, backend, expert) if isinstance(piece, Piece) else DenseSegment(piece, dtype)
+            QuantizedSegment(piece, backend, expert) if isinstance(piece, PackedWeight) else DenseSegment(piece, dtype)
             for piece in joined(pieces)
         )
         ends = [0]
@@ -120,13 +114,13 @@ class Segments(nn.Module):
 
     @property
     def first(self) -> Tensor:
-        """Some tensor of the weight, for who wants to know its device."""
+        """Some tensor of the weight, used to find the weight's device."""
         return next(self.parts[0].parameters())
 
     def describe(self) -> str:
         """What a graph compiled over this weight depends on."""
         return ";".join(
-            f"{part.spec} {part.kernel.name} {part.extra_bias is None}"
+            f"{part.prepared.spec} {part.prepared.kernel.name} {part.extra_bias is None}"
             if isinstance(part, QuantizedSegment)
             else part.extra_repr()
             for part in self.parts

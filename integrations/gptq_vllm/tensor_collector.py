@@ -16,9 +16,10 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from gptq_backend import CheckpointError
+from gptq_backend.format import read_packed
 
 from .checkpoint import PARTS, Use
-from .pieces import AnyPiece, DensePiece, Piece
+from .pieces import AnyPiece, DensePiece
 
 if TYPE_CHECKING:
     from .config import GPTQBackendConfig
@@ -63,7 +64,7 @@ class Arrivals:
         spec, bias = self._config.spec(name, use, tensors)
         if bias is not None:
             tensors["bias"] = bias
-        return Piece.from_stored(spec, tensors, name)
+        return read_packed(spec, tensors, name)
 
 
 def add_parameters(

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from gptq_backend import QuantLinear
+from gptq_backend.kernels import reference
 from gptq_backend.kernels import table as kernels
+from gptq_backend.kernels.triton import operators as triton
 from gptq_cli.inspection import Layer, _kernels
 from tests.format.test_weight import random_weight
 
 
 def test_experts_are_served_by_the_row_with_a_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine whose fastest row has none, as NVIDIA GPUs are."""
-    fastest = dataclasses.replace(kernels.REFERENCE, name="fastest")
-    grouped = dataclasses.replace(kernels.TRITON, name="grouped", supports=lambda spec, device: None)
-    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, kernels.REFERENCE])
+    fastest = dataclasses.replace(reference.KERNEL, name="fastest")
+    grouped = dataclasses.replace(triton.KERNEL, name="grouped", supports=lambda spec, device: None)
+    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, reference.KERNEL])
+    monkeypatch.setattr(kernels, "EXPERT_KERNELS", [dataclasses.replace(triton.EXPERTS, kernel=grouped)])
     layer = QuantLinear.from_weight(random_weight(4, 64, 32, 16))
     names = ["model.layers.0.q_proj", "model.layers.0.mlp.experts.0.w1", "model.layers.0.mlp.experts.1.w1"]
     found = _kernels([Layer(name, layer.spec, layer.spec) for name in names], torch.device("cpu"))

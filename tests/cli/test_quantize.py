@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gptq_backend.kernels import reference
 from gptq_backend.kernels import table as kernels
 from gptq_cli import terminal
 from gptq_cli.report import percent, significant
@@ -206,7 +207,7 @@ def test_rounding_to_nearest_refuses_to_be_distilled(original: Path, tmp_path: P
 def test_quantize_does_not_warn_of_slow_kernels(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "KERNELS", [kernels.REFERENCE])
+    monkeypatch.setattr(kernels, "KERNELS", [reference.KERNEL])
     kernels._warn_once.cache_clear()
     result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
     assert result.exit_code == 0, result.output

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq_backend import CheckpointError, LinearSpec, QuantizeConfig, QuantizedWeight, QuantLinear
+from gptq_backend import CheckpointError, QuantizeConfig, QuantizedWeight, QuantLinear, StoredSpec
 from gptq_backend.algorithm.gptq import prepare_factor, quantize_weight
 from gptq_backend.format import packing
-from gptq_backend.format.weight import decode, encode, resolve, unpack_zeros
+from gptq_backend.format.stored import encode, read_packed, resolve, unpack_zeros
 
 FORMATS = ("gptq", "gptq_v2", "gptq_p")
 bits_strategy = st.sampled_from([2, 3, 4, 8])
@@ -54,7 +54,7 @@ def test_encode_decode_round_trip(bits: int, columns: int, outputs: int, size: i
         spec, tensors = encode(weight, checkpoint_format)
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == spec.shapes
         assert {name: tensor.dtype for name, tensor in tensors.items()} == spec.dtypes
-        assert_same(decode(resolve(spec, tensors, "layer"), tensors), weight)
+        assert_same(read_packed(spec, tensors, "layer").unpack(), weight)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -62,7 +62,7 @@ def test_planar_round_trip(bits: int) -> None:
     weight = random_weight(bits, 64, 96, 32)
     spec, tensors = encode(weight, "gptq_p")
     assert spec.planar == (bits == 3)
-    assert_same(decode(resolve(spec, tensors, "layer"), tensors), weight)
+    assert_same(read_packed(spec, tensors, "layer").unpack(), weight)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -88,7 +88,7 @@ def test_other_word_types_decode_to_the_same_weight(word: torch.dtype, bits: int
     tensors["qweight"] = packing.from_int32_words(tensors["qweight"], word, 0, shapes["qweight"][0])
     tensors["qzeros"] = packing.from_int32_words(tensors["qzeros"], word, 1, shapes["qzeros"][1])
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
-    assert_same(decode(resolve(foreign, tensors, "layer"), tensors), weight)
+    assert_same(read_packed(foreign, tensors, "layer").unpack(), weight)
 
 
 @pytest.mark.parametrize("checkpoint_format", FORMATS)
@@ -113,7 +113,7 @@ def test_saved_weight_is_the_optimised_one_bit_for_bit(
     assert torch.equal(torch.nn.functional.linear(identity, optimised), again(identity) - again.bias.double())
 
 
-def stored(**changes: object) -> tuple[LinearSpec, dict[str, Tensor]]:
+def stored(**changes: object) -> tuple[StoredSpec, dict[str, Tensor]]:
     spec, tensors = encode(random_weight(4, 32, 16, 8, sym=True))
     return dataclasses.replace(spec, **changes), tensors  # type: ignore[arg-type]
 
@@ -141,7 +141,7 @@ def test_symmetric_zeros_mean_the_middle_whatever_the_label(written: str, label:
     weight = random_weight(4, 32, 16, 8, sym=True)
     spec, tensors = encode(weight, written)
     spec = dataclasses.replace(spec, zero_offset=label)
-    assert_same(decode(resolve(spec, tensors, "layer"), tensors), weight)
+    assert_same(read_packed(spec, tensors, "layer").unpack(), weight)
 
 
 def test_varying_zeros_under_a_sym_label_are_used_and_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -151,7 +151,7 @@ def test_varying_zeros_under_a_sym_label_are_used_and_reported(caplog: pytest.Lo
         resolved = resolve(dataclasses.replace(spec, sym=True), tensors, "mlp.down_proj")
     assert "mlp.down_proj" in caplog.text
     assert not resolved.sym
-    assert_same(decode(resolved, tensors), weight)
+    assert_same(read_packed(resolved, tensors, "layer").unpack(), weight)
 
 
 def test_asymmetric_zeros_trust_the_format() -> None:
@@ -160,7 +160,7 @@ def test_asymmetric_zeros_trust_the_format() -> None:
     for checkpoint_format in FORMATS:
         spec, tensors = encode(weight, checkpoint_format)
         assert not spec.sym
-        assert_same(decode(resolve(spec, tensors, "layer"), tensors), weight)
+        assert_same(read_packed(spec, tensors, "layer").unpack(), weight)
 
 
 @pytest.mark.parametrize(("columns", "size"), [(32, 8), (30, 8), (7, 8)])
@@ -170,7 +170,7 @@ def test_trivial_g_idx_is_no_act_order_and_may_be_absent(columns: int, size: int
     assert not resolve(spec, tensors, "layer").act_order
     del tensors["g_idx"]
     absent = resolve(dataclasses.replace(spec, has_g_idx=False), tensors, "layer")
-    assert_same(decode(absent, tensors), weight)
+    assert_same(read_packed(absent, tensors, "layer").unpack(), weight)
 
 
 def test_real_g_idx_is_act_order() -> None:

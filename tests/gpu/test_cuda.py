@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from gptq_backend import Kernel, QuantizedWeight, QuantLinear
-from gptq_backend.format.weight import LinearSpec
+from gptq_backend.kernels import PreparedWeight
 from gptq_backend.kernels import table as kernels
 from gptq_backend.kernels.cuda import operators as cuda
+from gptq_backend.kernels.cuda.plan import Plan
 from tests.format.test_weight import random_weight
-from tests.kernels.test_cpu import LIMITS, error, exact, prepared
+from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, packed
 
 pytestmark = pytest.mark.gpu
 
@@ -24,14 +25,19 @@ SHAPES = [(4096, 1024, 128), (1024, 4100, 32), (11008, 256, -1), (1000, 70, 48),
 
 
 def layer(
-    bits: int, columns: int, outputs: int, size: int, kernel: Kernel = kernels.CUDA, **how: bool
-) -> tuple[QuantizedWeight, LinearSpec, dict[str, Tensor]]:
-    """The weight on the CPU, and its tensors prepared on the GPU."""
+    bits: int, columns: int, outputs: int, size: int, kernel: Kernel = cuda.KERNEL, **how: bool
+) -> tuple[QuantizedWeight, PreparedWeight]:
+    """The weight on the CPU, and prepared on the GPU."""
     weight = random_weight(bits, columns, outputs, columns if size == -1 else min(size, columns), **how)
-    spec, tensors = prepared(weight, kernels.REFERENCE)
-    if reason := kernel.supports(spec, torch.device("cuda", 0)):
+    given = packed(weight)
+    if reason := kernel.supports(given.spec, torch.device("cuda", 0)):
         pytest.skip(reason)
-    return weight, spec, kernel.prepare(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
+    return weight, PreparedWeight.of(given.to(torch.device("cuda")), kernel)
+
+
+def multiply(served: PreparedWeight, x: Tensor, plan: Plan | None) -> Tensor:
+    fields = cuda.WeightFields(*cuda.KERNEL.layout.arguments(served.spec, served.tensors))
+    return cuda.planned_gemm(x, fields, None, plan)
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +54,14 @@ def _poisoned() -> Iterator[None]:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_every_bucket_of_rows(bits: int, dtype: torch.dtype, sym: bool, act_order: bool) -> None:
     for columns, outputs, size in SHAPES:
-        weight, spec, tensors = layer(bits, columns, outputs, size, sym=sym, act_order=act_order)
+        weight, served = layer(bits, columns, outputs, size, sym=sym, act_order=act_order)
         dense = weight.dequantize(torch.float64).t().cuda()
         for rows in ROWS:
             x = torch.randn(rows, columns, device="cuda").to(dtype)
             bias = torch.randn(outputs, device="cuda").to(dtype) if rows % 2 else None
             expected = x.double() @ dense + (0 if bias is None else bias.double())
             slack = error(expected.to(dtype), expected)
-            y = kernels.CUDA.apply(spec, tensors, x, bias)
+            y = served.multiply(x, bias)
             # Through the dense weight (many rows, float32), that weight is rounded too. 1e-5: cuBLAS sums in float32,
             # one after another; TF32 would be at 3e-4.
             limit = 1e-5 if dtype == torch.float32 else LIMITS[dtype]
@@ -63,42 +69,40 @@ def test_every_bucket_of_rows(bits: int, dtype: torch.dtype, sym: bool, act_orde
 
 
 def test_every_plan_is_right_and_repeats_bit_for_bit() -> None:
-    plans = [cuda.Plan(s, t, w) for (s, t), w in itertools.product(((1, 1), (2, 1), (2, 2)), (1, 4, 8))]
-    plans += [cuda.Plan(1, 1, 16)]  # of the others, 16 warps want more registers than there are
-    plans += [cuda.Plan(0, t, splits=s) for t, s in itertools.product((2, 4, 8), (1, 2, 5, 16))]
+    plans = [Plan(s, t, w) for (s, t), w in itertools.product(((1, 1), (2, 1), (2, 2)), (1, 4, 8))]
+    plans += [Plan(1, 1, 16)]  # of the others, 16 warps want more registers than there are
+    plans += [Plan(0, t, splits=s) for t, s in itertools.product((2, 4, 8), (1, 2, 5, 16))]
     for bits in (2, 3, 4, 8):
-        weight, spec, tensors = layer(bits, 2048, 520, 64, sym=False)
+        weight, served = layer(bits, 2048, 520, 64, sym=False)
         x = torch.randn(70, 2048, dtype=torch.float16)
         expected = exact(weight, x, None)
-        with pytest.MonkeyPatch.context() as patch:
-            for plan in plans:
-                patch.setattr(cuda, "plan", lambda *_, plan=plan: plan)
-                y = kernels.CUDA.apply(spec, tensors, x.cuda(), None)
-                assert error(y.cpu(), expected) < 5e-4, plan
-                for _ in range(3):
-                    assert torch.equal(kernels.CUDA.apply(spec, tensors, x.cuda(), None), y), plan
+        for plan in plans:
+            y = multiply(served, x.cuda(), plan)
+            assert error(y.cpu(), expected) < 5e-4, plan
+            for _ in range(3):
+                assert torch.equal(multiply(served, x.cuda(), plan), y), plan
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_unprepare_gives_the_checkpoint_back(act_order: bool) -> None:
     for bits, (columns, outputs, size) in itertools.product((2, 3, 4, 8), SHAPES):
         weight = random_weight(bits, columns, outputs, columns if size == -1 else size, act_order=act_order)
-        spec, tensors = prepared(weight, kernels.REFERENCE)
-        back = cuda.unprepare(spec, cuda.prepare(spec, {name: tensor.cuda() for name, tensor in tensors.items()}))
-        assert all(torch.equal(back[name].cpu(), tensors[name]) for name in back)
+        given = packed(weight)
+        on_gpu = given.to(torch.device("cuda"))
+        assert_same_packed(PreparedWeight.of(on_gpu, cuda.KERNEL).unprepare().to(torch.device("cpu")), given)
 
 
 def test_another_stream_and_two_at_once() -> None:
     """Results do not depend on the stream, and layers in flight on two of them share nothing."""
-    _, spec, tensors = layer(4, 4096, 4096, 128, act_order=True)
+    _, served = layer(4, 4096, 4096, 128, act_order=True)
     inputs = [torch.randn(rows, 4096, dtype=torch.float16).cuda() for rows in (1, 16, 100)]
-    expected = [kernels.CUDA.apply(spec, tensors, x, None) for x in inputs]
+    expected = [served.multiply(x) for x in inputs]
     torch.cuda.synchronize()
     streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], []
     for _ in range(20):
         for stream in streams:
             with torch.cuda.stream(stream):
-                results.append([kernels.CUDA.apply(spec, tensors, x, None) for x in inputs])
+                results.append([served.multiply(x) for x in inputs])
     torch.cuda.synchronize()
     for result in results:
         assert all(torch.equal(*pair) for pair in zip(result, expected))
@@ -106,19 +110,19 @@ def test_another_stream_and_two_at_once() -> None:
 
 @pytest.mark.parametrize("rows", [1, 16, 100, 600])
 def test_graphs_capture_and_replay(rows: int) -> None:
-    _, spec, tensors = layer(4, 1024, 2048, 128, act_order=True)
+    _, served = layer(4, 1024, 2048, 128, act_order=True)
     x = torch.randn(rows, 1024, dtype=torch.float16).cuda()
-    kernels.CUDA.apply(spec, tensors, x, None)
+    served.multiply(x)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = kernels.CUDA.apply(spec, tensors, x, None)
+        y = served.multiply(x)
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         y.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(y, kernels.CUDA.apply(spec, tensors, x, None))
+        assert torch.equal(y, served.multiply(x))
 
 
 @pytest.mark.parametrize("rows", [1, 40, 600])
@@ -131,18 +135,15 @@ def test_compiled_without_a_graph_break(rows: int) -> None:
 
 
 def test_gradients_and_fake_tensors() -> None:
-    tensors = layer(4, 128, 96, 32, act_order=True)[2]
-    x = torch.randn(3, 128, device="cuda", dtype=torch.float16, requires_grad=True)
-    arguments = (
-        x, tensors["qweight"], tensors["scales"], tensors.get("zeros"), tensors.get("perm"), 128, 96, 4,
-        torch.randn(96, device="cuda", requires_grad=True),
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.gptq_backend.cuda_gemm.default, arguments)
     for act_order in (False, True):
-        tensors = layer(4, 128, 96, 32, act_order=act_order)[2]
-        names = ("qweight", "scales", "zeros", "perm")
-        arguments = (*(tensors.get(name) for name in names), 128, 96, 4, torch.float16)
-        torch.library.opcheck(torch.ops.gptq_backend.cuda_dequantize.default, arguments)
+        _, served = layer(4, 128, 96, 32, act_order=act_order)
+        fields = cuda.KERNEL.layout.arguments(served.spec, served.tensors)
+        x = torch.randn(3, 128, device="cuda", dtype=torch.float16, requires_grad=True)
+        bias = torch.randn(96, device="cuda", requires_grad=True)
+        torch.library.opcheck(torch.ops.gptq_backend.cuda_gemm.default, (x, *fields, bias))
+        inference = torch.ops.gptq_backend.cuda_gemm_inference.default
+        torch.library.opcheck(inference, (x.detach(), *fields, bias.detach()))
+        torch.library.opcheck(torch.ops.gptq_backend.cuda_dequantize.default, (*fields, torch.float16))
 
 
 def test_a_second_device_is_switched_to_and_back() -> None:
@@ -158,23 +159,14 @@ def test_a_second_device_is_switched_to_and_back() -> None:
 def test_tiny() -> None:
     """What `make test-gpu` also runs under compute-sanitizer: every kernel once, with tails in every direction."""
     for bits in (2, 3, 4, 8):
-        weight, spec, tensors = layer(bits, 100, 40, 32, act_order=True)
+        weight, served = layer(bits, 100, 40, 32, act_order=True)
         x = torch.randn(9, 100, dtype=torch.float16)
-        with pytest.MonkeyPatch.context() as patch:
-            for plan in (
-                cuda.Plan(1, 1),
-                cuda.Plan(2, 1),
-                cuda.Plan(2, 2),
-                cuda.Plan(0, 2),
-                cuda.Plan(0, 8, splits=2),
-                None,
-            ):
-                patch.setattr(cuda, "plan", lambda *_, plan=plan: plan)
-                y = kernels.CUDA.apply(spec, tensors, x.cuda(), None)
-                assert error(y.cpu(), exact(weight, x, None)) < 1e-3, plan
+        for plan in (Plan(1, 1), Plan(2, 1), Plan(2, 2), Plan(0, 2), Plan(0, 8, splits=2), None):
+            y = multiply(served, x.cuda(), plan)
+            assert error(y.cpu(), exact(weight, x, None)) < 1e-3, plan
 
 
 def test_models_choose_this_row() -> None:
-    spec, _ = prepared(random_weight(4, 256, 128, 64), kernels.REFERENCE)
+    spec = packed(random_weight(4, 256, 128, 64)).spec
     reasons = kernels.kernel_report(spec, torch.device("cuda", 0))
-    assert kernels.select_kernel(spec, torch.device("cuda", 0)) is kernels.CUDA, reasons
+    assert kernels.select_kernel(spec, torch.device("cuda", 0)) is cuda.KERNEL, reasons

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import QuantizedWeight
-from gptq_backend.kernels import experts as moe
-from gptq_backend.kernels import table as kernels
+from gptq_backend.kernels.routing import sort_by_expert
 from gptq_backend.kernels.triton import operators as triton_ops
 from gptq_backend.kernels.triton import plan as triton_plan
 from tests.format.test_weight import random_weight
-from tests.kernels.test_cpu import LIMITS, error, exact, prepared
+from tests.kernels.checks import LIMITS, error, exact, prepared
 from tests.kernels.test_experts import CPU, IDS, check_experts, check_opcheck
 
 # N, K and group sizes that no tile divides, and some that it does.
@@ -50,18 +49,19 @@ def test_any_shape_any_format(bits, shape, rows, dtype, scales_dtype, sym, act_o
     weight = random_weight(bits, columns, outputs, size, act_order=act_order, sym=sym)
     weight = QuantizedWeight(weight.codes, weight.scales.to(scales_dtype), weight.zeros, weight.g_idx, bits)
     x, bias = torch.randn(rows, columns).to(dtype), torch.randn(outputs).to(dtype) if with_bias else None
-    spec, tensors = prepared(weight, kernels.TRITON)
+    served = prepared(weight, triton_ops.KERNEL)
     expected = exact(weight, x, bias)
     slack = error(expected.to(dtype), expected)
-    assert error(kernels.TRITON.apply(spec, tensors, x, bias), expected) < max(LIMITS[dtype], 1.5 * slack)
+    assert error(served.multiply(x, bias), expected) < max(LIMITS[dtype], 1.5 * slack)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_every_number_of_splits(rows: int) -> None:
     weight = random_weight(4, 640, 40, 128)
-    spec, tensors = prepared(weight, kernels.TRITON)
+    served = prepared(weight, triton_ops.KERNEL)
+    _, spec, tensors, _ = served
     x = torch.randn(rows, 640)
-    layout = triton_ops._Layout(*triton_ops._arguments(spec, tensors))
+    layout = triton_ops.WeightFields(*triton_ops.KERNEL.layout.arguments(spec, tensors))
     tile, _ = triton_plan.plan(rows, 40, layout.slabs, 4, 4, CPU)
     for splits in range(1, layout.slabs + 1):
         y = triton_ops._multiply(x, layout, None, tile, splits)
@@ -73,33 +73,35 @@ def test_groups_of_unequal_sizes() -> None:
     weight = random_weight(4, 96, 20, 32)
     g_idx = torch.tensor([0] * 50 + [1] * 5 + [2] * 41, dtype=torch.int32)[torch.randperm(96)]
     weight = QuantizedWeight(weight.codes, weight.scales, weight.zeros, g_idx, 4)
-    spec, tensors = prepared(weight, kernels.TRITON)
+    served = prepared(weight, triton_ops.KERNEL)
+    _, _, tensors, _ = served
     assert "groups" in tensors
     for rows in (1, 3):
         x = torch.randn(rows, 96)
-        assert error(kernels.TRITON.apply(spec, tensors, x, None), exact(weight, x, None)) < 1e-6
+        assert error(served.multiply(x), exact(weight, x, None)) < 1e-6
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_many_rows_and_float64_go_through_the_dense_weight(bits: int, monkeypatch) -> None:
     monkeypatch.setattr(triton_ops, "_MAX_DENSE_ELEMENTS", 90 * 128)
     weight = random_weight(bits, 90, 150, 32, act_order=True)
-    spec, tensors = prepared(weight, kernels.TRITON)
+    served = prepared(weight, triton_ops.KERNEL)
+    _, spec, tensors, _ = served
     bias = torch.randn(150)
     for x, limit in ((torch.randn(2, 90, dtype=torch.float64), 1e-14), (torch.randn(600, 90), 1e-6)):
-        assert error(kernels.TRITON.apply(spec, tensors, x, bias), exact(weight, x, bias)) < limit
-    dense = triton_ops.dequantize(*triton_ops._arguments(spec, tensors), torch.float64)
+        assert error(served.multiply(x, bias), exact(weight, x, bias)) < limit
+    dense = triton_ops.dequantize(*triton_ops.KERNEL.layout.arguments(spec, tensors), torch.float64)
     assert torch.equal(dense, weight.dequantize(torch.float64).t())
 
 
 @pytest.mark.parametrize("rows", [2, 9])
 def test_not_finite_activations_spoil_their_own_row_only(rows: int) -> None:
     weight = random_weight(4, 256, 40, 64)
-    spec, tensors = prepared(weight, kernels.TRITON)
+    served = prepared(weight, triton_ops.KERNEL)
     x = torch.randn(rows, 256)
-    clean = kernels.TRITON.apply(spec, tensors, x, None)
+    clean = served.multiply(x)
     x[1, 77] = float("nan")
-    y = kernels.TRITON.apply(spec, tensors, x, None)
+    y = served.multiply(x)
     assert y[1].isnan().all()
     assert torch.equal(y[0], clean[0])
     assert torch.equal(y[2:], clean[2:])
@@ -108,18 +110,21 @@ def test_not_finite_activations_spoil_their_own_row_only(rows: int) -> None:
 @pytest.mark.parametrize("shape", [(0, 64), (64,), (2, 0, 64), (2, 3, 64)])
 def test_shapes_of_x(shape: tuple[int, ...]) -> None:
     weight = random_weight(4, 64, 32, 32)
-    spec, tensors = prepared(weight, kernels.TRITON)
+    served = prepared(weight, triton_ops.KERNEL)
     x = torch.randn(shape)
-    y = kernels.TRITON.apply(spec, tensors, x, None)
+    y = served.multiply(x)
     assert y.shape == (*shape[:-1], 32)
     assert not x.numel() or error(y, exact(weight, x, None)) < 1e-6
 
 
 def test_operators_pass_opcheck() -> None:
-    spec, tensors = prepared(random_weight(4, 90, 33, 30, act_order=True), kernels.TRITON)
-    layout = triton_ops._arguments(spec, tensors)
+    served = prepared(random_weight(4, 90, 33, 30, act_order=True), triton_ops.KERNEL)
+    _, spec, tensors, _ = served
+    layout = triton_ops.KERNEL.layout.arguments(spec, tensors)
     x, bias = torch.randn(2, 1, 90, requires_grad=True), torch.randn(33, requires_grad=True)
     torch.library.opcheck(torch.ops.gptq_backend.triton_gemm.default, (x, *layout, bias))
+    inference = torch.ops.gptq_backend.triton_gemm_inference.default
+    torch.library.opcheck(inference, (x.detach(), *layout, bias.detach()))
     torch.library.opcheck(torch.ops.gptq_backend.triton_dequantize.default, (*layout, torch.float32))
 
 
@@ -129,10 +134,10 @@ def test_autotuning_tries_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(triton_ops, "AUTOTUNE", True)
     monkeypatch.setattr(triton_ops, "_tuned", {})
     weight = random_weight(4, 256, 40, 64)
-    spec, tensors = prepared(weight, kernels.TRITON)
+    served = prepared(weight, triton_ops.KERNEL)
     x = torch.randn(2, 256)
     for _ in range(2):
-        assert error(kernels.TRITON.apply(spec, tensors, x, None), exact(weight, x, None)) < 1e-6
+        assert error(served.multiply(x), exact(weight, x, None)) < 1e-6
     assert len(tried) > 5
     assert all(error(y, exact(weight, x, None)) < 1e-6 for y in tried)
     assert len(triton_ops._tuned) == 1
@@ -142,9 +147,9 @@ def test_autotuning_tries_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("bits", "dtype"), [(3, torch.float32), (4, torch.float16)])
 def test_experts(bits: int, act_order: bool, dtype: torch.dtype, ids: Tensor) -> None:
-    check_experts(kernels.TRITON, bits, act_order, dtype, ids, parts=2 if act_order else 1)
+    check_experts(triton_ops.KERNEL, bits, act_order, dtype, ids, parts=2 if act_order else 1)
 
 
 def test_experts_pass_opcheck() -> None:
-    order, experts = moe.sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 4, 16)
-    check_opcheck(kernels.TRITON, torch.ops.gptq_backend.triton_moe_gemm.default, order, experts, 2)
+    order, experts = sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 4, 16)
+    check_opcheck(triton_ops.KERNEL, torch.ops.gptq_backend.triton_moe_gemm.default, order, experts, 2)

@@ -14,31 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import Kernel, QuantizedWeight, QuantLinear
-from gptq_backend.format.weight import LinearSpec, encode, resolve
-from gptq_backend.kernels import cpu
+from gptq_backend.format import encode, read_packed
+from gptq_backend.kernels import PreparedWeight, cpu
 from gptq_backend.kernels import table as kernels
 from tests.format.test_weight import random_weight
+from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, native, packed, prepared
 
 ROOT = Path(__file__).parents[2]
-native = pytest.mark.skipif(cpu._cpu is None, reason="the native extension was not built")
-# Norm-relative, against float64. 16-bit results carry the rounding of their own dtype.
-LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
-
-
-def prepared(weight: QuantizedWeight, kernel: Kernel = kernels.CPU, **how: object) -> tuple[LinearSpec, dict]:
-    spec, tensors = encode(weight, **how)  # type: ignore[arg-type]
-    spec = resolve(spec, tensors, "layer")
-    return spec, kernel.prepare(spec, tensors)
-
-
-def exact(weight: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.double() @ weight.dequantize(torch.float64).t()
-    return y if bias is None else y + bias.double()
-
-
-def error(y: Tensor, expected: Tensor) -> float:
-    return float((y - expected).norm() / expected.norm())
 
 
 @native
@@ -63,11 +46,11 @@ def test_any_shape_any_format(
     weight = QuantizedWeight(weight.codes, weight.scales.to(scales_dtype), weight.zeros, weight.g_idx, bits)
     x = (torch.randn(rows, columns) * torch.randn(columns).exp()).to(dtype)
     bias = torch.randn(outputs).to(dtype) if with_bias else None
-    spec, tensors = prepared(weight)
+    served = prepared(weight, cpu.KERNEL)
     # A result of few elements may be rounded worse than the average: compare it with its own exact value, rounded.
     expected = exact(weight, x, bias)
     slack = error(expected.to(dtype), expected)
-    assert error(kernels.CPU.apply(spec, tensors, x, bias), expected) < max(LIMITS[dtype], 1.5 * slack)
+    assert error(served.multiply(x, bias), expected) < max(LIMITS[dtype], 1.5 * slack)
 
 
 @native
@@ -108,8 +91,8 @@ def test_int8_activations_cost_one_percent(bits: int, rows: int) -> None:
     """8-bit rounding of Gaussian activations in blocks of 128: step/sqrt(12) for a peak of about 2.8 sigma."""
     weight = random_weight(bits, 512, 96, 128, act_order=True)
     x, bias = torch.randn(rows, 512), torch.randn(96)
-    spec, tensors = prepared(weight, kernels.CPU_W4A8)
-    found = error(kernels.CPU_W4A8.apply(spec, tensors, x, bias), exact(weight, x, bias))
+    served = prepared(weight, cpu.W4A8)
+    found = error(served.multiply(x, bias), exact(weight, x, bias))
     assert 1e-4 < found < 1.5e-2
 
 
@@ -121,16 +104,16 @@ def test_int8_activations_are_never_chosen_by_themselves() -> None:
 
 
 @native
-@pytest.mark.parametrize("kernel", [kernels.CPU, kernels.CPU_W4A8], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [cpu.KERNEL, cpu.W4A8], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("rows", [2, 9])
 def test_not_finite_activations_spoil_their_own_row_only(kernel: Kernel, bad: float, rows: int) -> None:
     weight = random_weight(4, 256, 40, 64)
-    spec, tensors = prepared(weight)
+    served = prepared(weight, cpu.KERNEL)
     x = torch.randn(rows, 256, dtype=torch.bfloat16)
-    clean = kernel.apply(spec, tensors, x, None)
+    clean = served.multiply(x)
     x[1, 77] = bad
-    y = kernel.apply(spec, tensors, x, None)
+    y = served.multiply(x)
     assert y[1].isnan().all()
     assert torch.equal(y[0], clean[0])
     assert torch.equal(y[2:], clean[2:])
@@ -139,22 +122,22 @@ def test_not_finite_activations_spoil_their_own_row_only(kernel: Kernel, bad: fl
 @native
 def test_extreme_magnitudes_keep_their_relative_error() -> None:
     weight = random_weight(4, 256, 40, 64)
-    spec, tensors = prepared(weight)
+    served = prepared(weight, cpu.KERNEL)
     for scale in (1e-30, 1e-5, 1e20, 1e30):
         x = torch.randn(3, 256) * scale
-        assert error(kernels.CPU.apply(spec, tensors, x, None), exact(weight, x, None)) < 1e-6
-    assert (kernels.CPU.apply(spec, tensors, torch.zeros(3, 256), None) == 0).all()
+        assert error(served.multiply(x), exact(weight, x, None)) < 1e-6
+    assert (served.multiply(torch.zeros(3, 256), None) == 0).all()
 
 
 @native
 def test_one_outlier_does_not_drown_the_other_blocks() -> None:
     """Scales are per token and block: the int16 step next to an outlier of 1e4 is coarse, elsewhere it is fine."""
     weight = random_weight(4, 512, 64, 128)
-    spec, tensors = prepared(weight)
+    served = prepared(weight, cpu.KERNEL)
     x = torch.randn(4, 512)
     x[:, 5] = 1e4
     expected = exact(weight, x, None) - exact(weight, x * (torch.arange(512) < 128), None)
-    y = kernels.CPU.apply(spec, tensors, x * (torch.arange(512) >= 128), None)
+    y = served.multiply(x * (torch.arange(512) >= 128), None)
     assert error(y, expected) < 1e-6
 
 
@@ -165,8 +148,8 @@ def test_an_outlier_costs_bits_only_where_its_weight_is_zero(dtype: torch.dtype)
     x = (torch.randn(4, 1024) * 0.1).to(dtype)
     x[:, 7] = 1000
     expected = exact(weight, x, None)
-    spec, tensors = prepared(weight)
-    y = kernels.CPU.apply(spec, tensors, x, None)
+    served = prepared(weight, cpu.KERNEL)
+    y = served.multiply(x)
     blind = weight.dequantize()[:, 7] == 0
     assert 0 < blind.sum() < 512
     assert error(y[:, blind], expected[:, blind]) < 0.05
@@ -180,31 +163,23 @@ def test_an_outlier_costs_bits_only_where_its_weight_is_zero(dtype: torch.dtype)
 def test_repacking_is_undone_bit_for_bit(word_dtype: torch.dtype, bits: int, act_order: bool) -> None:
     for columns, outputs, size in [(128, 32, 32), (100, 24, 20), (64, 17, 64), (4, 1, 4)]:
         weight = random_weight(bits, columns, outputs, size, act_order=act_order)
-        spec, tensors = encode(weight, "gptq", word_dtype)
-        spec = resolve(spec, tensors, "layer")
-        before = {name: tensor.clone() for name, tensor in tensors.items()}
-        after = kernels.CPU.unprepare(spec, kernels.CPU.prepare(spec, tensors))
-        assert after.keys() == before.keys()
-        for name, tensor in before.items():
-            assert after[name].dtype == tensor.dtype
-            assert torch.equal(after[name], tensor), (name, columns, outputs, size)
+        given = read_packed(*encode(weight, "gptq", word_dtype), "layer")
+        assert_same_packed(PreparedWeight.of(given, cpu.KERNEL).unprepare(), given)
 
 
 @native
 def test_bits_that_fill_the_last_word_survive() -> None:
     """50 channels of 4 bits leave half a word over; whatever is in it comes back."""
-    spec, tensors = encode(random_weight(4, 50, 24, 16))
-    spec = resolve(spec, tensors, "layer")
-    tensors["qweight"][-1] |= 0x7F << 24
-    before = tensors["qweight"].clone()
-    assert torch.equal(kernels.CPU.unprepare(spec, kernels.CPU.prepare(spec, tensors))["qweight"], before)
+    given = packed(random_weight(4, 50, 24, 16))
+    given.qweight[-1] |= 0x7F << 24
+    assert_same_packed(PreparedWeight.of(given, cpu.KERNEL).unprepare(), given)
 
 
 @native
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float64])
 def test_the_operator_in_cpp_is_the_one_in_python(x_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> None:
-    _, t = prepared(random_weight(4, 90, 33, 30, act_order=True, sym=False))
+    _, _, t, _ = prepared(random_weight(4, 90, 33, 30, act_order=True, sym=False), cpu.KERNEL)
     layout = (t["qweight"], t["scales"], t["zeros"], t["perm"], t["blocks"], 90, 33, 4, False)
     flat = torch.randn(12 * 90 + 1, dtype=torch.float64).to(x_dtype)
     bias = None if bias_dtype is None else torch.randn(66, dtype=bias_dtype)[::2]
@@ -229,7 +204,7 @@ def test_the_operator_in_cpp_is_the_one_in_python(x_dtype: torch.dtype, bias_dty
 
 @native
 def test_a_wrong_input_of_the_operator_in_cpp_is_an_error() -> None:
-    _, t = prepared(random_weight(4, 64, 32, 32))
+    _, _, t, _ = prepared(random_weight(4, 64, 32, 32), cpu.KERNEL)
     layout = (t["qweight"], t["scales"], None, None, t["blocks"], 64, 32, 4, False)
     for x in (torch.ones(3, 63), torch.ones(3, 64, dtype=torch.int32), torch.tensor(1.0)):
         with pytest.raises(RuntimeError, match="cpu_gemm with the same arguments says why"):
@@ -247,19 +222,6 @@ def test_an_older_torch_keeps_the_operator_in_python(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cpu, "_cpu", Extension)
     assert cpu._torch_functions() == {}
-
-
-@native
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("sym", [False, True])
-def test_operators_pass_opcheck(act_order: bool, sym: bool) -> None:
-    _, t = prepared(random_weight(4, 90, 33, 30, act_order=act_order, sym=sym))
-    layout = (t["qweight"], t["scales"], t.get("zeros"), t.get("perm"), t["blocks"], 90, 33, 4, False)
-    x = torch.randn(2, 3, 90, requires_grad=True)
-    bias = torch.randn(33, requires_grad=True)
-    torch.library.opcheck(torch.ops.gptq_backend.cpu_gemm.default, (x, *layout, bias))
-    torch.library.opcheck(torch.ops.gptq_backend.cpu_gemm_inference.default, (x.detach(), *layout, bias.detach()))
-    torch.library.opcheck(torch.ops.gptq_backend.cpu_dequantize.default, (*layout, torch.float32))
 
 
 @native
@@ -291,9 +253,9 @@ def test_compiles_without_a_graph_break() -> None:
 @pytest.mark.parametrize("shape", [(0, 64), (64,), (2, 0, 64), (2, 3, 64)])
 def test_shapes_of_x(shape: tuple[int, ...]) -> None:
     weight = random_weight(4, 64, 32, 32)
-    spec, tensors = prepared(weight)
+    served = prepared(weight, cpu.KERNEL)
     x = torch.randn(shape)
-    y = kernels.CPU.apply(spec, tensors, x, None)
+    y = served.multiply(x)
     assert y.shape == (*shape[:-1], 32)
     torch.testing.assert_close(y, x @ weight.dequantize().t())
 
@@ -301,17 +263,17 @@ def test_shapes_of_x(shape: tuple[int, ...]) -> None:
 @native
 def test_x_that_is_a_view() -> None:
     weight = random_weight(4, 64, 32, 32)
-    spec, tensors = prepared(weight)
+    served = prepared(weight, cpu.KERNEL)
     x = torch.randn(64, 5).t()
-    torch.testing.assert_close(kernels.CPU.apply(spec, tensors, x, None), x @ weight.dequantize().t())
+    torch.testing.assert_close(served.multiply(x), x @ weight.dequantize().t())
 
 
 @native
 def test_bias_that_is_a_view() -> None:
     weight, bias = random_weight(4, 64, 32, 32), torch.randn(64)[::2]
-    spec, tensors = prepared(weight)
+    served = prepared(weight, cpu.KERNEL)
     x = torch.randn(3, 64)
-    torch.testing.assert_close(kernels.CPU.apply(spec, tensors, x, bias), x @ weight.dequantize().t() + bias)
+    torch.testing.assert_close(served.multiply(x, bias), x @ weight.dequantize().t() + bias)
 
 
 @native
@@ -320,9 +282,9 @@ def test_bias_that_is_a_view() -> None:
     [torch.randn(2, 63), torch.ones(2, 64, dtype=torch.int64), torch.empty(2, 64, device="meta"), torch.tensor(1.0)],
 )
 def test_x_that_cannot_be_read_is_refused(x: Tensor) -> None:
-    spec, tensors = prepared(random_weight(4, 64, 32, 32))
+    served = prepared(random_weight(4, 64, 32, 32), cpu.KERNEL)
     with pytest.raises(ValueError, match="expected floating point with a last dimension of 64 on cpu"):
-        kernels.CPU.apply(spec, tensors, x, None)
+        served.multiply(x)
 
 
 @native
@@ -331,16 +293,17 @@ def test_threads_follow_torch_and_do_not_change_the_result() -> None:
     code = """
 import os, torch
 torch.set_num_threads(1)
-from gptq_backend.kernels import table as kernels
-from tests.kernels.test_cpu import prepared, random_weight
+from gptq_backend.kernels import cpu
+from tests.format.test_weight import random_weight
+from tests.kernels.checks import prepared
 threads = lambda: len(os.listdir("/proc/self/task"))
-spec, tensors = prepared(random_weight(4, 512, 512, 128))
+served = prepared(random_weight(4, 512, 512, 128), cpu.KERNEL)
 x = torch.randn(64, 512)
 before = threads()
-one = kernels.CPU.apply(spec, tensors, x, None)
+one = served.multiply(x)
 assert threads() == before
 torch.set_num_threads(2)
-two = kernels.CPU.apply(spec, tensors, x, None)
+two = served.multiply(x)
 assert threads() == before + 1
 assert torch.equal(one, two)
 """

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import QuantizedWeight
-from gptq_backend.format.weight import LinearSpec
-from gptq_backend.kernels import table as kernels
+from gptq_backend.format import encode, read_packed
+from gptq_backend.kernels import PreparedWeight, reference
 from gptq_backend.kernels.cuda import operators as cuda
-from gptq_backend.kernels.cuda.operators import Plan
+from gptq_backend.kernels.cuda import plan as cuda_plan
+from gptq_backend.kernels.cuda.plan import Plan
 from tests.format.test_weight import random_weight
-from tests.kernels.test_cpu import LIMITS, error, exact, prepared
+from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, prepared
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -89,10 +90,9 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def multiply(spec: LinearSpec, tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None, plan: Plan | None) -> Tensor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "plan", lambda *_: plan)
-        return kernels.CUDA.apply(spec, tensors, x, bias)
+def multiply(served: PreparedWeight, x: Tensor, bias: Tensor | None, plan: Plan | None) -> Tensor:
+    fields = cuda.WeightFields(*cuda.KERNEL.layout.arguments(served.spec, served.tensors))
+    return cuda.planned_gemm(x, fields, bias, plan)
 
 
 # -- layout ------------------------------------------------------------------------------------------------------------
@@ -113,12 +113,8 @@ def test_repacking_is_undone_bit_for_bit(bits, columns, outputs, size, sym, act_
     weight = random_weight(bits, columns, outputs, min(size, columns), sym=sym, act_order=act_order)
     if act_order and seed % 2:  # groups of unlike sizes, some of them empty
         weight.g_idx.random_(0, len(weight.scales))
-    spec, tensors = prepared(weight, kernels.REFERENCE, word_dtype=word_dtype)
-    back = kernels.CUDA.unprepare(spec, kernels.CUDA.prepare(spec, tensors))
-    assert back.keys() == tensors.keys() - {"bias"}
-    for name, tensor in back.items():
-        assert tensor.dtype == tensors[name].dtype
-        assert torch.equal(tensor, tensors[name]), name
+    given = read_packed(*encode(weight, "gptq", word_dtype), "layer")
+    assert_same_packed(PreparedWeight.of(given, cuda.KERNEL).unprepare(), given)
 
 
 def test_padding_stays_small() -> None:
@@ -126,14 +122,16 @@ def test_padding_stays_small() -> None:
     for size in (32, 64, 128, 4096):
         for act_order in (False, True):
             weight = random_weight(4, 4096, 64, size, act_order=act_order)
-            spec, tensors = prepared(weight, kernels.CUDA)
+            served = prepared(weight, cuda.KERNEL)
+            _, spec, tensors, _ = served
             ideal = weight.codes.numel() / 2 + weight.scales.numel() * 2
             assert tensors["qweight"].nbytes + tensors["scales"].nbytes == ideal, spec
     # A shard of an act-order layer holds half of each group, more or less.
     weight = random_weight(4, 2048, 64, 64, act_order=True)
     weight.g_idx.random_(0, len(weight.scales))
-    spec, tensors = prepared(weight, kernels.CUDA)
-    assert tensors["qweight"].nbytes + tensors["scales"].nbytes < 1.45 * spec.nbytes
+    served = prepared(weight, cuda.KERNEL)
+    _, spec, tensors, _ = served
+    assert tensors["qweight"].nbytes + tensors["scales"].nbytes < 1.45 * encode(weight)[0].nbytes
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
@@ -149,9 +147,10 @@ def test_every_code_meets_every_zero(bits: int, dtype: torch.dtype, emulated: Se
     zeros = (torch.arange(outputs) % count).to(torch.uint8).unsqueeze(0)
     g_idx = torch.zeros(columns, dtype=torch.int32)
     weight = QuantizedWeight(codes, torch.ones(1, outputs, dtype=torch.float16), zeros, g_idx, bits)
-    spec, tensors = prepared(weight, kernels.CUDA)
+    served = prepared(weight, cuda.KERNEL)
+    _, _, tensors, _ = served
     expected = codes.float() - zeros.float()
-    assert torch.equal(kernels.CUDA.apply(spec, tensors, torch.eye(columns, dtype=dtype), None).float(), expected)
+    assert torch.equal(served.multiply(torch.eye(columns, dtype=dtype), None).float(), expected)
     dense = cuda.dequantize(
         *(tensors.get(name) for name in ("qweight", "scales", "zeros", "perm")),
         columns, outputs, bits, dtype,
@@ -159,7 +158,7 @@ def test_every_code_meets_every_zero(bits: int, dtype: torch.dtype, emulated: Se
     assert torch.equal(dense.float(), expected)
     if dtype != torch.float32:
         for plan in (Plan(1, 1, 2), Plan(0, 4)):
-            assert torch.equal(multiply(spec, tensors, torch.eye(columns, dtype=dtype), None, plan).float(), expected)
+            assert torch.equal(multiply(served, torch.eye(columns, dtype=dtype), None, plan).float(), expected)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -191,11 +190,11 @@ def test_any_shape_any_format_any_plan(
         patch.setattr(cuda, "_cuda", emulator[0])
         torch.use_deterministic_algorithms(True)  # fills what nobody has written with NaN
         try:
-            spec, tensors = prepared(weight, kernels.CUDA)
+            served = prepared(weight, cuda.KERNEL)
             results = []
             for order in (seed, seed + 1000):  # of warps, and of when asynchronous copies land
                 emulator[1](order)
-                results.append(multiply(spec, tensors, x, bias, plan))
+                results.append(multiply(served, x, bias, plan))
         finally:
             torch.use_deterministic_algorithms(False)
     # Through the dense weight, that weight is rounded too.
@@ -206,11 +205,11 @@ def test_any_shape_any_format_any_plan(
 @pytest.mark.parametrize("plan", [Plan(1, 1, 4), Plan(0, 2, splits=2), None])
 def test_a_row_that_is_not_finite_leaves_the_others_alone(plan: Plan | None, emulated: Seed) -> None:
     weight = random_weight(4, 200, 40, 64)
-    spec, tensors = prepared(weight, kernels.CUDA)
+    served = prepared(weight, cuda.KERNEL)
     x = torch.randn(5, 200, dtype=torch.float16)
-    clean = multiply(spec, tensors, x, None, plan)
+    clean = multiply(served, x, None, plan)
     x[2, 7] = float("nan")
-    dirty = multiply(spec, tensors, x, None, plan)
+    dirty = multiply(served, x, None, plan)
     assert dirty[2].isnan().all()
     keep = [0, 1, 3, 4]
     assert torch.equal(dirty[keep], clean[keep])
@@ -218,49 +217,50 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(plan: Plan | None, emu
 
 def test_a_machine_without_a_gpu_is_told_so(emulated: Seed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    spec, _ = prepared(random_weight(4, 96, 40, 32), kernels.REFERENCE)
+    spec = prepared(random_weight(4, 96, 40, 32), reference.KERNEL).spec
     assert cuda.supports(spec, torch.device("cuda")) == "torch sees no CUDA device"
     assert cuda.supports(spec, torch.device("cpu")) == "serves NVIDIA GPUs"
 
 
 @pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96)])
 def test_no_rows(shape: tuple[int, ...], emulated: Seed) -> None:
-    spec, tensors = prepared(random_weight(4, 96, 40, 32), kernels.CUDA)
-    assert kernels.CUDA.apply(spec, tensors, torch.ones(shape), None).shape == (*shape[:-1], 40)
+    served = prepared(random_weight(4, 96, 40, 32), cuda.KERNEL)
+    assert served.multiply(torch.ones(shape), None).shape == (*shape[:-1], 40)
 
 
 def test_views_that_start_anywhere(emulated: Seed) -> None:
     """Rows that are not aligned, not contiguous, or more than two-dimensional."""
     weight = random_weight(4, 96, 40, 32)
-    spec, tensors = prepared(weight, kernels.CUDA)
+    served = prepared(weight, cuda.KERNEL)
     flat = torch.randn(3 * 4 * 96 + 1, dtype=torch.float16)
     for x in (flat[1:].view(3, 4, 96), flat[:-1].view(96, 12).t(), flat[:-1].view(12, 96)[::2]):
-        assert error(kernels.CUDA.apply(spec, tensors, x, None), exact(weight, x, None)) < 5e-4
+        assert error(served.multiply(x), exact(weight, x, None)) < 5e-4
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_dense_weight_is_that_of_the_layer(act_order: bool, emulated: Seed) -> None:
     weight = random_weight(3, 100, 40, 32, act_order=act_order)
-    spec, tensors = prepared(weight, kernels.CUDA)
+    served = prepared(weight, cuda.KERNEL)
+    _, spec, tensors, _ = served
     layout = [tensors.get(name) for name in ("qweight", "scales", "zeros", "perm")]
     dense = cuda.dequantize(*layout, spec.in_features, spec.out_features, spec.bits, torch.float32)
     assert torch.equal(dense.t(), weight.dequantize(torch.float32))
 
 
 def test_wrong_inputs_are_refused(emulated: Seed) -> None:
-    spec, tensors = prepared(random_weight(4, 96, 40, 32), kernels.CUDA)
+    served = prepared(random_weight(4, 96, 40, 32), cuda.KERNEL)
     for x in (torch.ones(3, 95), torch.ones(3, 96, dtype=torch.int32), torch.ones(3, 96, device="meta")):
         with pytest.raises(ValueError, match="expected floating point with a last dimension of 96 on cpu"):
-            kernels.CUDA.apply(spec, tensors, x, None)
+            served.multiply(x)
     for bias in (torch.ones(39), torch.ones(40, device="meta")):
         with pytest.raises(ValueError, match="bias is .* expected \\(40,\\) on cpu"):
-            kernels.CUDA.apply(spec, tensors, torch.ones(3, 96), bias)
+            served.multiply(torch.ones(3, 96), bias)
 
 
 def test_a_plan_without_a_kernel_is_refused(emulated: Seed) -> None:
-    spec, tensors = prepared(random_weight(4, 96, 40, 32), kernels.CUDA)
+    served = prepared(random_weight(4, 96, 40, 32), cuda.KERNEL)
     with pytest.raises(ValueError, match="no kernel with 3 strips"):
-        multiply(spec, tensors, torch.ones(1, 96, dtype=torch.float16), None, Plan(3, 1))
+        multiply(served, torch.ones(1, 96, dtype=torch.float16), None, Plan(3, 1))
 
 
 @given(
@@ -274,14 +274,14 @@ def test_a_plan_without_a_kernel_is_refused(emulated: Seed) -> None:
 def test_every_plan_has_a_kernel_that_fits_and_gives_each_block_work(
     rows, outputs, tiles, bits, processors, shared
 ) -> None:
-    plan = cuda.plan(rows, outputs, tiles, bits, processors, shared << 10)
+    plan = cuda_plan.plan(rows, outputs, tiles, bits, processors, shared << 10)
     if plan is None:
         assert rows > 16
         return
     assert (plan.strips, plan.tokens) in {(1, 1), (2, 1), (2, 2), (0, 2), (0, 4), (0, 8)}
     assert 1 <= plan.splits <= max(1, tiles // 4)
     assert plan.warps * plan.strips * plan.tokens * 512 <= 48 * 1024
-    assert plan.strips or cuda._wide_bytes(bits, plan.tokens) <= shared << 10
+    assert plan.strips or cuda_plan._wide_bytes(bits, plan.tokens) <= shared << 10
     assert plan.warps <= 8 or (plan.strips, plan.tokens) == (1, 1)
 
 

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptq_backend import Kernel, QuantizedWeight
+from gptq_backend.kernels import ExpertKernel, PreparedWeight, Routing, cpu, reference
 from gptq_backend.kernels import experts as moe
 from gptq_backend.kernels import table as kernels
+from gptq_backend.kernels.routing import sort_by_expert
 from gptq_backend.kernels.triton import operators as triton_ops
 from tests.format.test_weight import random_weight
-from tests.kernels.test_cpu import LIMITS, error, exact, native, prepared
+from tests.kernels.checks import LIMITS, error, exact, native, prepared
 
 CPU = torch.device("cpu")
 IDS = [
@@ -28,13 +30,18 @@ IDS = [
 ]
 
 
-def stacked(kernel: Kernel, weights: Sequence[QuantizedWeight]) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
-    """Specs, prepared tensors of each, and the stack."""
-    specs, layouts = zip(*(prepared(weight, kernel) for weight in weights))
-    biases = [None] * len(specs)
-    assert moe.obstacle([kernel] * len(specs), specs, layouts, biases) is None
-    grouped = moe.Grouped(kernel, specs[0], layouts, biases)
-    return list(specs), list(layouts), {name: parameter.data for name, parameter in grouped.named_parameters()}
+def row_of(kernel: Kernel) -> ExpertKernel:
+    row = kernels.expert_kernel(kernel)
+    assert row is not None
+    return row
+
+
+def stacked(kernel: Kernel, weights: Sequence[QuantizedWeight]) -> tuple[list[PreparedWeight], dict[str, Tensor]]:
+    """Each prepared, and the stack."""
+    each = [prepared(weight, kernel) for weight in weights]
+    biases = [None] * len(each)
+    assert moe.why_not_groupable(each, biases) is None
+    return each, {name: parameter.data for name, parameter in moe.Grouped(each, biases).named_parameters()}
 
 
 def check_experts(
@@ -42,12 +49,12 @@ def check_experts(
 ) -> None:
     """Against a plain loop in float64. ids: [T, k]."""
     weights = [random_weight(bits, 90, 40, 32, seed, act_order=act_order) for seed in range(3 * parts)]
-    specs, _, stack = stacked(kernel, weights)
+    each, stack = stacked(kernel, weights)
     top_k = ids.shape[1]
     x, bias = torch.randn(len(ids), 90).to(dtype), torch.randn(3 * parts, 40).to(dtype)
     stack = {name: tensor.to(device) for name, tensor in stack.items()}
-    routing = moe.Routing(ids.to(device), 3)
-    y = kernel.moe.apply(specs[0], stack, x.to(device), routing, top_k, bias.to(device)).cpu()  # type: ignore[union-attr]
+    routing = Routing(ids.to(device), 3)
+    y = row_of(kernel).gemm(each[0].spec, stack, x.to(device), routing, top_k, bias.to(device)).cpu()
     expected = torch.zeros(ids.numel(), parts, 40, dtype=torch.float64)
     for row, expert in enumerate(ids.flatten().tolist()):
         for part in range(parts if 0 <= expert < 3 else 0):
@@ -59,13 +66,9 @@ def check_experts(
 
 def check_opcheck(kernel: Kernel, operator: Any, *more: Any) -> None:
     """more: what comes between the layout and top_k."""
-    specs, _, stack = stacked(kernel, [random_weight(4, 64, 20, 32, seed) for seed in range(4)])
-    arguments = triton_ops._arguments(specs[0], stack) if kernel is kernels.TRITON else cpu_arguments(stack)
+    each, stack = stacked(kernel, [random_weight(4, 64, 20, 32, seed) for seed in range(4)])
+    arguments = kernel.layout.arguments(each[0].spec, stack)
     torch.library.opcheck(operator, (torch.randn(2, 64), *arguments, *more, torch.randn(4, 20)))
-
-
-def cpu_arguments(stack: dict[str, Tensor]) -> tuple[Any, ...]:
-    return (*(stack.get(name) for name in ("qweight", "scales", "zeros", "perm", "blocks")), 64, 20, 4, False)
 
 
 # -- where rows go -----------------------------------------------------------------------------------------------------
@@ -74,7 +77,7 @@ def cpu_arguments(stack: dict[str, Tensor]) -> tuple[Any, ...]:
 @given(rows=st.integers(0, 70), experts=st.integers(1, 9), block=st.sampled_from([1, 2, 16]), seed=st.integers(0, 9))
 def test_sorted_rows_are_all_there_once_in_blocks_of_one_expert(rows: int, experts: int, block: int, seed: int) -> None:
     ids = torch.randint(-1, experts + 2, (rows,), generator=torch.Generator().manual_seed(seed))
-    order, of_block = moe.sort_by_expert(ids, experts, block)
+    order, of_block = sort_by_expert(ids, experts, block)
     assert len(order) == len(of_block) * block
     real = order < rows
     assert torch.equal(order[real].sort().values, torch.arange(rows, dtype=torch.int32))
@@ -85,7 +88,7 @@ def test_sorted_rows_are_all_there_once_in_blocks_of_one_expert(rows: int, exper
 @given(rows=st.integers(0, 40), parts=st.integers(1, 3), seed=st.integers(0, 9))
 def test_blocks_of_several_projections_are_those_of_more_experts(rows: int, parts: int, seed: int) -> None:
     ids = torch.randint(-1, 6, (rows,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-    order, of_block = moe.Routing(ids, 5).blocks(4, parts)
+    order, of_block = Routing(ids, 5).blocks(4, parts)
     found = torch.full((rows * parts,), -2, dtype=torch.int32)
     real = order < rows * parts
     assert int(real.sum()) == rows * parts
@@ -98,7 +101,7 @@ def test_blocks_of_several_projections_are_those_of_more_experts(rows: int, part
 @given(rows=st.integers(0, 40), seed=st.integers(0, 9), dtype=st.sampled_from([torch.uint8, torch.int32, torch.int64]))
 def test_runs_hold_each_experts_rows_in_their_order(rows: int, seed: int, dtype: torch.dtype) -> None:
     ids = torch.randint(0, 7, (rows,), generator=torch.Generator().manual_seed(seed)).to(dtype)
-    runs = moe.Routing(ids, 5).runs()
+    runs = Routing(ids, 5).runs()
     assert [expert for expert, _ in runs] == sorted({int(i) for i in ids if i < 5})
     for expert, where in runs:
         assert torch.equal(where, (ids == expert).nonzero()[:, 0])
@@ -112,7 +115,7 @@ def test_runs_hold_each_experts_rows_in_their_order(rows: int, seed: int, dtype:
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_experts_on_a_cpu(bits: int, act_order: bool, ids: Tensor) -> None:
-    check_experts(kernels.CPU, bits, act_order, torch.float32, ids, parts=2)
+    check_experts(cpu.KERNEL, bits, act_order, torch.float32, ids, parts=2)
 
 
 @native
@@ -137,39 +140,39 @@ def test_one_call_gives_the_bits_of_one_call_per_expert(
     bits, experts, tokens, top_k, parts, spread, dtype, id_dtype, sym, act_order, with_bias, threads, a8, seed
 ) -> None:
     torch.manual_seed(seed)
-    kernel: Any = kernels.CPU_W4A8 if a8 else kernels.CPU
+    kernel: Any = cpu.W4A8 if a8 else cpu.KERNEL
     weights = [random_weight(bits, 50, 20, 24, seed + i, sym=sym, act_order=act_order) for i in range(experts * parts)]
-    specs, layouts, stack = stacked(kernel, weights)
+    each, stack = stacked(kernel, weights)
     low, high = {"even": (0, experts), "one": (0, 1), "none": (-1, 0), "some elsewhere": (-2, experts + 2)}[spread]
     ids = torch.randint(low, high, (tokens, top_k)).to(id_dtype)
     x, bias = torch.randn(tokens, 50).to(dtype), torch.randn(experts * parts, 20) if with_bias else None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        y = kernel.moe.apply(specs[0], stack, x, moe.Routing(ids, experts), top_k, bias).view(-1, parts, 20)
+        y = row_of(kernel).gemm(each[0].spec, stack, x, Routing(ids, experts), top_k, bias).view(-1, parts, 20)
         for part in range(parts):
             first = part * experts
-            each = [
-                lambda x, i=i: kernel.apply(specs[i], layouts[i], x, None if bias is None else bias[i])
+            alone = [
+                lambda x, i=i: each[i].multiply(x, None if bias is None else bias[i])
                 for i in range(first, first + experts)
             ]
-            assert torch.equal(y[:, part], moe.one_by_one(each, 20, x, moe.Routing(ids, experts), top_k))
+            assert torch.equal(y[:, part], moe.one_by_one(alone, 20, x, Routing(ids, experts), top_k))
     finally:
         torch.set_num_threads(before)
 
 
 @native
 def test_the_cpu_operator_passes_opcheck() -> None:
-    check_opcheck(kernels.CPU, torch.ops.gptq_backend.cpu_moe_gemm.default, torch.tensor([0, 1, 1, 0]), 2, 2)
+    check_opcheck(cpu.KERNEL, torch.ops.gptq_backend.cpu_moe_gemm.default, torch.tensor([0, 1, 1, 0]), 2, 2)
 
 
 @native
 def test_what_the_kernel_would_read_beyond_is_refused() -> None:
-    specs, _, stack = stacked(kernels.CPU, [random_weight(4, 64, 20, 32, seed) for seed in range(2)])
+    each, stack = stacked(cpu.KERNEL, [random_weight(4, 64, 20, 32, seed) for seed in range(2)])
     ids = torch.tensor([[0, 1], [1, 0]])
     x, bias = torch.randn(2, 64), torch.randn(2, 20)
     multiply = torch.ops.gptq_backend.cpu_moe_gemm
-    layout = cpu_arguments(stack)
+    layout = cpu.KERNEL.layout.arguments(each[0].spec, stack)
     assert multiply(x, *layout, ids, 2, 2, bias).shape == (4, 20)
     for bad in (x.double(), x[:1], x[:, :63], x.long()):
         with pytest.raises(ValueError, match="expected"):
@@ -180,7 +183,6 @@ def test_what_the_kernel_would_read_beyond_is_refused() -> None:
     for bad_bias in (bias[:1], bias[0], bias[:, :19]):
         with pytest.raises(ValueError, match=r"expected \(2, 20\)"):
             multiply(x, *layout, ids, 2, 2, bad_bias)
-    assert specs[0] == specs[1]
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -188,28 +190,28 @@ def test_what_the_kernel_would_read_beyond_is_refused() -> None:
 
 @native
 def test_a_graph_breaks_at_the_experts_or_holds_a_number_of_rows() -> None:
-    specs, _, stack = stacked(kernels.CPU, [random_weight(4, 64, 20, 32, seed) for seed in range(3)])
+    each, stack = stacked(cpu.KERNEL, [random_weight(4, 64, 20, 32, seed) for seed in range(3)])
 
     @torch.compile(fullgraph=True, backend="eager", dynamic=True)
     def compiled(x: Tensor, ids: Tensor) -> Tensor:
-        return kernels.CPU.moe.op(specs[0], stack, x, moe.Routing(ids, 3), 2, None)  # type: ignore[union-attr]
+        return row_of(cpu.KERNEL).op(each[0].spec, stack, x, Routing(ids, 3), 2, None)
 
     for ids in (IDS[0], IDS[0][:2]):
         x = torch.randn(len(ids), 64)
-        expected = kernels.CPU.moe.apply(specs[0], stack, x, moe.Routing(ids, 3), 2, None)  # type: ignore[union-attr]
+        expected = row_of(cpu.KERNEL).gemm(each[0].spec, stack, x, Routing(ids, 3), 2, None)
         assert torch.equal(compiled(x, ids), expected)
 
 
-@pytest.mark.parametrize("kernel", [kernels.CPU, kernels.TRITON], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [cpu.KERNEL, triton_ops.KERNEL], ids=lambda kernel: kernel.name)
 def test_the_host_waits_for_no_value(kernel: Kernel) -> None:
     """What a CUDA graph demands. Tensors without values raise an error when one is asked for."""
-    specs, _, stack = stacked(kernels.TRITON, [random_weight(4, 64, 20, 32, seed) for seed in range(6)])
-    if kernel is kernels.CPU:
+    each, stack = stacked(triton_ops.KERNEL, [random_weight(4, 64, 20, 32, seed) for seed in range(6)])
+    if kernel is cpu.KERNEL:
         stack = {**stack, "blocks": torch.zeros(3, 4, 3, dtype=torch.int32)}
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(tensor) for name, tensor in stack.items()}
         ids, x = torch.empty(5, 2, dtype=torch.int64), torch.empty(5, 64)
-        y = kernel.moe.op(specs[0], fake, x, moe.Routing(ids, 3), 2, None)  # type: ignore[union-attr]
+        y = row_of(kernel).op(each[0].spec, fake, x, Routing(ids, 3), 2, None)
     assert y.shape == (10, 40)
 
 
@@ -217,24 +219,24 @@ def test_experts_one_by_one_in_a_cuda_graph_look_at_no_value(monkeypatch: pytest
     weights = torch.randn(3, 8, 4)
     each = [lambda x, w=w: x @ w for w in weights]
     ids, x = IDS[0], torch.randn(5, 8)
-    expected = moe.one_by_one(each, 4, x, moe.Routing(ids, 3), 2)
+    expected = moe.one_by_one(each, 4, x, Routing(ids, 3), 2)
     assert expected[:2].any()
     assert not expected[4].any()
     monkeypatch.setattr(moe, "_capturing", lambda x: True)
-    monkeypatch.setattr(moe.Routing, "runs", None)
-    torch.testing.assert_close(moe.one_by_one(each, 4, x, moe.Routing(ids, 3), 2), expected)
+    monkeypatch.setattr(Routing, "runs", None)
+    torch.testing.assert_close(moe.one_by_one(each, 4, x, Routing(ids, 3), 2), expected)
 
 
 # -- what can be grouped -----------------------------------------------------------------------------------------------
 
 
 def obstacle(weights: Sequence[QuantizedWeight], kernels_: Sequence[Kernel], biases: Sequence[Any] = ()) -> str | None:
-    specs, layouts = zip(*(prepared(weight, kernel) for weight, kernel in zip(weights, kernels_)))
-    return moe.obstacle(kernels_, specs, layouts, biases or [None] * len(weights))
+    each = [prepared(weight, kernel) for weight, kernel in zip(weights, kernels_)]
+    return moe.why_not_groupable(each, biases or [None] * len(weights))
 
 
 def test_experts_that_differ_are_not_stacked_and_it_is_said_in_what() -> None:
-    one, row = random_weight(4, 64, 20, 32), kernels.TRITON
+    one, row = random_weight(4, 64, 20, 32), triton_ops.KERNEL
     same = random_weight(4, 64, 20, 32, 1)
     assert obstacle([one, same], [row, row]) is None
     assert "bits: 4 and 8" in str(obstacle([one, random_weight(8, 64, 20, 32)], [row, row]))
@@ -242,19 +244,19 @@ def test_experts_that_differ_are_not_stacked_and_it_is_said_in_what() -> None:
     assert "zeros" in str(obstacle([one, random_weight(4, 64, 20, 32, sym=True)], [row, row]))
     assert "order" in str(obstacle([one, random_weight(4, 64, 20, 32, act_order=True)], [row, row]))
     assert "biases" in str(obstacle([one, same], [row, row], [None, torch.zeros(20)]))
-    assert "kernels reference and triton" in str(obstacle([one, same], [row, kernels.REFERENCE]))
-    assert "'reference', which has no grouped product" in str(obstacle([one, same], [kernels.REFERENCE] * 2))
+    assert "kernels reference and triton" in str(obstacle([one, same], [row, reference.KERNEL]))
+    assert "'reference', which has no grouped product" in str(obstacle([one, same], [reference.KERNEL] * 2))
 
 
 def test_an_expert_gets_a_row_with_a_grouped_product_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def named(name: str, has_moe: bool) -> Kernel:
-        return dataclasses.replace(kernels.REFERENCE, name=name, moe=moe.CPU if has_moe else None)
-
-    spec, _ = prepared(random_weight(4, 64, 20, 32), kernels.REFERENCE)
-    rows = [named("fastest", False), named("grouped", True), kernels.REFERENCE]
-    monkeypatch.setattr(kernels, "KERNELS", rows)
+    fastest = dataclasses.replace(reference.KERNEL, name="fastest")
+    grouped = dataclasses.replace(reference.KERNEL, name="grouped")
+    spec = prepared(random_weight(4, 64, 20, 32), reference.KERNEL).spec
+    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, reference.KERNEL])
+    monkeypatch.setattr(kernels, "EXPERT_KERNELS", [dataclasses.replace(cpu.EXPERTS, kernel=grouped)])
     assert kernels.select_kernel(spec, CPU).name == "fastest"
     assert kernels.select_kernel(spec, CPU, expert=True).name == "grouped"
     assert kernels.select_kernel(spec, CPU, "fastest", expert=True).name == "fastest"
-    monkeypatch.setattr(kernels, "KERNELS", rows[::2])
+    monkeypatch.setattr(kernels, "KERNELS", [fastest, reference.KERNEL])
+    monkeypatch.setattr(kernels, "EXPERT_KERNELS", [])
     assert kernels.select_kernel(spec, CPU, expert=True).name == "fastest"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 import torch
 
 from gptq_backend import KERNELS, ConfigError, Kernel, QuantLinear, kernel_report, select_kernel
-from gptq_backend.format.weight import encode, resolve
+from gptq_backend.format import encode
+from gptq_backend.kernels import PreparedWeight, reference
 from gptq_backend.kernels import table as kernels
 from tests.format.test_weight import random_weight
+from tests.kernels.checks import assert_same_packed, error, exact, packed
 
 CPU = torch.device("cpu")
 SPEC, TENSORS = encode(random_weight(4, 64, 32, 16))
@@ -19,13 +22,11 @@ SPEC, TENSORS = encode(random_weight(4, 64, 32, 16))
 @pytest.fixture
 def picky(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A faster row in front of the table that serves symmetric layers only."""
-    row = Kernel(
+    row = dataclasses.replace(
+        reference.KERNEL,
         name="picky",
         supports=lambda spec, device: None if spec.sym else "asymmetric zeros",
-        prepare=lambda spec, tensors: {"everything": tensors["qweight"].clone(), **tensors},
-        unprepare=lambda spec, prepared: {key: value for key, value in prepared.items() if key != "everything"},
-        apply=kernels.REFERENCE.apply,
-        op=kernels.REFERENCE.op,
+        prepare=lambda weight: {"everything": weight.qweight.clone(), **reference.prepare(weight)},
     )
     monkeypatch.setattr(kernels, "KERNELS", [row, *KERNELS])
     kernels._warn_once.cache_clear()
@@ -44,20 +45,17 @@ def test_every_row_is_exact_where_it_serves(kernel: Kernel, bits: int) -> None:
     """Against float64, and repacking undone bit for bit; sizes that no tile divides."""
     for columns, outputs, size, act_order in [(64, 32, 16, False), (90, 40, 32, True), (50, 7, 50, False)]:
         weight = random_weight(bits, columns, outputs, size, act_order=act_order)
-        spec, tensors = encode(weight)
-        spec = resolve(spec, tensors, "layer")
-        if kernel.supports(spec, CPU) is not None:
+        given = packed(weight)
+        if kernel.supports(given.spec, CPU) is not None:
             continue
-        before = {name: tensor.clone() for name, tensor in tensors.items()}
-        prepared = kernel.prepare(spec, tensors)
+        served = PreparedWeight.of(given, kernel)
         x, bias = torch.randn(5, columns), torch.randn(outputs)
-        expected = x.double() @ weight.dequantize(torch.float64).t() + bias
-        for apply in (kernel.apply, kernel.op):
-            limit = 3e-2 if kernel.opt_in else 1e-5
-            assert (apply(spec, prepared, x, bias) - expected).norm() / expected.norm() < limit
-        after = kernel.unprepare(spec, prepared)
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[name], before[name]) for name in before)
+        expected = exact(weight, x, bias)
+        limit = 3e-2 if kernel.opt_in else 1e-5
+        assert error(served.multiply(x, bias), expected) < limit
+        assert error(served.multiply_in_graph(served.tensors, x, bias), expected) < limit
+        assert error(served.dequantize(torch.float64), weight.dequantize(torch.float64)) < limit
+        assert_same_packed(served.unprepare(), given)
 
 
 @pytest.mark.parametrize("name", [None, "auto"])
@@ -68,7 +66,7 @@ def test_first_row_that_fits_is_chosen(picky: Kernel, name: str | None) -> None:
 
 
 def test_last_resort_warns_once_with_every_reason(picky: Kernel, caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "KERNELS", [picky, kernels.REFERENCE])
+    monkeypatch.setattr(kernels, "KERNELS", [picky, reference.KERNEL])
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert select_kernel(SPEC, CPU).name == "reference"

@@ -21,14 +21,12 @@ import torch
 from torch import Tensor
 
 from gptq_backend.algorithm.grid import Grid
-from gptq_backend.format.weight import encode, resolve
-from gptq_backend.kernels import experts as moe
-from gptq_backend.kernels import table as kernels
-from gptq_backend.kernels.triton import layout as triton_layout
+from gptq_backend.format import encode, read_packed
+from gptq_backend.kernels import PreparedWeight, Routing
 from gptq_backend.kernels.triton import operators as triton_ops
 from gptq_backend.kernels.triton import plan as triton_plan
 from tests.format.test_weight import random_weight
-from tests.kernels.test_cpu import LIMITS, error, exact, prepared
+from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, packed, prepared
 from tests.kernels.test_experts import check_experts, stacked
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it is part of the test extra")
@@ -51,35 +49,19 @@ CPU = torch.device("cpu")
 def test_repacking_is_undone_bit_for_bit(word_dtype: torch.dtype, bits: int, act_order: bool) -> None:
     for columns, outputs, size in [(128, 32, 32), (100, 24, 20), (64, 17, 64), (4, 1, 4)]:
         weight = random_weight(bits, columns, outputs, size, act_order=act_order)
-        spec, tensors = encode(weight, "gptq", word_dtype)
-        spec = resolve(spec, tensors, "layer")
-        before = {name: tensor.clone() for name, tensor in tensors.items()}
-        after = triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))
-        assert after.keys() == before.keys()
-        for name, tensor in before.items():
-            assert after[name].dtype == tensor.dtype
-            assert torch.equal(after[name], tensor), (name, columns, outputs, size)
-
-
-def test_planes_of_3_bits_are_repacked_and_undone() -> None:
-    spec, tensors = encode(random_weight(3, 96, 32, 32), "gptq_p")
-    spec = resolve(spec, tensors, "layer")
-    assert torch.equal(
-        triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))["qweight"], tensors["qweight"]
-    )
+        given = read_packed(*encode(weight, "gptq", word_dtype), "layer")
+        assert_same_packed(PreparedWeight.of(given, triton_ops.KERNEL).unprepare(), given)
 
 
 def test_bits_that_fill_the_last_word_survive() -> None:
-    spec, tensors = encode(random_weight(4, 50, 24, 16))
-    spec = resolve(spec, tensors, "layer")
-    tensors["qweight"][-1] |= 0x7F << 24
-    before = tensors["qweight"].clone()
-    assert torch.equal(triton_layout.unprepare(spec, triton_layout.prepare(spec, tensors))["qweight"], before)
+    given = packed(random_weight(4, 50, 24, 16))
+    given.qweight[-1] |= 0x7F << 24
+    assert_same_packed(PreparedWeight.of(given, triton_ops.KERNEL).unprepare(), given)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_take_no_more_than_their_bits(bits: int) -> None:
-    _, tensors = prepared(random_weight(bits, 1024, 64, 128), kernels.TRITON)
+    _, _, tensors, _ = prepared(random_weight(bits, 1024, 64, 128), triton_ops.KERNEL)
     assert tensors["qweight"].nbytes == 1024 * 64 * bits // 8
     assert "perm" not in tensors
     assert "groups" not in tensors
@@ -163,10 +145,10 @@ def test_the_interpreter_agrees() -> None:
 
 
 def test_x_that_cannot_be_read_is_refused() -> None:
-    spec, tensors = prepared(random_weight(4, 64, 32, 32), kernels.TRITON)
+    served = prepared(random_weight(4, 64, 32, 32), triton_ops.KERNEL)
     for x in (torch.randn(2, 63), torch.ones(2, 64, dtype=torch.int64), torch.empty(2, 64, device="meta")):
         with pytest.raises(ValueError, match="expected floating point with a last dimension of 64 on cpu"):
-            kernels.TRITON.apply(spec, tensors, x, None)
+            served.multiply(x)
 
 
 # -- compiled for GPUs -------------------------------------------------------------------------------------------------
@@ -249,13 +231,13 @@ def assert_fast(target: str, name: str, compiled: Any, dtype: torch.dtype) -> No
 
 def compile_everything(compiler: Compiler, bits: int, dtype: torch.dtype, rows: int, **weight: Any) -> None:
     """What is launched for so many rows, and for so many that the weight is dequantized."""
-    spec, tensors = prepared(random_weight(bits, 1024, 256, 128, **weight), kernels.TRITON)
-    kernels.TRITON.apply(spec, tensors, torch.empty(rows, 1024, dtype=dtype), torch.empty(256, dtype=dtype))
+    served = prepared(random_weight(bits, 1024, 256, 128, **weight), triton_ops.KERNEL)
+    served.multiply(torch.empty(rows, 1024, dtype=dtype), torch.empty(256, dtype=dtype))
     gathers = rows > 1 and weight["act_order"]
     assert compiler.compiled.keys() == {"add_splits", "gemv" if rows == 1 else "gemm"} | (
         {"gather"} if gathers else set()
     )
-    kernels.TRITON.apply(spec, tensors, torch.empty(600, 1024, dtype=dtype), None)
+    served.multiply(torch.empty(600, 1024, dtype=dtype), None)
     for name, compiled in compiler.compiled.items():
         assert_fast(compiler.name, name, compiled, dtype)
 
@@ -284,9 +266,9 @@ def test_every_tile_of_the_heuristics_compiles_without_spilling(compiler, target
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_experts_compile_without_spilling(compiler, target: str) -> None:
     made = compiler(target)
-    specs, _, stack = stacked(kernels.TRITON, [random_weight(4, 1024, 256, 128, i) for i in range(2)])
+    each, stack = stacked(triton_ops.KERNEL, [random_weight(4, 1024, 256, 128, i) for i in range(2)])
     x = torch.empty(2, 1024, dtype=torch.bfloat16)
-    kernels.TRITON.moe.apply(specs[0], stack, x, moe.Routing(torch.tensor([[0, 1], [1, 0]]), 2), 2, None)
+    triton_ops.EXPERTS.gemm(each[0].spec, stack, x, Routing(torch.tensor([[0, 1], [1, 0]]), 2), 2, None)
     assert_fast(target, "gemm", made.compiled["gemm"], torch.bfloat16)
 
 
@@ -323,28 +305,26 @@ def test_the_column_loop_compiles_without_spilling(target, descent, monkeypatch,
 def test_gpu_agrees_with_float64(bits: int, dtype: torch.dtype, sym: bool, act_order: bool) -> None:
     for columns, outputs, size in [(4096, 4096, 128), (530, 100, 48), (64, 17, 64)]:
         weight = random_weight(bits, columns, outputs, size, act_order=act_order, sym=sym)
-        spec, tensors = encode(weight)
-        spec = resolve(spec, tensors, "layer")
-        tensors = kernels.TRITON.prepare(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
+        served = PreparedWeight.of(packed(weight).to(torch.device("cuda")), triton_ops.KERNEL)
         bias = torch.randn(outputs, dtype=dtype)
         for rows in (1, 2, 16, 17, 64, 100, 600):
             x = torch.randn(rows, columns).to(dtype)
-            y = kernels.TRITON.apply(spec, tensors, x.cuda(), bias.cuda()).cpu()
+            y = served.multiply(x.cuda(), bias.cuda()).cpu()
             # The dense path rounds weights to the dtype of x.
             assert error(y, exact(weight, x, bias)) < LIMITS[dtype] * (1 if rows < 512 else 2)
 
 
 @pytest.mark.gpu
 def test_gpu_repeats_bit_for_bit_and_is_captured() -> None:
-    spec, tensors = encode(random_weight(4, 4096, 512, 128, act_order=True))
-    spec = resolve(spec, tensors, "layer")
-    tensors = kernels.TRITON.prepare(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
+    served = PreparedWeight.of(
+        packed(random_weight(4, 4096, 512, 128, act_order=True)).to(torch.device("cuda")), triton_ops.KERNEL
+    )
     for rows in (1, 16):
         x = torch.randn(rows, 4096, device="cuda", dtype=torch.float16)
-        first = kernels.TRITON.apply(spec, tensors, x, None)
+        first = served.multiply(x)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = kernels.TRITON.apply(spec, tensors, x, None)
+            y = served.multiply(x)
         for _ in range(3):
             y.fill_(float("nan"))
             graph.replay()
@@ -354,4 +334,6 @@ def test_gpu_repeats_bit_for_bit_and_is_captured() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gpu_experts(act_order: bool) -> None:
-    check_experts(kernels.TRITON, 4, act_order, torch.bfloat16, torch.randint(-1, 4, (50, 2)), 2, torch.device("cuda"))
+    check_experts(
+        triton_ops.KERNEL, 4, act_order, torch.bfloat16, torch.randint(-1, 4, (50, 2)), 2, torch.device("cuda")
+    )

@@ -18,8 +18,7 @@ from transformers import AutoModel
 
 from gptq_backend import QuantizeConfig, QuantLinear
 from gptq_backend.algorithm.gptq import quantize_weight
-from gptq_backend.format import packing
-from gptq_backend.format.weight import encode
+from gptq_backend.format import encode, packing
 from gptq_cli.checkpoint import read_checkpoint
 from gptq_transformers.loading import name_patterns
 from tests.transformers.checkpoints import (

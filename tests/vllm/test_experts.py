@@ -12,9 +12,11 @@ import torch
 pytest.importorskip("vllm")
 
 from gptq_backend import QuantizedWeight
+from gptq_backend.kernels import Grouped, cpu, reference
 from gptq_backend.kernels import table as kernels
 from gptq_backend.kernels.experts import Routing
 from gptq_vllm.experts import Experts
+from gptq_vllm.fused_weight import QuantizedSegment
 from gptq_vllm.pieces import DensePiece
 from tests.vllm.test_pieces import K, N, piece, weight
 
@@ -63,13 +65,16 @@ def test_experts_of_two_forms_are_grouped_or_it_is_not_said(
 
 def test_experts_apart_keep_the_row_that_only_grouped_ones_want(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine whose fastest row has no grouped product, as NVIDIA GPUs are."""
-    fastest = dataclasses.replace(kernels.REFERENCE, name="fastest")
-    grouped = dataclasses.replace(kernels.CPU, name="grouped")
-    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, kernels.REFERENCE])
+    fastest = dataclasses.replace(reference.KERNEL, name="fastest")
+    grouped = dataclasses.replace(cpu.KERNEL, name="grouped")
+    monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, reference.KERNEL])
+    monkeypatch.setattr(kernels, "EXPERT_KERNELS", [dataclasses.replace(cpu.EXPERTS, kernel=grouped)])
     alike, apart = [weight(4), weight(4), weight(4)], [weight(4), weight(4), weight(8)]
     for hubs, row in ((alike, "grouped"), (apart, "fastest")):
         experts = Experts([[piece(hub)] for hub in hubs], torch.float32, None, "w2")
-        assert {part.kernel.name for part in experts.modules() if hasattr(part, "kernel")} == {row}
+        served = {part.row.kernel.name for part in experts.modules() if isinstance(part, Grouped)}
+        served |= {part.prepared.kernel.name for part in experts.modules() if isinstance(part, QuantizedSegment)}
+        assert served == {row}
         check(experts, [hub.dequantize() for hub in hubs])
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gptq_backend import QuantizedWeight
-from gptq_backend.format.weight import decode, encode
-from gptq_vllm.pieces import DensePiece, Piece, joined
+from gptq_backend import PackedWeight, QuantizedWeight
+from gptq_backend.format import encode, read_packed
+from gptq_vllm.pieces import DensePiece, joined
 
 K, N = 96, 40
 
@@ -28,17 +28,17 @@ def weight(bits: int, group_size: int = 32, act_order: bool = False, sym: bool =
     )
 
 
-def piece(hub: QuantizedWeight, **kwargs: Any) -> Piece:
+def piece(hub: QuantizedWeight, **kwargs: Any) -> PackedWeight:
     spec, tensors = encode(hub, **kwargs)
-    return Piece.from_stored(spec, tensors, "layer")
+    return read_packed(spec, tensors, "layer")
 
 
-def dense(cut: Piece) -> torch.Tensor:
-    spec, tensors = cut.stored()
-    for part, shape in spec.shapes.items():
-        assert tensors[part].shape == shape
-        assert tensors[part].dtype == spec.dtypes[part]
-    return decode(spec, tensors).dequantize()
+def dense(cut: PackedWeight) -> torch.Tensor:
+    spec = cut.spec
+    assert cut.qweight.shape == (-(-spec.in_features * spec.bits // 32), spec.out_features)
+    assert cut.zeros.shape == cut.scales.shape == (spec.groups, spec.out_features)
+    assert (cut.g_idx is not None) == spec.act_order
+    return cut.unpack().dequantize()
 
 
 @pytest.mark.parametrize("act_order", [False, True])

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from gptq_backend import GPTQError
+from gptq_backend.format import read_packed
 from gptq_backend.format.files import read_settings
 from gptq_backend.format.headers import read_tensor
 from gptq_cli.checkpoint import read_checkpoint
 from gptq_vllm.checkpoint import Checkpoint, Use
 from gptq_vllm.config import GPTQBackendConfig
-from gptq_vllm.pieces import Piece
 from tests.transformers.checkpoints import PEERS
 from tests.transformers.mutations import mutated
 from tests.transformers.test_readers_agree import BASES, inspect
@@ -41,7 +41,7 @@ def read_as_the_plugin(folder: Path, wanted: dict[str, Use]) -> str:
             return "a layer is missing"
         for name, spec in checkpoint.resolve(wanted, config.settings).items():
             tensors = {part: read_tensor(checkpoint.manifest[f"{name}.{part}"]) for part in spec.shapes}
-            Piece.from_stored(spec, tensors, name)
+            read_packed(spec, tensors, name)
     except GPTQError as error:
         return str(error)
     return ""

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...format import packing
-from ...format.weight import LinearSpec, unpack_zeros
-from ..slots import Tensors, codes_by_channel, codes_by_slot, group_slots, kept, pack_channels, source_channels, stored
+from ...format.weight import PackedWeight, WeightSpec
+from ..interface import Tensors
+from ..slots import codes_by_slot, group_sizes, group_slots, words_by_channel
 
 STRIP, TILE = 16, 64
 _UNIT = 32
@@ -41,7 +41,9 @@ def _shifts(width: int, device: torch.device) -> Tensor:
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [slots, N], both whole tiles -> int32 [strips, tiles, 32*bits]."""
     slots, channels = codes.shape
-    # slot = (tile, unit 2, t 4, c 8), channel = (strip, half 2, g 8) -> lane (g, t), its codes ordered (half, unit, c)
+    # Lane 4g + t of a warp multiplies the channels g and g + 8 of a strip by the slots of which t has 8 in each of the
+    # two units of a tile (the operand layout of mma.m16n8k16). So, splitting both indices,
+    #     slot = (tile, unit 2, t 4, c 8), channel = (strip, half 2, g 8) -> strip, tile, lane (g, t), (half, unit, c)
     lanes = codes.view(slots // TILE, 2, 4, 8, channels // STRIP, 2, 8).permute(4, 0, 6, 2, 5, 1, 3)
     lanes = lanes.reshape(channels // STRIP, slots // TILE, 32, 32)
     parts = []
@@ -102,19 +104,20 @@ class _Slots:
         return torch.nn.functional.pad(index, (0, self.count // self.chunk - len(index)), value=-1)
 
 
-def _layout(spec: LinearSpec, g_idx: Tensor | None) -> _Slots:
-    """Slots of ``spec``, in the chunks that take the fewest bytes. g_idx: int [K] on the CPU, or None."""
-    if g_idx is None:
+def _slots(weight: PackedWeight) -> _Slots:
+    """Slots of ``weight``, in the chunks that take the fewest bytes."""
+    spec = weight.spec
+    if weight.g_idx is None:
         largest, choices = min(spec.group_size, spec.in_features), set()
     else:  # groups may differ in size: then smaller chunks, with repeated scales, waste fewer slots
-        largest, choices = int(torch.bincount(g_idx.long()).max()), {32, 64, 128}
+        largest, choices = int(torch.bincount(weight.g_idx.long()).max()), {32, 64, 128}
     choices |= {math.ceil(largest / multiple) * multiple for multiple in (_UNIT, TILE)}
 
     def slots(chunk: int) -> _Slots:
-        perm, sizes, count = group_slots(spec, g_idx, chunk, math.lcm(chunk, TILE))
+        perm, sizes, count = group_slots(weight, chunk, math.lcm(chunk, TILE))
         if perm is None and spec.in_features % 8:  # rows of x would not be aligned
             channel = torch.arange(count, dtype=torch.int32)
-            perm = torch.where(channel < source_channels(spec), channel, -1)
+            perm = torch.where(channel < weight.channels, channel, -1)
         return _Slots(perm, sizes, count, chunk)
 
     def size(layout: _Slots) -> float:
@@ -125,49 +128,53 @@ def _layout(spec: LinearSpec, g_idx: Tensor | None) -> _Slots:
     return min((slots(chunk) for chunk in sorted(choices, reverse=True)), key=size)
 
 
-def prepare(spec: LinearSpec, tensors: Tensors) -> Tensors:
-    """Checkpoint tensors -> the tensors above, on the same device."""
-    device = tensors["qweight"].device
-    layout = _layout(spec, tensors["g_idx"].cpu() if spec.act_order else None)
+def prepare(weight: PackedWeight) -> Tensors:
+    """The tensors above; see ``Kernel``."""
+    spec, device, layout = weight.spec, weight.qweight.device, _slots(weight)
     groups, perm = layout.groups.to(device), None if layout.perm is None else layout.perm.to(device)
 
     def by_chunk(rows: Tensor) -> Tensor:
         return _strips(torch.where(groups.unsqueeze(1) >= 0, rows[groups.clamp(min=0)], rows.new_zeros(())))
 
-    words = packing.to_int32_words(tensors["qweight"], 0)
     parts = []
     for columns in _slices(spec, layout.count):
-        codes = codes_by_slot(spec, words[:, columns], perm, layout.count)
+        codes = codes_by_slot(weight, columns, perm, layout.count)
         parts.append(_pack(torch.nn.functional.pad(codes, (0, -codes.shape[1] % STRIP)), spec.bits))
-    prepared = {"qweight": torch.cat(parts), "scales": by_chunk(tensors["scales"])}
+    prepared = {"qweight": torch.cat(parts), "scales": by_chunk(weight.scales)}
     if not spec.sym:
-        prepared["zeros"] = by_chunk(unpack_zeros(spec, tensors["qzeros"]))
+        prepared["zeros"] = by_chunk(weight.zeros)
     if perm is not None:
         prepared["perm"] = perm
     if not bool(layout.sizes.all()):
-        prepared["stored_scales"] = tensors["scales"]
-    return prepared | kept(tensors)
+        prepared["stored_scales"] = weight.scales
+    return prepared
 
 
-def unprepare(spec: LinearSpec, prepared: Tensors) -> Tensors:
-    """The checkpoint tensors again, bit for bit."""
-    words = prepared["qweight"]
+def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``Kernel``."""
+    words, perm = tensors["qweight"], tensors.get("perm")
+    slots, chunks = words.shape[1] * TILE, tensors["scales"].shape[1]
     parts = []
-    for columns in _slices(spec, words.shape[1] * TILE):
+    for columns in _slices(spec, slots):
         strips = slice(columns.start // STRIP, math.ceil(columns.stop / STRIP))
         codes = _unpack(words[strips], spec.bits)[:, : columns.stop - columns.start]
-        parts.append(pack_channels(spec, codes_by_channel(spec, codes, prepared.get("perm"))))
-    scales = prepared.get("stored_scales")
-    if scales is None:
-        by_chunk = _rows(prepared["scales"], spec.out_features)
-        g_idx = prepared["g_idx"].cpu() if spec.act_order else None
-        groups = _layout(spec, g_idx).groups
-        first = torch.cat([torch.ones(1, dtype=torch.bool), groups[1:] != groups[:-1]]) & (groups >= 0)
-        scales = by_chunk[first.to(by_chunk.device)]
-    return stored(spec, torch.cat(parts, 1), scales, prepared)
+        parts.append(words_by_channel(codes, spec.bits, perm))
+    g_idx = tensors["g_idx"].cpu() if spec.act_order else None
+    groups = _Slots(perm, group_sizes(spec, g_idx, slots // chunks)[1], slots, slots // chunks).groups
+    # The first chunk of each group that has channels tells its scales; a group without has nothing to tell.
+    first = (groups >= 0) & (groups != torch.nn.functional.pad(groups, (1, 0), value=-1)[:-1])
+
+    def by_group(strips: Tensor) -> Tensor:
+        by_chunk = _rows(strips, spec.out_features)
+        rows = by_chunk.new_zeros((spec.groups, spec.out_features))
+        rows[groups[first].to(rows.device)] = by_chunk[first.to(rows.device)]
+        return rows
+
+    scales = tensors["stored_scales"] if "stored_scales" in tensors else by_group(tensors["scales"])
+    return torch.cat(parts, 1), scales, by_group(tensors["zeros"]) if "zeros" in tensors else None
 
 
-def _slices(spec: LinearSpec, slots: int) -> list[slice]:
+def _slices(spec: WeightSpec, slots: int) -> list[slice]:
     """Output channels in whole strips, few enough that repacking them takes little memory."""
     step = max(1, (1 << 24) // (slots * STRIP)) * STRIP
     return [slice(n, min(n + step, spec.out_features)) for n in range(0, spec.out_features, step)]

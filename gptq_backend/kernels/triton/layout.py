@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...format import packing
-from ...format.weight import LinearSpec, unpack_zeros
-from ..slots import Tensors, codes_by_channel, codes_by_slot, group_slots, kept, pack_channels, stored
+from ...format.weight import PackedWeight, WeightSpec
+from ..interface import Tensors
+from ..slots import codes_by_slot, group_slots, words_by_channel
 
 PLANE = 16
 
@@ -64,27 +64,26 @@ def _pad_columns(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % PLANE)).contiguous()
 
 
-def prepare(spec: LinearSpec, tensors: Tensors) -> Tensors:
-    """Checkpoint tensors -> the tensors above, on the same device."""
-    device = tensors["qweight"].device
-    g_idx = tensors["g_idx"].cpu() if spec.act_order else None
-    perm, sizes, slots = group_slots(spec, g_idx, PLANE, planes(spec.bits) * PLANE)
-    words = packing.to_int32_words(tensors["qweight"], 0)
+def prepare(weight: PackedWeight) -> Tensors:
+    """The tensors above; see ``Kernel``."""
+    spec, device = weight.spec, weight.qweight.device
+    perm, sizes, slots = group_slots(weight, PLANE, planes(spec.bits) * PLANE)
     perm = None if perm is None else perm.to(device)
-    codes = _pad_columns(codes_by_slot(spec, words, perm, slots))
-    prepared = {"qweight": _pack(codes, spec.bits), "scales": _pad_columns(tensors["scales"])}
+    codes = _pad_columns(codes_by_slot(weight, slice(None), perm, slots))
+    prepared = {"qweight": _pack(codes, spec.bits), "scales": _pad_columns(weight.scales)}
     if not spec.sym:
-        prepared["zeros"] = _pad_columns(unpack_zeros(spec, tensors["qzeros"]))
+        prepared["zeros"] = _pad_columns(weight.zeros)
     if perm is not None:
         prepared["perm"] = perm
     if not bool((sizes[:-1] == math.ceil(spec.group_size / PLANE) * PLANE).all()):
         groups = torch.repeat_interleave(torch.arange(spec.groups), sizes // PLANE)
         prepared["groups"] = torch.nn.functional.pad(groups, (0, slots // PLANE - len(groups))).int().to(device)
-    return prepared | kept(tensors)
+    return prepared
 
 
-def unprepare(spec: LinearSpec, prepared: Tensors) -> Tensors:
-    """The checkpoint tensors again, bit for bit."""
-    codes = _unpack(prepared["qweight"], spec.bits)[:, : spec.out_features]
-    words = pack_channels(spec, codes_by_channel(spec, codes, prepared.get("perm")))
-    return stored(spec, words, prepared["scales"][:, : spec.out_features].contiguous(), prepared)
+def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``Kernel``."""
+    codes = _unpack(tensors["qweight"], spec.bits)[:, : spec.out_features]
+    scales, zeros = tensors["scales"][:, : spec.out_features].contiguous(), tensors.get("zeros")
+    qweight = words_by_channel(codes, spec.bits, tensors.get("perm"))
+    return qweight, scales, None if zeros is None else zeros[:, : spec.out_features].contiguous()

@@ -1,6 +1,6 @@
 """The ``triton`` row of the kernel table: Triton kernels for AMD and Intel GPUs, and NVIDIA's without a compiler.
 
-The weight is as triton_layout.py prepares it. triton is imported with the first call.
+The weight is as layout.py prepares it. triton is imported with the first call.
 """
 
 from __future__ import annotations
@@ -10,29 +10,25 @@ import functools
 import importlib
 import math
 import os
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...format.weight import LinearSpec
-from ..operators import check_input, check_prepared, define_operators
-from ..slots import Tensors
+from ...format.weight import WeightSpec
+from ..devices import DTYPE_CODES, cdiv, on_device
+from ..interface import ExpertKernel, Kernel, Layout, Tensors
+from ..operators import check_input, check_prepared, define_grouped, define_operators
+from ..routing import Routing
+from . import layout
 from . import plan as triton_plan
 from .layout import PLANE, planes
-from .plan import Tile, cdiv, on_device
+from .plan import Tile
 
 # Try the neighbours of a plan and keep the fastest.
 AUTOTUNE = os.environ.get("GPTQ_BACKEND_TRITON_AUTOTUNE", "0") not in ("", "0")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Largest dense slice that exists at a time.
 _MAX_DENSE_ELEMENTS = 1 << 26
-
-_LAYOUT = (
-    "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? groups, "
-    "int in_features, int out_features, int bits, int group_size"
-)
 
 
 @functools.cache
@@ -45,7 +41,7 @@ def _missing() -> str | None:
     return None
 
 
-def supports(spec: LinearSpec, device: torch.device) -> str | None:
+def supports(spec: WeightSpec, device: torch.device) -> str | None:
     """``None``, or why these kernels cannot serve the layer."""
     if device.type not in ("cuda", "xpu"):
         return "serves GPUs"
@@ -55,7 +51,7 @@ def supports(spec: LinearSpec, device: torch.device) -> str | None:
         return f"torch sees no {device.type} device"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"Triton needs compute capability 8.0, {torch.cuda.get_device_name(device)} is older"
-    if spec.scales_dtype not in _DTYPES:
+    if spec.scales_dtype not in DTYPE_CODES:
         return f"{spec.scales_dtype} scales"
     return None
 
@@ -68,9 +64,8 @@ def _kernels() -> Any:
     return importlib.import_module(".programs", __package__)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The arguments that all operators share; with experts the tensors have a leading dimension E."""
+class WeightFields(NamedTuple):
+    """What describes a weight to the operators; of experts, the tensors have a leading dimension E."""
 
     qweight: Tensor
     scales: Tensor
@@ -110,7 +105,7 @@ class _Layout:
 
 def _multiply(
     x: Tensor,
-    w: _Layout,
+    w: WeightFields,
     bias: Tensor | None,
     tile: Tile,
     splits: int,
@@ -118,7 +113,7 @@ def _multiply(
     experts: Tensor | None = None,
     top_k: int = 1,
 ) -> Tensor:
-    """x [rows / top_k, K] -> y [rows, N]; order and experts as in triton_kernels.gemm."""
+    """x [rows / top_k, K] -> y [rows, N]; order and experts as in programs.gemm."""
     kernels, rows = _kernels(), x.shape[0] * top_k
     y = x.new_empty((rows, w.out_features))
     # The splits of a sum are added in a fixed order, never by atomics: results repeat bit for bit.
@@ -156,7 +151,7 @@ def _multiply(
     return y
 
 
-def _dense(w: _Layout, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+def _dense(w: WeightFields, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     """[K, stop - start]: output channels of the dense weight."""
     y = torch.empty((w.in_features, stop - start), dtype=dtype, device=w.qweight.device)
     with on_device(y.device):
@@ -171,7 +166,7 @@ def _dense(w: _Layout, dtype: torch.dtype, start: int, stop: int) -> Tensor:
 _tuned: dict[tuple[Any, ...], tuple[Tile, int]] = {}
 
 
-def _plan(x: Tensor, w: _Layout) -> tuple[Tile, int]:
+def _plan(x: Tensor, w: WeightFields) -> tuple[Tile, int]:
     """The heuristics' choice, or with GPTQ_BACKEND_TRITON_AUTOTUNE=1 the fastest of its neighbours."""
     first = triton_plan.plan(x.shape[0], w.out_features, w.slabs, w.bits, x.itemsize, x.device)
     if not AUTOTUNE or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -201,14 +196,14 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
     Raises:
         ValueError: see ``check_input`` and ``check_prepared``.
     """
-    *layout, bias = layout_and_bias
-    w = _Layout(*layout)
+    *fields, bias = layout_and_bias
+    w = WeightFields(*fields)
     check_prepared(w.qweight)
     check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
     rows = x.reshape(-1, w.in_features).contiguous()
     if not len(rows):
         return x.new_empty((*x.shape[:-1], w.out_features))
-    if x.dtype in _DTYPES and len(rows) < triton_plan.machine(x.device).heuristics.dense_rows:
+    if x.dtype in DTYPE_CODES and len(rows) < triton_plan.machine(x.device).heuristics.dense_rows:
         y = _multiply(rows, w, bias, *_plan(rows, w))
     else:
         step = max(1, _MAX_DENSE_ELEMENTS // w.in_features // 128) * 128
@@ -221,62 +216,55 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
 
 def dequantize(*layout_and_dtype: Any) -> Tensor:
     """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``. Other arguments: see the module."""
-    *layout, dtype = layout_and_dtype
-    w = _Layout(*layout)
+    *fields, dtype = layout_and_dtype
+    w = WeightFields(*fields)
     return _dense(w, dtype, 0, w.out_features)
 
 
 def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
-    """Each row of x times the weight of its expert; see moe.py. The layout's tensors have a leading dimension E."""
-    *layout, order, experts, top_k, bias = layout_and_more
-    w = _Layout(*layout)
+    """Each row of x times the weight of its expert; see experts.py. The layout's tensors have a leading dimension E."""
+    *fields, order, experts, top_k, bias = layout_and_more
+    w = WeightFields(*fields)
     check_input(x, w.qweight.device, w.in_features, w.out_features, None)
     if not len(x):
         return x.new_empty((0, w.out_features))
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x is {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}; cast it")
+    if x.dtype not in DTYPE_CODES:
+        raise ValueError(f"x is {x.dtype}, expected one of {', '.join(map(str, DTYPE_CODES))}; cast it")
     rows = order.numel() // experts.numel()
     tile = next(tile for tile in triton_plan.fitting_tiles(w.bits, x.itemsize, x.device) if tile.rows == rows)
     splits = triton_plan.splits(experts.numel() * cdiv(w.out_features, tile.columns), w.slabs, x.device)
     return _multiply(x.contiguous(), w, bias, tile, splits, order, experts, top_k)
 
 
-def _moe_gemm_fake(x: Tensor, *arguments: Any) -> Tensor:
-    *layout, _, _, top_k, _ = arguments
-    return x.new_empty((x.shape[0] * top_k, _Layout(*layout).out_features))
-
-
+_LAYOUT = Layout(WeightFields)
 _library = torch.library.Library("gptq_backend", "FRAGMENT")
-_op = define_operators(_library, "triton_", _LAYOUT, gemm, dequantize)
-_library.define(
-    f"triton_moe_gemm(Tensor x, {_LAYOUT}, Tensor order, Tensor experts, int top_k, Tensor? bias) -> Tensor"
+KERNEL = Kernel(
+    "triton",
+    supports,
+    layout.prepare,
+    layout.unprepare,
+    _LAYOUT,
+    gemm,
+    *define_operators(_library, "triton_", _LAYOUT, gemm, dequantize),
 )
-_library.impl("triton_moe_gemm", moe_gemm, "CompositeExplicitAutograd")
-torch.library.register_fake("gptq_backend::triton_moe_gemm", _moe_gemm_fake, lib=_library)
+moe_op = define_grouped(
+    _library,
+    "triton_moe_gemm",
+    _LAYOUT,
+    "Tensor order, Tensor experts, int top_k, Tensor? bias",
+    moe_gemm,
+    lambda x, w, order, experts, top_k, bias: (x.shape[0] * top_k, w.out_features),
+)
 
 
-def _arguments(spec: LinearSpec, prepared: Tensors) -> tuple[Any, ...]:
-    tensors = (prepared["qweight"], prepared["scales"], *map(prepared.get, ("zeros", "perm", "groups")))
-    return (*tensors, spec.in_features, spec.out_features, spec.bits, spec.group_size)
-
-
-def apply(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
-    """See ``Kernel``."""
-    return gemm(x, *_arguments(spec, prepared), bias)
-
-
-def op(spec: LinearSpec, prepared: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
-    """See ``Kernel``."""
-    return _op(x, *_arguments(spec, prepared), bias)
-
-
-def dequantize_op(spec: LinearSpec, prepared: Tensors, dtype: torch.dtype) -> Tensor:
-    """See ``Kernel``."""
-    return torch.ops.gptq_backend.triton_dequantize(*_arguments(spec, prepared), dtype)
-
-
-def moe_op(
-    spec: LinearSpec, stacked: Tensors, x: Tensor, order: Tensor, experts: Tensor, top_k: int, bias: Tensor | None
+def _grouped(
+    spec: WeightSpec, stacked: Tensors, x: Tensor, routing: Routing, top_k: int, bias: Tensor | None
 ) -> Tensor:
-    """See ``moe.MoeKernel``."""
-    return torch.ops.gptq_backend.triton_moe_gemm(x, *_arguments(spec, stacked), order, experts, top_k, bias)
+    # Several projections of E experts are E times as many experts; their rows lie side by side in y.
+    parts = stacked["qweight"].shape[0] // routing.experts
+    order, experts = routing.blocks(triton_plan.moe_rows(routing.ids.numel(), routing.experts, x.device), parts)
+    y = moe_op(x, *_LAYOUT.arguments(spec, stacked), order, experts, top_k * parts, bias)
+    return y.view(-1, parts * spec.out_features)
+
+
+EXPERTS = ExpertKernel(KERNEL, ("qweight", "scales", "zeros", "perm", "groups"), _grouped, _grouped)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from ..devices import cdiv
 from .layout import PLANE, planes
 
 
@@ -106,13 +105,3 @@ def splits(programs: int, slabs: int, device: torch.device) -> int:
     gpu = machine(device)
     wanted = gpu.heuristics.programs * gpu.processors // programs
     return cdiv(slabs, cdiv(slabs, min(max(wanted, 1), slabs)))  # none without a slab
-
-
-def on_device(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_backend import QuantLinear
 from gptq_backend.format import ExpertLayout
 from gptq_backend.kernels import Routing
-from gptq_backend.linear import QuantLinear, changing_layout
+from gptq_backend.modules import changing_layout
 
 from .grouped import GroupedExperts
 

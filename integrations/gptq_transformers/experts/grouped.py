@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import Kernel, QuantLinear
-from gptq_backend.kernels import Grouped, Routing, obstacle, one_by_one
+from gptq_backend import QuantLinear
+from gptq_backend.kernels import Grouped, PreparedWeight, Routing, one_by_one, why_not_groupable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,12 +97,7 @@ _Held = tuple[dict[str, Any], str, Any, int]
 
 def _stack(layers: Sequence[QuantLinear], projections: int) -> _Call:
     """The product of layers without an obstacle, those of the first projection first, which become slices of it."""
-    grouped = Grouped(
-        layers[0].kernel,  # type: ignore[arg-type]
-        layers[0].spec,
-        [layer._parameters for layer in layers],  # type: ignore[misc]
-        [layer.bias for layer in layers],
-    )
+    grouped = Grouped(_prepared(layers), [layer.bias for layer in layers])
     for i, layer in enumerate(layers):
         held = {key: value[i] for key, value in grouped.named_parameters()}
         bias = held.pop("bias", None)
@@ -126,6 +121,8 @@ def _obstacle(layers: Sequence[QuantLinear]) -> str | None:
         return "are offloaded"
     if len({layer._parameters["qweight"].device for layer in layers}) > 1:  # type: ignore[union-attr]
         return "are on several devices"
-    kernels: list[Kernel] = [layer.prepare(expert=True).kernel for layer in layers]  # type: ignore[misc]
-    prepared = [layer._parameters for layer in layers]
-    return obstacle(kernels, [layer.spec for layer in layers], prepared, [layer.bias for layer in layers])  # type: ignore[misc]
+    return why_not_groupable(_prepared(layers), [layer.bias for layer in layers])
+
+
+def _prepared(layers: Sequence[QuantLinear]) -> list[PreparedWeight]:
+    return [weight for layer in layers if (weight := layer.prepare(expert=True).prepared) is not None]

@@ -1,0 +1,48 @@
+"""Every operator of ours holds what torch.library asks of one: schema, fake, gradients, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gptq_backend.kernels import cpu, reference
+from tests.format.test_weight import random_weight
+from tests.kernels.checks import native, prepared
+
+ROWS = [reference.KERNEL, pytest.param(cpu.KERNEL, marks=native), pytest.param(cpu.W4A8, marks=native)]
+# Checked where their devices are, or are emulated.
+ELSEWHERE = {
+    "cpu_moe_gemm": "tests/kernels/test_experts.py",
+    "triton_gemm": "tests/kernels/interpret_triton.py",
+    "triton_gemm_inference": "tests/kernels/interpret_triton.py",
+    "triton_dequantize": "tests/kernels/interpret_triton.py",
+    "triton_moe_gemm": "tests/kernels/interpret_triton.py",
+    "cuda_gemm": "tests/gpu/test_cuda.py",
+    "cuda_gemm_inference": "tests/gpu/test_cuda.py",
+    "cuda_dequantize": "tests/gpu/test_cuda.py",
+}
+CHECKED = [f"{prefix}{name}" for prefix in ("", "cpu_") for name in ("gemm", "gemm_inference", "dequantize")]
+
+
+@pytest.mark.parametrize("kernel", ROWS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_operators_pass_opcheck(kernel: Any, sym: bool, act_order: bool) -> None:
+    served = prepared(random_weight(4, 90, 33, 30, act_order=act_order, sym=sym), kernel)
+    layout = kernel.layout.arguments(served.spec, served.tensors)
+    prefix = "" if kernel is reference.KERNEL else "cpu_"
+    operators = torch.ops.gptq_backend
+    for bias in (torch.randn(33, requires_grad=True), None):
+        x = torch.randn(2, 1, 90, requires_grad=True)
+        torch.library.opcheck(getattr(operators, f"{prefix}gemm").default, (x, *layout, bias))
+    inference = getattr(operators, f"{prefix}gemm_inference").default
+    torch.library.opcheck(inference, (torch.randn(5, 90), *layout, torch.randn(33)))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(getattr(operators, f"{prefix}dequantize").default, (*layout, dtype))
+
+
+def test_no_operator_goes_unchecked() -> None:
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gptq_back")}
+    assert names == set(CHECKED) | set(ELSEWHERE)
