@@ -17,15 +17,6 @@ from .layers import DTYPES, Problem, Weight
 from .products import Peer, Product, Rotation
 from .timing import Candidate, explain, interleave, quartiles
 
-DEFAULT_SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
-SHAPES: dict[str, list[tuple[int, int]]] = {
-    "llama2-7b": [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)],
-    "llama2-13b": [(15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824)],
-    "llama2-70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
-    "llama3-8b": [(6144, 4096), (28672, 4096), (4096, 14336)],
-    "qwen2.5-7b": [(4608, 3584), (37888, 3584), (3584, 18944)],
-    "odd": [(4096, 10944), (4100, 4096)],
-}
 _CHECKED = 64  # rows and columns of the output that are compared with float64
 
 

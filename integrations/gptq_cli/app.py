@@ -184,14 +184,12 @@ def inspect(
     from gptq_backend import CheckpointError
 
     from . import terminal
-    from .inspection import inspect_checkpoint, print_inspection
+    from .inspection import inspect_checkpoint, lines
 
-    terminal.set_up_logging(terminal.stderr_console())
-    terminal.check_json_target(json_target)
+    _, say = terminal.start(json_target)
     found = inspect_checkpoint(path, device)
     terminal.write_json(json_target, found)
-    if json_target != "-":
-        print_inspection(found, terminal.TerminalConsole())
+    say("\n".join(lines(found)))
     if found["damaged"]:
         count = len(found["damaged"])
         raise CheckpointError(f"{count} modules cannot be used; the first: {next(iter(found['damaged'].values()))}")

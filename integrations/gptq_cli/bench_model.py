@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_backend import GPTQError, QuantLinear
 from gptq_backend.bench import quartiles, synchronize
-from gptq_transformers.experts.unfuse import ExpertList
+from gptq_transformers.experts.expert_list import ExpertList
+
+from .models import model_limits
 
 
 @dataclass(frozen=True)
@@ -171,24 +173,19 @@ def random_prompt(model: nn.Module, batch: int, prompt: int, new_tokens: int) ->
     Raises:
         GPTQError: the model has fewer positions than ``prompt + new_tokens``.
     """
-    config: Any = model.config
-    config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and 0 < limit < prompt + new_tokens:  # -1: any length
-        raise GPTQError(f"a prompt of {prompt} and {new_tokens} new tokens exceed the model's {limit} positions")
+    positions, vocabulary = model_limits(model)
+    if prompt + new_tokens > positions:
+        raise GPTQError(f"a prompt of {prompt} and {new_tokens} new tokens exceed the model's {positions} positions")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, config.vocab_size, (batch, prompt), generator=generator).to(device)
+    return torch.randint(0, int(vocabulary), (batch, prompt), generator=generator).to(device)
 
 
 def profile(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, dict[str, Any]]:
     """Where the time of one eager ``generate`` goes: ``{phase: {kind: {share, ms_per_step, calls_per_step}}}``.
 
     Kinds are QuantLinear, Linear (``lm_head`` among them), ExpertList with all that is inside, and rest. Looking costs
-    about a microsecond a call.
-
-    Args:
-        prompt: int [B, T].
+    about a microsecond a call. prompt: int [B, T].
     """
     spans: list[tuple[str, float, float]] = []
     device = prompt.device
@@ -235,3 +232,26 @@ def _shares(spans: Sequence[tuple[str, float, float]], start: float, end: float,
         }
         for kind, spent in seconds.items()
     }
+
+
+def lines(rows: Sequence[Row], profiles: Mapping[str, Any], overhead: Mapping[str, float]) -> Iterator[str]:
+    """For people: a table of the rows, then what :func:`profile` found by model and what a call costs, if known."""
+    width = max(len(row.model) for row in rows) + 2
+    yield f"\n{'model':<{width}}{'mode':<10}{'phase':<9}{'tokens/s':>10}{'quartiles':>20}{'ms/step':>10}{'x ref':>8}"
+    for row in rows:
+        mode = "compiled" if row.compiled else "eager"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        spread = f"{row.spread[0]:.1f}-{row.spread[1]:.1f}"
+        yield (
+            f"{row.model:<{width}}{mode:<10}{row.phase:<9}{row.tokens_per_second:>10.1f}{spread:>20}"
+            f"{row.ms_per_step:>10.2f}{ratio:>8}"
+        )
+    for path, phases in profiles.items():
+        for phase, kinds in phases.items():
+            parts = [
+                f"{kind} {part['share']:.0%} ({part['ms_per_step']:.2f} ms, {part['calls_per_step']:.0f} calls)"
+                for kind, part in kinds.items()
+            ]
+            yield f"{path}, {phase}, per step: {'; '.join(parts)}"
+    if overhead:
+        yield "a call on a 16x16 layer: " + ", ".join(f"{name} {us:.1f} us" for name, us in overhead.items())

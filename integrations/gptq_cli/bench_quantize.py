@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from gptq_backend import Events, GPTQError, QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.bench import DTYPES
@@ -123,7 +125,7 @@ def run(
     )
 
 
-def build(shape: str, blocks: int, dtype: str, positions: int) -> nn.Module:
+def build(shape: str, blocks: int, dtype: str, positions: int) -> PreTrainedModel:
     """A model with so many of the shape's blocks, on the CPU."""
     settings = SHAPES[shape] | {"num_hidden_layers": blocks, "max_position_embeddings": max(positions, 4096)}
     return AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=DTYPES[dtype]).eval()
@@ -138,3 +140,15 @@ def _peak(device: torch.device) -> tuple[int | None, int | None]:
         return None, None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, None
+
+
+def lines(result: Result) -> Iterator[str]:
+    """For people: seconds by phase and block, and what the whole model takes."""
+    titles = ["before", *(f"block {i}" for i in range(len(result.phases) - 1))]
+    yield "\nseconds       " + "".join(f"{title:>10}" for title in titles)
+    for name in dict.fromkeys(itertools.chain(*result.phases)):
+        yield f"{name:<14}" + "".join(f"{lap.get(name, 0):>10.3f}" for lap in result.phases)
+    yield f"{'all':<14}" + "".join(f"{sum(lap.values()):>10.3f}" for lap in result.phases)
+    yield f"{result.all_blocks} blocks of {result.shape} with {result.tokens} tokens: {result.whole:.1f} s (computed)"
+    if result.peak_bytes is not None:
+        yield f"memory at most {result.peak_bytes / 1e9:.2f} GB"

@@ -27,9 +27,10 @@ from gptq_backend.format import (
     resolve_specs,
 )
 from gptq_backend.model import linear_shapes
+from gptq_transformers.check_loading import absent, check_loaded, check_stored
 from gptq_transformers.checkpoint_names import checkpoint_names
-from gptq_transformers.finite import check_stored
-from gptq_transformers.loading import absent, check_loaded, prepare_model, quant_linears
+from gptq_transformers.prepare_loading import prepare_model
+from gptq_transformers.quantized_layers import quant_linears
 from gptq_transformers.skeleton import UnknownModel, build_skeleton
 
 
@@ -94,15 +95,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the loader's warnings, some one per module: the caller sums them up."""
-    loggers = [logging.getLogger(name) for name in ("gptq_backend", "gptq_transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _modules(manifest: Manifest) -> dict[str, Manifest]:
@@ -140,7 +138,7 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
     try:
         plan = prepare_model(model, manifest, checkpoint.config, names)
         specs = {name: layer.stored_spec for name, layer in quant_linears(model)} | plan.dense
-        check_loaded(model, absent(model, plan))
+        check_loaded(model, absent(model, plan.manifest, plan.dense))
         check_stored(plan.dtypes, plan.manifest)
     except CheckpointError as error:
         checkpoint.damaged["checkpoint"] = str(error)
@@ -159,7 +157,8 @@ def _one_by_one(
     checkpoint: Checkpoint, model: nn.Module, modules: Mapping[str, Manifest], names: Mapping[str, str]
 ) -> dict[str, StoredSpec]:
     """Specs of the modules that can be used, one bad module hiding no other."""
-    shapes, found = linear_shapes(model), {}
+    shapes = linear_shapes(model)
+    found: dict[str, StoredSpec] = {}
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
     for name, tensors in modules.items():
         try:

@@ -1,11 +1,13 @@
-"""What is odd about a checkpoint: where its config and its tensors disagree, and what is in it beside them.
+"""What a user should know of a checkpoint: where its config and its tensors disagree, and what else is in it.
 
 Each finder takes a checkpoint as :mod:`checkpoint` reads it and yields sentences. None of them is an error: the tensors
-decide, and the checkpoint loads. What cannot be loaded is damage, which is reported apart.
+decide, and the checkpoint loads. What cannot be loaded is damage, which is reported separately.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ import torch
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.format import SETTINGS_FILES, claimed_group_size, read_tensor, settings_in
 
+from .formatting import name_pattern
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Layer
 
@@ -23,7 +27,7 @@ _COMPARED = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "lm_h
 
 
 def find(checkpoint: Checkpoint) -> list[str]:
-    """All oddities, as sentences."""
+    """All warnings, as sentences."""
     return [sentence for finder in _FINDERS for sentence in finder(checkpoint)]
 
 
@@ -78,7 +82,7 @@ def _format(checkpoint: Checkpoint) -> Iterator[str]:
         actual = "zeros as they are (gptq_v2)" if wrong[0].spec.zero_offset == 0 else "zeros minus one (gptq)"
         yield (
             f"checkpoint_format is {spec_format}, but {_count(wrong, checkpoint)} store {actual}: mislabelled zeros; "
-            "being symmetric, they are read correctly here"
+            "they are symmetric, so they are read correctly here"
         )
     words = {layer.spec.word_dtype for layer in checkpoint.layers} - {torch.int32}
     for dtype in sorted(map(str, words)):
@@ -94,7 +98,7 @@ def _grid(checkpoint: Checkpoint) -> Iterator[str]:
         differing = [layer for layer in layers if getattr(layer.spec, key) != _expected(checkpoint, layer, key)]
         if differing:
             values = sorted({getattr(layer.spec, key) for layer in differing})
-            yield f"{_count(differing, checkpoint)} have {key} {_some(values)} by their shapes, not as the config says"
+            yield f"{_count(differing, checkpoint)} have {key} {_some(values)} by their shapes, unlike in the config"
 
 
 def _expected(checkpoint: Checkpoint, layer: Layer, key: str) -> int:
@@ -132,29 +136,29 @@ def _which_modules(checkpoint: Checkpoint) -> Iterator[str]:
     if config.lm_head != has_head:
         yield f"lm_head is {str(config.lm_head).lower()}, but lm_head is {'' if has_head else 'not '}quantized"
     if wanted := config.modules_in_block_to_quantize:
-        kinds = {_kind(layer.name) for layer in layers if ".*." in _pattern(layer.name)}
+        inside = (re.search(r"\.\d+\.(.+)", layer.name) for layer in layers)
+        kinds = {match[1] for match in inside if match}
         if extra := sorted(kinds - set(wanted)):
-            yield f"{_some(extra)} quantized, but missing in modules_in_block_to_quantize"
+            yield f"{_some(extra)} quantized, but not in modules_in_block_to_quantize"
         if missing := sorted(set(wanted) - kinds):
-            yield f"{_some(missing)} in modules_in_block_to_quantize, but nowhere quantized"
+            yield f"{_some(missing)} in modules_in_block_to_quantize, but quantized nowhere"
     yield from _mixed(checkpoint)
 
 
 def _mixed(checkpoint: Checkpoint) -> Iterator[str]:
     """Kinds of modules that are quantized in some blocks and dense in others, which no rule explains."""
-    quantized: dict[str, int] = {}
-    for layer in checkpoint.layers:
-        quantized[_pattern(layer.name)] = quantized.get(_pattern(layer.name), 0) + 1
+    quantized = Counter(name_pattern(layer.name) for layer in checkpoint.layers)
     dense: dict[str, list[str]] = {}
     for name in (key.removesuffix(".weight") for key in checkpoint.manifest if key.endswith(".weight")):
-        if _pattern(name) in quantized and checkpoint.config.for_module(name) is not None:
-            dense.setdefault(_pattern(name), []).append(name)
+        if name_pattern(name) in quantized and checkpoint.config.for_module(name) is not None:
+            dense.setdefault(name_pattern(name), []).append(name)
     for pattern, names in dense.items():
         yield f"{pattern} is quantized {quantized[pattern]} times and in 16 bits {len(names)} times ({_some(names)})"
 
 
 def _biases(checkpoint: Checkpoint) -> Iterator[str]:
-    zero, other = [], []
+    zero: list[Layer] = []
+    other: list[Layer] = []
     for layer in checkpoint.layers:
         stored = checkpoint.manifest.get(f"{layer.name}.bias")
         if stored is not None and layer.name in checkpoint.unbiased:
@@ -167,7 +171,7 @@ def _biases(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _structure(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.unknown:
-        yield f"the model's structure is not known ({checkpoint.unknown}): shapes and names were not held against it"
+        yield f"the model's structure is not known ({checkpoint.unknown}): shapes and names were not checked against it"
     if checkpoint.skipped:
         names = _some(checkpoint.skipped)
         yield f"{len(checkpoint.skipped)} quantized modules that the model does not have, ignored: {names}"
@@ -185,17 +189,6 @@ def _extras(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _part(key: str) -> str:
     return key.rpartition(".")[2]
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _kind(name: str) -> str:
-    """The name inside its block."""
-    parts = name.split(".")
-    first = next(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[first + 1 :])
 
 
 def _count(layers: Sequence[Layer], checkpoint: Checkpoint) -> str:

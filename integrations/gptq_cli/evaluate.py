@@ -6,28 +6,19 @@ Kullback-Leibler divergence from the reference sees every such move.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, GPTQConfig
-from transformers.utils import cached_file
 
 from gptq_backend import GPTQError
-from gptq_backend.format import embedded_settings
 from gptq_backend.model import split_windows
-from gptq_transformers.errors import loading
-from gptq_transformers.load_quantized import from_quantized
-from gptq_transformers.model_class import class_of, from_pretrained, predicts_next_token, read_config
+
+from .models import model_limits
 
 # Positions whose distributions are compared at once: with 128k words a chunk stays near 128 MB per model.
 _ROWS = 256
@@ -173,7 +164,7 @@ def _log_probabilities(logits: Tensor, which: str) -> Tensor:
 def _summarize(totals: _Totals, ids: Tensor) -> Evaluation:
     windows, seqlen = ids.shape
     predicted = windows * (seqlen - 1)
-    result = {
+    result: dict[str, Any] = {
         "tokens": windows * seqlen,
         "windows": windows,
         "seqlen": seqlen,
@@ -189,7 +180,7 @@ def _summarize(totals: _Totals, ids: Tensor) -> Evaluation:
             kld_p99=_quantile(kld.flatten(), 0.99),
             top1_agreement=torch.stack(totals.agree).double().mean().item(),
         )
-    return Evaluation(**result)  # type: ignore[arg-type]
+    return Evaluation(**result)
 
 
 def _quantile(values: Tensor, share: float) -> float:
@@ -201,132 +192,14 @@ def _quantile(values: Tensor, share: float) -> float:
 
 
 def _check_limits(model: nn.Module, ids: Tensor) -> None:
-    """Windows that the model cannot read end in an index error deep inside it; say it before."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
-    if limit is not None and 0 < limit < ids.shape[1]:  # -1: any length
-        raise GPTQError(f"windows of {ids.shape[1]} tokens exceed the model's {limit} positions; use a smaller seqlen")
-    if vocabulary is not None and int(ids.max()) >= vocabulary:
+    """Raise GPTQError for windows that the model cannot read, which would end in an index error deep inside it."""
+    positions, vocabulary = model_limits(model)
+    if ids.shape[1] > positions:
+        raise GPTQError(
+            f"windows of {ids.shape[1]} tokens exceed the model's {positions} positions; use a smaller seqlen"
+        )
+    if int(ids.max()) >= vocabulary:
         raise GPTQError(
             f"token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}; "
             "tokenize with the model's own tokenizer"
         )
-
-
-def load_model(
-    path: str | Path,
-    dtype: str | None = None,
-    device: str = "cpu",
-    backend: str | None = None,
-    *,
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """A language model to evaluate, quantized or not.
-
-    Args:
-        path: folder, or name of a model on a hub.
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as stored); None is float32 on a CPU, where 16-bit
-            matrix products are slow or inexact, and ``auto`` elsewhere.
-        device: where it runs.
-        backend: row of the kernel table for a quantized model.
-        trust_remote_code: run the Python code that comes with the model; without, such a model is refused.
-
-    Raises:
-        GPTQError: no such model or device, the model cannot be loaded, or it does not predict the next token.
-    """
-    require_model(path)
-    require_device(device)
-    config = read_config(path, trust_remote_code)
-    if not predicts_next_token(config, path):
-        raise GPTQError(
-            f"{path} is a {config.architectures[0]}, which does not predict the next token; perplexity and KL "
-            "divergence are measured of causal language models only"
-        )
-    name = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
-    options: dict[str, Any] = {"dtype": name if name == "auto" else getattr(torch, name)}
-    options["trust_remote_code"] = trust_remote_code
-    if device != "cpu":
-        options["device_map"] = device
-    with loading(path), warnings.catch_warnings():
-        if not is_quantized(path, trust_remote_code):
-            return from_pretrained(class_of(config, path, trust_remote_code), path, **options).eval()
-        if backend is not None:
-            options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        return from_quantized(path, **options).eval()
-
-
-def require_model(path: str | Path) -> None:
-    """Raises GPTQError when ``path`` is neither a folder with a model nor the name of one on the hub.
-
-    The hub is asked once, and only for what is not in its cache: ``from_pretrained`` retries for half a minute.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            if (folder / "adapter_config.json").is_file():
-                raise GPTQError(
-                    f"{path} holds an adapter (adapter_config.json) and no model; merge it into its base model (peft: "
-                    "merge_and_unload(), then save_pretrained), and pass that folder"
-                )
-            if files := sorted(folder.glob("*.gguf")):
-                raise GPTQError(_convert_gguf(files[0]))
-            raise GPTQError(f"{path} holds no config.json; expected a model folder as save_pretrained writes it")
-    elif folder.exists():
-        if folder.suffix == ".gguf":
-            raise GPTQError(_convert_gguf(folder))
-        raise GPTQError(f"{path} is a file; expected the folder that holds the weights, config.json and tokenizer")
-    elif folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith((".", "~")):
-        raise GPTQError(f"{path} does not exist; expected a model folder")
-    elif not any(_is_cached(str(path), name) for name in ("config.json", "adapter_config.json")):
-        try:
-            HfApi().model_info(str(path), timeout=10)
-        except (RepositoryNotFoundError, HFValidationError):
-            raise GPTQError(
-                f"no folder {path} exists, and the hub has no model of that name (or it is private)"
-            ) from None
-        except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
-            raise GPTQError(f"no folder {path} exists, and the hub could not be reached: {error}") from None
-
-
-def _convert_gguf(file: Path) -> str:
-    """What to do with a model in GGUF's format."""
-    source = f"from_pretrained({str(file.parent)!r}, gguf_file={file.name!r})"
-    return (
-        f"{file} is a GGUF file; expected a model folder: make one with transformers, calling "
-        f"AutoModelForCausalLM.{source}.save_pretrained(FOLDER) and the same with AutoTokenizer"
-    )
-
-
-def _is_cached(model: str, file: str) -> bool:
-    try:
-        return cached_file(model, file, local_files_only=True) is not None
-    except (OSError, ValueError):
-        return False
-
-
-def require_device(name: str) -> None:
-    """Raises GPTQError when torch cannot compute on the device called ``name`` here."""
-    try:
-        torch.zeros(1, device=name).item()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise GPTQError(f"device {name!r} cannot be used here; choose one like cpu or cuda:0 ({reason})") from None
-
-
-def is_quantized(path: str | Path, trust_remote_code: bool = False) -> bool:
-    """Whether a model's configuration says that it is quantized."""
-    folder = Path(path)
-    if any((folder / name).is_file() for name in ("quantize_config.json", "quant_config.json")):
-        return True
-    if not folder.is_dir():
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return getattr(config, "quantization_config", None) is not None
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GPTQError(f"{folder / 'config.json'} is not valid JSON ({error}); fetch the file again") from None
-    return bool(embedded_settings(config))

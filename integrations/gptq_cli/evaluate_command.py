@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
 
 from gptq_backend import GPTQError
-from gptq_transformers import calibration_input
+from gptq_transformers.calibration_input import load_tokenizer
 
-from . import evaluate, terminal
-from .report import percent, significant, with_error
+from . import models, terminal
+from .evaluate import Evaluation, cut_windows, evaluate
+from .formatting import percent, significant, with_error
 
 
 def run(
@@ -33,43 +32,30 @@ def run(
     Raises:
         GPTQError: something cannot be used; the message says what to do.
     """
-    console = terminal.stderr_console()
-    terminal.set_up_logging(console)
-    terminal.check_json_target(json_target)
+    console, say = terminal.start(json_target)
     content = terminal.read_text(text)
     for path in filter(None, (model, reference)):
-        evaluate.require_model(path)
-    evaluate.require_device(device)
+        models.require_model(path)
+    models.require_device(device)
     with console.status("loading", spinner="line") as status:
-        ids = evaluate.cut_windows(content, load_tokenizer(model, trust_remote_code), seqlen, windows)
+        ids = cut_windows(content, load_tokenizer(model, True, trust_remote_code), seqlen, windows)
         if reference is not None:
             _check_reference_tokens(reference, content, ids.flatten().tolist(), trust_remote_code)
-        loaded = evaluate.load_model(model, dtype, device, backend, trust_remote_code=trust_remote_code)
+        loaded = models.load_model(model, dtype, device, backend, trust_remote_code=trust_remote_code)
         other = None
         if reference is not None:
-            other = evaluate.load_model(reference, dtype, device, trust_remote_code=trust_remote_code)
-        result = evaluate.evaluate(loaded, ids, other, lambda done, total: status.update(f"window {done} of {total}"))
+            other = models.load_model(reference, dtype, device, trust_remote_code=trust_remote_code)
+        result = evaluate(loaded, ids, other, lambda done, total: status.update(f"window {done} of {total}"))
     settings = {"model": model, "reference": reference, "text": str(text), "device": device}
     computed_in = str(next(p for p in loaded.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     terminal.write_json(json_target, {**settings, "dtype": computed_in, **dataclasses.asdict(result)})
-    if json_target != "-":
-        _print(result, settings, computed_in)
-
-
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a model folder.
-
-    Raises:
-        GPTQError: there is none, or it cannot be loaded.
-    """
-    way_on = "copy the tokenizer's files of the original model there"
-    return calibration_input.load_tokenizer(path, True, trust_remote_code, way_on)
+    say("\n".join(_lines(result, computed_in, device)))
 
 
 def _check_reference_tokens(reference: str, text: str, ids: list[int], trust_remote_code: bool) -> None:
     """Raises GPTQError when the tokenizer of ``reference``, if there is one, begins ``text`` with other ``ids``."""
     try:
-        tokenizer = load_tokenizer(reference, trust_remote_code)
+        tokenizer = load_tokenizer(reference, True, trust_remote_code)
     except GPTQError:  # there is none
         return
     if list(tokenizer(text)["input_ids"])[: len(ids)] != ids:
@@ -79,17 +65,15 @@ def _check_reference_tokens(reference: str, text: str, ids: list[int], trust_rem
         )
 
 
-def _print(result: Any, settings: dict[str, Any], dtype: str) -> None:
-    table = Table(
-        title=f"{result.windows} windows of {result.seqlen} tokens, {dtype} on {settings['device']}", show_header=False
-    )
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_row("perplexity", f"{result.perplexity:.4f}")
+def _lines(result: Evaluation, dtype: str, device: str) -> Iterator[str]:
+    yield f"{result.windows} windows of {result.seqlen} tokens, {dtype} on {device}"
+    figures = {"perplexity": f"{result.perplexity:.4f}"}
     if result.kld is not None:
-        table.add_row("perplexity of the reference", f"{result.reference_perplexity:.4f}")
-        table.add_row("mean KL divergence (nats)", with_error(result.kld, result.kld_stderr))
-        table.add_row("99th percentile of it", significant(result.kld_p99))
-        table.add_row("same most likely token", percent(result.top1_agreement))
-    table.add_row("tokens per second", f"{result.tokens_per_second:.1f}")
-    terminal.TerminalConsole().print(table)
+        figures |= {
+            "perplexity of the reference": f"{result.reference_perplexity:.4f}",
+            "mean KL divergence (nats)": with_error(result.kld, result.kld_stderr),
+            "99th percentile of it": significant(result.kld_p99),
+            "same most likely token": percent(result.top1_agreement),
+        }
+    figures["tokens per second"] = f"{result.tokens_per_second:.1f}"
+    yield from (f"{name:<28}{figure:>20}" for name, figure in figures.items())

@@ -15,12 +15,12 @@ from typer.core import TyperGroup
 from . import INTERRUPTED
 
 # ClickException, which typer brings in one of two ways and does not export: what it prints itself.
-_USAGE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _TWICE = 5.0  # seconds in which a signal that comes again is the same one
 
 
 class CommandGroup(TyperGroup):
-    """Ends what a user can cause with one line on stderr and exit code 1; anything else is a bug, with its trace."""
+    """Errors that the user can fix are one line on stderr and exit code 1; any other is a bug and has its trace."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         """Read the options of the whole program."""

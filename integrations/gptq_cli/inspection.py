@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from gptq_backend import GPTQError, kernel_report
 from gptq_backend.kernels import fastest
 
-from . import checkpoint_warnings as oddities
+from . import checkpoint_warnings
 from .checkpoint import Layer, read_checkpoint
-from .report import megabytes
+from .formatting import megabytes
 
 
 def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -
         "bytes_quantized": packed,
         "bytes_other": total - packed,
         "modules": modules,
-        "odd": oddities.find(checkpoint),
+        "odd": checkpoint_warnings.find(checkpoint),
         "damaged": checkpoint.damaged,
         "kernels": {str(device): _kernels(checkpoint.layers, device) for device in chosen},
     }
@@ -73,7 +73,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError:
-        raise GPTQError(f"--device {name} is no device; expected one like cpu, cuda or cuda:0") from None
+        raise GPTQError(f"--device {name} is not a device; expected one like cpu, cuda or cuda:0") from None
 
 
 def _kernels(layers: Sequence[Layer], device: torch.device) -> list[dict[str, Any]]:
@@ -115,37 +115,27 @@ def _describe(layer: Layer) -> dict[str, Any]:
     }
 
 
-def print_inspection(found: Mapping[str, Any], console: Any) -> None:
-    """For people: modules, then what is odd, then kernels."""
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """For people: modules, then warnings, then kernels."""
     width = max([len("module"), *(len(module["name"]) for module in found["modules"])])
-    _print(console, f"{'module':<{width}}  bits  group  grid  act-order     in    out")
+    yield f"{'module':<{width}}  bits  group  grid  act-order     in    out"
     for module in found["modules"]:
         grid, order = "sym" if module["sym"] else "asym", "yes" if module["act_order"] else "no"
-        _print(
-            console,
+        yield (
             f"{module['name']:<{width}}  {module['bits']:>4}  {module['group_size']:>5}  {grid:>4}  {order:>9}  "
-            f"{module['in_features']:>5}  {module['out_features']:>5}",
+            f"{module['in_features']:>5}  {module['out_features']:>5}"
         )
-    _print(console, "")
     per_weight = "" if found["bits_per_weight"] is None else f", {found['bits_per_weight']:.2f} bits per weight"
     rest = f"{megabytes(found['bytes_quantized'])} packed, {megabytes(found['bytes_other'])} other tensors"
-    _print(console, f"{found['quantized_modules']} quantized modules{per_weight}; {rest}")
-    _print(console, "\nodd:" + ("" if found["odd"] else " nothing"))
-    for sentence in found["odd"]:
-        _print(console, f"  - {sentence}")
+    yield f"\n{found['quantized_modules']} quantized modules{per_weight}; {rest}"
+    yield "\nodd:" + ("" if found["odd"] else " nothing")
+    yield from (f"  - {sentence}" for sentence in found["odd"])
     if found["damaged"]:
-        _print(console, "\ndamaged:")
-        for reason in found["damaged"].values():
-            _print(console, f"  - {reason}")
-    _print(console, "\nkernels:")
+        yield "\ndamaged:"
+        yield from (f"  - {reason}" for reason in found["damaged"].values())
+    yield "\nkernels:"
     for device, rows in found["kernels"].items():
         for row in rows:
-            _print(console, f"  {device}: {row['kernel']} serves {row['modules']} modules")
+            yield f"  {device}: {row['kernel']} serves {row['modules']} modules"
             for other, reasons in row["declined"].items():
-                for reason, count in reasons.items():
-                    _print(console, f"    not {other} ({count} modules): {reason}")
-
-
-def _print(console: Any, text: str) -> None:
-    """Text as it is: no markup, and whole lines also in a narrow window or a pipe."""
-    console.print(text, markup=False, soft_wrap=True)
+                yield from (f"    not {other} ({count} modules): {reason}" for reason, count in reasons.items())

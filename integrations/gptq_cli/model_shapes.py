@@ -1,31 +1,39 @@
-"""Shapes of models for benchmarks that need no checkpoint: the settings that differ from ``LlamaConfig``'s own."""
+"""Shapes of models for benchmarks that need no checkpoint."""
 
 from __future__ import annotations
 
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama2-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 128,
-    },
+
+def _llama(hidden: int, inner: int, blocks: int, heads: int, key_value_heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+# Arguments of LlamaConfig.
+SHAPES = {
+    "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
+    "llama2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
+    "llama2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
+    "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
+    "qwen2.5-7b": _llama(3584, 18944, 28, 28, 4, 152064),
+    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152),
+    "tiny": _llama(64, 128, 2, 4, 4, 128),
 }
+
+
+def layer_shapes(shape: dict[str, Any]) -> list[tuple[int, int]]:
+    """[N, K] of a block's linear layers, joined where they have the same input: q, k and v; gate and up."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys_and_values = 2 * hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    return [(hidden + keys_and_values, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+
+
+LAYERS = {name: layer_shapes(shape) for name, shape in SHAPES.items() if name != "tiny"}
+LAYERS["odd"] = [(4096, 10944), (4100, 4096)]  # no multiples of what kernels cut into tiles

@@ -22,6 +22,7 @@ Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda:0.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Never done unasked.")
 ]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")]
 
 _MAKE_ENUM: Any = Enum  # called with names that type checkers cannot know
 

@@ -17,13 +17,14 @@ import torch
 from gptq_backend import GPTQError, QuantizeConfig, QuantizeReport
 from gptq_backend.model import held_out_windows
 from gptq_backend.output import check_spared
+from gptq_transformers.calibration_input import load_tokenizer
 from gptq_transformers.memory import bytes_of, free_bytes
 from gptq_transformers.quantize_pretrained import quantize
 from gptq_transformers.streaming import skeleton
 
-from . import evaluate, terminal
-from .evaluate_command import load_tokenizer
-from .report import duration, make_report, megabytes, percent, significant, weights_size, with_error, write_reports
+from . import evaluate, models, terminal
+from .formatting import duration, megabytes, percent, significant, with_error
+from .report import make_report, weights_size, write_reports
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,9 @@ def run(
         GPTQError: something cannot be used; the message says what to do.
     """
     config = QuantizeConfig(**{**settings, "dynamic": _parse_rules(settings["dynamic"])})
-    console = terminal.stderr_console()
-    terminal.set_up_logging(console, ignore="gptq_backend.kernels.table")  # the layers only get packed here
-    terminal.check_json_target(json_target)
-    evaluate.require_model(model)
-    evaluate.require_device(device)
+    console, _ = terminal.start(json_target, ignore="gptq_backend.kernels.table")  # the layers only get packed here
+    models.require_model(model)
+    models.require_device(device)
     for file in (source.calibration, source.text):
         if file not in (None, "auto"):
             check_spared(out, file, "the text")
@@ -97,7 +96,7 @@ def run(
     def unseen() -> list[Any]:
         if (choice := progress.choice) is not None:
             return list(choice.held_out[:kld_windows])
-        tokenizer = load_tokenizer(str(out), trust_remote_code)
+        tokenizer = load_tokenizer(out, True, trust_remote_code)
         return held_out_windows(texts or "", tokenizer, **source.window, count=kld_windows)
 
     first = "choosing calibration text" if source.calibration == "auto" else "loading the model"
@@ -161,7 +160,7 @@ def _compare(
         if dtype is None:
             return None
         options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        quantized, original = (evaluate.load_model(path, **options) for path in (out, model))
+        quantized, original = (models.load_model(path, **options) for path in (out, model))
         found = evaluate.evaluate(quantized, windows, original)
         return {"dtype": dtype, **dataclasses.asdict(found)}
     except Exception as error:

@@ -8,11 +8,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
@@ -22,11 +21,11 @@ from gptq_backend import CalibrationError, Events, GPTQError, LayerReport
 from gptq_backend.locks import write_text
 from gptq_transformers.errors import first_line, is_out_of_memory
 
-from .report import duration, finite, percent, significant
+from .formatting import duration, percent, significant, to_json
 
 
 def explain(error: Exception) -> str | None:
-    """One line for an error that a user can cause and mend; None for any other."""
+    """One line for an error that the user can fix; None for any other."""
     if isinstance(error, OSError):
         if error.errno == errno.EPIPE:
             return None  # the reader of our output went away; the CLI library ends quietly
@@ -52,10 +51,12 @@ def printable(text: str) -> str:
 
 
 class TerminalConsole(Console):
-    """A console on which text is only ever text: no markup, no links, no control characters but rich's own."""
+    """stderr, for progress and warnings, on which text is only ever text: no markup, no links, no control characters
+    but rich's own.
+    """
 
-    def __init__(self, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Whatever is printed comes by here."""
@@ -65,12 +66,7 @@ class TerminalConsole(Console):
 
 def say(text: str) -> None:
     """A line of a result, to stdout."""
-    typer.echo(printable(text))
-
-
-def stderr_console() -> Console:
-    """Progress and warnings go to stderr, so that stdout holds results only."""
-    return TerminalConsole(stderr=True)
+    print(printable(text), flush=True)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -81,15 +77,11 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(f"{record.levelname.lower()}: {self.format(record)}", markup=False, soft_wrap=True)
+        self._console.print(f"{record.levelname.lower()}: {self.format(record)}", soft_wrap=True)
 
 
 def set_up_logging(console: Console, ignore: str | None = None) -> None:
-    """Our warnings above the progress bar; of the libraries only errors.
-
-    Args:
-        ignore: name of a logger of ours to keep out.
-    """
+    """Our warnings above the progress bar, but for those of the logger ``ignore``; of the libraries only errors."""
     import transformers
 
     handler = _ConsoleHandler(console)
@@ -102,25 +94,46 @@ def set_up_logging(console: Console, ignore: str | None = None) -> None:
     transformers.logging.disable_progress_bar()
 
 
+def start(json_target: str | None, ignore: str | None = None) -> tuple[Console, Callable[[str], None]]:
+    """What every command does first: set up logging, and check where its result goes.
+
+    Args:
+        ignore: name of a logger whose warnings are not shown.
+
+    Returns:
+        The console for progress and warnings, and :func:`say`, which says nothing where stdout is for JSON.
+    """
+    console = TerminalConsole()
+    set_up_logging(console, ignore)
+    check_json_target(json_target)
+    return console, (lambda _: None) if json_target == "-" else say
+
+
 def check_json_target(target: str | None) -> None:
-    """Say before an hour of work, not after it, that the result cannot be written."""
+    """Raise GPTQError before an hour of work, not after it, if the result cannot be written."""
     if target is None or target == "-":
         return
     if Path(target).is_dir():
-        raise GPTQError(f"--json {target}: is a folder; expected a file to write: name one, or - for stdout")
+        raise GPTQError(f"--json {target} is a folder; expected a file: name one, or - for stdout")
     folder = Path(target).absolute().parent
     if not folder.is_dir():
         raise GPTQError(f"--json {target}: its folder does not exist; create it or choose another place")
     special = Path(target).exists() and not Path(target).is_file()  # a pipe is written itself, a file beside it
     if not os.access(target if special else folder, os.W_OK):
-        raise GPTQError(f"--json {target}: cannot be written here; choose another place")
+        raise GPTQError(f"--json {target} cannot be written here; choose another place")
+
+
+def check_choice(option: str, value: str, allowed: Collection[str]) -> None:
+    """Raise GPTQError unless the option's value is one of those ``allowed``."""
+    if value not in allowed:
+        raise GPTQError(f"{option} {value}: expected one of {', '.join(allowed)}")
 
 
 def write_json(target: str | None, value: Mapping[str, Any]) -> None:
     """To a file, to stdout for ``-``, or nowhere for None."""
     if target is None:
         return
-    text = json.dumps(finite(value), indent=2) + "\n"
+    text = to_json(value) + "\n"
     if target == "-":
         sys.stdout.write(text)
     else:
@@ -176,12 +189,14 @@ def read_calibration(path: Path) -> list[str]:
             entry.encode()
         except UnicodeEncodeError:
             raise CalibrationError(
-                f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
+                f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff), which is not a character; "
                 "remove it, or write both halves"
             ) from None
         texts.append(entry)
     if not texts:
-        raise CalibrationError(f"{path} has no text in it; expected one per line: a JSON string, or an object with it")
+        raise CalibrationError(
+            f'{path} has no text in it; expected a JSON string, or an object with a string "text", in each line'
+        )
     return texts
 
 
@@ -222,7 +237,7 @@ class LayerProgress(Events):
     def calibration_chosen(self, choice: Any) -> None:
         """Show what ``calibration="auto"`` chose, and keep it in ``choice``."""
         self.choice = choice
-        self._console.print(f"calibration: {choice.summary()}", markup=False, soft_wrap=True)
+        self._console.print(f"calibration: {choice.summary()}", soft_wrap=True)
 
     def layer_done(self, layer: LayerReport, done: int, total: int) -> None:
         """Show one finished layer."""

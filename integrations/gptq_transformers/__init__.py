@@ -22,7 +22,7 @@ def register() -> None:
     from transformers.quantizers import auto
     from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 
-    from gptq_autoload import relax_config
+    from gptq_autoload.stock_config import relax_config
 
     from .config import GPTQConfig
     from .hf_quantizer import GPTQBackendQuantizer

@@ -34,7 +34,7 @@ from gptq_backend.model import (
 
 from .errors import first_line
 from .memory import bytes_of, free_bytes
-from .streaming import load_streamed, load_whole, skeleton, take_offloading
+from .streaming import detach_offloading, load_streamed, load_whole, skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def _opened(
     reason = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with scratch_folder("offload") as scratch:
         model = load_streamed(model_or_path, scratch, None, options.block_name, trust_remote_code)
-        yield _Original(model, reason, take_offloading(model, options.block_name), lambda block: block.to("meta"))
+        yield _Original(model, reason, detach_offloading(model, options.block_name), lambda block: block.to("meta"))
 
 
 def _generated(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor:

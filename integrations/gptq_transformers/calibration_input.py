@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 from gptq_backend.errors import CalibrationError
 from gptq_backend.model import require_sequences, sample_windows, tokenize
 
 from .auto_calibration import AUTO
 from .errors import first_line
+from .model_files import local_file
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +65,11 @@ def token_ids(calibration: Any, tokenizer: Any, seqlen: int | None, samples: int
     return sample_windows(calibration, samples, seed)
 
 
-def load_tokenizer(
-    path: str | Path,
-    required: bool,
-    trust_remote_code: bool = False,
-    way_on: str = "pass tokenizer= or token ids",
-) -> Any:
+def load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model's folder; None if none can be made, unless it is ``required``.
 
     Raises:
-        CalibrationError: it is, and cannot be made; ends in ``way_on``.
+        CalibrationError: it is, and cannot be made.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -84,8 +79,11 @@ def load_tokenizer(
     if reason is None:
         return tokenizer
     if required:
-        raise CalibrationError(f"no tokenizer could be loaded from {path} ({reason}); {way_on}")
-    if _holds(path, "tokenizer.json"):
+        raise CalibrationError(
+            f"no tokenizer could be loaded from {path} ({reason}); copy the tokenizer's files of the original model "
+            "there, or in Python pass tokenizer= or token ids"
+        )
+    if local_file(path, "tokenizer.json") is not None:
         logger.warning("the tokenizer of %s cannot be loaded (%s), and is not copied", path, reason)
     return None
 
@@ -95,16 +93,7 @@ def _is_made_up(tokenizer: Any, path: str | Path) -> bool:
     if len(tokenizer) > len(tokenizer.all_special_tokens) + _TRIFLES:
         return False
     names = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
-    return not any(_holds(path, name) for name in names)
-
-
-def _holds(model: str | Path, file: str) -> bool:
-    if Path(model).is_dir():
-        return (Path(model) / file).is_file()
-    try:
-        return cached_file(str(model), file, local_files_only=True) is not None
-    except (OSError, ValueError):
-        return False
+    return all(local_file(path, name) is None for name in names)
 
 
 def _names_a_file(text: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Files of a model that ``save_pretrained`` does not write, and without which its checkpoint is used otherwise."""
+"""Files that ``save_pretrained`` does not write, but that tools need to use a checkpoint like its original."""
 
 from __future__ import annotations
 
@@ -31,12 +31,7 @@ _OF_A_MODULE = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def copy_companions(original: str | Path, folder: Path) -> None:
-    """Copy what processors and sentence-transformers read into a checkpoint, unless it has a file of that name.
-
-    Args:
-        original: folder, or name on the hub.
-        folder: the checkpoint.
-    """
+    """Copy what processors and sentence-transformers read into the checkpoint in ``folder``, unless it is there."""
     for name in (*_PROCESSORS, *_SENTENCES, _MODULES):
         _copy(original, folder, name)
     if (folder / _MODULES).is_file():

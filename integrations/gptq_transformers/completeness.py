@@ -9,29 +9,27 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers.utils import cached_file
 
 from gptq_backend import CheckpointError
 from gptq_backend.format import Shards, checkpoint_files, read_manifest, read_tensor
 
 from .checkpoint_names import model_names
-from .experts.unfuse import ExpertList, converters
+from .experts.conversions import converters
+from .experts.expert_list import ExpertList
+from .model_files import local_file
 
 logger = logging.getLogger(__name__)
 
 
 def keep_all_tensors(original: str | Path, model: nn.Module, folder: Path) -> None:
-    """Compare the tensors of the original's files with those written, and copy those that the model does not use.
-
-    Args:
-        original: folder, or name on the hub.
-        model: as it was written.
-        folder: with the written checkpoint.
+    """Compare the tensors of the original's files with those in ``folder``, and copy those that the model does not use.
 
     Raises:
         CheckpointError: a tensor that the model uses was not written.
     """
-    stored = read_manifest(checkpoint_files(_folder_of(original)))
+    config = local_file(original, "config.json")  # in the hub's cache all files of a model are in one folder, too
+    assert config is not None  # the model was loaded from there
+    stored = read_manifest(checkpoint_files(config.parent))
     lost, unused = missing_tensors(model, stored, read_manifest(checkpoint_files(folder)))
     if lost:
         raise CheckpointError(
@@ -81,7 +79,8 @@ def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable
     used = {*parameters, *dict(model.named_buffers(remove_duplicate=False))}
     split = {f"{name}.{key}" for name, m in model.named_modules() if isinstance(m, ExpertList) for key in m.fused_names}
     made_of = converters(model)
-    lost, unused = [], []
+    lost: list[str] = []
+    unused: list[str] = []
     for key in rest:
         # What is cut or joined on loading has the name of the first parameter that it becomes a part of.
         places = [converter.rename_source_key(names[key]) for converter in made_of]
@@ -96,10 +95,3 @@ def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable
 def _packed(key: str) -> str:
     """Of a quantized layer's weight."""
     return f"{key.removesuffix('.weight')}.qweight"
-
-
-def _folder_of(model: str | Path) -> Path:
-    """Where the files of a model are: its folder, or that of the hub's cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    return Path(str(cached_file(str(model), "config.json", local_files_only=True))).parent

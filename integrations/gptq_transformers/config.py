@@ -1,4 +1,4 @@
-"""``GPTQConfig``: transformers' own class, made to need neither optimum nor gptqmodel and to forget no key."""
+"""``GPTQConfig``: transformers' own class, without its need for optimum or gptqmodel; it keeps every key."""
 
 from __future__ import annotations
 
@@ -19,55 +19,22 @@ logger = logging.getLogger(__name__)
 
 # Kernels of GPTQModel, AutoGPTQ and optimum. Code that names them must run unchanged, so they mean 'auto'; those that
 # are called as ours are ("cuda", "triton"), where ours cannot run.
-_FOREIGN_BACKENDS = frozenset(
-    [
-        "bitblas",
-        "cuda",
-        "cuda_old",
-        "exllama",
-        "exllama_eora",
-        "exllama_v1",
-        "exllama_v2",
-        "exllama_v3",
-        "exllamav1",
-        "exllamav2",
-        "gguf",
-        "hf_kernel",
-        "ipex",
-        "machete",
-        "marlin",
-        "marlin_fp16",
-        "mlx",
-        "qigen",
-        "sglang",
-        "torch",
-        "torch_aten",
-        "torch_fused",
-        "torch_int8",
-        "triton",
-        "trainable",
-        "vllm",
-    ]
-)
+_FOREIGN_BACKENDS = frozenset([
+    "bitblas", "cuda", "cuda_old", "exllama", "exllama_eora", "exllama_v1", "exllama_v2", "exllama_v3", "exllamav1",
+    "exllamav2", "gguf", "hf_kernel", "ipex", "machete", "marlin", "marlin_fp16", "mlx", "qigen", "sglang", "torch",
+    "torch_aten", "torch_fused", "torch_int8", "triton", "trainable", "vllm",
+])  # fmt: skip
 # How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
 _NOT_STORED = ("backend", "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
 # What a run of quantizing needs and a reader of its result does not.
 _RUN = (
-    "batch_size",
-    "block_name_to_quantize",
-    "cache_block_outputs",
-    "model_seqlen",
-    "module_name_preceding_first_block",
+    "batch_size", "block_name_to_quantize", "cache_block_outputs", "model_seqlen", "module_name_preceding_first_block",
     "pad_token_id",
-)
-
-
+)  # fmt: skip
 # Settings that have one type; the others are kept as they were written.
 _TYPED = {item.name for item in dataclasses.fields(QuantizeConfig)} - {
     "dynamic", "extra", "modules_in_block_to_quantize",
 }  # fmt: skip
-
-
 # name -> arguments of datasets.load_dataset; only the start of c4 is fetched, its files are large
 DATASETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "wikitext2": (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"}),
@@ -77,7 +44,7 @@ DATASETS["c4-new"] = DATASETS["c4"]
 
 
 class GPTQConfig(StockGPTQConfig):
-    """Settings of :class:`gptq_backend.QuantizeConfig` in the clothes that ``from_pretrained`` expects.
+    """Settings of :class:`gptq_backend.QuantizeConfig` in the form that ``from_pretrained`` expects.
 
     Args:
         bits, tokenizer, dataset, ...: as in transformers' ``GPTQConfig``.
@@ -122,9 +89,10 @@ class GPTQConfig(StockGPTQConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What a checkpoint says. A kernel that nobody knows is no reason to refuse it: another one is chosen."""
+        """What a checkpoint says. If it names an unknown kernel, it is not refused: another one is chosen."""
         stored = {key: value for key, value in config_dict.items() if key != "self"}
-        if not _is_kernel(stored.get("backend")):
+        name = _kernel_name(stored.get("backend"))
+        if name not in (None, *_FOREIGN_BACKENDS, *(row.name for row in KERNELS)):
             del stored["backend"]
         return super().from_dict(stored, return_unused_kwargs, **kwargs)
 
@@ -191,9 +159,8 @@ class GPTQConfig(StockGPTQConfig):
         Raises:
             ConfigError: nobody has a kernel of that name.
         """
-        name = None if self.backend is None else str(getattr(self.backend, "value", self.backend)).lower()
-        rows = [kernel.name for kernel in KERNELS]
-        if name in (None, "auto", "auto_trainable"):  # the last is what transformers' documentation tells users to pass
+        name, rows = _kernel_name(self.backend), [row.name for row in KERNELS]
+        if name is None:
             return None
         if name in rows and not (name in _FOREIGN_BACKENDS and (why := _unusable_here(name))):
             return name
@@ -203,11 +170,10 @@ class GPTQConfig(StockGPTQConfig):
         raise ConfigError(f"backend={name!r} is not a kernel; choose 'auto' or one of {rows}")
 
 
-def _is_kernel(backend: Any) -> bool:
-    if backend is None:
-        return True
-    name = str(getattr(backend, "value", backend)).lower()
-    return name in _FOREIGN_BACKENDS or name in ("auto", "auto_trainable") or name in {row.name for row in KERNELS}
+def _kernel_name(backend: Any) -> str | None:
+    """What ``backend``, a name or a member of somebody's enumeration, is called; None for "auto"."""
+    name = "auto" if backend is None else str(getattr(backend, "value", backend)).lower()
+    return None if name in ("auto", "auto_trainable") else name  # the last is in transformers' documentation
 
 
 def _unusable_here(name: str) -> str | None:

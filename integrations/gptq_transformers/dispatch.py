@@ -1,4 +1,4 @@
-"""accelerate's hooks, which send what a module reads to the module's device, outlive the exchange of modules."""
+"""Keeping accelerate's hooks, which move a module's inputs to its device, when modules are replaced."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from contextlib import contextmanager
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 
+from gptq_backend.modules import offloading_hook
+
 
 @contextmanager
 def keeping_hooks(model: nn.Module) -> Iterator[None]:
-    """Afterwards a module that took the place of one with a hook has that hook.
+    """A module that takes the place of one with a hook gets that hook.
 
     Hooks that load offloaded weights are not for others: their weights are those of the module that is gone.
     """
-    hooks = {name: module._hf_hook for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
+    hooks = {
+        name: module._hf_hook
+        for name, module in model.named_modules()
+        if hasattr(module, "_hf_hook") and offloading_hook(module) is None
+    }
     yield
     modules = dict(model.named_modules())
     for name, hook in hooks.items():
         module = modules.get(name)
-        offloads = any(getattr(item, "offload", False) for item in getattr(hook, "hooks", [hook]))
-        if module is not None and not hasattr(module, "_hf_hook") and not offloads:
+        if module is not None and not hasattr(module, "_hf_hook"):
             add_hook_to_module(module, hook)

@@ -1,4 +1,4 @@
-"""What others raise, told apart: a model that cannot be loaded, memory that ran out; anything else is a bug."""
+"""Errors of other libraries by cause: a model that cannot be loaded, or memory that ran out; others are bugs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptq_backend import GPTQError
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, or the name of its type if it has none; in short, if it asks whether to run a model's code."""
+    """The first line of its message, or the name of its type; a shorter one if it asks to run the model's code."""
     if "trust_remote_code" in str(error) and not isinstance(error, GPTQError):
         return (
             "it comes with Python code of its own, which is not run unasked; read it, and if you trust it pass "
@@ -35,10 +35,10 @@ _KINDS = (ValueError, KeyError, RuntimeError, SafetensorError, AttributeError, O
 
 
 @contextmanager
-def loading(path: str | Path, kinds: tuple[type[Exception], ...] = _KINDS) -> Iterator[None]:
+def load_errors(path: str | Path, kinds: tuple[type[Exception], ...] = _KINDS) -> Iterator[None]:
     """Errors of these ``kinds`` become one sentence about the model in ``path``, which cannot be loaded.
 
-    Put nothing of ours inside: a bug would look like a damaged model.
+    Call only other libraries inside: a bug of this package would look like a damaged model.
 
     Raises:
         GPTQError: it cannot be loaded.

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.format import checkpoint_files, read_json, read_manifest
-from gptq_backend.model import replace_module
 
-from . import loading, resizing
+from .changes import allow_changes
+from .check_loading import check_loaded
 from .checkpoint_names import checkpoint_names
 from .config import GPTQConfig
-from .experts import unfuse as experts
+from .dequantize import dequantize
+from .experts.conversions import drop_fused_conversions, keep_packed_names
+from .experts.unfuse import group_experts
+from .finish_loading import finish_model
 from .newer_config import adopt_newer
+from .prepare_loading import LoadPlan, follow_renaming, prepare_model
+from .quantized_layers import tied_names, untie_quantized
 from .skeleton import check_size
-from .split_layers import join_layers
-
-logger = logging.getLogger(__name__)
-
 
 # What _from_pretrained_locals looks for.
 _LOCALS = (
-    "checkpoint_files",
-    "config",
-    "device_mesh",
-    "distributed_config",
-    "ignore_mismatched_sizes",
-    "gguf_file",
-    "key_mapping",
-    "pretrained_model_name_or_path",
-    "state_dict",
-    "subfolder",
-    "tp_plan",
-    "use_safetensors",
-    "variant",
-)
+    "checkpoint_files", "config", "device_mesh", "distributed_config", "gguf_file", "ignore_mismatched_sizes",
+    "key_mapping", "pretrained_model_name_or_path", "state_dict", "subfolder", "tp_plan", "use_safetensors", "variant",
+)  # fmt: skip
 
 
 class GPTQBackendQuantizer(HfQuantizer):
@@ -56,13 +43,14 @@ class GPTQBackendQuantizer(HfQuantizer):
         pre_quantized: whether the checkpoint is quantized; if not, it is quantized after loading.
     """
 
+    pre_quantized: bool
     requires_calibration = False
     requires_parameters_quantization = False
     required_packages = None
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(GPTQConfig.adopt(quantization_config), **kwargs)
-        self._plan: loading.Plan | None = None
+        self._plan: LoadPlan | None = None
         self._loading: Any = None
         self._renamings: list[Any] = []  # of experts, for transformers 5
 
@@ -79,12 +67,8 @@ class GPTQBackendQuantizer(HfQuantizer):
         self.quantization_config.to_quantize_config()
         caller = _from_pretrained_locals()
         parallel = caller.get("distributed_config")
-        if (
-            caller.get("tp_plan") is not None
-            or caller.get("device_mesh") is not None
-            or getattr(parallel, "tp_size", None) not in (None, 1)
-            or getattr(parallel, "tp_plan", None) is not None
-        ):
+        asked = (caller.get("tp_plan"), caller.get("device_mesh"), getattr(parallel, "tp_plan", None))
+        if getattr(parallel, "tp_size", None) not in (None, 1) or any(each is not None for each in asked):
             raise ConfigError(
                 "tp_plan is not supported for GPTQ checkpoints, because transformers would cut the packed weights in "
                 "the wrong dimension; leave it out, use device_map, or serve the model with vLLM"
@@ -109,7 +93,7 @@ class GPTQBackendQuantizer(HfQuantizer):
                 )
             config, stored = self.quantization_config, read_manifest(files)
             with torch.device("cpu"):  # transformers calls this under torch.device("meta")
-                self._plan = loading.prepare_model(
+                self._plan = prepare_model(
                     model,
                     stored,
                     config.to_quantize_config(),
@@ -117,9 +101,8 @@ class GPTQBackendQuantizer(HfQuantizer):
                     config.kernel,
                     bool(caller.get("ignore_mismatched_sizes")),
                 )
-            self._renamings = loading.follow_renaming(model, self._plan)
-        loading.allow_casting(model)
-        resizing.allow_resizing(model)
+            self._renamings = follow_renaming(model, self._plan)
+        allow_changes(model)
         self._loading = model
         return model
 
@@ -128,28 +111,28 @@ class GPTQBackendQuantizer(HfQuantizer):
         model = model if model is not None else self._loading
         if not self.pre_quantized or model is None:
             return weight_conversions
-        return [*experts.drop_fused_conversions(weight_conversions, model), *self._renamings]
+        return [*drop_fused_conversions(weight_conversions, model), *self._renamings]
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """For transformers 4: the names that it did not find and is about to fill with random values."""
         if self._plan is None:
             return missing_keys
         later = set(self._plan.dense)  # and what is tied to those
-        tied = loading.tied_names(model) if later else ()
+        tied = tied_names(model) if later else ()
         missing_keys = [key for key in missing_keys if key.removesuffix(".weight") not in later and key not in tied]
-        loading.check_loaded(model, missing_keys)
+        check_loaded(model, missing_keys)
         return missing_keys
 
     # -- after loading ---------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._plan is not None:
-            loading.finish_model(model, self._plan)
+            finish_model(model, self._plan)
         elif not self.pre_quantized:
             from .quantize_on_load import quantize_loaded
 
             quantize_loaded(model, self.quantization_config)
-            experts.keep_packed_names(model)
+            keep_packed_names(model)
             self.quantization_config.forget_run()
             self.pre_quantized = True
         # This object stays with the model, also in copies and pickles: nothing of the loading belongs there.
@@ -158,41 +141,8 @@ class GPTQBackendQuantizer(HfQuantizer):
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Replace the quantized layers by ordinary ones, in place.
-
-        Args:
-            dtype: what to cast all parameters to that are of the model's dtype, as loading in it would; buffers, and
-                parameters that the model keeps in float32, stay. None: the layers get the dtype that dense ones would
-                have, and nothing else changes.
-        """
-        old = model.dtype
-        classes = loading.restored_classes(model)
-        for module in model.modules():
-            if isinstance(module, experts.ExpertList):
-                module.ungroup()  # its stacks would stay, and with them all that was replaced
-        for name, layer in list(loading.quant_linears(model)):
-            if any(parameter.is_meta for parameter in layer.parameters()):
-                raise ConfigError(
-                    f"{name}: its weights are offloaded; load the model without offloading to dequantize it"
-                )
-            own = layer.compute_dtype
-            if dtype is not None and own == old:
-                own = loading.dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
-            replace_module(model, name, _as_class(layer.dequantize(own), classes.get(name)))
-        join_layers(model)
-        loading.forbid_casting(model)
-        resizing.forbid_resizing(model)
-        if dtype is not None:
-            _cast_parameters(model, old, dtype)
-        for holder, key in (
-            (model, "hf_quantizer"),
-            (model, "quantization_method"),
-            (model.config, "quantization_config"),
-            (model.config, "_pre_quantization_dtype"),
-        ):
-            if key in vars(holder):
-                delattr(holder, key)
-        model.is_quantized = False
+        """For ``model.dequantize()``; see :func:`dequantize.dequantize`."""
+        dequantize(model, dtype)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -208,54 +158,21 @@ class GPTQBackendQuantizer(HfQuantizer):
 
 
 def attach(model: Any, config: QuantizeConfig) -> None:
-    """Mark an in-memory model, whose layers are QuantLinear already, as quantized; ``save_pretrained`` then works.
-
-    Args:
-        model: a ``PreTrainedModel``.
-        config: what its layers were quantized with.
-    """
+    """Mark a ``PreTrainedModel``, whose layers are QuantLinear already, as quantized; it can then be saved."""
     quantizer = GPTQBackendQuantizer(GPTQConfig.from_quantize_config(config), pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QuantizationMethod.GPTQ
     model.config.quantization_config = quantizer.quantization_config
-    loading.untie_quantized(model)
-    loading.allow_casting(model)
-    resizing.allow_resizing(model)
-    experts.keep_packed_names(model)
-    experts.group_experts(model)
-
-
-def _cast_parameters(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
-    """Cast those of dtype ``old``; others, and buffers such as rotary frequencies, are what they are on purpose."""
-    for key, parameter in model.named_parameters():
-        if parameter.dtype == old:
-            parameter.data = parameter.data.to(loading.dtype_of_parameter(model, key, new))
-
-
-def _as_class(linear: nn.Linear, wanted: type[nn.Module] | None) -> nn.Module:
-    if wanted is None or wanted.__name__ != "Conv1D":
-        return linear
-    with torch.device("meta"):
-        conv = wanted(linear.out_features, linear.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
-    bias = linear.bias
-    conv.bias = nn.Parameter(torch.zeros(linear.out_features).to(conv.weight)) if bias is None else bias
-    return conv
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+    untie_quantized(model)
+    allow_changes(model)
+    keep_packed_names(model)
+    group_experts(model)
 
 
 def _local_folder(caller: dict[str, Any]) -> Path | None:
     """The folder whose files are about to be read in the usual way; None for the hub and for arguments that choose."""
-    if any(caller.get(key) is not None for key in ("variant", "gguf_file", "state_dict")):
-        return None
-    if caller.get("use_safetensors") is not None:
+    if any(caller.get(key) is not None for key in ("variant", "gguf_file", "state_dict", "use_safetensors")):
         return None
     subfolder = caller.get("subfolder") or ""
     folder = Path(str(caller.get("pretrained_model_name_or_path")), subfolder)
@@ -268,7 +185,10 @@ def _from_pretrained_locals() -> dict[str, Any]:
     transformers 4 resolves the checkpoint's files (cache, revision, subfolder, variant) and keeps them to itself, and
     no version hands over ``key_mapping`` or the tensor-parallel arguments. They are locals of a caller.
     """
-    for frame in _frames():
-        if frame.f_code.co_name == "from_pretrained" and Path(frame.f_code.co_filename).name == "modeling_utils.py":
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "from_pretrained" and Path(code.co_filename).name == "modeling_utils.py":
             return {name: frame.f_locals.get(name) for name in _LOCALS}
+        frame = frame.f_back
     return {}

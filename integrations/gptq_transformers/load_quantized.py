@@ -1,4 +1,4 @@
-"""``from_quantized``: ``from_pretrained`` for quantized checkpoints in places that transformers does not look at."""
+"""``from_quantized``: ``from_pretrained`` for quantized checkpoints that transformers does not recognize."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptq_backend.format import (
 )
 from gptq_backend.locks import Scratch
 
-from .errors import loading
+from .errors import load_errors
 from .model_class import class_to_load, from_pretrained
 
 
@@ -38,7 +38,7 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         **kwargs: for ``from_pretrained``; ``trust_remote_code=True`` lets code that comes with the model run.
 
     Raises:
-        ConfigError: no quantization settings anywhere, or a class that is not to be had. CheckpointError: no usable
+        ConfigError: no quantization settings anywhere, or a class that is not available. CheckpointError: no usable
             weights. GPTQError: transformers cannot load the model.
     """
     source = Path(path)
@@ -63,7 +63,7 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def _load(path: str | Path, folder: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
-    with loading(path, (Exception,)):  # a config.json of any content makes the code of models raise any kind
+    with load_errors(path, (Exception,)):  # a config.json of any content makes the code of models raise any kind
         return from_pretrained(class_to_load(folder, kwargs), folder, **kwargs)
 
 

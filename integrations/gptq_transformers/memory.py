@@ -1,4 +1,4 @@
-"""What a model takes as a whole, and what is free for it."""
+"""How much memory a whole model takes, and how much is free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def bytes_of(model: nn.Module, dtype: torch.dtype) -> int:
-    """Of all parameters in ``dtype``; ``model`` may be on the meta device."""
+    """Bytes of all parameters in ``dtype``; ``model`` may be on the meta device."""
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
@@ -27,7 +27,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _left_in_containers(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
     """Bytes left below the memory limit of this process's control group (version 2) and of those around it."""
-    left = []
+    left: list[int] = []
     try:
         own = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):

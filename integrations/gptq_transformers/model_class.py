@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from gptq_backend import ConfigError
 
-from .errors import loading
+from .errors import load_errors
 
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how their names end
@@ -28,21 +28,19 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any
     """The model's configuration; nobody is asked on the terminal whether its code may run.
 
     Args:
-        path: folder, or name on the hub.
-        trust_remote_code: let the model's own code run.
         **kwargs: for the hub, like ``revision`` and ``token``.
 
     Raises:
         ConfigError: it needs code of its own. GPTQError: it cannot be read.
     """
-    with loading(path, (Exception,)):  # transformers raises any kind for a config.json with other types than it expects
+    with load_errors(path, (Exception,)):  # a config.json of unexpected types makes transformers raise any
         content, _ = PretrainedConfig.get_config_dict(path, **kwargs)
         known = str(content.get("model_type")) in CONFIG_MAPPING
         own = bool(content.get("auto_map")) and not known
         named = content.get("architectures")
     if own and not trust_remote_code:
         raise _own_code(path, _named(named, path) or "its model")
-    with loading(path, (Exception,)):
+    with load_errors(path, (Exception,)):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
 
 
@@ -51,7 +49,7 @@ def class_of(config: Any, path: str | Path, trust_remote_code: bool = False) -> 
     or the auto class for it. A configuration without ``architectures`` is a causal language model's.
 
     Raises:
-        ConfigError: the class is not to be had, or belongs to another kind of configuration.
+        ConfigError: the class is not available, or belongs to another kind of configuration.
     """
     wanted, causal = _named(getattr(config, "architectures", None), path), causal_class(config)
     if wanted is None or wanted == causal:

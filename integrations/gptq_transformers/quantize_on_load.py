@@ -11,12 +11,12 @@ from transformers.utils import logging as transformers_logging
 from gptq_backend import CalibrationError, ConfigError, Events, LayerReport, RunOptions, quantize_model
 from gptq_backend.model import tokenize
 
-from . import loading
 from .calibration_input import given, is_text, load_tokenizer
 from .config import DATASETS, GPTQConfig
 from .dispatch import keeping_hooks
 from .errors import first_line
 from .experts import unfuse as experts
+from .quantized_layers import untie_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
         report = quantize_model(model, settings, samples, options=options, events=_Shown(bar))
     # Blocks kept in 16 bits are described by rules now, for other readers of the checkpoint.
     config.dynamic, config.keep_edge_blocks = report.config.dynamic, report.config.keep_edge_blocks
-    loading.untie_quantized(model)
+    untie_quantized(model)
     experts.group_experts(model)
 
 
@@ -85,7 +85,7 @@ def _tokenizer(model: Any, config: GPTQConfig) -> Any:
     tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
     if not isinstance(tokenizer, str):
         return tokenizer
-    return load_tokenizer(tokenizer, True, way_on="pass GPTQConfig(tokenizer=...) an object or a folder")
+    return load_tokenizer(tokenizer, True)
 
 
 def _named_texts(name: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers import GPTQConfig as StockGPTQConfig
 
 from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
 from gptq_backend.errors import CalibrationError, ConfigError
@@ -24,11 +25,11 @@ from .auto_calibration import AUTO, choose
 from .calibration_input import given, is_text, load_tokenizer, token_ids
 from .companions import copy_companions
 from .completeness import keep_all_tensors
-from .config import GPTQConfig, StockGPTQConfig
+from .config import GPTQConfig
 from .dispatch import keeping_hooks
 from .experts.unfuse import unfuse_experts
 from .hf_quantizer import attach
-from .streaming import BlockWriter, load_streamed, load_whole, take_offloading
+from .streaming import BlockWriter, detach_offloading, load_streamed, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def quantize(
         writer = None
         if folder is not None and from_folder and not settings.preset.distill_epochs:
             writer = BlockWriter.of(model, folder, options.block_name)
-        streaming = _Streaming(events, take_offloading(model, options.block_name), writer)
+        streaming = _Streaming(events, detach_offloading(model, options.block_name), writer)
         with keeping_hooks(model):
             report = quantize_model(
                 model, settings, data, options=options, events=streaming, teacher=teacher, progress=progress

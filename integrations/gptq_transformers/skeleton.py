@@ -1,7 +1,7 @@
 """The model that a checkpoint's config.json describes, without weights, and what can be said before it is built.
 
-Building takes time and memory by what config.json claims, which anyone may have written; so it is held against the
-tensors that the files really have.
+How much time and memory building takes depends on what config.json claims, which anyone may have written. So it is
+checked against the tensors that the files really have.
 """
 
 from __future__ import annotations

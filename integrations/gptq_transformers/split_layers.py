@@ -47,7 +47,6 @@ def split_layers(model: nn.Module, layers: Collection[str]) -> list[str]:
     """Prepare ``model``, still without weights, for a checkpoint that has some of its layers in parts.
 
     Args:
-        model: weights on meta.
         layers: full names of the checkpoint's layers, dense and quantized, as the model would call them.
 
     Returns:
@@ -63,10 +62,10 @@ def split_layers(model: nn.Module, layers: Collection[str]) -> list[str]:
         if all(f"{place}.{part}" in layers and not hasattr(parent, part) for part in parts):
             found[name] = (parent, parts, module)
     for name, (parent, parts, module) in found.items():
-        rows, columns = _shape(module)
+        rows, columns = module.weight.shape
         for part in parts:
             layer = nn.Linear(columns, rows // len(parts), module.bias is not None, device="meta")
-            parent.add_module(part, layer.to(module.weight.dtype))  # type: ignore[arg-type,union-attr]
+            parent.add_module(part, layer.to(module.weight.dtype))
         replace_module(model, name, JoinedParts(parent, parts))
     return list(found)
 
@@ -87,8 +86,3 @@ def join_layers(model: nn.Module) -> None:
         for part in module.parts:
             delattr(parent, part)
         replace_module(model, name, joined)
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    rows, columns = module.weight.shape
-    return int(rows), int(columns)

@@ -1,4 +1,4 @@
-"""A large model's way through a small memory: blocks are read when their turn comes and written when it is over."""
+"""How a large model is quantized in little memory: blocks are read when their turn comes, and written after it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from gptq_backend import ConfigError, GPTQError, QuantizeConfig
 from gptq_backend.format import Shards
 from gptq_backend.model import find_blocks, find_structure
+from gptq_backend.modules import offloading_hook
 from gptq_backend.timing import timed
 
-from .errors import loading
+from .errors import load_errors
 from .experts.unfuse import unfuse_experts
 from .model_class import class_of, from_config, from_pretrained, read_config
 
@@ -31,7 +32,7 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
     """The model that config.json names, without its weights, on the meta device.
 
     Raises:
-        ConfigError: it is quantized, an encoder-decoder, or of a class that is not to be had. GPTQError: it cannot be
+        ConfigError: it is quantized, an encoder-decoder, or of a class that is not available. GPTQError: it cannot be
             loaded.
     """
     config = read_config(path, trust_remote_code)
@@ -39,13 +40,16 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
         raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
     loader = class_of(config, path, trust_remote_code)
     halves, named = getattr(config, "is_encoder_decoder", False), config.architectures
-    with loading(path, (Exception,)), torch.device("meta"):  # only transformers' code: any kind is the model's fault
+    with (
+        load_errors(path, (Exception,)),
+        torch.device("meta"),
+    ):  # no code of ours runs here
         model = from_config(loader, config, trust_remote_code)
     # The configuration of one half alone may say so, too; without a class it is not known which one is stored.
     if halves and (not named or "decoder_input_ids" in signature(model.forward).parameters):
         raise ConfigError(
             f"{path} is an encoder-decoder model, which cannot be quantized from its folder; load it and pass the "
-            "model instead, of which one stack of blocks is quantized"
+            "model instead: one of its stacks of blocks is then quantized"
         )
     return model
 
@@ -56,16 +60,14 @@ def load_whole(
     """The model that config.json names, in memory.
 
     Args:
-        path: folder, or name on the hub.
         dtype: of the weights; ``auto`` is as stored.
-        trust_remote_code: let the model's own code run.
         **kwargs: for ``from_pretrained``.
 
     Raises:
         GPTQError: it cannot be loaded, or its files lack weights that it needs.
     """
     loader = class_of(read_config(path, trust_remote_code), path, trust_remote_code)
-    with loading(path):
+    with load_errors(path):
         model, info = from_pretrained(
             loader, path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
@@ -114,27 +116,21 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
     return device_map
 
 
-def take_offloading(model: PreTrainedModel, block_name: str | None = None) -> Callable[[nn.Module], None]:
-    """Free ``model`` of accelerate's offloading -> a function that brings a block's offloaded weights for good.
+def detach_offloading(model: PreTrainedModel, block_name: str | None = None) -> Callable[[nn.Module], None]:
+    """Remove accelerate's offloading from ``model`` -> a function that loads a block's offloaded weights to stay.
 
-    What is offloaded beside the blocks is brought at once. The hooks of a model that is only spread over devices stay:
-    they carry what its blocks hand on. Both raise GPTQError where weights are missing or have
-    another shape: nobody has looked at them before.
+    What is offloaded outside the blocks is loaded at once. The hooks of a model that is only spread over devices stay:
+    they carry what its blocks hand on. Both raise GPTQError where weights are missing or have another shape.
     """
-    hooks = {}
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for item in getattr(hook, "hooks", [hook]):
-            if getattr(item, "offload", False):
-                hooks[module] = item
+    hooks = {module: hook for module in model.modules() if (hook := offloading_hook(module)) is not None}
     if hooks:
-        with loading(model.name_or_path):
+        with load_errors(model.name_or_path):
             remove_hook_from_submodules(model)
         if hasattr(model, "hf_device_map"):
             del model.hf_device_map
 
     def bring(modules: Iterable[nn.Module]) -> None:
-        with loading(model.name_or_path):
+        with load_errors(model.name_or_path):
             for module in modules:
                 if module in hooks:
                     hooks.pop(module).pre_forward(module)

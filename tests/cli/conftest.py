@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +44,12 @@ def quantized(original: Path) -> Path:
     result = run("quantize", original, out, *SMALL, "--calibration", TEXT, "--json", original.parent / "result.json")
     assert result.exit_code == 0, result.output
     return out
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

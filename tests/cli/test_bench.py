@@ -285,7 +285,7 @@ def test_model_reports_both_models_both_phases_and_where_the_time_goes() -> None
 
 def test_looking_leaves_the_model_as_it_was() -> None:
     from gptq_cli import bench_model
-    from gptq_cli.evaluate import load_model
+    from gptq_cli.models import load_model
 
     model = load_model(CHECKPOINTS / "llama-4-32-sym")
     prompt = bench_model.random_prompt(model, 1, 4, 3)
@@ -296,8 +296,8 @@ def test_looking_leaves_the_model_as_it_was() -> None:
 @pytest.mark.skipif(VERSION_4, reason="transformers 4 keeps the experts apart, and nothing is grouped")
 def test_the_time_of_grouped_experts_is_that_of_the_rest() -> None:
     from gptq_cli import bench_model
-    from gptq_cli.evaluate import load_model
-    from gptq_transformers.experts.unfuse import ExpertList
+    from gptq_cli.models import load_model
+    from gptq_transformers.experts.expert_list import ExpertList
 
     model = load_model(CHECKPOINTS / "qwen3_moe-4-32")
     layers = sum(isinstance(module, ExpertList) for module in model.modules())

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq_backend import GPTQError
 from gptq_cli import evaluate as module
-from gptq_cli.evaluate import cut_windows, evaluate, is_quantized, require_device, require_model
+from gptq_cli.evaluate import cut_windows, evaluate
+from gptq_cli.models import is_quantized, load_model, require_device, require_model
 
 
 def _tiny(**changes: int) -> LlamaForCausalLM:
@@ -174,3 +175,9 @@ def test_quantized_is_what_any_of_the_config_files_says(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(GPTQError, match="not valid JSON"):
         is_quantized(folder)
+
+
+def test_evaluating_a_folder_with_only_an_adapter_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+    with pytest.raises(GPTQError, match=r"holds an adapter .* merge_and_unload"):
+        load_model(tmp_path)

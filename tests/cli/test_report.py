@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from gptq_cli.report import HTML_NAME, JSON_NAME, percent, render_html, significant, with_error, write_reports
+from gptq_cli.formatting import percent, significant, with_error
+from gptq_cli.report import HTML_NAME, JSON_NAME, render_html, write_reports
 
 WIDEST_DIGIT = 0.62  # of the font's size, in the fonts that system-ui stands for
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +11,8 @@ import torch
 pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from gptq_backend import CalibrationError, ConfigError
-from gptq_cli.app import app
 from gptq_transformers import auto_calibration, memory, quantize
 from gptq_transformers.auto_calibration import MODEL, USER, choose, packaged_texts
 from tests.toy import listener
@@ -56,15 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def not_now(*_: Any) -> Any:
     raise CalibrationError("not now")
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("something asked the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def test_packaged_texts_are_there_named_in_the_readme_and_go_into_the_wheel() -> None:
@@ -231,30 +217,3 @@ def test_quantize_uses_the_choice_and_tells_it(folder: Path, offline: None) -> N
     chosen: list[auto_calibration.Choice] = []
     _, report = quantize(folder, CONFIG, "auto", **SMALL, events=listener(calibration_chosen=chosen.append))
     assert {layer.tokens for layer in report.layers} == {chosen[0].samples.numel()}
-
-
-def test_the_command_reports_what_was_chosen_and_why(folder: Path, tmp_path: Path, offline: None) -> None:
-    text = tmp_path / "own.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"line {i} of my own"}) for i in range(100)))
-    command = ["quantize", str(folder), str(tmp_path / "out"), "--group-size", "32", "--samples", "8", "--seqlen", "32"]
-    result = CliRunner().invoke(app, [*command, "--calibration", "auto", "--text", str(text)])
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
-    chosen = report["calibration"]["choice"]
-    count = sum(source["chosen"] for source in chosen["sources"].values())
-    assert len(chosen["curve"]) == count <= 8
-    assert report["calibration"]["tokens"] == 32 * count
-    assert chosen["summary"] in result.stderr.replace("\n", "")
-    assert report["evaluation"]["windows"] == 4
-    page = (tmp_path / "out" / "quantize_report.html").read_text()
-    assert USER in page
-    assert "held out" in page
-    assert not re.search(r"https?://|<script|<link|@import|src=", page)
-
-
-@pytest.mark.parametrize("calibration", [["--rtn"], ["--calibration", "some.txt"]])
-def test_the_command_refuses_text_without_auto(folder: Path, tmp_path: Path, calibration: list[str]) -> None:
-    arguments = ["quantize", str(folder), str(tmp_path / "out"), "--text", "own.txt", *calibration]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert "--calibration auto" in re.sub(r"[│\s]+", " ", result.output)

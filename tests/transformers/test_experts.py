@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gptq_backend import QuantLinear
-from gptq_transformers.experts.unfuse import drop_fused_conversions, replace_fused_experts, unfuse_experts
+from gptq_transformers.experts.conversions import drop_fused_conversions
+from gptq_transformers.experts.unfuse import replace_fused_experts, unfuse_experts
 from tests.transformers.toy_experts import (
     APART_IN_4,
     FUSED,

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import gptq_transformers
 from gptq_backend import QuantizeConfig, QuantLinear
 from gptq_backend.kernels.experts import Grouped
+from gptq_transformers.experts.expert_list import ExpertList
 from gptq_transformers.experts.grouped import GroupedExperts
-from gptq_transformers.experts.unfuse import ExpertList
 from tests.transformers.toy_experts import build, expert_lists, needs_fused, quantized
 
 

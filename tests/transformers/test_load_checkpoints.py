@@ -20,7 +20,7 @@ from gptq_backend import QuantizeConfig, QuantLinear
 from gptq_backend.algorithm.gptq import quantize_weight
 from gptq_backend.format import encode, packing
 from gptq_cli.checkpoint import read_checkpoint
-from gptq_transformers.loading import name_patterns
+from gptq_transformers.prepare_loading import name_patterns
 from tests.transformers.checkpoints import (
     NAMES,
     PEERS,
@@ -45,13 +45,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_peers_checkpoint_gives_other_logits(name: str) -> None:
+def test_a_peers_checkpoint_gives_its_logits(name: str) -> None:
     assert peer_error(load_peer(name, dtype=torch.float32), name) < 1e-3
     assert peer_error(load_peer(name, dtype=torch.bfloat16), name) < 3e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_unpacked_at_load(name: str) -> None:
+def test_weights_stay_packed_in_memory(name: str) -> None:
     model = load_peer(name, dtype=torch.bfloat16)
     tensors = load_file(PEERS / name / "model.safetensors")
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
@@ -91,7 +91,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_option_of_the_quantizer_is_lost_in_the_file(case: str, folder: Path) -> None:
+def test_every_option_of_the_quantizer_survives_the_file(case: str, folder: Path) -> None:
     model_type, settings, changes = CASES[case]
     expected = write(folder, tiny(model_type, **changes), QuantizeConfig(**settings))
     model = load(folder)
@@ -161,7 +161,7 @@ DIALECTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_dialect_is_misread(dialect: str, folder: Path) -> None:
+def test_every_dialect_is_read_and_saved_as_it_was(dialect: str, folder: Path) -> None:
     change, settings = DIALECTS[dialect]
     expected = write(folder, tiny(), QuantizeConfig(group_size=32))
     rewrite(folder, change, **settings)
@@ -180,7 +180,7 @@ def test_a_dialect_is_misread(dialect: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_a_bias_that_the_model_does_not_know_is_lost(
+def test_a_bias_that_the_model_does_not_know_is_kept_unless_zero(
     value: float, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = write(folder, tiny(), QuantizeConfig(group_size=32))
@@ -193,7 +193,7 @@ def test_a_bias_that_the_model_does_not_know_is_lost(
     assert (distance(logits(model), expected) < EXACT) == (value == 0)
 
 
-def test_dense_layers_among_quantized_ones_are_lost(folder: Path) -> None:
+def test_dense_and_8_bit_layers_load_without_the_rules_that_made_them(folder: Path) -> None:
     config = QuantizeConfig(group_size=32, dynamic={r"-:.*\.0\.self_attn\.o_proj": {}, r".*\.mlp\..*": {"bits": 8}})
     expected = write(folder, tiny(), config)
     rewrite(folder, dynamic=...)  # a published config may miss its rules
@@ -203,7 +203,7 @@ def test_dense_layers_among_quantized_ones_are_lost(folder: Path) -> None:
     assert distance(logits(model), expected) < EXACT
 
 
-def test_a_quantized_router_gets_random_weights(folder: Path) -> None:
+def test_a_quantized_router_is_dequantized(folder: Path) -> None:
     settings = QuantizeConfig(group_size=32)
     model = tiny("mixtral")
     name = next(key for key, _ in model.named_parameters() if key.endswith("gate.weight"))
@@ -245,7 +245,7 @@ def test_a_quantized_embedding_is_read_as_a_product_with_one_hot_rows(tied: bool
     assert distance(logits(load(folder.with_name("again"))), expected) < EXACT
 
 
-def test_the_base_model_of_a_checkpoint_is_not_found(folder: Path) -> None:
+def test_the_base_model_of_a_checkpoint_loads_alone(folder: Path) -> None:
     model = tiny()
     write(folder, model, QuantizeConfig(group_size=32, lm_head=True))
     base = AutoModel.from_pretrained(folder, dtype=torch.float32)
@@ -255,7 +255,7 @@ def test_the_base_model_of_a_checkpoint_is_not_found(folder: Path) -> None:
         assert distance(base(ids).last_hidden_state, load(folder).model(ids).last_hidden_state) < EXACT
 
 
-def test_pickled_weights_are_not_read(folder: Path) -> None:
+def test_pickled_weights_are_read(folder: Path) -> None:
     expected = write(folder, tiny(), QuantizeConfig(group_size=32))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -263,7 +263,7 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
     assert distance(logits(load(folder, dtype=torch.bfloat16)), expected) < 3e-2
 
 
-def test_a_key_that_nobody_knows_is_dropped_on_saving(folder: Path) -> None:
+def test_keys_that_nobody_knows_are_saved_again(folder: Path) -> None:
     rules = {"-:.*o_proj": {}}
     write(folder, tiny(), QuantizeConfig(group_size=32, dynamic=rules))
     extra = {"static_groups": True, "lm_head": False, "meta": {"quantizer": ["x:1"]}, "novel": [1, {"a": 2}]}

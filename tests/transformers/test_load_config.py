@@ -36,14 +36,14 @@ from tests.transformers.checkpoints import (
 )
 
 
-def test_registering_twice_stacks_up() -> None:
+def test_registering_twice_is_registering_once() -> None:
     gptq_transformers.register()
     gptq_transformers.register()
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is GPTQBackendQuantizer
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is GPTQConfig
 
 
-def test_the_stock_class_asks_for_optimum() -> None:
+def test_the_stock_class_takes_module_lists_without_optimum() -> None:
     modules = [["self_attn.q_proj"], ["mlp.up_proj"]]
     config = transformers.GPTQConfig(bits=4, dataset=["x"], modules_in_block_to_quantize=modules)
     assert config.modules_in_block_to_quantize == modules
@@ -53,7 +53,7 @@ def test_the_stock_class_asks_for_optimum() -> None:
     )
 
 
-def test_options_of_the_stock_class_are_dropped() -> None:
+def test_options_that_the_stock_class_does_not_know_are_adopted() -> None:
     config = transformers.GPTQConfig(bits=4, lm_head=True, dynamic={"-:x": {}}, static_groups=True, dataset=["a"])
     for settings in (GPTQConfig.adopt(config).to_quantize_config(), GPTQConfig.adopt(copy.deepcopy(config))):
         assert (settings.lm_head, settings.static_groups, settings.dynamic) == (True, True, {"-:x": {}})
@@ -63,13 +63,13 @@ def test_options_of_the_stock_class_are_dropped() -> None:
     ("alias", "key", "value"),
     [("wbits", "bits", 3), ("groupsize", "group_size", 64), ("percdamp", "damp_percent", 0.05)],
 )
-def test_an_older_spelling_is_not_understood(alias: str, key: str, value: Any) -> None:
+def test_older_spellings_are_understood(alias: str, key: str, value: Any) -> None:
     assert getattr(GPTQConfig(**{alias: value}), key) == value
     assert GPTQConfig(**{"bits": 4, alias: value}).bits == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saving_drops_keys_of_a_peer_or_adds_those_of_a_run(name: str) -> None:
+def test_saving_keeps_the_keys_of_a_peer_and_adds_none_of_a_run(name: str) -> None:
     source = json.loads((PEERS / name / "config.json").read_text())["quantization_config"]
     written = GPTQConfig.from_dict(source | {"batch_size": 4}).to_dict()
     assert {key for key, value in source.items() if value is not None} - {"method"} <= written.keys()
@@ -78,14 +78,14 @@ def test_saving_drops_keys_of_a_peer_or_adds_those_of_a_run(name: str) -> None:
     assert not (run - source.keys()) & written.keys()
 
 
-def test_what_a_run_needed_reaches_the_file() -> None:
+def test_what_only_a_run_needed_does_not_reach_the_file() -> None:
     config = GPTQConfig.adopt(transformers.GPTQConfig(bits=4, dataset=["a"], model_seqlen=32, batch_size=2))
     assert (config.model_seqlen, config.batch_size) == (32, 2)
     config.forget_run()
     assert not {"model_seqlen", "batch_size", "cache_block_outputs", "dataset"} & config.to_dict().keys()
 
 
-def test_transformers_renamed_the_locals_that_we_read() -> None:
+def test_transformers_has_the_locals_that_we_read() -> None:
     """Where this fails, tp_plan is no longer refused, or files and key_mapping are no longer found."""
     code = inspect.unwrap(transformers.PreTrainedModel.from_pretrained.__func__).__code__
     assert (code.co_name, Path(code.co_filename).name) == ("from_pretrained", "modeling_utils.py")
@@ -93,7 +93,7 @@ def test_transformers_renamed_the_locals_that_we_read() -> None:
     assert set(_LOCALS) - newer <= {*code.co_varnames, *code.co_cellvars}
 
 
-def test_our_class_is_not_merged_with_the_stock_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stock_config_passed_at_loading_chooses_the_backend(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = load_peer(
             "llama-4-32-sym",
@@ -106,7 +106,9 @@ def test_our_class_is_not_merged_with_the_stock_one(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("backend", ["marlin", "exllama_v2", "torch", "IPEX"])
-def test_a_kernel_of_another_library_stops_the_users_code(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_kernel_of_another_library_means_auto_with_one_warning(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
     _warn_foreign.cache_clear()
     config = GPTQConfig(bits=4, backend=backend)
     with caplog.at_level(logging.WARNING):
@@ -115,11 +117,11 @@ def test_a_kernel_of_another_library_stops_the_users_code(backend: str, caplog: 
 
 
 @pytest.mark.parametrize("backend", [None, "auto", "auto_trainable"])
-def test_auto_is_taken_for_a_kernels_name(backend: str | None) -> None:
+def test_auto_names_no_kernel(backend: str | None) -> None:
     assert GPTQConfig(bits=4, backend=backend).kernel is None
 
 
-def test_an_unknown_kernel_is_ignored() -> None:
+def test_an_unknown_kernel_is_refused() -> None:
     config = transformers.GPTQConfig(bits=4, backend="fastest")
     with (
         pytest.warns(UserWarning, match="already has"),
@@ -136,12 +138,12 @@ def test_an_unknown_kernel_is_ignored() -> None:
         ({"bits": 4, "is_marlin_format": True}, "Marlin"),
     ],
 )
-def test_bad_settings_are_refused_in_other_words(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPTQConfig(**settings)
 
 
-def test_a_dictionary_is_not_taken_as_it_is() -> None:
+def test_a_checkpoints_dictionary_is_kept_as_it_is() -> None:
     source = json.loads((PEERS / "llama-dynamic" / "config.json").read_text())["quantization_config"]
     config = GPTQConfig.from_dict(source)
     assert {key: config.to_dict().get(key) for key in source if key not in ("method",)} == {
@@ -150,7 +152,7 @@ def test_a_dictionary_is_not_taken_as_it_is() -> None:
     assert config.to_quantize_config().for_module("model.layers.1.mlp.up_proj").bits == 8
 
 
-def test_the_core_config_changes_on_its_way_through_transformers() -> None:
+def test_the_core_config_comes_back_from_transformers_unchanged() -> None:
     config = QuantizeConfig(
         bits=3, group_size=40, sym=False, desc_act=True, lm_head=True, dynamic={"-:x": {}}, keep_edge_blocks=1,
         modules_in_block_to_quantize=("a", "b"), checkpoint_format="gptq_p", damp_percent=0.05, true_sequential=False,
@@ -159,20 +161,22 @@ def test_the_core_config_changes_on_its_way_through_transformers() -> None:
     assert again.to_quantize_config() == QuantizeConfig(**{**vars(config), "act_group_aware": False})
 
 
-def test_a_tokenizer_object_reaches_the_file() -> None:
+def test_objects_and_choices_of_a_run_do_not_reach_the_file() -> None:
     config = GPTQConfig(bits=4, tokenizer=object(), dataset=["a"], backend="reference")
     assert not {"tokenizer", "dataset", "backend"} & config.to_dict().keys()
     json.loads(config.to_json_string())
 
 
-def test_copies_of_the_config_differ() -> None:
+def test_copies_of_the_config_are_equal() -> None:
     config = GPTQConfig(bits=4, dynamic={"-:x": {}}, novel=1)
     for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert other.to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("inside_text_config", [False, True])
-def test_a_vision_language_model_is_no_pure_text_model(inside_text_config: bool, tmp_path: Path) -> None:
+def test_the_language_model_of_a_vision_language_model_loads_quantized(
+    inside_text_config: bool, tmp_path: Path
+) -> None:
     if VERSION_4 and inside_text_config:
         pytest.skip("transformers 4 looks for settings at the top level of config.json only")
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
@@ -214,7 +218,7 @@ except ValueError as error:
 
 
 @pytest.mark.skipif(VERSION_4, reason="transformers 4 needs more than one process to come that far")
-def test_a_tensor_parallel_plan_cuts_the_packed_weights() -> None:
+def test_a_tensor_parallel_plan_is_refused() -> None:
     environment = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -233,7 +237,7 @@ def test_a_tensor_parallel_plan_cuts_the_packed_weights() -> None:
     assert "ConfigError tp_plan is not supported" in done.stdout, done.stderr
 
 
-def test_an_attached_model_is_not_a_quantized_one(tmp_path: Path) -> None:
+def test_an_attached_model_is_a_quantized_one(tmp_path: Path) -> None:
     model = tiny()
     write(tmp_path, model, QuantizeConfig(group_size=32))
     assert model.is_quantized

@@ -58,7 +58,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_the_model_changes_its_logits(name: str, change: str) -> None:
+def test_changes_of_the_model_keep_its_logits_and_packed_tensors(name: str, change: str) -> None:
     model = CHANGES[change](load_peer(name, dtype=torch.float32))
     quantized = {k: v for k, v in stored(PEERS / name).items() if k.endswith(("qweight", "qzeros", "scales", "g_idx"))}
     state = model.state_dict()
@@ -68,7 +68,7 @@ def test_a_change_of_the_model_changes_its_logits(name: str, change: str) -> Non
         assert peer_error(model, name) < 1e-3
 
 
-def test_a_copy_casts_the_original() -> None:
+def test_casting_a_copy_leaves_the_original_alone() -> None:
     model = load_peer("llama-4-32-sym", dtype=torch.float32)
     other = copy.deepcopy(model).half()
     assert other.dtype == torch.float16
@@ -76,13 +76,13 @@ def test_a_copy_casts_the_original() -> None:
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_a_device_map_leaves_layers_unprepared(device_map: Any) -> None:
+def test_a_model_loaded_with_a_device_map_gives_its_logits(device_map: Any) -> None:
     model = load_peer("llama-4-64-actorder", dtype=torch.float32, device_map=device_map)
     assert peer_error(model, "llama-4-64-actorder") < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_on_disk_compute_or_save_something_else(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_layers_on_disk_compute_and_save_what_they_hold(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if VERSION_4 and "moe" in name:
         pytest.skip("the config is transformers 5's")
     prefix = "model.decoder." if "opt" in name else "model."
@@ -102,7 +102,7 @@ def test_layers_on_disk_compute_or_save_something_else(name: str, dtype: torch.d
             assert torch.equal(value, after[key]), key
 
 
-def test_offloading_a_prepared_model_loses_its_weights(name: str) -> None:
+def test_a_prepared_model_can_be_offloaded(name: str) -> None:
     model = load_peer(name, dtype=torch.float32)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert peer_error(model, name) < 1e-3
@@ -111,7 +111,9 @@ def test_offloading_a_prepared_model_loses_its_weights(name: str) -> None:
 
 @pytest.mark.parametrize("shard", ["5GB", "100KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_saving_changes_a_byte_of_a_quantized_layer(name: str, dtype: torch.dtype, shard: str, tmp_path: Path) -> None:
+def test_saving_keeps_every_byte_of_a_quantized_layer(
+    name: str, dtype: torch.dtype, shard: str, tmp_path: Path
+) -> None:
     load_peer(name, dtype=dtype).save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "100KB")
     before, after = stored(PEERS / name), stored(tmp_path)
@@ -125,7 +127,7 @@ def test_saving_changes_a_byte_of_a_quantized_layer(name: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
-def test_a_dequantized_model_cannot_be_saved_as_an_ordinary_one(model_type: str, tmp_path: Path) -> None:
+def test_a_dequantized_model_is_saved_as_an_ordinary_one(model_type: str, tmp_path: Path) -> None:
     expected = write(tmp_path / "model", tiny(model_type), QuantizeConfig(group_size=32))
     model = load(tmp_path / "model")
     model.dequantize()
@@ -138,21 +140,21 @@ def test_a_dequantized_model_cannot_be_saved_as_an_ordinary_one(model_type: str,
     assert distance(logits(again), expected) < 1e-5
 
 
-def test_dequantizing_ignores_the_dtype(tmp_path: Path) -> None:
+def test_dequantizing_keeps_the_models_dtype(tmp_path: Path) -> None:
     write(tmp_path, tiny(), QuantizeConfig(group_size=32))
     model = load(tmp_path, dtype=torch.bfloat16)
     model.dequantize()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_the_compiled_model_breaks_into_graphs() -> None:
+def test_the_model_compiles_into_one_graph() -> None:
     name = "llama-4-64-actorder"
     model = load_peer(name, dtype=torch.float32)
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     assert peer_error(model, name) < 1e-3
 
 
-def test_generate_refuses_to_compile() -> None:
+def test_generate_gives_the_same_tokens_compiled() -> None:
     model = load_peer("llama-4-32-sym", dtype=torch.float32)
     assert model.hf_quantizer.is_compileable
     prompt = {"input_ids": ids(8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
@@ -162,7 +164,7 @@ def test_generate_refuses_to_compile() -> None:
     assert torch.equal(model.generate(**prompt, **options, cache_implementation="static"), plain)
 
 
-def test_gradients_do_not_reach_the_input() -> None:
+def test_gradients_reach_the_input_and_no_packed_tensor() -> None:
     model = load_peer("llama-4-32-sym", dtype=torch.float32)
     assert model.hf_quantizer.is_trainable
     assert not any(p.requires_grad for m in model.modules() if isinstance(m, QuantLinear) for p in m.parameters())
@@ -172,7 +174,7 @@ def test_gradients_do_not_reach_the_input() -> None:
     assert embedded.grad.abs().sum() > 0
 
 
-def test_dequantizing_offloaded_layers_writes_garbage(tmp_path: Path) -> None:
+def test_dequantizing_offloaded_layers_is_refused(tmp_path: Path) -> None:
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     device_map |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
     model = load_peer("llama-4-32-sym", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 import gptq_transformers
-from gptq_backend import CheckpointError, ConfigError, GPTQError, QuantizeConfig, QuantLinear
+from gptq_backend import CheckpointError, ConfigError, QuantizeConfig, QuantLinear
 from tests.transformers.checkpoints import VERSION_4, VOCABULARY, distance, ids, load, logits, rewrite, tiny, write
 
 GROUP = 32
@@ -295,14 +295,6 @@ def test_a_backend_of_old_code_that_this_machine_lacks_means_auto(
         model = load(tmp_path, quantization_config=transformers.GPTQConfig(bits=4, backend=backend))
     assert distance(logits(model), expected) < 1e-3
     assert any(f"backend={backend!r}: serves" in record.getMessage() for record in caplog.records)
-
-
-def test_evaluating_a_folder_with_only_an_adapter_says_what_to_do(tmp_path: Path) -> None:
-    from gptq_cli.evaluate import load_model
-
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
-    with pytest.raises(GPTQError, match=r"holds an adapter .* merge_and_unload"):
-        load_model(tmp_path)
 
 
 def test_a_loaded_causal_model_reads_its_weights_like_a_dense_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import gptq_transformers
 from gptq_backend import QuantizeConfig
-from gptq_transformers.experts.unfuse import ExpertList
+from gptq_transformers.experts.expert_list import ExpertList
 
 FUSED = int(transformers.__version__.split(".")[0]) >= 5
 needs_fused = pytest.mark.skipif(not FUSED, reason="transformers 4 keeps the experts of these models apart")

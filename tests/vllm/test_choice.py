@@ -49,7 +49,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         ({"dynamic": {"-:a": {}, "b": {"bits": 8}}}, None, True, False),
     ],
 )
-def test_the_wrong_one_serves(
+def test_our_kernels_serve_where_they_should(
     platform: str, settings: dict[str, Any], requested: str | None, on_cpu: bool, elsewhere: bool
 ) -> None:
     from gptq_vllm.who_serves import serves
@@ -60,7 +60,7 @@ def test_the_wrong_one_serves(
 @pytest.mark.parametrize(
     ("version", "served"), [("0.31.1", False), ("0.32.0", True), ("0.32.1", True), ("0.33.0", False)]
 )
-def test_an_unknown_vllm_is_served(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_known_versions_of_vllm_are_served(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", version)
@@ -76,7 +76,7 @@ def test_an_unknown_vllm_is_served(version: str, served: bool, monkeypatch: pyte
         assert config.override_quantization_method(STOCK, None) is None
 
 
-def test_a_config_cannot_go_to_another_process() -> None:
+def test_a_config_survives_pickling() -> None:
     """vLLM pickles its config for every worker, on this machine or, by way of Ray, on others."""
     from gptq_vllm.config import GPTQBackendConfig
 
@@ -88,7 +88,7 @@ def test_a_config_cannot_go_to_another_process() -> None:
     assert again.checkpoint.is_quantized("model.layers.0.self_attn.q_proj")
 
 
-def test_registering_twice_fails() -> None:
+def test_registering_twice_is_registering_once() -> None:
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     gptq_vllm.register()
@@ -98,7 +98,7 @@ def test_registering_twice_fails() -> None:
     assert get_quantization_config("auto_gptq").__module__.startswith("vllm.")
 
 
-def test_importing_the_plugin_imports_vllm() -> None:
+def test_importing_the_plugin_does_not_import_vllm() -> None:
     code = "import sys, gptq_vllm; print([m for m in ('vllm', 'torch', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert result.stdout.strip().endswith("[]")

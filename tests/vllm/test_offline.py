@@ -39,7 +39,7 @@ def peer_distance(engine: Engine, name: str, **options: Any) -> float:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if "opt" in name else name for name in NAMES]
 )
-def test_a_peers_checkpoint_gives_other_logprobs(engine: Engine, name: str) -> None:
+def test_a_peers_checkpoint_gives_its_logprobs(engine: Engine, name: str) -> None:
     assert peer_distance(engine, name) < BOUND
 
 
@@ -115,7 +115,7 @@ IN_SHORT = (
 @pytest.mark.parametrize(
     "case", [case if case in IN_SHORT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_an_option_of_the_quantizer_is_misread(engine: Engine, case: str, folder: Path) -> None:
+def test_every_option_of_the_quantizer_is_read(engine: Engine, case: str, folder: Path) -> None:
     expected = made(folder, case)
     assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
 
@@ -142,7 +142,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_an_architecture_arranges_its_weights_otherwise(engine: Engine, model_type: str, folder: Path) -> None:
+def test_every_architecture_gives_the_logprobs_of_transformers(engine: Engine, model_type: str, folder: Path) -> None:
     settings = QuantizeConfig(group_size=32, desc_act=True, sym=False)
     expected = write(folder, tiny(model_type, **ARCHITECTURES[model_type]), settings)[0]
     value = distance(engine.logprobs(folder, ids()[0]), expected)
@@ -157,7 +157,7 @@ DIALECTS_IN_SHORT = ("no g_idx", "extras of TGI", "wrong bits in the config")
 @pytest.mark.parametrize(
     "dialect", [n if n in DIALECTS_IN_SHORT else pytest.param(n, marks=pytest.mark.slow) for n in DIALECTS]
 )
-def test_a_dialect_is_misread(engine: Engine, dialect: str, folder: Path) -> None:
+def test_every_dialect_is_read(engine: Engine, dialect: str, folder: Path) -> None:
     change, settings = DIALECTS[dialect]
     expected = write(folder, tiny(), QuantizeConfig(group_size=32))[0]
     rewrite(folder, change, **settings)
@@ -172,7 +172,7 @@ def _with_bias(value: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]
     }
 
 
-def test_a_bias_that_the_model_does_not_know_is_lost(engine: Engine, folder: Path) -> None:
+def test_a_bias_that_the_model_does_not_know_is_added(engine: Engine, folder: Path) -> None:
     plain = write(folder, tiny(), QuantizeConfig(group_size=32))[0]
     rewrite(folder, _with_bias(0.5))
     expected = logits(load(folder))[0]
@@ -180,7 +180,7 @@ def test_a_bias_that_the_model_does_not_know_is_lost(engine: Engine, folder: Pat
     assert distance(found, expected) < BOUND < distance(found, plain)
 
 
-def test_the_settings_in_quantize_config_are_not_read(engine: Engine, folder: Path) -> None:
+def test_the_settings_in_quantize_config_are_read(engine: Engine, folder: Path) -> None:
     expected = write(folder, tiny(), QuantizeConfig(group_size=32, desc_act=True))[0]
     config = json.loads((folder / "config.json").read_text())
     (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
@@ -188,7 +188,7 @@ def test_the_settings_in_quantize_config_are_not_read(engine: Engine, folder: Pa
     assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
 
 
-def test_a_config_that_ties_a_quantized_head_is_believed(engine: Engine, folder: Path) -> None:
+def test_a_quantized_head_is_used_although_the_config_ties_it(engine: Engine, folder: Path) -> None:
     model = tiny(tie_word_embeddings=True)
     settings = QuantizeConfig(group_size=32, lm_head=True, dynamic={"lm_head": {"bits": 2}})  # coarse, so it shows
     expected = write(folder, model, settings)[0]
@@ -197,7 +197,7 @@ def test_a_config_that_ties_a_quantized_head_is_believed(engine: Engine, folder:
     assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
 
 
-def test_a_batch_gives_other_tokens_than_its_prompts_alone(engine: Engine) -> None:
+def test_a_batch_gives_the_tokens_of_its_prompts_alone(engine: Engine) -> None:
     folder = PEERS / "qwen3_moe-4-32"
     prompts = [list(range(3 + i, 20 + 2 * i)) for i in range(5)]
     together = engine.tokens(folder, prompts, 8)
@@ -206,6 +206,6 @@ def test_a_batch_gives_other_tokens_than_its_prompts_alone(engine: Engine) -> No
 
 
 @pytest.mark.parametrize("name", ["llama-dynamic", pytest.param("qwen3_moe-4-32", marks=pytest.mark.slow)])
-def test_another_dtype_is_refused(engine: Engine, name: str) -> None:
+def test_other_dtypes_are_served(engine: Engine, name: str) -> None:
     assert peer_distance(engine, name, dtype="float16") < BOUND
     assert peer_distance(engine, name, dtype="float32") < 1e-3

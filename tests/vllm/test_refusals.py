@@ -55,7 +55,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, object],
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_served(engine: Engine, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(engine: Engine, damage: str, tmp_path: Path) -> None:
     change, settings, message = DAMAGES[damage]
     folder = tmp_path / "model"
     shutil.copytree(PEERS / "llama-4-64-actorder", folder)
@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_served(engine: Engine, damage: str, tmp_path: P
     assert len(str(refusal.value)) < 700
 
 
-def test_a_missing_shard_is_not_noticed(engine: Engine, tmp_path: Path) -> None:
+def test_a_missing_shard_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(PEERS / "llama-4-32-sym", folder)
     tensors = load_file(folder / "model.safetensors")
@@ -81,7 +81,7 @@ def test_a_missing_shard_is_not_noticed(engine: Engine, tmp_path: Path) -> None:
         engine.logprobs(folder, [1, 2, 3])
 
 
-def test_bloom_is_served_with_its_rows_in_disorder(tmp_path: Path) -> None:
+def test_bloom_whose_rows_vllm_sorts_is_refused(tmp_path: Path) -> None:
     from gptq_vllm.config import GPTQBackendConfig
 
     folder = tmp_path / "model"
@@ -93,7 +93,7 @@ def test_bloom_is_served_with_its_rows_in_disorder(tmp_path: Path) -> None:
         config.maybe_update_config(str(folder), SimpleNamespace(model_type="bloom"))
 
 
-def test_an_expert_is_missing(engine: Engine, tmp_path: Path) -> None:
+def test_a_missing_expert_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(PEERS / "qwen3_moe-4-32", folder)
     name = "model.layers.0.mlp.experts.2.up_proj"
@@ -102,12 +102,12 @@ def test_an_expert_is_missing(engine: Engine, tmp_path: Path) -> None:
         engine.logprobs(folder, [1, 2, 3])
 
 
-def test_adapters_on_quantized_experts_fail_late(engine: Engine) -> None:
+def test_adapters_on_quantized_experts_are_refused(engine: Engine) -> None:
     with pytest.raises(EngineError, match="LoRA on a mixture of experts whose experts are quantized is not supported"):
         engine.logprobs(PEERS / "qwen3_moe-4-32", [1, 2, 3], enable_lora=True, max_lora_rank=8)
 
 
-def test_experts_with_biases_are_told(engine: Engine, tmp_path: Path) -> None:
+def test_experts_with_biases_are_refused(engine: Engine, tmp_path: Path) -> None:
     quantized("gpt_oss", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     yarn = {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
@@ -118,7 +118,7 @@ def test_experts_with_biases_are_told(engine: Engine, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_unknown_kernel_is_chosen(start_engine: Callable[..., Engine]) -> None:
+def test_an_unknown_kernel_is_refused(start_engine: Callable[..., Engine]) -> None:
     engine = start_engine(GPTQ_BACKEND_KERNEL="fast")
     with pytest.raises(EngineError, match=r"GPTQ_BACKEND_KERNEL=fast is not a kernel; choose 'auto' or one of \["):
         engine.logprobs(PEERS / "llama-4-32-sym", [1, 2, 3])

@@ -41,12 +41,12 @@ def client(server: Server) -> Any:
     return openai.OpenAI(base_url=server.url, api_key="none", timeout=120)
 
 
-def test_nobody_says_who_serves(server: Server) -> None:
+def test_the_log_says_once_who_serves(server: Server) -> None:
     log = server.log.read_text()
     assert log.count("gptq-backend serves this GPTQ checkpoint: --quantization gptq asks for it") == 1
 
 
-def test_a_completion_differs_from_the_checkpoint(client: Any) -> None:
+def test_a_completion_has_the_logprobs_of_the_checkpoint(client: Any) -> None:
     expected = load_file(PEERS / f"{NAME}.expected.safetensors")
     ids = expected["input_ids"][0].tolist()
     answer = client.completions.create(model="model", prompt=ids, max_tokens=1, echo=True, logprobs=0, temperature=0)
@@ -55,7 +55,7 @@ def test_a_completion_differs_from_the_checkpoint(client: Any) -> None:
     assert (found - wanted).abs().mean() < BOUND
 
 
-def test_chat_fails(client: Any) -> None:
+def test_chat_answers_with_logprobs(client: Any) -> None:
     messages = [{"role": "user", "content": "The tower of"}]
     answer = client.chat.completions.create(
         model="model", messages=messages, max_tokens=8, temperature=0, logprobs=True, top_logprobs=3
@@ -66,7 +66,7 @@ def test_chat_fails(client: Any) -> None:
     assert all(entry.logprob <= entry.top_logprobs[0].logprob for entry in content)
 
 
-def test_a_stream_differs_from_the_whole(client: Any) -> None:
+def test_a_stream_adds_up_to_the_whole(client: Any) -> None:
     wanted = {"model": "model", "prompt": "The tower of", "max_tokens": 16, "temperature": 0}
     whole = client.completions.create(**wanted).choices[0].text
     assert "".join(part.choices[0].text for part in client.completions.create(**wanted, stream=True)) == whole
@@ -81,14 +81,14 @@ def _complete(client: Any, i: int, tokens: int = 12) -> str:
     return client.completions.create(model="model", prompt=prompt, **options).choices[0].logprobs.tokens
 
 
-def test_sixteen_requests_at_once_mix_their_sequences(client: Any) -> None:
+def test_sixteen_requests_at_once_keep_their_sequences_apart(client: Any) -> None:
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: _complete(client, i), range(16)))
     assert all(len(tokens) == 12 for tokens in answers)
     assert sum(_complete(client, i) == answers[i] for i in range(4)) >= 3  # a near tie may fall otherwise in a batch
 
 
-def test_a_huge_prompt_stops_the_server(server: Server, client: Any) -> None:
+def test_a_huge_prompt_is_refused_and_the_server_goes_on(server: Server, client: Any) -> None:
     import openai
 
     for prompt in ([5] * 100_000, "word " * 500_000):
@@ -97,7 +97,7 @@ def test_a_huge_prompt_stops_the_server(server: Server, client: Any) -> None:
     assert server.healthy()
 
 
-def test_a_killed_client_stops_the_server(server: Server, client: Any) -> None:
+def test_the_server_survives_killed_clients(server: Server, client: Any) -> None:
     body = json.dumps({"model": "model", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True})
     for _ in range(5):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -108,7 +108,7 @@ def test_a_killed_client_stops_the_server(server: Server, client: Any) -> None:
     assert server.healthy()
 
 
-def test_a_burst_of_200_requests_stops_the_server(server: Server) -> None:
+def test_a_burst_of_200_requests_is_answered(server: Server) -> None:
     import openai
 
     # Connections of its own: the client and the server both drop an idle one after five seconds, and a request sent
@@ -120,7 +120,7 @@ def test_a_burst_of_200_requests_stops_the_server(server: Server) -> None:
     assert server.healthy()
 
 
-def test_a_damaged_checkpoint_is_served(tmp_path: Path, cache: Path) -> None:
+def test_a_damaged_checkpoint_stops_the_server_at_its_start(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(PEERS / NAME, folder)
     file = folder / "model.safetensors"

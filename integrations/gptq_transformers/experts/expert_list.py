@@ -26,6 +26,8 @@ class ExpertList(nn.Module):
         fused_names: the parameters of ``fused`` that the experts stand for.
     """
 
+    act_fn: Callable[[Tensor], Tensor]
+
     def __init__(
         self,
         fused: nn.Module,
@@ -111,12 +113,12 @@ class ExpertList(nn.Module):
         self._grouped = None
 
     def _put(self, path: str, layer: nn.Module) -> None:
-        parent: nn.Module = self
+        parent: Any = self
         *outer, name = path.split(".")
         for part in outer:
             if part not in parent._modules:
                 parent.add_module(part, nn.ModuleDict())
-            parent = parent._modules[part]  # type: ignore[assignment]
+            parent = parent._modules[part]
         parent.add_module(name, layer)
 
     def _place(self, path: str) -> tuple[dict[str, Any], str]:
@@ -129,11 +131,11 @@ class ExpertList(nn.Module):
 
     def _activate(self, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1 and not self.layout.joined:
-            return self.act_fn(outputs[0])  # type: ignore[operator]
+            return self.act_fn(outputs[0])
         apply_gate = getattr(self.fused_class, "_apply_gate", None)
         if apply_gate is None:
             gate, up = outputs if len(outputs) == 2 else halves(outputs[0], -1, self._concatenated)
-            return self.act_fn(gate) * up  # type: ignore[operator]
+            return self.act_fn(gate) * up
         if self.layout.joined:
             return apply_gate(self, outputs[0])
         joined = torch.cat(outputs, -1) if self._concatenated else torch.stack(outputs, -1).flatten(-2)

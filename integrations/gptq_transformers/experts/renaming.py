@@ -12,9 +12,6 @@ from gptq_backend.format import renamed
 class ExpertRenaming(WeightRenaming):
     """All of an :func:`expert_renaming` in one step: transformers tries its own, each a regular expression, one after
     the other on every name, and replaces no more than one number.
-
-    Args:
-        renaming: see :func:`expert_renaming`.
     """
 
     def __init__(self, renaming: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""``resize_token_embeddings`` of a model whose output embedding is quantized."""
+"""Methods that transformers refuses, or that fail, once a model is quantized: casting, resizing the vocabulary."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from gptq_backend.model import replace_module
 
 logger = logging.getLogger(__name__)
 
+_CASTS = ("half", "float", "to")
 
-def allow_resizing(model: nn.Module) -> None:
-    """Let ``resize_token_embeddings`` work; transformers changes the input embedding and then fails at the output."""
+
+def allow_changes(model: nn.Module) -> None:
+    """Let ``.half()``, ``.float()``, ``.to(dtype)`` and ``resize_token_embeddings`` work.
+
+    A QuantLinear keeps its stored dtypes and computes in that of its input, so casting the rest is well defined;
+    transformers refuses it. It would resize the input embedding and then fail at a quantized output embedding.
+    """
+    for name in _CASTS:
+        setattr(model, name, functools.partial(getattr(nn.Module, name), model))
     if hasattr(model, "resize_token_embeddings"):
         setattr(model, "resize_token_embeddings", functools.partial(_resize, model))  # noqa: B010
 
 
-def forbid_resizing(model: nn.Module) -> None:
-    """Undo :func:`allow_resizing`."""
-    vars(model).pop("resize_token_embeddings", None)
+def forbid_changes(model: nn.Module) -> None:
+    """Undo :func:`allow_changes`."""
+    for name in (*_CASTS, "resize_token_embeddings"):
+        vars(model).pop(name, None)
 
 
 def _resize(
@@ -42,14 +51,14 @@ def _dequantize_head(model: Any, head: QuantLinear) -> None:
     name = next(name for name, module in model.named_modules() if module is head)
     dense = head.dequantize(head.compute_dtype)
     logger.warning(
-        "%s is quantized, and new tokens need rows in full precision: it was dequantized to resize it (%d MB in place "
-        "of %d), and will be saved so",
+        "%s is quantized, and new tokens need rows in full precision: it was dequantized to resize it (%d MB instead "
+        "of %d), and will be saved that way",
         name,
         dense.weight.nbytes >> 20,
         head.stored_spec.nbytes >> 20,
     )
     dense.requires_grad_(False)
     replace_module(model, name, dense)
-    settings = getattr(model.config, "quantization_config", None)
+    settings: Any = getattr(model.config, "quantization_config", None)
     if getattr(settings, "lm_head", None):
         settings.lm_head = False

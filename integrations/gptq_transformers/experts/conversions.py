@@ -1,0 +1,85 @@
+"""The conversions by which transformers 5 turns a checkpoint's names and tensors into the model's, and back.
+
+transformers >= 5 keeps a layer's experts in ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I] and fuses the
+checkpoint's ``experts.{i}.gate_proj.weight`` into them while loading. Layers that are quantized one by one must not be
+fused, and must be saved under the names that loading found. How, for a caller that is a transformers quantizer:
+
+1. ``_process_model_before_weight_loading``: call :func:`unfuse.replace_fused_experts` with the *model's* names of the
+   quantized layers (``model.layers.0.mlp.experts.0.w1`` where the file says ``block_sparse_moe``), before putting
+   ``QuantLinear`` in the place of linear layers.
+2. ``update_weight_conversions``: return ``drop_fused_conversions(weight_conversions, model)``. Renamings stay.
+3. Loading leaves the conversions that matched something in ``model._weight_conversions``, and ``save_pretrained``
+   applies their inverse: ``.mlp.`` becomes ``.block_sparse_moe.`` again and nothing else has to be done. For a model
+   that is quantized in memory, :func:`keep_packed_names` drops the same ones there.
+4. Beware: for a pre-quantized model transformers gives tensors whose name was changed on loading the *file's* dtype,
+   not the model's (``mlp.gate.weight`` of Mixtral). ``_process_model_after_weight_loading`` has to cast those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from gptq_backend import QuantLinear
+
+from .expert_list import ExpertList
+
+
+def model_conversions(model: nn.Module, **kwargs: Any) -> list[Any]:
+    """How transformers turns the names and tensors of ``model``'s checkpoints into its own; [] before version 5."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return []
+    return list(get_model_conversion_mapping(model, **kwargs))
+
+
+def converters(model: nn.Module) -> list[Any]:
+    """The conversions of transformers for ``model``'s checkpoints that are no mere renamings; [] before version 5."""
+    return [conversion for conversion in model_conversions(model) if hasattr(conversion, "operations")]
+
+
+def remaining_converters(model: nn.Module) -> list[Any]:
+    """Those of :func:`converters` that transformers will apply while it loads ``model``."""
+    return drop_fused_conversions(converters(model), model)
+
+
+def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) -> list[Any]:
+    """``weight_conversions`` of transformers without those for a parameter that ``model`` no longer has: of fused
+    experts, and of quantized layers, whose packed words cannot be cut and joined like the rows of a weight.
+
+    Renamings stay, since the checkpoint's module names still differ from the model's. See the module's docstring for
+    how this makes ``save_pretrained`` write the checkpoint's names.
+    """
+    gone = []
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertList):
+            gone += [f"{name}.{parameter}" for parameter in module.fused_names]
+        elif isinstance(module, QuantLinear):
+            gone += [f"{name}.weight", f"{name}.bias"]
+    return [
+        conversion
+        for conversion in weight_conversions
+        if not (hasattr(conversion, "operations") and any(produces(conversion, parameter) for parameter in gone))
+    ]
+
+
+def keep_packed_names(model: Any) -> None:
+    """Let ``save_pretrained`` write the layers of a model that was quantized in memory by themselves, where it would
+    join the model's q_proj, k_proj and v_proj into the one tensor of the original checkpoint.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # not loaded from files: save_pretrained takes the default, but no changes of prefix
+        conversions = model_conversions(model, add_legacy=False)
+        conversions = [each for each in conversions if type(each).__name__ != "PrefixChange"]
+    kept = drop_fused_conversions(conversions, model)
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept
+
+
+def produces(conversion: Any, parameter: str) -> bool:
+    """Whether one of the conversion's targets is the model parameter of that full name."""
+    targets = (pattern.replace("\\", "").strip("^$") for pattern in conversion.target_patterns)
+    return any(f"{target}." in f"{parameter}." for target in targets)  # some leave out the last .weight

@@ -1,0 +1,42 @@
+"""Which layers of a model are quantized, and which parameters are another one under a second name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from gptq_backend import QuantLinear
+
+
+def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """The model's quantized layers by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            yield name, module
+
+
+def untie_quantized(model: Any) -> None:
+    """Stop transformers from tying the embedding to an output layer that is quantized."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter else None
+    for name, layer in quant_linears(model):
+        if layer is head:
+            # T5 and its kin compute otherwise without the key: there a tied head is only left out below.
+            encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+            configs = () if encoder_decoder else (model.config, model.config.get_text_config(decoder=True))
+            for config in configs:
+                config.tie_word_embeddings = False
+            tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
+            if tied is not None:
+                model.all_tied_weights_keys = {k: v for k, v in tied.items() if not k.startswith(f"{name}.")}
+
+
+def tied_names(model: Any) -> Collection[str]:
+    """Parameters that are another one under a second name."""
+    tied: Collection[str] | None = getattr(model, "all_tied_weights_keys", None)  # transformers 5
+    if tied is None:
+        tied = getattr(model, "_tied_weights_keys", None) or ()
+        tied = tied if model.config.get_text_config(decoder=True).tie_word_embeddings else ()
+    return tied
