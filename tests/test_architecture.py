@@ -132,3 +132,27 @@ def test_the_rules_see_the_imports() -> None:
     assert ("gptq_backend.linear", "gptq_backend.kernels.table") in found
     assert any(importer.startswith("gptq_vllm") and module == "gptq_backend.format" for importer, module in found)
     assert all(_room(module) in ROOMS for module in SOURCES if SOURCES[module].parent.parent.name == "gptq_backend")
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+_LINES, _FUNCTION = 400, 60
+
+
+def test_files_and_functions_are_short_enough_to_read() -> None:
+    """Kernels aside, which are one loop; a function's docstring does not count, and neither do its parameters."""
+    tracked = [ROOT / "setup.py", *SOURCES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.py")]
+    wrong = []
+    for path in tracked:
+        text = path.read_text(encoding="utf-8")
+        if (count := text.count("\n")) > _LINES:
+            wrong.append(f"{path.relative_to(ROOT)} has {count} lines, expected at most {_LINES}")
+        if path.name == "programs.py":  # what Triton compiles
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                documented = ast.get_docstring(node) is not None and len(node.body) > 1
+                count = (node.end_lineno or 0) - node.body[1 if documented else 0].lineno + 1
+                if count > _FUNCTION:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {count} lines")
+    assert not wrong, "\n".join(wrong)

@@ -44,5 +44,25 @@ struct Wide512 : F16C {
     using I = Vectors<lanes>::I;
 };
 
+// Products without VNNI, from the two instructions that a level names: madd adds pairs of int16 products to int32,
+// maddubs pairs of uint8 * int8 to int16.
+template <class Isa>
+struct Madd : Isa {
+    using typename Isa::I;
+    using typename Isa::U;
+
+    template <Dot Kind>
+    static GPTQ_INLINE I dot(I sum, U codes, U x) {
+        const auto times = [](U pairs, uint32_t factor) {
+            return Isa::madd(pairs, Vectors<Isa::lanes>::splat(factor << 16 | factor));
+        };
+        if constexpr (Kind == Dot::i16) return in_order(sum + Isa::madd(codes, x));
+        if constexpr (Kind == Dot::i8_nibbles) return in_order(sum + times(Isa::maddubs(codes, x), 1));
+        // 255 * 127 * 2 does not fit 16 bits: nibble by nibble.
+        const U low = Isa::maddubs(codes & 0x0f0f0f0fu, x), high = Isa::maddubs((codes >> 4) & 0x0f0f0f0fu, x);
+        return in_order(sum + times(low, 1) + times(high, 16));
+    }
+};
+
 }  // namespace
 }  // namespace gptq

@@ -24,8 +24,7 @@ DEVICE void store_result(const Product& p, int row, int channel, float value) {
     p.y[int64_t(row) * p.weight.out_features + channel] = to_bits<T>(value);
 }
 
-// -- few tokens
-// --------------------------------------------------------------------------------------------------------
+// -- few tokens -------------------------------------------------------------------------------------------------------
 
 // Tiles whose words and activations a warp has under way.
 constexpr int kDepth = 4;
@@ -86,7 +85,8 @@ GLOBAL void skinny_kernel(Product p) {
     }
     sums.flush();
 
-    // [warp][Strips][16 channels][Tokens * 8]
+    // [warp][Strips][16 channels][Tokens * 8]. A lane holds c0..c3 of the 16 x 8 result of mma.m16n8k16: rows g, g,
+    // g + 8, g + 8 (output channels) and columns 2t, 2t + 1, 2t, 2t + 1 (tokens), with g = lane / 4, t = lane % 4.
     float* shared = reinterpret_cast<float*>(shared_memory());
     constexpr int kColumns = Tokens * 8, kOutputs = Strips * kStrip * kColumns;
 #pragma unroll
@@ -108,8 +108,7 @@ GLOBAL void skinny_kernel(Product p) {
     }
 }
 
-// -- more tokens
-// -------------------------------------------------------------------------------------------------------
+// -- more tokens ------------------------------------------------------------------------------------------------------
 
 constexpr int kWideWarps = 8;   // 4 share the block's strips, times 2 that take every other tile
 constexpr int kWideStrips = 8;  // of a block
@@ -216,6 +215,7 @@ GLOBAL void wide_kernel(Product p) {
 #pragma unroll
     for (int i = 0; i < kStrips * Tokens * 4; ++i) {
         const int s = i / 4 / Tokens, t = i / 4 % Tokens;
+        // c0..c3 of a lane are rows g and g + 8 of the result, as in skinny_kernel.
         const int channel = (first_strip + s) * kStrip + lane / 4 + i % 4 / 2 * 8;
         const int row = first_row + t * 8 + lane % 4 * 2 + i % 2;
         if (channel >= w.out_features || row >= p.rows) continue;
@@ -238,8 +238,7 @@ GLOBAL void reduce_kernel(Product p, int splits) {
     store_result<T>(p, i / p.weight.out_features, i % p.weight.out_features, sum);
 }
 
-// -- helpers
-// -----------------------------------------------------------------------------------------------------------
+// -- helpers ----------------------------------------------------------------------------------------------------------
 
 // Slots [0, columns) of output channels [first_channel, first_channel + channels) as a dense [channels][columns]
 // matrix. One warp per tile: grid (ceil(tiles / warps), strips).

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gptq_backend import QuantizeConfig
-from gptq_backend.model.calibration import split_windows
+from gptq_backend.model import split_windows
 from gptq_cli.evaluate import cut_windows, evaluate
 from gptq_cli.models import load_model
 from gptq_transformers import quantize

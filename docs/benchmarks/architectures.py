@@ -301,25 +301,34 @@ def table() -> None:
     content = json.loads(RESULTS.read_text())
     found = content["architectures"]
     counts = Counter(entry["result"] for entry in found.values())
-    summary = ", ".join(f"{count} {result}" for result, count in counts.most_common())
     version = content["versions"]["transformers"]
     how = (
-        f"Made by `docs/benchmarks/architectures.py` with transformers {version}. Of each of the {len(found)} "
-        "architectures that it can make a causal language model of, a tiny random model is quantized to 4 bits by "
-        "`gptq_transformers.quantize`, saved and loaded by `from_pretrained`, and has to give the logits that it gave "
-        f"before it was saved: {summary}."
+        f"Which architectures can be quantized? Of those that transformers {version} knows, {len(found)} can be made a "
+        "causal language model. *Works* means that a tiny random model was quantized to 4 bits by "
+        "`gptq_transformers.quantize`, saved, loaded by `from_pretrained`, and gave the same logits as before it was "
+        "saved."
     )
-    columns = (
-        "*layers*: how many are quantized. *share*: their part of all weights but embeddings. The rest are routers, "
-        "convolutions, layers that the model's code reads in place of calling them, towers of other kinds than "
-        "language, and experts in layouts that stay dense."
+    rest = (
+        "The layers that are not quantized are routers, convolutions, layers whose weight the model's code reads "
+        "instead of calling them, towers for other inputs than language, and experts in layouts that stay dense."
     )
     lines = [
         "# Models",
         "",
         *textwrap.wrap(how, 120),
         "",
-        *textwrap.wrap(columns, 120),
+        "| result | architectures |",
+        "|---|---|",
+        *(f"| {result} | {count} |" for result, count in counts.most_common()),
+        "",
+        "    python docs/benchmarks/architectures.py run    # writes docs/benchmarks/architectures.json, some minutes",
+        "    python docs/benchmarks/architectures.py table  # writes this page from it",
+        "",
+        "- *layers*: how many are quantized.",
+        "- *share*: their part of all weights, embeddings aside.",
+        "- The last column has the result where it is not *works*, and settings that the run needed.",
+        "",
+        *textwrap.wrap(rest, 120),
         "",
         "| architecture | layers | share | |",
         "|---|---|---|---|",

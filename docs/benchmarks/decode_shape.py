@@ -17,9 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_backend import QuantLinear
-from gptq_backend.bench import products
-from gptq_backend.bench.layers import DTYPES, Problem, Weight
-from gptq_backend.bench.machine import describe_machine
+from gptq_backend.bench import DTYPES, Problem, Weight, describe_machine, products
 from gptq_backend.locks import write_text
 from gptq_cli import bench_model
 from gptq_cli.model_shapes import SHAPES

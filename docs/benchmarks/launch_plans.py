@@ -16,13 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_backend.bench import products
-from gptq_backend.bench.layers import DTYPES, Problem, Weight
-from gptq_backend.bench.machine import describe_machine
-from gptq_backend.bench.timing import Candidate, interleave, quartiles
+from gptq_backend import QuantLinear
+from gptq_backend.bench import DTYPES, Candidate, Problem, Weight, describe_machine, interleave, products, quartiles
 from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.cuda.plan import Plan, machine, plan
-from gptq_backend.linear import QuantLinear
 from gptq_backend.locks import write_text
 
 SHAPES = [(1024, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (8192, 8192)]

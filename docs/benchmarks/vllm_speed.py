@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gptq_backend.bench.machine import describe_machine
+from gptq_backend.bench import describe_machine
 from gptq_backend.locks import write_text
 
 PROMPT = 512

@@ -79,7 +79,7 @@ def damping(damp_percent: float, channels: int, tokens: float) -> float:
     """The share of the median of the diagonal to add to a Hessian of so many channels that so many tokens made.
 
     What was asked for, and more where tokens are few: a direction that they happen not to excite looks free, and errors
-    moved there come back on other text (docs/accuracy.md has the figures). ``tokens`` counts rows, whatever
+    moved there come back on other text (docs/benchmarks/notes.md has the figures). ``tokens`` counts rows, whatever
     their weights.
     """
     return damp_percent + _NOISE * channels / tokens

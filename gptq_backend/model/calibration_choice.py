@@ -25,7 +25,7 @@ from .structure import Block, evaluating, find_blocks
 
 _WIDTH = 64  # dimensions of a sketch
 _DEPTHS = (0.125, 0.25, 0.375, 0.5)  # of the blocks whose inputs are sketched, as a share of all blocks
-_RIDGE = 0.05  # damping of the sketches; 0.3 gave the same within the noise (docs/accuracy.md)
+_RIDGE = 0.05  # damping of the sketches; 0.3 gave the same within the noise (docs/benchmarks/notes.md)
 _GAP = 0.05  # of held-out over training error, at which there are enough samples
 _GAIN = 0.02  # of held-out error, less than which a doubling must bring to end the choice
 

@@ -3,8 +3,9 @@
 Attention heads that have nothing to look for look at the first token of a sequence, so half of what a head passes on
 may be that one token's value; in a sum over all tokens it is one of 512. A Hessian that counts all tokens alike leaves
 v_proj inaccurate just there, and that error, the same at every later token, outweighs those of all other layers
-(docs/accuracy.md). So before a block is quantized, each batch goes through its attention once more, and errors of
-random sign are followed backwards from the first layer that reads mixed tokens (o_proj) to those before it (q, k, v).
+(docs/benchmarks/notes.md). So before a block is quantized, each batch goes through its attention once more, and errors
+of random sign are followed backwards from the first layer that reads mixed tokens (o_proj) to those before it (q, k,
+v).
 """
 
 from __future__ import annotations

@@ -61,8 +61,7 @@ def bench_gemm(
     tokens = bench.numbers("--m", m)
     gemm.check_backends(backend or [])
     options = {"backends": backend or [], "peers": [Peer.load(name) for name in peer or []], "seconds": seconds}
-    if in_cache:
-        options["copies"] = 1
+    options["copies"] = 1 if in_cache else None
     with threads(thread_count):
         result = bench.run(asked, tokens, torch.device(device), console, say, **options)
     terminal.write_json(json_target, result)

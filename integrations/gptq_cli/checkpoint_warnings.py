@@ -10,17 +10,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.format import SETTINGS_FILES, claimed_group_size, read_tensor, settings_in
 
+from .checkpoint import Checkpoint, Layer
 from .formatting import name_pattern
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint, Layer
 
 _PARTS = {"qweight", "qzeros", "scales", "g_idx", "bias"}
 _COMPARED = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "lm_head")

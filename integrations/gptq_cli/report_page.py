@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -127,23 +127,20 @@ def _blocks(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _modules(layers: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("module", "error", "bits", "group", "method", "steps", "damping", "tokens", "dropped", "seconds")
-    return _table(heads, ((layer["needed_help"], _module(layer)) for layer in layers))
-
-
-def _module(layer: Mapping[str, Any]) -> list[object]:
-    return [
-        layer["name"],
-        percent(layer["relative_loss"]),
-        layer["bits"],
-        layer["group_size"],
-        layer["method"],
-        " → ".join(percent(step["error"]) for step in layer["steps"]),
-        f"{layer['damp_percent']:.3g}",
-        layer["tokens"],
-        layer["dropped_tokens"],
-        f"{layer['seconds']:.2f}",
-    ]
+    columns: dict[str, Callable[[Mapping[str, Any]], object]] = {
+        "module": lambda layer: layer["name"],
+        "error": lambda layer: percent(layer["relative_loss"]),
+        "bits": lambda layer: layer["bits"],
+        "group": lambda layer: layer["group_size"],
+        "method": lambda layer: layer["method"],
+        "steps": lambda layer: " → ".join(percent(step["error"]) for step in layer["steps"]),
+        "damping": lambda layer: f"{layer['damp_percent']:.3g}",
+        "tokens": lambda layer: layer["tokens"],
+        "dropped": lambda layer: layer["dropped_tokens"],
+        "seconds": lambda layer: f"{layer['seconds']:.2f}",
+    }
+    rows = ((layer["needed_help"], [show(layer) for show in columns.values()]) for layer in layers)
+    return _table(list(columns), rows)
 
 
 def _table(heads: Sequence[str], rows: Iterable[tuple[bool, Sequence[object]]]) -> str:

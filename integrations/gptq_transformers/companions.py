@@ -13,26 +13,18 @@ from transformers.utils import cached_file
 logger = logging.getLogger(__name__)
 
 _MODULES = "modules.json"  # of sentence-transformers: how the states of tokens become the embedding of a text
-_PROCESSORS = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "audio_tokenizer_config.json",
-    "chat_template.json",
-)
-_SENTENCES = (
-    "config_sentence_transformers.json",
-    *(
-        f"sentence_{kind}_config.json"
-        for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-    ),
-)
+# Of processors, and of sentence-transformers; one more for each kind of model that the latter once had.
+_NAMES = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "chat_template.json", "config_sentence_transformers.json",
+)  # fmt: skip
+_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _OF_A_MODULE = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def copy_companions(original: str | Path, folder: Path) -> None:
     """Copy what processors and sentence-transformers read into the checkpoint in ``folder``, unless it is there."""
-    for name in (*_PROCESSORS, *_SENTENCES, _MODULES):
+    for name in (*_NAMES, *(f"sentence_{kind}_config.json" for kind in _KINDS), _MODULES):
         _copy(original, folder, name)
     if (folder / _MODULES).is_file():
         for module in _module_folders(folder / _MODULES):

@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from gptq_backend import ConfigError
@@ -35,13 +28,13 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any
     """
     with load_errors(path, (Exception,)):  # a config.json of unexpected types makes transformers raise any
         content, _ = PretrainedConfig.get_config_dict(path, **kwargs)
-        known = str(content.get("model_type")) in CONFIG_MAPPING
+        known = str(content.get("model_type")) in transformers.CONFIG_MAPPING
         own = bool(content.get("auto_map")) and not known
         named = content.get("architectures")
     if own and not trust_remote_code:
         raise _own_code(path, _named(named, path) or "its model")
     with load_errors(path, (Exception,)):
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def class_of(config: Any, path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -116,7 +109,7 @@ def from_config(loader: Any, config: Any, trust_remote_code: bool = False) -> Pr
 
 def causal_class(config: Any) -> str | None:
     """Name of the causal language model that transformers has for such a configuration."""
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return None if found is None else found.__name__
 
 

@@ -12,8 +12,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear, StoredSpec
-from gptq_backend.format import TGI_TENSORS, Manifest, layer_names, quantized_modules, renamed, resolve_specs
+from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
+from gptq_backend.format import (
+    TGI_TENSORS,
+    Manifest,
+    StoredSpec,
+    layer_names,
+    quantized_modules,
+    renamed,
+    resolve_specs,
+)
 from gptq_backend.model import linear_shapes, replace_module
 
 from .casting import dtype_of_parameter

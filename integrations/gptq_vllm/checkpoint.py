@@ -1,14 +1,15 @@
-"""What a checkpoint holds, by vLLM's module names, and one spec per quantized layer that the model uses."""
+"""What a checkpoint holds, by the names that vLLM's model has for it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptq_backend import CheckpointError, QuantizeConfig, StoredSpec
+import torch
+
+from gptq_backend import CheckpointError, QuantizeConfig
 from gptq_backend.format import (
     INDEX,
     STANDARD_FILES,
@@ -25,20 +26,6 @@ from gptq_backend.format import (
 )
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-@dataclass(frozen=True)
-class Use:
-    """How the model uses one stored layer.
-
-    Args:
-        in_features, out_features: of the whole layer, all ranks together; None for as stored.
-        biased: whether the model's layer has a bias.
-    """
-
-    in_features: int
-    out_features: int | None
-    biased: bool
 
 
 class Checkpoint:
@@ -116,6 +103,12 @@ class Checkpoint:
                 return name.removesuffix(f".{part}")
         return None
 
+    def parts(self, module: str) -> dict[str, torch.dtype | None]:
+        """Dtypes in the file of the parts of layer ``module``; empty when it is not known."""
+        name, manifest = self.stored_name(module), self.manifest
+        parts = PARTS if f"{name}.qweight" in manifest else ("weight",)
+        return {part: manifest[key].dtype for part in parts if (key := f"{name}.{part}") in manifest}
+
     def is_quantized(self, module: str) -> bool | None:
         """Whether layer ``module`` is quantized; None when the file does not have it under a name known here."""
         name = self.stored_name(module)
@@ -124,20 +117,6 @@ class Checkpoint:
     def quantized_inside(self, module: str) -> bool:
         """Whether any layer inside ``module`` is quantized."""
         return any(name.startswith(f"{module}.") and name.endswith(".qweight") for name in self._stored)
-
-    def resolve(self, uses: Mapping[str, Use], settings: QuantizeConfig) -> dict[str, StoredSpec]:
-        """Specs of those layers, by their names in the file, that are quantized.
-
-        Raises:
-            CheckpointError: tensors are missing or do not fit together or to the model.
-        """
-        shapes = {}
-        for name, use in uses.items():
-            stored = self.manifest.get(f"{name}.qweight")
-            if stored is not None:
-                shapes[name] = (use.in_features, use.out_features or stored.shape[-1])
-        biased: Collection[str] = {name for name in shapes if uses[name].biased}
-        return resolve_specs(self.manifest, settings, shapes, biased)
 
 
 def _split_at_block(name: str) -> tuple[str, str]:

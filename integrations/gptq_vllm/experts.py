@@ -35,9 +35,10 @@ class Experts(nn.Module):
         why = _why_not_groupable(each)
         if why is None:
             self.each = None
-            self.parts = nn.ModuleList(_grouped(parts) for parts in zip(*(one.parts for one in each)))
-            kernels = {part.row.kernel.name for part in self.parts}
-            logger.info_once("experts, %s: one grouped product of the kernel %s", name, " and ".join(sorted(kernels)))
+            grouped = [_grouped(parts) for parts in zip(*(one.parts for one in each))]
+            self.parts = nn.ModuleList(grouped)
+            kernels = sorted({part.row.kernel.name for part in grouped})
+            logger.info_once("experts, %s: one grouped product of the kernel %s", name, " and ".join(kernels))
         else:
             for segments in each:
                 segments.serve_alone()

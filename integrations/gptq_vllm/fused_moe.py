@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +18,39 @@ from vllm.model_executor.layers.fused_moe.activation import (
 from vllm.utils.torch_utils import LayerName, LayerNameType, direct_register_custom_op
 
 from gptq_backend import ConfigError
+from gptq_backend.format import ExpertLayout
 from gptq_backend.kernels import Routing
 
-from .checkpoint import Use
 from .experts import Experts
 from .linear import announce
 from .pieces import AnyPiece
-from .tensor_collector import Arrivals, add_parameters, missing, remove_parameters
+from .stored_layers import ExpectedLayer, StoredLayers
+from .tensor_collector import TensorCollector, add_parameters, missing, remove_parameters
 
-if TYPE_CHECKING:
-    from .config import GPTQBackendConfig
+_TEMPLATES = ("w13_{}", "w2_{}")  # names by which vLLM looks for the parameters of experts
+
+
+def expert_layout(layer: RoutedExperts) -> ExpertLayout:
+    """By the names that vLLM looks for."""
+    names = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name]
+    return ExpertLayout(tuple(f"{{}}.{name}" for name in names if name is not None))
 
 
 class GPTQMoEMethod(FusedMoEMethodBase):
-    """Experts of which at least one projection is quantized; each may have a spec of its own."""
+    """Experts of which at least one projection is quantized; each may have a spec of its own. There is one method per
+    layer.
 
-    def __init__(self, config: GPTQBackendConfig, layer: RoutedExperts) -> None:
+    Args:
+        stored: the checkpoint's layers.
+        layer: vLLM's.
+
+    Raises:
+        ConfigError: experts that vLLM or this package cannot multiply.
+    """
+
+    def __init__(self, stored: StoredLayers, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
-        self.config = config
+        self.stored = stored
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is not None and vllm_config.lora_config is not None:
             # vLLM would wrap the experts even where no adapter touches them, and fail on kernels that are not its own.
@@ -62,23 +78,35 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        sizes = (hidden_size, intermediate_size_per_partition)
-        layer.incoming = _IncomingExperts(layer, self.config, sizes, params_dtype)
+        self._layer, self._dtype, self._intermediate = layer, params_dtype, intermediate_size_per_partition
+        parallel = layer.moe_config.moe_parallel_config
+        self._first = parallel.tp_rank * self._intermediate
+        whole = parallel.tp_size * self._intermediate
+        self._shards = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
+        if not layer.moe_config.is_act_and_mul:
+            del self._shards["w3"]
+        up, down = ExpectedLayer(hidden_size, whole), ExpectedLayer(whole, hidden_size)
+        self._keys: dict[str, tuple[int, str]] = {}  # this rank's number and the shard, by vLLM's name
+        for expert in range(layer.global_num_experts):
+            if (local := layer.expert_map_manager.map_global_to_local(expert)) != -1:
+                self._keys |= {self._name(expert, shard): (local, shard) for shard in self._shards}
+        layers = {name: down if shard == "w2" else up for name, (_, shard) in self._keys.items()}
+        self._collector = TensorCollector(self.stored, layers, self._place)
+        self._placed: dict[tuple[int, str], AnyPiece] = {}
+        for template in _TEMPLATES:
+            add_parameters(layer, self._load, self.stored.checkpoint.parts(next(iter(layers))), template)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        incoming: _IncomingExperts = layer.incoming
-        del layer.incoming
+        self._collector.finish()
+        for template in _TEMPLATES:
+            remove_parameters(layer, template)
         # vLLM would do this on the first call, which a compiled graph does not make.
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         self.activation_config = ApplyMoEActivationConfig.from_configs(layer.moe_config, self.moe_quant_config)
-        remove_parameters(layer, "w13_{}")
-        remove_parameters(layer, "w2_{}")
-        backend = self.config.backend
-        for name, shards in (("w13", incoming.first_shards), ("w2", ("w2",))):
-            pieces = ([incoming.piece(i, shard) for shard in shards] for i in range(layer.local_num_experts))
-            experts = Experts(pieces, incoming.dtype, backend, " and ".join(shards))
+        for name, shards in (("w13", [shard for shard in self._shards if shard != "w2"]), ("w2", ["w2"])):
+            experts = Experts(self._weights(shards), self._dtype, self.stored.backend, " and ".join(shards))
             layer.add_module(name, experts)
-            announce(experts)
+            announce(experts.describe())
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         """Settings of the activation; vLLM has no description for weights as mixed as these may be."""
@@ -102,6 +130,39 @@ class GPTQMoEMethod(FusedMoEMethodBase):
             return torch.ops.gptq_vllm.experts(x, topk_weights, topk_ids, _encoded(layer.layer_name))
         return run_experts(layer, x, topk_weights, topk_ids)
 
+    def _load(
+        self, part: str, tensor: Tensor, weight_name: str, shard_id: str, expert_id: int, return_success: bool = False
+    ) -> bool | None:
+        """Take one tensor from vLLM's loader, unless the expert is another rank's."""
+        name = self._name(expert_id, shard_id)
+        if name in self._keys:
+            self._collector.receive(name, part, tensor)
+        return name in self._keys if return_success else None
+
+    def _name(self, expert: int, shard: str) -> str:
+        return f"{self._layer.layer_name}.{expert}.{self._shards[shard]}"
+
+    def _place(self, name: str, weight: AnyPiece) -> None:
+        """Keep what this rank needs of a stored layer."""
+        expert, shard = self._keys[name]
+        if shard == "w2":
+            weight = weight.inputs(self._first, self._intermediate)
+        else:
+            weight = weight.outputs(torch.arange(self._first, self._first + self._intermediate))
+        self._placed[expert, shard] = weight.to(self._layer.w13_qweight.device)
+
+    def _weights(self, shards: list[str]) -> Iterator[list[AnyPiece]]:
+        """What was placed of each expert of this rank in turn; this forgets it.
+
+        Raises:
+            CheckpointError: a projection is missing.
+        """
+        for name, key in self._keys.items():
+            if key[1] in shards and key not in self._placed:
+                raise missing(name)
+        for expert in range(self._layer.local_num_experts):
+            yield [self._placed.pop((expert, shard)) for shard in shards]
+
 
 def run_experts(layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
     """See :meth:`GPTQMoEMethod.apply`."""
@@ -122,87 +183,6 @@ def run_experts(layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids:
     return (by_slot.float() * topk_weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-class _IncomingExperts:
-    """The stored layers of the experts of one layer while vLLM loads them.
-
-    Args:
-        layer, config: see :class:`GPTQMoEMethod`.
-        sizes: hidden size, and intermediate size on this rank.
-        dtype: of the model.
-    """
-
-    def __init__(
-        self, layer: RoutedExperts, config: GPTQBackendConfig, sizes: tuple[int, int], dtype: torch.dtype
-    ) -> None:
-        self.layer, self.dtype, self.intermediate = layer, dtype, sizes[1]
-        parallel = layer.moe_config.moe_parallel_config
-        self._rank = parallel.tp_rank
-        whole = sizes[1] * parallel.tp_size
-        self._projections = {"w1": layer.ckpt_gate_proj_name, "w2": layer.ckpt_down_proj_name}
-        if layer.moe_config.is_act_and_mul:
-            self._projections["w3"] = layer.ckpt_up_proj_name
-        self.first_shards = tuple(shard for shard in ("w1", "w3") if shard in self._projections)
-        up, down = Use(sizes[0], whole, False), Use(whole, sizes[0], False)
-        globally = range(layer.global_num_experts)
-        self._experts = {i: layer.expert_map_manager.map_global_to_local(i) for i in globally}
-        uses = {
-            self._name(i, shard): down if shard == "w2" else up
-            for i, local in self._experts.items()
-            if local != -1
-            for shard in self._projections
-        }
-        self._arrivals = Arrivals(config, uses)
-        self._pieces: dict[tuple[int, str], AnyPiece] = {}
-        self._keys = {
-            self._name(i, shard): (local, shard) for i, local in self._experts.items() for shard in self._projections
-        }
-        dtypes = config.dtypes(next(iter(uses)))
-        for rename in ("w13_{}", "w2_{}"):
-            add_parameters(layer, self.receive, dtypes, rename)
-        self._device = layer.w13_qweight.device
-
-    def receive(
-        self,
-        part: str,
-        tensor: Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        """Take one tensor from vLLM's loader, unless the expert is another rank's."""
-        ours = self._experts.get(expert_id, -1) != -1
-        if ours:
-            name = self._name(expert_id, shard_id)
-            if (piece := self._arrivals.add(name, part, tensor)) is not None:
-                self._place(name, piece)
-        return ours if return_success else None
-
-    def piece(self, expert: int, shard: str) -> AnyPiece:
-        """Projection ``shard`` of this rank's expert number ``expert``.
-
-        Raises:
-            CheckpointError: it is not in the checkpoint.
-        """
-        for name, piece in self._arrivals.rest():
-            self._place(name, piece)
-        if (expert, shard) not in self._pieces:
-            raise missing(next(name for name, key in self._keys.items() if key == (expert, shard)))
-        return self._pieces.pop((expert, shard))
-
-    def _name(self, expert: int, shard: str) -> str:
-        return f"{self.layer.layer_name}.{expert}.{self._projections[shard]}"
-
-    def _place(self, name: str, piece: AnyPiece) -> None:
-        expert, shard = self._keys[name]
-        first = self._rank * self.intermediate
-        if shard == "w2":
-            piece = piece.inputs(first, self.intermediate)
-        else:
-            piece = piece.outputs(torch.arange(first, first + self.intermediate))
-        self._pieces[expert, shard] = piece.to(self._device)
-
-
 def _encoded(layer_name: str) -> str | LayerName:
     return LayerName(layer_name) if LayerNameType is LayerName else layer_name
 
@@ -213,9 +193,5 @@ def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: Laye
     return run_experts(layer, x, topk_weights, topk_ids)
 
 
-def _experts_fake(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: LayerNameType) -> Tensor:
-    return torch.empty_like(x)
-
-
 _library = torch.library.Library("gptq_vllm", "FRAGMENT")
-direct_register_custom_op("experts", _experts, fake_impl=_experts_fake, target_lib=_library)
+direct_register_custom_op("experts", _experts, fake_impl=lambda x, *_: torch.empty_like(x), target_lib=_library)

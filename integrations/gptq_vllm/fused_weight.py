@@ -92,7 +92,7 @@ class Segments(nn.Module):
         )
         ends = [0]
         for part in self.parts:
-            ends.append(ends[-1] + part.out_features)  # type: ignore[operator]
+            ends.append(ends[-1] + part.out_features)  # type: ignore[operator,arg-type]
         self._ends, self.out_features = tuple(ends), ends[-1]
         # Looking up children and calling them as modules would cost as much as a small product.
         self._forwards = tuple(part.forward for part in self.parts)

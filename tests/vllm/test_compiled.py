@@ -17,20 +17,20 @@ DEFAULT = ("llama-dynamic",)
 
 
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
-def test_a_compiled_model_gives_the_same_logprobs_in_one_graph(engine: Engine, name: str) -> None:
+def test_a_compiled_model_gives_the_same_logprobs(engine: Engine, name: str) -> None:
     assert peer_distance(engine, name, enforce_eager=False) < BOUND
     assert "graph break" not in engine.text().lower()
 
 
 @pytest.mark.slow
-def test_mixed_experts_compute_the_same_in_a_graph(engine: Engine, tmp_path: Path) -> None:
+def test_mixed_experts_work_in_a_graph(engine: Engine, tmp_path: Path) -> None:
     settings = QuantizeConfig(group_size=32, dynamic={r"-:.*\.0\..*experts\.1\.": {}, r".*experts\.2\.": {"bits": 8}})
     expected = write(tmp_path / "model", tiny("mixtral"), settings)[0]
     assert distance(engine.logprobs(tmp_path / "model", ids()[0], enforce_eager=False), expected) < BOUND
 
 
 @pytest.mark.slow
-def test_checkpoints_of_other_formats_get_graphs_of_their_own(engine: Engine, tmp_path: Path) -> None:
+def test_no_graph_of_another_checkpoint_is_run(engine: Engine, tmp_path: Path) -> None:
     """Same folder, same architecture, other formats: all that vLLM would tell its cached graphs apart by is equal."""
     folder = tmp_path / "model"
     for seed, settings in enumerate(({"bits": 4}, {"bits": 4, "desc_act": True}, {"bits": 8, "sym": False})):
@@ -51,7 +51,7 @@ def test_a_compiled_pair_of_ranks_gives_the_same_logprobs(pair: Engine) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # two engines one after the other, of which each has as long as another test's
-def test_a_cached_graph_can_be_loaded(start_engine: Callable[..., Engine]) -> None:
+def test_a_cached_graph_is_loaded_again(start_engine: Callable[..., Engine]) -> None:
     for _ in range(2):
         engine = start_engine()
         assert peer_distance(engine, "qwen3_moe-4-32", enforce_eager=False) < BOUND

@@ -57,7 +57,7 @@ def test_experts_by_any_known_name_give_the_same_logprobs(
 
 
 @pytest.mark.parametrize("layout", ["unknown", "joined"])
-def test_experts_that_vllm_cannot_hold_are_told(
+def test_experts_that_vllm_cannot_hold_are_refused(
     engine: Engine, mixtral: tuple[Path, Tensor], layout: str, tmp_path: Path
 ) -> None:
     if layout == "unknown":

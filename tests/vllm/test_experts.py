@@ -40,7 +40,7 @@ FORMS: dict[str, tuple[Callable[[int], QuantizedWeight], Callable[[int], Quantiz
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_experts_of_one_form_are_grouped_in_order(form: str) -> None:
+def test_experts_of_one_form_are_not_grouped_or_mixed_up(form: str) -> None:
     first, second, parts = FORMS[form]
     hubs = [(first(i), second(i)) for i in range(3)]
     experts = Experts([[piece(a), piece(b)] for a, b in hubs], torch.float32, None, "w1 and w3")
@@ -51,7 +51,7 @@ def test_experts_of_one_form_are_grouped_in_order(form: str) -> None:
     check(experts, [torch.cat([a.dequantize(), b.dequantize()]) for a, b in hubs])
 
 
-def test_experts_of_two_forms_are_multiplied_one_by_one_and_it_is_said(
+def test_experts_of_two_forms_are_grouped_or_it_is_not_said(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
@@ -63,7 +63,7 @@ def test_experts_of_two_forms_are_multiplied_one_by_one_and_it_is_said(
     check(experts, [hub.dequantize() for hub in hubs])
 
 
-def test_experts_apart_get_the_row_that_is_fastest_for_single_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_apart_keep_the_row_that_only_grouped_ones_want(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine whose fastest row has no grouped product, as NVIDIA GPUs are."""
     fastest = dataclasses.replace(reference.KERNEL, name="fastest")
     grouped = dataclasses.replace(cpu.KERNEL, name="grouped")
@@ -78,7 +78,7 @@ def test_experts_apart_get_the_row_that_is_fastest_for_single_layers(monkeypatch
         check(experts, [hub.dequantize() for hub in hubs])
 
 
-def test_a_dense_expert_is_multiplied_too() -> None:
+def test_a_dense_expert_is_lost() -> None:
     hubs, dense = [weight(4), weight(4)], torch.randn(N, K)
     experts = Experts([[piece(hubs[0])], [DensePiece(dense)], [piece(hubs[1])]], torch.float32, None, "down")
     assert experts.each is not None

@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_an_adapter_acts_as_if_it_were_merged(engine: Engine, case: str, tmp_path: Path) -> None:
+def test_an_adapter_adds_its_product(engine: Engine, case: str, tmp_path: Path) -> None:
     plain: Tensor = write(tmp_path / "model", tiny(), QuantizeConfig(**SETTINGS[case]))[0]
     merged = _adapter(tmp_path / "adapter", load(tmp_path / "model"), ("self_attn", "mlp"))
     expected = logits(merged)[0]

@@ -115,7 +115,7 @@ IN_SHORT = (
 @pytest.mark.parametrize(
     "case", [case if case in IN_SHORT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_every_option_of_the_quantizer_is_read(engine: Engine, case: str, folder: Path) -> None:
+def test_every_option_of_the_quantizer_gives_the_right_logprobs(engine: Engine, case: str, folder: Path) -> None:
     expected = made(folder, case)
     assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
 
@@ -142,7 +142,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_architecture_gives_the_logprobs_of_transformers(engine: Engine, model_type: str, folder: Path) -> None:
+def test_every_architecture_gives_the_right_logprobs(engine: Engine, model_type: str, folder: Path) -> None:
     settings = QuantizeConfig(group_size=32, desc_act=True, sym=False)
     expected = write(folder, tiny(model_type, **ARCHITECTURES[model_type]), settings)[0]
     value = distance(engine.logprobs(folder, ids()[0]), expected)
@@ -157,7 +157,7 @@ DIALECTS_IN_SHORT = ("no g_idx", "extras of TGI", "wrong bits in the config")
 @pytest.mark.parametrize(
     "dialect", [n if n in DIALECTS_IN_SHORT else pytest.param(n, marks=pytest.mark.slow) for n in DIALECTS]
 )
-def test_every_dialect_is_read(engine: Engine, dialect: str, folder: Path) -> None:
+def test_every_dialect_gives_the_right_logprobs(engine: Engine, dialect: str, folder: Path) -> None:
     change, settings = DIALECTS[dialect]
     expected = write(folder, tiny(), QuantizeConfig(group_size=32))[0]
     rewrite(folder, change, **settings)
@@ -188,7 +188,7 @@ def test_the_settings_in_quantize_config_are_read(engine: Engine, folder: Path) 
     assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
 
 
-def test_a_quantized_head_is_used_although_the_config_ties_it(engine: Engine, folder: Path) -> None:
+def test_a_quantized_head_is_used_though_the_config_ties_it(engine: Engine, folder: Path) -> None:
     model = tiny(tie_word_embeddings=True)
     settings = QuantizeConfig(group_size=32, lm_head=True, dynamic={"lm_head": {"bits": 2}})  # coarse, so it shows
     expected = write(folder, model, settings)[0]

@@ -49,19 +49,19 @@ def test_two_ranks_compute_what_one_does(engine: Engine, pair: Engine, case: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-4-32-sym", "llama-dynamic", "qwen2-4-64", "qwen3_moe-4-32"])
-def test_two_ranks_agree_with_a_peer(engine: Engine, pair: Engine, name: str) -> None:
+def test_two_ranks_give_the_logprobs_of_a_peer(engine: Engine, pair: Engine, name: str) -> None:
     expected = load_file(PEERS / f"{name}.expected.safetensors")
     check(engine, pair, PEERS / name, expected["input_ids"][0], expected["logits"][0])
 
 
 @pytest.mark.slow
-def test_expert_parallel_ranks_compute_what_one_does(engine: Engine, pair: Engine, tmp_path: Path) -> None:
+def test_experts_are_shared_out_between_ranks(engine: Engine, pair: Engine, tmp_path: Path) -> None:
     logits = write(tmp_path / "model", tiny("mixtral"), QuantizeConfig(group_size=32, desc_act=True))[0]
     found = pair.logprobs(tmp_path / "model", ids()[0], enable_expert_parallel=True)
     assert distance(found, logits) < BOUND
 
 
 @pytest.mark.slow
-def test_act_order_survives_the_cut_between_ranks(engine: Engine, pair: Engine) -> None:
+def test_act_order_is_kept_between_ranks(engine: Engine, pair: Engine) -> None:
     expected = load_file(PEERS / "llama-4-64-actorder.expected.safetensors")
     check(engine, pair, PEERS / "llama-4-64-actorder", expected["input_ids"][0], expected["logits"][0])

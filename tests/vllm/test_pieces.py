@@ -45,7 +45,7 @@ def dense(cut: PackedWeight) -> torch.Tensor:
 @pytest.mark.parametrize("group_size", [32, 20, K])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("first", "count"), [(0, 48), (48, 48), (7, 13), (64, 32), (0, K)])
-def test_inputs_are_cut_where_asked(bits: int, group_size: int, act_order: bool, first: int, count: int) -> None:
+def test_inputs_are_cut_at_the_wrong_place(bits: int, group_size: int, act_order: bool, first: int, count: int) -> None:
     hub = weight(bits, group_size, act_order)
     cut = piece(hub).inputs(first, count)
     assert torch.equal(dense(cut), hub.dequantize()[:, first : first + count])
@@ -55,7 +55,7 @@ def test_inputs_are_cut_where_asked(bits: int, group_size: int, act_order: bool,
 
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2", "gptq_p"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_outputs_are_cut_where_asked(bits: int, checkpoint_format: str) -> None:
+def test_outputs_are_cut_at_the_wrong_place(bits: int, checkpoint_format: str) -> None:
     hub = weight(bits)
     if checkpoint_format == "gptq_p":  # planes hold whole runs of 32
         hub = dataclasses.replace(hub, codes=hub.codes[:, :32], zeros=hub.zeros[:, :32], scales=hub.scales[:, :32])
@@ -65,7 +65,7 @@ def test_outputs_are_cut_where_asked(bits: int, checkpoint_format: str) -> None:
 
 
 @pytest.mark.parametrize("sym", [False, True])
-def test_padding_is_zero(sym: bool) -> None:
+def test_padding_is_not_zero(sym: bool) -> None:
     hub = weight(4, sym=sym)
     padded = piece(hub).padded(64)
     assert torch.equal(dense(padded)[:N], hub.dequantize())
@@ -73,7 +73,7 @@ def test_padding_is_zero(sym: bool) -> None:
     assert padded.spec.sym == sym
 
 
-def test_only_pieces_of_one_form_are_joined() -> None:
+def test_pieces_that_differ_are_joined() -> None:
     plain, other, ordered = weight(4, sym=True), weight(4, sym=True), weight(4, sym=True, act_order=True)
     shifted = piece(other, checkpoint_format="gptq_v2")
     one = joined([piece(plain), shifted])
@@ -91,7 +91,7 @@ def test_only_pieces_of_one_form_are_joined() -> None:
         assert len(joined([left, right])) == 2
 
 
-def test_a_bias_is_added_by_the_first_rank_only() -> None:
+def test_a_bias_is_added_by_every_rank() -> None:
     whole = dataclasses.replace(piece(weight(4)), bias=torch.arange(N))
     assert whole.inputs(0, 48).bias is not None
     assert whole.inputs(48, 48).bias is None

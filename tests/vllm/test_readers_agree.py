@@ -13,8 +13,8 @@ from gptq_backend.format import read_packed
 from gptq_backend.format.files import read_settings
 from gptq_backend.format.headers import read_tensor
 from gptq_cli.checkpoint import read_checkpoint
-from gptq_vllm.checkpoint import Checkpoint, Use
 from gptq_vllm.config import GPTQBackendConfig
+from gptq_vllm.stored_layers import ExpectedLayer
 from tests.transformers.checkpoints import PEERS
 from tests.transformers.mutations import mutated
 from tests.transformers.test_readers_agree import BASES, inspect
@@ -23,23 +23,25 @@ from tests.transformers.test_readers_agree import BASES, inspect
 ELSEWHERE = re.compile(r"^structure|^file: config\.json|(embed_tokens|lm_head|norm)\.weight|\.bias")
 
 
-def uses(name: str) -> dict[str, Use]:
+def expected(name: str) -> dict[str, ExpectedLayer]:
     """The quantized layers of a checkpoint as vLLM's model of it would announce them."""
     return {
-        layer.name: Use(layer.spec.in_features, layer.spec.out_features, layer.spec.has_bias)
+        layer.name: ExpectedLayer(layer.spec.in_features, layer.spec.out_features, layer.spec.has_bias)
         for layer in read_checkpoint(PEERS / name).layers
     }
 
 
-def read_as_the_plugin(folder: Path, wanted: dict[str, Use]) -> str:
+def read_as_the_plugin(folder: Path, wanted: dict[str, ExpectedLayer]) -> str:
     """What is wrong, or nothing."""
     try:
-        settings = read_settings(folder)
-        config = GPTQBackendConfig.from_config(settings)
-        checkpoint = Checkpoint(folder, settings)
+        config = GPTQBackendConfig.from_config(read_settings(folder))
+        config.maybe_update_config(str(folder))
+        checkpoint = config.stored.checkpoint
         if any(checkpoint.is_quantized(name) is None for name in wanted):
             return "a layer is missing"
-        for name, spec in checkpoint.resolve(wanted, config.settings).items():
+        for name, layer in wanted.items():
+            config.stored.expect(name, layer)
+        for name, spec in config.stored.specs().items():
             tensors = {part: read_tensor(checkpoint.manifest[f"{name}.{part}"]) for part in spec.shapes}
             read_packed(spec, tensors, name)
     except GPTQError as error:
@@ -52,7 +54,7 @@ def test_the_plugin_and_inspect_agree_on_a_damaged_checkpoint(seed: int, tmp_pat
     base = BASES[seed % len(BASES)]
     folder = tmp_path / "damaged"
     what = mutated(PEERS / base, folder, seed)
-    found, plugin = inspect(folder), read_as_the_plugin(folder, uses(base))
+    found, plugin = inspect(folder), read_as_the_plugin(folder, expected(base))
     assert "\n" not in plugin
     if not ELSEWHERE.search(what):
         assert bool(found) == bool(plugin), f"{what}: inspect says {found!r}, the plugin {plugin!r}"
@@ -69,4 +71,4 @@ def test_settings_in_other_files_are_read_by_both(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     del content["quantization_config"]
     (folder / "config.json").write_text(json.dumps(content))
-    assert inspect(folder) == read_as_the_plugin(folder, uses(BASES[0])) == ""
+    assert inspect(folder) == read_as_the_plugin(folder, expected(BASES[0])) == ""

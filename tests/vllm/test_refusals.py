@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_refused(engine: Engine, damage: str, tmp_path: 
     assert len(str(refusal.value)) < 700
 
 
-def test_a_missing_shard_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(engine: Engine, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(PEERS / "llama-4-32-sym", folder)
     tensors = load_file(folder / "model.safetensors")
@@ -81,7 +81,7 @@ def test_a_missing_shard_is_refused_by_name(engine: Engine, tmp_path: Path) -> N
         engine.logprobs(folder, [1, 2, 3])
 
 
-def test_bloom_whose_rows_vllm_sorts_is_refused(tmp_path: Path) -> None:
+def test_bloom_with_a_quantized_qkv_is_refused(tmp_path: Path) -> None:
     from gptq_vllm.config import GPTQBackendConfig
 
     folder = tmp_path / "model"
@@ -93,7 +93,7 @@ def test_bloom_whose_rows_vllm_sorts_is_refused(tmp_path: Path) -> None:
         config.maybe_update_config(str(folder), SimpleNamespace(model_type="bloom"))
 
 
-def test_a_missing_expert_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
+def test_a_missing_expert_is_named(engine: Engine, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(PEERS / "qwen3_moe-4-32", folder)
     name = "model.layers.0.mlp.experts.2.up_proj"

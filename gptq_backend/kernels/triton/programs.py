@@ -105,14 +105,16 @@ def gemm(
     last = tl.minimum(first + slabs_per_split, slabs)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     source = row
+    # Output channels below ``biased`` get the bias: all in the first split, none in the others, since splits are added.
     biased = tl.where(split == 0, N, 0)
     if experts is not None:
         row = tl.load(order + row)
         source = source if SORTED else row // top_k
         expert = tl.load(experts + tile).to(tl.int64)
+        # A tile of no expert comes out as zeros: no bias, and no slab to multiply, since the loop ends where it starts.
         biased = tl.where(expert < 0, 0, biased)
         last = tl.where(expert < 0, first, last)
-        expert = tl.maximum(expert, 0)
+        expert = tl.maximum(expert, 0)  # so that the pointers below stay inside the tensors
         words += expert * slabs * WORDS * width
         scales += expert * (last_group + 1) * width
         if zeros is not None:

@@ -22,9 +22,9 @@ STOCK = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "des
 @pytest.fixture(params=["cpu", "gpu"])
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """vLLM's platform says what it is asked to say; nothing else depends on it here."""
-    from gptq_vllm import who_serves as choice
+    from gptq_vllm.who_serves import current_platform
 
-    monkeypatch.setattr(type(choice.current_platform), "is_cpu", lambda self: request.param == "cpu")
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: request.param == "cpu")
     return request.param
 
 
@@ -49,7 +49,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         ({"dynamic": {"-:a": {}, "b": {"bits": 8}}}, None, True, False),
     ],
 )
-def test_our_kernels_serve_where_they_should(
+def test_the_settings_and_the_request_decide_who_serves(
     platform: str, settings: dict[str, Any], requested: str | None, on_cpu: bool, elsewhere: bool
 ) -> None:
     from gptq_vllm.who_serves import serves
@@ -60,15 +60,15 @@ def test_our_kernels_serve_where_they_should(
 @pytest.mark.parametrize(
     ("version", "served"), [("0.31.1", False), ("0.32.0", True), ("0.32.1", True), ("0.33.0", False)]
 )
-def test_only_known_versions_of_vllm_are_served(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_tested_versions_of_vllm_are_served(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
+    from gptq_vllm.who_serves import refusing, unsupported_version
+
     monkeypatch.setattr(vllm, "__version__", version)
-    reason = gptq_vllm.unsupported_version()
+    reason = unsupported_version()
     assert (reason is None) == served
     if reason is not None:
-        from gptq_vllm.unsupported import refusing
-
         config = refusing(reason)
         for name in ("gptq", "gptq_backend"):
             with pytest.raises(ConfigError, match=f"from 0.32 up to but without 0.33, and vllm {version}"):
@@ -76,7 +76,7 @@ def test_only_known_versions_of_vllm_are_served(version: str, served: bool, monk
         assert config.override_quantization_method(STOCK, None) is None
 
 
-def test_a_config_survives_pickling() -> None:
+def test_a_config_can_be_pickled() -> None:
     """vLLM pickles its config for every worker, on this machine or, by way of Ray, on others."""
     from gptq_vllm.config import GPTQBackendConfig
 
@@ -84,11 +84,11 @@ def test_a_config_survives_pickling() -> None:
     config.maybe_update_config(str(PEERS / "llama-4-64-actorder"))
     again = pickle.loads(pickle.dumps(config))
     assert again.settings == config.settings
-    assert again.checkpoint.manifest == config.checkpoint.manifest
-    assert again.checkpoint.is_quantized("model.layers.0.self_attn.q_proj")
+    assert again.stored.checkpoint.manifest == config.stored.checkpoint.manifest
+    assert again.stored.checkpoint.is_quantized("model.layers.0.self_attn.q_proj")
 
 
-def test_registering_twice_is_registering_once() -> None:
+def test_registering_twice_changes_nothing() -> None:
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     gptq_vllm.register()

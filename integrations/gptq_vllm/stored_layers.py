@@ -1,0 +1,128 @@
+"""Which stored layers a layer of the model consists of, what the model expects of them, and the specs that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.logger import init_logger
+
+from gptq_backend import ConfigError, QuantizeConfig, StoredSpec
+from gptq_backend.format import TensorFile, TensorInfo, read_tensor, resolve_specs
+
+from .checkpoint import Checkpoint
+
+logger = init_logger(f"vllm.{__name__}")
+
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class ExpectedLayer:
+    """What the model expects of one stored layer.
+
+    Args:
+        in_features, out_features: of the whole layer, all ranks together; None for as stored.
+        has_bias: whether the model's layer has a bias.
+    """
+
+    in_features: int
+    out_features: int | None
+    has_bias: bool = False
+
+
+class StoredLayers:
+    """The layers of a checkpoint as a model uses them. All layers of the model share this.
+
+    Args:
+        checkpoint: names and headers of the tensors.
+        settings: of the quantization.
+        backend: row of the kernel table, or None for the fastest that fits.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None) -> None:
+        self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
+        self._expected: dict[str, ExpectedLayer] = {}  # by the file's names
+        self._specs: dict[str, StoredSpec] = {}  # likewise
+
+    def check_model(self, hf_config: Any) -> None:
+        """Correct what ``config.json`` says and the checkpoint shows to be otherwise.
+
+        Raises:
+            ConfigError: vLLM's class of the model cannot hold a layer that is quantized.
+        """
+        manifest = self.checkpoint.manifest
+        if f"{HEAD}.qweight" in manifest and getattr(hf_config, "tie_word_embeddings", False):
+            logger.info("%s is quantized, so it is not the embedding, though config.json ties them", HEAD)
+            hf_config.tie_word_embeddings = False  # else models take the embedding and never ask for a head
+        fused = [name for name in manifest if name.endswith("query_key_value.qweight")]
+        if fused and getattr(hf_config, "model_type", None) == "bloom":
+            raise ConfigError(
+                f"{fused[0]}: vLLM's Bloom sorts the rows of this layer as if it were dense, so that it cannot be "
+                "served quantized; use transformers, or quantize with query_key_value left in 16 bits"
+            )
+
+    def names(self, prefix: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
+        """vLLM's names, in order, of the stored layers that its layer ``prefix`` consists of; empty if it is dense.
+
+        Args:
+            prefix: name of vLLM's layer.
+            fused: by the last part of a name, those of the layers that vLLM fuses into one.
+        """
+        name = prefix.rpartition(".")[2]
+        names = [prefix.removesuffix(name) + shard for shard in fused.get(name, [name])]
+        found = [self.checkpoint.is_quantized(name) for name in names]
+        if any(found):
+            return names
+        if self.checkpoint.is_quantized(prefix):  # a fused layer that also is one in the file, as Phi-3 has it
+            return [prefix]
+        # Not known by these names: a model that renames in its loader. What arrives will tell.
+        return names if None in found and self.settings.for_module(prefix) is not None else []
+
+    def expect(self, name: str, layer: ExpectedLayer) -> None:
+        """Announce what the model expects of layer ``name``, before a spec is asked for."""
+        if (stored := self.checkpoint.stored_name(name)) is not None:
+            self._expected[stored] = layer
+
+    def specs(self) -> dict[str, StoredSpec]:
+        """Specs of the expected layers that are quantized, by their names in the file.
+
+        Raises:
+            CheckpointError: tensors are missing or do not fit together or to the model.
+        """
+        shapes, biased, manifest = {}, set(), self.checkpoint.manifest
+        for name, layer in self._expected.items():
+            if (qweight := manifest.get(f"{name}.qweight")) is not None:
+                shapes[name] = (layer.in_features, layer.out_features or qweight.shape[-1])
+                biased |= {name} if layer.has_bias else set()
+        return resolve_specs(manifest, self.settings, shapes, biased)
+
+    def spec(self, name: str, layer: ExpectedLayer, tensors: Mapping[str, Tensor]) -> tuple[StoredSpec, Tensor | None]:
+        """Spec of layer ``name``, and its bias if the model does not know of one that is not zero.
+
+        Args:
+            name: in vLLM.
+            layer: what the model expects.
+            tensors: all of it that the loader brought, by part.
+
+        Raises:
+            CheckpointError: its tensors do not fit together or to the model.
+        """
+        stored = self.checkpoint.stored_name(name)
+        if stored is None:
+            file = TensorFile(self.checkpoint.folder)
+            infos = {
+                f"{name}.{part}": TensorInfo(tensor.dtype, tuple(tensor.shape), file, f"{name}.{part}")
+                for part, tensor in tensors.items()
+            }
+            shape = (layer.in_features, layer.out_features or tensors["qweight"].shape[-1])
+            return resolve_specs(infos, self.settings, {name: shape})[name], None
+        if (
+            stored not in self._specs
+        ):  # all at once: what is wrong with a config is wrong for many layers, and said once
+            self._specs = self.specs()
+        spec = self._specs[stored]
+        known = layer.has_bias or not spec.has_bias
+        return spec, None if known else read_tensor(self.checkpoint.manifest[f"{stored}.bias"])
