@@ -10,7 +10,7 @@ the ``reference`` row of the kernel table calls. Arguments common to both, with 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,89 +39,61 @@ class WeightFields(NamedTuple):
     def out_features(self) -> int:
         return self.scales.shape[1]
 
+    @property
+    def spec(self) -> StoredSpec:
+        """What tells how the tensors are packed."""
+        return StoredSpec(
+            self.in_features,
+            self.out_features,
+            self.bits,
+            self.group_size,
+            groups=self.scales.shape[0],
+            zero_offset=self.zero_offset,
+            planar=self.planar,
+            word_dtype=self.qweight.dtype,
+        )
+
+    def dense(self, zeros: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
+        """[K, n] of some output channels. zeros: uint8 [G, N]."""
+        spec, zeros, scales = self.spec, zeros[:, columns].to(dtype), self.scales[:, columns].to(dtype)
+        dense = unpack_codes(spec, self.qweight[:, columns]).to(dtype)
+        if self.g_idx is None and spec.in_features == spec.groups * spec.group_size:
+            # Broadcasting over each group saves two [K, n] gathers: half of the time.
+            dense.view(spec.groups, spec.group_size, -1).sub_(zeros.unsqueeze(1)).mul_(scales.unsqueeze(1))
+            return dense
+        index = (spec.trivial_g_idx.to(dense.device) if self.g_idx is None else self.g_idx).long()
+        return dense.sub_(zeros[index]).mul_(scales[index])
+
 
 # Largest dense slice that exists at a time: 64 MiB in float32.
 _MAX_DENSE_ELEMENTS = 1 << 24
 
 
-def _spec(
-    qweight: Tensor, scales: Tensor, in_features: int, bits: int, group_size: int, offset: int, planar: bool
-) -> StoredSpec:
-    return StoredSpec(
-        in_features=in_features,
-        out_features=scales.shape[1],
-        bits=bits,
-        group_size=group_size,
-        groups=scales.shape[0],
-        zero_offset=offset,
-        planar=planar,
-        word_dtype=qweight.dtype,
-    )
-
-
-def _dense(
-    spec: StoredSpec, qweight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """[K, n] of the n output channels that all arguments but g_idx were sliced to."""
-    dense = unpack_codes(spec, qweight).to(dtype)
-    scales, zeros = scales.to(dtype), zeros.to(dtype)
-    if g_idx is None and spec.in_features == spec.groups * spec.group_size:
-        # Broadcasting over each group saves two [K, n] gathers: half of the time.
-        dense.view(spec.groups, spec.group_size, -1).sub_(zeros.unsqueeze(1)).mul_(scales.unsqueeze(1))
-        return dense
-    index = (spec.trivial_g_idx.to(dense.device) if g_idx is None else g_idx).long()
-    return dense.sub_(zeros[index]).mul_(scales[index])
-
-
-def dequantize(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor | None,
-    in_features: int,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-    planar: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(*layout_and_dtype: Any) -> Tensor:
     """Dense weight [K, N] in ``dtype``, the transpose of ``nn.Linear.weight``. Arguments: see the module."""
-    spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
-    return _dense(spec, qweight, scales, unpack_zeros(spec, qzeros), g_idx, dtype)
+    *fields, dtype = layout_and_dtype
+    w = WeightFields(*fields)
+    return w.dense(unpack_zeros(w.spec, w.qzeros), slice(None), dtype)
 
 
-def gemm(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor | None,
-    in_features: int,
-    bits: int,
-    group_size: int,
-    zero_offset: int,
-    planar: bool,
-    bias: Tensor | None,
-) -> Tensor:
+def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
     """``x @ W.T + bias``. x: float [..., K] -> [..., N] in the dtype of x. Other arguments: see the module.
 
     16-bit inputs are multiplied in float32 on a CPU (which also is faster where it lacks 16-bit units) and in their
     own dtype elsewhere. Output channels are done in slices, so that the dense weight never exists as a whole.
     """
-    check_input(x, qweight.device, in_features, scales.shape[1], bias)
-    spec = _spec(qweight, scales, in_features, bits, group_size, zero_offset, planar)
+    *fields, bias = layout_and_bias
+    w = WeightFields(*fields)
+    check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
     compute = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
-    rows = x.reshape(-1, in_features).to(compute)
-    zeros = unpack_zeros(spec, qzeros)
-    step = max(1, _MAX_DENSE_ELEMENTS // in_features)
-    parts = [
-        rows @ _dense(spec, qweight[:, n : n + step], scales[:, n : n + step], zeros[:, n : n + step], g_idx, compute)
-        for n in range(0, spec.out_features, step)
-    ]
+    rows = x.reshape(-1, w.in_features).to(compute)
+    zeros = unpack_zeros(w.spec, w.qzeros)
+    step = max(1, _MAX_DENSE_ELEMENTS // w.in_features)
+    parts = [rows @ w.dense(zeros, slice(n, n + step), compute) for n in range(0, w.out_features, step)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if bias is not None:
         y = y + bias.to(compute)
-    return y.to(x.dtype).view(*x.shape[:-1], spec.out_features)
+    return y.to(x.dtype).view(*x.shape[:-1], w.out_features)
 
 
 def prepare(weight: PackedWeight) -> Tensors:
