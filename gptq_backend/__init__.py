@@ -7,8 +7,7 @@ from .format.weight import PackedWeight, QuantizedWeight, WeightSpec
 from .kernels.interface import Kernel
 from .kernels.table import KERNELS, kernel_report, select_kernel
 from .linear import QuantLinear
-from .pipeline.quantize import quantize_model
-from .pipeline.report import LayerReport, QuantizeReport
+from .pipeline import Events, LayerReport, QuantizeReport, RunOptions, quantize_model
 from .version import __version__ as __version__
 
 __all__ = [
@@ -16,6 +15,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "Events",
     "GPTQError",
     "Kernel",
     "LayerReport",
@@ -24,6 +24,7 @@ __all__ = [
     "QuantizeConfig",
     "QuantizeReport",
     "QuantizedWeight",
+    "RunOptions",
     "StoredSpec",
     "WeightSpec",
     "kernel_report",

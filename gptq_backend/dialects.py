@@ -56,7 +56,7 @@ def require_gptq(source: Mapping[str, Any]) -> None:
         )
     values = canonical(source)
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "gptq")).lower()
-    if method == "marlin" or source.get("is_marlin_format"):
+    if "marlin" in (method, values.get("checkpoint_format")) or source.get("is_marlin_format"):
         raise ConfigError(
             "this checkpoint is serialized for Marlin (tensors B and s); that layout cannot be read here: "
             "use the GPTQ checkpoint that it was made from"

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from gptq_backend.algorithm.gptq import _SHRINK
+from gptq_backend.algorithm.scale_search import _SHRINK
 from gptq_backend.config import QuantizeConfig
 from gptq_backend.format.weight import QuantizedWeight
 

@@ -177,15 +177,15 @@ def test_what_only_a_run_needs_is_refused_for_a_run_but_not_in_a_checkpoint(
     with pytest.raises(ConfigError, match=message):
         QuantizeConfig(**source)
     read = QuantizeConfig.from_dict({"bits": 3, **source})
-    assert (read.bits, read.tier) == (3, QuantizeConfig().tier)
+    assert (read.bits, read.preset) == (3, QuantizeConfig().preset)
     assert {key: read.to_dict()[key] for key in source} == source, "lost when written back"
     with pytest.raises(ConfigError, match=message):
-        read.require_run()
+        read.check_quantizer_settings()
     rule = QuantizeConfig.from_dict({"bits": 4, "dynamic": {".*": {"bits": 3, **source}}}).for_module("layer")
     assert rule is not None
     assert rule.bits == 3
     with pytest.raises(ConfigError, match=message):
-        rule.require_run()
+        rule.check_quantizer_settings()
 
 
 def test_zero_and_one_are_read_as_flags() -> None:
@@ -275,18 +275,18 @@ def test_written_dictionary_is_json_and_reads_back(config: QuantizeConfig) -> No
 
 def test_a_setting_made_by_hand_wins_over_what_the_quality_stands_for() -> None:
     plain, mixed = QuantizeConfig(quality="fast"), QuantizeConfig(quality="fast", refine_sweeps=3, signed_scales=True)
-    assert (plain.tier.refine_sweeps, plain.tier.signed_scales, plain.tier.search_finalists) == (0, False, 1)
-    assert (mixed.tier.refine_sweeps, mixed.tier.signed_scales, mixed.tier.search_finalists) == (3, True, 1)
-    assert QuantizeConfig(quality="best", distill_epochs=0).tier.distill_epochs == 0
+    assert (plain.preset.refine_sweeps, plain.preset.signed_scales, plain.preset.search_finalists) == (0, False, 1)
+    assert (mixed.preset.refine_sweeps, mixed.preset.signed_scales, mixed.preset.search_finalists) == (3, True, 1)
+    assert QuantizeConfig(quality="best", distill_epochs=0).preset.distill_epochs == 0
 
 
 def test_quality_and_what_was_set_by_hand_survive_a_file() -> None:
     config = QuantizeConfig(quality="best", refine_sweeps=1)
     read = QuantizeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert (read.quality, read.refine_sweeps, read.tier) == ("best", 1, config.tier)
+    assert (read.quality, read.refine_sweeps, read.preset) == ("best", 1, config.preset)
 
 
 def test_a_rule_that_sets_what_is_for_the_whole_run_is_named() -> None:
     config = QuantizeConfig(dynamic={r".*\.a": {"block_epochs": 0, "bits": 8}, r".*\.b": {"quality": "fast"}})
-    found = config.vain_rules(["x.a", "x.b"])
+    found = config.unused_rules(["x.a", "x.b"])
     assert found == [r"the rule '.*\\.a' sets what is the same for all layers: block_epochs"]

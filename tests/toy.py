@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gptq_backend import Events
 
 WIDTH, VOCABULARY = 32, 48
 
@@ -95,3 +98,10 @@ def toy(seed: int = 0, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Toy
 def samples(count: int = 4, length: int = 24, seed: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, VOCABULARY, (length,), generator=generator) for _ in range(count)]
+
+
+def listener(**methods: Callable[..., object]) -> Events:
+    """Events that call ``methods``."""
+    listener = Events()
+    vars(listener).update(methods)
+    return listener

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gptq_backend import QuantizeConfig
-from gptq_backend.model import cut
+from gptq_backend.model import split_windows
 from gptq_cli.evaluate import cut_windows, evaluate
 from gptq_cli.models import load_model
 from gptq_transformers import quantize
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, from the start of the test text")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    windows = cut(tokenizer(arguments.calibration.read_text())["input_ids"], 512, tokenizer)
+    windows = split_windows(tokenizer(arguments.calibration.read_text())["input_ids"], 512, tokenizer)
     samples = torch.tensor(windows[arguments.set * 64 : (arguments.set + 1) * 64])
     asked = json.loads(arguments.config)
     config = QuantizeConfig.from_dict(asked)

@@ -45,9 +45,9 @@ def main() -> None:
     cli(*command, "--calibration", DATA / "wikitext2-valid-excerpt.txt", "--kld-windows", 0)
 
     step("3. Load each in a new process that imports torch and transformers only, and generate")
-    results = {}
+    results, generate = {}, Path(__file__).with_name("demo_generate.py")
     for name, folder in (("before", original), ("after", quantized)):
-        results[name] = json.loads(run(sys.executable, ROOT / "docs" / "demo_generate.py", folder, PROMPT, NEW_TOKENS))
+        results[name] = json.loads(run(sys.executable, generate, folder, PROMPT, NEW_TOKENS))
         print(f"   {name} ({results[name]['layer']}): {results[name]['text']!r}")
 
     step("4. Compare on text that neither saw")

@@ -43,9 +43,10 @@ def column_order(diagonal: Tensor, config: QuantizeConfig) -> ColumnOrder:
         groups = int(trivial[-1]) + 1
         peak = torch.full((groups,), -torch.inf, dtype=diagonal.dtype, device=diagonal.device)
         peak = peak.scatter_reduce(0, trivial.long(), diagonal, "amax")
+        # The inverse of a permutation: rank[g] is the place of group g when groups are sorted by their peak.
         rank = torch.empty(groups, dtype=torch.long, device=diagonal.device)
         rank[torch.sort(peak, descending=True, stable=True).indices] = position[:groups]
-        # Stable sort by group rank on top of the sort by importance.
+        # Stable sort by group rank on top of the sort by importance: groups in order, and so are columns inside each.
         perm = by_importance[torch.sort(rank[trivial[by_importance].long()], stable=True).indices]
         return ColumnOrder(perm, trivial, config.static_groups)
     return ColumnOrder(position, trivial, config.static_groups)

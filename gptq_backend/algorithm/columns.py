@@ -1,7 +1,8 @@
 """Round columns one after another, each error moving onto those that are still to come.
 
-What the column loop (gptq.py), its search for scales and coordinate descent (refine.py) spend their time on: in plain
-torch, or on a GPU, where five small operations per column would be mostly launches, by one Triton kernel per panel.
+The column loop (gptq.py), the scale search (scale_search.py) and coordinate descent (refine.py) spend their time here:
+in plain torch, or on a GPU, where five small operations per column would be mostly launches, in one Triton kernel per
+panel.
 """
 
 from __future__ import annotations
@@ -9,40 +10,15 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .grid import Grid
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A uniform grid per output channel.
-
-    Args:
-        scale: [..., N], not 0, representable in the stored dtype.
-        zero: [..., N], an integer in [0, 2**bits).
-        low, high: [..., N], the range of code - zero.
-    """
-
-    scale: Tensor
-    zero: Tensor
-    low: Tensor
-    high: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Grid:
-        return Grid(function(self.scale), function(self.zero), function(self.low), function(self.high))
-
-    def round(self, values: Tensor, centred: Tensor, error: Tensor) -> None:
-        """values [..., N]: write code - zero to ``centred`` and value - dequantized value to ``error``."""
-        torch.div(values, self.scale, out=centred).round_()
-        torch.clamp(centred, self.low, self.high, out=centred)
-        torch.addcmul(values, centred, self.scale, value=-1, out=error)
 
 
 def round_columns(

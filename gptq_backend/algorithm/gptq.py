@@ -18,16 +18,13 @@ from ..errors import CalibrationError
 from ..format.weight import QuantizedWeight
 from ..timing import timed
 from .column_order import ColumnOrder, column_order
-from .columns import Grid, round_columns, rounding_costs
+from .columns import round_columns
+from .grid import SCALE_DTYPE, Grid
 from .hessian import Factor, damping, factor
 from .refine import Step, refine
+from .scale_search import fit_grid
 
-_SCALES = torch.float16  # as stored; rounded to it before anything is optimised against them
 _PANEL = 128  # columns between two updates of the rest of the matrix
-# Candidate scales relative to min-max: beyond 1 because a symmetric grid has one code more below zero than above.
-_SHRINK = tuple(1.08 - 0.03 * i for i in range(20))
-_SEARCH_ROWS = 384  # output channels whose finalists are tried at once: what a core's cache holds
-_WIDE_SHRINK = tuple(1.1 - 0.03 * i for i in range(24))  # a scale of the better sign may be smaller
 
 
 @dataclass(frozen=True)
@@ -117,10 +114,10 @@ def quantize_weight(
     quantized = rounded or round_weights([weight], shared, config)[0]
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if not quantized.scales.isfinite().all():
-        raise CalibrationError(f"{name}.weight: a scale overflows {_SCALES}; skip the layer with a dynamic rule")
+        raise CalibrationError(f"{name}.weight: a scale overflows {SCALE_DTYPE}; skip the layer with a dynamic rule")
     steps: tuple[Step, ...] = ()
     hessian = None if shared is None else shared.hessian.to(weight.dtype)
-    sweeps = config.tier.refine_sweeps
+    sweeps = config.preset.refine_sweeps
     if shared is not None and hessian is not None and sweeps and shared.factor.method != "diagonal":  # then indefinite
         quantized, steps = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
     difference = quantized.dequantize(weight.dtype) - weight
@@ -202,7 +199,7 @@ class _ColumnLoop:
         centred = torch.empty_like(self.centred)
         centred[self.order.perm] = self.centred
         codes = centred.add_(self.grids.zero[self.order.g_idx.long()]).to(torch.uint8)
-        scales, zeros = self.grids.scale.to(_SCALES), self.grids.zero.to(torch.uint8)
+        scales, zeros = self.grids.scale.to(SCALE_DTYPE), self.grids.zero.to(torch.uint8)
         return QuantizedWeight(codes, scales, zeros, self.order.g_idx, self.config.bits)
 
     def panels(self) -> list[tuple[int, int]]:
@@ -220,89 +217,3 @@ class _ColumnLoop:
         grid = fit_grid(self.rest[positions], self.cost[positions], self.config, inside)
         for fields, field in zip(vars(self.grids).values(), vars(grid).values()):
             fields[group] = field
-
-
-@timed("search")
-def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, spread: Tensor | None = None) -> Grid:
-    """Fit a grid to a group.
-
-    Args:
-        columns: [g, N], the group's weights.
-        cost: [g], price of a squared error in each column.
-        config: bits, sym, and how to search: candidates around min-max are ranked per output channel by the cost of
-            plain rounding; the best few are tried again with error feedback inside the group.
-        spread: [g, g], what an error of one column adds to the others; None searches without feedback.
-    """
-    if config.sym:
-        high = columns.abs().amax(dim=0)
-        low = -high
-    else:
-        low, high = columns.amin(dim=0).clamp_(max=0), columns.amax(dim=0).clamp_(min=0)
-    if not config.scale_search:
-        return _grid(low, high, config)
-    candidates = _candidates(low, high, config)  # fields [candidates, N]
-    finalists = config.tier.search_finalists if spread is not None else 1
-    if finalists > 1:  # a choice among grids, each exact in float32
-        columns, cost = columns.float(), cost.float()
-        candidates = candidates.map(Tensor.float)
-    totals = rounding_costs(columns, cost, candidates)
-    if finalists > 1 and spread is not None:
-        best = totals.sort(dim=0, stable=True).indices[:finalists]
-        candidates = candidates.map(lambda field: field.gather(0, best))
-        totals = _cost_with_feedback(columns, cost, spread.float(), candidates)
-    best = totals.argmin(dim=0, keepdim=True)
-    return candidates.map(lambda field: field.gather(0, best)[0].to(low.dtype))
-
-
-def _candidates(low: Tensor, high: Tensor, config: QuantizeConfig) -> Grid:
-    """Grids over shrunk ranges, fields [candidates, N]; with signed scales also wider search and what a sign adds."""
-    shrinks = _WIDE_SHRINK if config.tier.signed_scales else _SHRINK
-    shrink = torch.tensor(shrinks, dtype=low.dtype, device=low.device).unsqueeze(1)
-    grid = _grid(low * shrink, high * shrink, config)
-    if not config.tier.signed_scales:
-        return grid
-    if config.sym:
-        mirrored = Grid(-grid.scale, grid.zero, grid.low, grid.high)
-        return _concatenate([grid, mirrored])
-    top = grid.high - grid.low
-    shifted = [(grid.zero + shift).clamp(min=0).minimum(top) for shift in (-1, 1)]
-    return _concatenate([grid, *(Grid(grid.scale, zero, -zero, top - zero) for zero in shifted)])
-
-
-def _concatenate(grids: list[Grid]) -> Grid:
-    return Grid(*(torch.cat(fields) for fields in zip(*((g.scale, g.zero, g.low, g.high) for g in grids), strict=True)))
-
-
-def _cost_with_feedback(columns: Tensor, cost: Tensor, spread: Tensor, grids: Grid) -> Tensor:
-    """[candidates, N]: what the column loop would make of the group under each of ``grids``."""
-    total = torch.zeros_like(grids.scale)
-    one_group = torch.zeros(len(columns), dtype=torch.int32, device=columns.device)
-    on_cpu = columns.device.type == "cpu"
-    for part in torch.arange(columns.shape[1]).split(_SEARCH_ROWS if on_cpu else columns.shape[1]):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
-        flat = grids.map(lambda field, rows=rows: field[:, rows].reshape(1, -1))  # type: ignore[misc]
-        errors = columns[:, rows].repeat(1, len(total))  # [g, candidates * rows]
-        round_columns(errors, spread, flat, one_group)
-        if on_cpu:
-            price = torch.zeros_like(errors[0])
-            for error, weight in zip(errors, cost.tolist()):
-                price.addcmul_(error, error, value=weight)
-        else:
-            price = cost @ errors.square_()
-        total[:, rows] = price.view(len(total), -1)
-    return total
-
-
-def _grid(low: Tensor, high: Tensor, config: QuantizeConfig) -> Grid:
-    """Min-max grid over [low, high], rounded to what is stored. A group of zeros gets scale 1."""
-    max_code = (1 << config.bits) - 1
-    scale = (high - low) / max_code
-    info = torch.finfo(_SCALES)
-    smallest = info.smallest_normal * info.eps  # subnormal: coarse, but the codes are fitted to what is stored
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=smallest))
-    scale = scale.to(_SCALES).to(low.dtype)
-    if config.sym:
-        zero = torch.full_like(scale, 1 << (config.bits - 1))
-    else:
-        zero = torch.div(-low, scale).round_().clamp_(0, max_code)
-    return Grid(scale, zero, -zero, max_code - zero)

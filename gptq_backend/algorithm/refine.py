@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..format.weight import QuantizedWeight
 from ..timing import timed
-from .columns import Grid, round_columns
+from .columns import round_columns
+from .grid import Grid
 
 _PANEL = 32  # columns between two products with the whole Hessian
 _NORMAL_BYTES = 1 << 26  # of the normal equations of one slice of output channels
@@ -109,23 +110,21 @@ def refit_scales(quantized: QuantizedWeight, weight: Tensor, hessian: Tensor) ->
     Args: as :func:`descend`.
     """
     dtype, groups = hessian.dtype, quantized.scales.shape[0]
+    # Input channels are sorted by group, so that each group is a slice first:stop of the last dimension, in all of
+    # centred, pull and both dimensions of the Hessian.
     index, by_group = quantized.g_idx.long().sort(stable=True)
-    centred = (quantized.codes.to(dtype) - quantized.zeros.to(dtype)[quantized.g_idx.long()])[by_group]
-    centred = centred.t().contiguous()  # [N, K], channels sorted by group
+    edges = [0, *torch.bincount(index, minlength=groups).cumsum(0).tolist()]
     sorted_hessian = hessian[by_group][:, by_group]
+    centred = (quantized.codes.to(dtype) - quantized.zeros.to(dtype)[quantized.g_idx.long()])[by_group]
+    centred = centred.t().contiguous()  # [N, K], code - zero
+    # b_g = c_g^T H w is the sum over the group's channels of c * (H w): a product with the membership matrix.
     pull = (weight.to(dtype)[:, by_group] @ sorted_hessian).mul_(centred)  # [N, K]
     member = torch.nn.functional.one_hot(index, groups).to(dtype)  # [K, G]
-    edges = [0, *torch.bincount(index, minlength=groups).cumsum(0).tolist()]
-    before = quantized.scales.t().to(dtype)
+    before = quantized.scales.t().to(dtype)  # [N, G]
     after = before.clone()
     for rows in torch.arange(len(centred), device=index.device).split(max(1, _NORMAL_BYTES // (groups**2 * 8))):
-        codes, old = centred[rows], before[rows]
-        right = pull[rows] @ member
-        normal = codes.new_zeros(len(rows), groups, groups)
-        for group, (first, stop) in enumerate(itertools.pairwise(edges)):
-            products = (codes[:, first:stop] @ sorted_hessian[first:stop, first:]).mul_(codes[:, first:])
-            normal[:, group, group:] = products @ member[first:, group:]
-        normal = normal.triu() + normal.triu(1).mT
+        codes, old, right = centred[rows], before[rows], pull[rows] @ member
+        normal = _normal_equations(codes, sorted_hessian, member, edges)
         diagonal = normal.diagonal(dim1=1, dim2=2)
         empty = diagonal == 0
         ridge = torch.where(empty, 1.0, _RIDGE * diagonal.mean(1, keepdim=True))  # towards the old scales
@@ -135,6 +134,25 @@ def refit_scales(quantized: QuantizedWeight, weight: Tensor, hessian: Tensor) ->
         better = _quadratic(normal, right, new) < _quadratic(normal, right, old)
         after[rows] = torch.where(usable & better, new, old)
     return dataclasses.replace(quantized, scales=after.t().contiguous().to(quantized.scales.dtype))
+
+
+def _normal_equations(codes: Tensor, hessian: Tensor, member: Tensor, edges: list[int]) -> Tensor:
+    """A [rows, G, G] of :func:`refit_scales`.
+
+    Args:
+        codes: [rows, K], code - zero, channels sorted by group.
+        hessian: [K, K], likewise.
+        member: [K, G], 1 where a channel belongs to a group.
+        edges: G + 1, where each group begins.
+    """
+    groups = member.shape[1]
+    normal = codes.new_zeros(len(codes), groups, groups)
+    for group, (first, stop) in enumerate(itertools.pairwise(edges)):
+        # Row g of A, from its diagonal on: c_g^T H times c, summed over the channels of each later group. What is left
+        # of the diagonal follows from symmetry.
+        products = (codes[:, first:stop] @ hessian[first:stop, first:]).mul_(codes[:, first:])
+        normal[:, group, group:] = products @ member[first:, group:]
+    return normal.triu() + normal.triu(1).mT
 
 
 def _quadratic(normal: Tensor, right: Tensor, scales: Tensor) -> Tensor:

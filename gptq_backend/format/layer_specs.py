@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ..config import SUPPORTED_BITS, QuantizeConfig
+from ..config import FORMATS, SUPPORTED_BITS, QuantizeConfig
 from ..errors import CheckpointError
 from .headers import Manifest, TensorInfo, read_tensor
 from .stored import StoredSpec, check_groups
@@ -125,8 +125,8 @@ def _resolve(
         bits=bits,
         group_size=_group_size(name, features, groups, g_idx, config),
         groups=groups,
-        zero_offset=1 if config.checkpoint_format == "gptq" else 0,
-        planar=config.checkpoint_format == "gptq_p" and bits == 3,
+        zero_offset=FORMATS[config.checkpoint_format].zero_offset,
+        planar=bits in FORMATS[config.checkpoint_format].planar_bits,
         sym=config.sym,
         act_order=config.desc_act and not config.static_groups,
         has_g_idx=g_idx is not None and g_idx.numel > 0,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..settings import FORMATS
 from . import packing
 from .weight import PackedWeight, QuantizedWeight, WeightSpec
 
@@ -85,8 +86,8 @@ def encode(
     """The tensors of a checkpoint. Returns their spec and qweight, qzeros, scales, g_idx (shapes in docs/format.md)."""
     features, out_features = weight.codes.shape
     bits, groups = weight.bits, weight.scales.shape[0]
-    offset = 1 if checkpoint_format == "gptq" else 0
-    planar = checkpoint_format == "gptq_p" and bits == 3
+    offset, planar_bits = FORMATS[checkpoint_format]
+    planar = bits in planar_bits
     stored_zeros = (weight.zeros.int() - offset) & ((1 << bits) - 1)
     spec = StoredSpec(
         in_features=features,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
 from typing import Any
@@ -32,7 +32,8 @@ def tokenize(
     Args:
         texts: one text or several.
         tokenizer: a transformers tokenizer, or any callable that returns ``{"input_ids": [ids]}``.
-        seqlen: join the texts and :func:`cut` windows of this length; None keeps each text as one sample.
+        seqlen: join the texts and split them into windows of this length (:func:`split_windows`); None keeps each text
+            as one sample.
         samples: keep this many, drawn without replacement with ``seed``, in text order.
 
     Returns:
@@ -54,16 +55,16 @@ def tokenize(
         raise CalibrationError(f"the calibration set is empty: {len(texts)} texts, no tokens; pass some text")
     if seqlen is not None:
         joined = list(itertools.chain.from_iterable(ids))
-        ids = cut(joined, seqlen, tokenizer)
+        ids = split_windows(joined, seqlen, tokenizer)
         if not ids:
             raise CalibrationError(
                 f"the calibration text has {len(joined)} tokens, fewer than one window of seqlen={seqlen}; "
                 "pass more text or a smaller seqlen"
             )
-    return [torch.tensor(sample, dtype=torch.long) for sample in draw(ids, samples, seed) if sample]
+    return [torch.tensor(sample, dtype=torch.long) for sample in sample_windows(ids, samples, seed) if sample]
 
 
-def cut(ids: Sequence[int], seqlen: int, tokenizer: Any) -> list[list[int]]:
+def split_windows(ids: Sequence[int], seqlen: int, tokenizer: Any) -> list[list[int]]:
     """Windows of ``seqlen`` tokens, one after another.
 
     Where the tokenizer began the text with its beginning-of-text token, it begins every window, as it will every
@@ -74,7 +75,7 @@ def cut(ids: Sequence[int], seqlen: int, tokenizer: Any) -> list[list[int]]:
     return [begin + list(ids[i : i + step]) for i in range(len(begin), len(ids) - step + 1, step)]
 
 
-def draw(samples: Sequence[Any], count: int | None, seed: int = 0) -> list[Any]:
+def sample_windows(samples: Sequence[Any], count: int | None, seed: int = 0) -> list[Any]:
     """``count`` of the samples without replacement, in their order; all if there are fewer, or ``count`` is None."""
     if count is not None and count < 1:
         raise CalibrationError(f"samples={count} must be positive, or None for all")
@@ -84,17 +85,17 @@ def draw(samples: Sequence[Any], count: int | None, seed: int = 0) -> list[Any]:
     return [samples[i] for i in chosen.sort().values.tolist()]
 
 
-def set_aside(
+def held_out_windows(
     texts: str | Sequence[str], tokenizer: Callable[..., Any], seqlen: int, samples: int, seed: int, count: int
 ) -> list[Tensor]:
-    """Up to ``count`` windows that :func:`tokenize` with the same arguments does not draw, evenly spread."""
+    """Up to ``count`` windows that :func:`tokenize` with the same arguments does not sample, evenly spread."""
     windows = tokenize(texts, tokenizer, seqlen)
-    drawn = set(draw(range(len(windows)), samples, seed))
+    drawn = set(sample_windows(range(len(windows)), samples, seed))
     rest = [window for i, window in enumerate(windows) if i not in drawn]
     return [rest[i * len(rest) // count] for i in range(count)] if len(rest) > count else rest
 
 
-def require_sequences(samples: Sequence[Any]) -> None:
+def require_sequences(samples: Iterable[Any]) -> None:
     """Raises CalibrationError for a sample that is one number: of a flat sequence of ids, each would be a sample."""
     for index, sample in enumerate(samples):
         ids = sample.get("input_ids") if isinstance(sample, Mapping) else sample
@@ -105,7 +106,7 @@ def require_sequences(samples: Sequence[Any]) -> None:
             )
 
 
-def make_batches(samples: Sequence[Any] | Mapping[str, Any], batch_size: int | None = None) -> list[Batch]:
+def make_batches(samples: Sequence[Any] | Tensor | Mapping[str, Any], batch_size: int | None = None) -> list[Batch]:
     """Group samples of equal length.
 
     Args:

@@ -138,8 +138,8 @@ class _Sketcher:
         try:
             self.placement.bring(self.outside)
             with torch.no_grad(), evaluating(self.model):
-                lockstep.run(tasks, self.enter, ranks.__getitem__)
-            self.leave()
+                lockstep.run(tasks, self.begin_block, ranks.__getitem__)
+            self.finish_block()
         finally:
             for handle in handles:
                 handle.remove()
@@ -161,14 +161,14 @@ class _Sketcher:
 
         return wait
 
-    def enter(self, block: Block) -> None:
-        self.leave()
+    def begin_block(self, block: Block) -> None:
+        self.finish_block()
         if self.on_block is not None:
             self.on_block(block.module)
         self.placement.bring(tensors_of(block.module))
         self.current = block
 
-    def leave(self) -> None:
+    def finish_block(self) -> None:
         if self.current is None:
             return
         self.placement.send_back(tensors_of(self.current.module))
@@ -212,7 +212,7 @@ def select(
         sources: where each of the N samples comes from.
         weights: how much each source counts.
         samples: choose at most this many.
-        held_out: indices of samples that judge and are not chosen; empty: nothing ends the choice early.
+        held_out: indices of samples that validate the choice and are not chosen; empty: nothing ends it early.
         channels: input channels of the layers; None for D.
         tokens: of each sample.
         least: choose at least this many, if ``samples`` and the pool allow it.
@@ -233,7 +233,7 @@ def select(
     total = torch.zeros_like(moments[0])
     chosen: list[int] = []
     curve: list[Point] = []
-    judges = sorted(kept)
+    validation = sorted(kept)
     while True:
         taken = {sources[i] for i in chosen}
         eligible = [i for i in candidates if sources[i] not in taken] or candidates
@@ -242,7 +242,7 @@ def select(
         candidates.remove(chosen[-1])
         total = total + moments[chosen[-1]]
         noise = 2 * moments.shape[-1] / (tokens * len(chosen))
-        curve.append(_point(moments, sources, weights, chosen, judges, noise, scale))
+        curve.append(_point(moments, sources, weights, chosen, validation, noise, scale))
         reason = _reason(curve, samples, len(candidates), least)
         if reason is not None:
             return Selection(tuple(chosen), tuple(curve), reason)
@@ -269,6 +269,7 @@ def _whiten(moments: Tensor, pool: Tensor, target: Tensor) -> tuple[Tensor, Tens
 def _log_error(fitted: Tensor, target: Tensor, share: Tensor) -> Tensor:
     """Predicted log error [C] of fits [C, P, D, D] on targets [S, P, D, D], averaged over sources and blocks."""
     log_det, inverse = _fit(fitted)
+    # c: candidate, p: block, s: source, d and e: dimensions of a sketch
     traces = torch.einsum("cpde,spde->cps", inverse, target) / fitted.shape[-1]
     return (log_det + traces.log() @ share).mean(-1)
 
@@ -285,26 +286,26 @@ def _point(
     sources: Sequence[str],
     weights: Mapping[str, float],
     chosen: list[int],
-    judges: list[int],
+    validation: list[int],
     noise: float,
     scale: float,
 ) -> Point:
-    """Errors of a fit to the chosen samples, on those and on the judges of the same sources.
+    """Errors of a fit to the chosen samples, on those and on the validation samples of the same sources.
 
     ``scale`` multiplies the excess of the latter up to ``noise``, that of a fit to as many independent tokens.
     """
     log_det, inverse = _fit(moments[chosen].mean(0))
 
     def error(members: list[int]) -> float:
-        mean, share = _by_source(moments, sources, weights, members)  # sources weigh the same in chosen and judges
+        mean, share = _by_source(moments, sources, weights, members)  # sources weigh the same in chosen and validation
         traces = torch.einsum("pde,spde,s->p", inverse, mean, share) / inverse.shape[-1]
         return float((log_det.exp() * traces).mean())
 
     training = error(chosen)
-    both = {sources[i] for i in chosen} & {sources[i] for i in judges}
+    both = {sources[i] for i in chosen} & {sources[i] for i in validation}
     if not both:
         return Point(len(chosen), training, math.nan)
-    excess = error([i for i in judges if sources[i] in both]) / error([i for i in chosen if sources[i] in both]) - 1
+    excess = error([i for i in validation if sources[i] in both]) / error([i for i in chosen if sources[i] in both]) - 1
     excess += (scale - 1) * min(excess, noise)
     return Point(len(chosen), training, training * (1 + excess))
 

@@ -16,8 +16,8 @@ from ..format.weight import QuantizedWeight
 from .structure import Block, Target, dense_weight
 
 
-class Stacks:
-    """What is stacked in the current block, and what the next one will learn from it."""
+class JointRounding:
+    """What is rounded together in the current block, and what the next one will learn from it."""
 
     def __init__(self) -> None:
         self._block: dict[str, Target] = {}  # targets by their names inside the block
@@ -25,7 +25,8 @@ class Stacks:
         self._later: dict[str, list[str]] = {}  # in the block before: the first reader of a factor -> the others
         self._ahead: dict[Target, tuple[weakref.ref[LayerFactor], QuantizedWeight]] = {}
 
-    def enter(self, block: Block) -> None:
+    def begin_block(self, block: Block) -> None:
+        """Take together what the block before this one has read together."""
         self._later = {names[0]: names[1:] for _, names in self._readers}
         self._readers.clear()
         self._ahead.clear()

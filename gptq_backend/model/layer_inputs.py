@@ -44,7 +44,7 @@ class LayerInput:
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
+class InputFactor:
     """A factor, its Hessian, and the input tensors (one per batch) that they were made from."""
 
     inputs: list[weakref.ref[Tensor]]
@@ -63,12 +63,12 @@ class Factors:
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
-        self._entries: list[Shared] = []
+        self._entries: list[InputFactor] = []
 
     def clear(self) -> None:
         self._entries.clear()
 
-    def of(self, target: Target, inputs: list[LayerInput]) -> Shared | None:
+    def of(self, target: Target, inputs: list[LayerInput]) -> InputFactor | None:
         """The factor of a layer's input, if an earlier layer read the same tensors the one made for it.
 
         Returns:
@@ -93,7 +93,7 @@ class Factors:
         if not hessian.tokens:
             return None
         factor = prepare_factor(matrix, config, hessian.tokens)
-        shared = Shared([weakref.ref(each.x) for each in inputs], weighted, settings, factor, hessian)
+        shared = InputFactor([weakref.ref(each.x) for each in inputs], weighted, settings, factor, hessian)
         self._entries.append(shared)
         return shared
 

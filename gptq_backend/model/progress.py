@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Progress:
     one of them has ended.
 
     Args:
-        folder: where; made with the first entry. None: nothing is kept.
+        folder: where; made with the first entry. None: nothing is kept, and nothing found.
 
     Raises:
         ConfigError: something else is there.
@@ -54,10 +55,29 @@ class Progress:
                 "move it away"
             )
 
-    def save(self, name: str, digest: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
-        """Keep an entry; ``facts`` are JSON values. Where that fails, a warning says so, and no more are kept."""
+    def digest(self, before: str, facts: Any, tensors: Iterable[Tensor]) -> str:
+        """Of this library's version, JSON values and tensors, and of the digest ``before`` them; "" where nothing is
+        kept.
+        """
+        if self.folder is None:
+            return ""
+        found = hashlib.sha256(json.dumps([__version__, before, facts], default=str).encode())
+        for tensor in tensors:
+            found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def save(self, name: str, digest: str, entry: Callable[[], tuple[Mapping[str, Tensor], Any]]) -> None:
+        """Keep an entry. Where that fails, a warning says so, and no more are kept.
+
+        Args:
+            name: of the entry.
+            digest: of all that it depends on.
+            entry: gives tensors and facts, which are JSON values; not called where nothing is kept.
+        """
         if self.folder is None or not self._writable:
             return
+        tensors, facts = entry()
         path = self._path(name, digest)
         partial = path.with_name(path.name + ".partial")
         held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -117,17 +137,6 @@ class Progress:
         if not self._warned:
             self._warned = True
             logger.warning(text, self.folder)
-
-
-def digest(before: str, facts: Any, tensors: Iterable[Tensor]) -> str:
-    """Of this library's version, JSON values and tensors, and of the digest ``before`` them."""
-    from ..version import __version__
-
-    found = hashlib.sha256(json.dumps([__version__, before, facts], default=str).encode())
-    for tensor in tensors:
-        found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _is_ours(path: Path) -> bool:

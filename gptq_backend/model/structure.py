@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import QuantizeConfig
+from ..config import FORMATS, QuantizeConfig
 from ..errors import ConfigError
 
 # Layers that models do not call: Mamba's code hands the weight of this one to a kernel.
@@ -29,11 +29,13 @@ class Target:
         name: full module name.
         module: an ``nn.Linear`` (or subclass), or a ``Conv1D`` as GPT-2 has it, whose weight is [K, N].
         config: settings after the ``dynamic`` rules.
+        may_be_idle: it is one of several experts, of which a router may choose others for every calibration token.
     """
 
     name: str
     module: nn.Module
     config: QuantizeConfig
+    may_be_idle: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +178,7 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
         ConfigError: no repeated blocks, no layer left to quantize, one that shares its weight with another, or settings
             that no run knows or that do not fit a layer.
     """
-    config.require_run()
+    config.check_quantizer_settings()
     blocks = find_blocks(model, block_name)
     last = len(blocks) - config.keep_edge_blocks
     found = []
@@ -192,7 +194,7 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
         )
     _check_shared(structure)
     for target in structure.targets:
-        target.config.require_run()
+        target.config.check_quantizer_settings()
         _check_format(target, config)
         _check_planar(target)
     return structure
@@ -277,13 +279,9 @@ def _linear_elements(module: nn.Module) -> int:
 
 def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple[Target, ...]:
     wanted = config.modules_in_block_to_quantize
-    routers = {
-        child
-        for module in block.modules()
-        if isinstance(getattr(module, "experts", None), nn.Module)
-        for child in module.children()
-        if is_linear(child)
-    }
+    mixtures = [module for module in block.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
+    routers = {child for module in mixtures for child in module.children() if is_linear(child)}
+    experts = {module for mixture in mixtures for module in mixture.get_submodule("experts").modules()}
     found = []
     for name, module in block.named_modules():
         if not is_linear(module) or module in routers or (wanted is not None and name not in wanted):
@@ -292,7 +290,7 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
             continue
         layer_config = config.for_module(f"{block_name}.{name}")
         if layer_config is not None:
-            found.append(Target(f"{block_name}.{name}", module, layer_config))
+            found.append(Target(f"{block_name}.{name}", module, layer_config, may_be_idle=module in experts))
     return tuple(found)
 
 
@@ -308,9 +306,11 @@ def _check_planar(target: Target) -> None:
     """Raises ConfigError where the planar format cannot hold a layer, before a long run finds out."""
     rows, columns = dense_weight(target.module).shape
     config = target.config
-    if config.checkpoint_format == "gptq_p" and config.bits == 3 and (rows % 32 or columns % 32):
+    planar = config.bits in FORMATS[config.checkpoint_format].planar_bits
+    if planar and (rows % 32 or columns % 32):
         raise ConfigError(
-            f"{target.name} is [{rows}, {columns}], but checkpoint_format='gptq_p' packs 3-bit codes in runs of 32; "
+            f"{target.name} is [{rows}, {columns}], but checkpoint_format={config.checkpoint_format!r} packs "
+            f"{config.bits}-bit codes in runs of 32; "
             "use 'gptq_v2', or skip the layer with a dynamic rule"
         )
 

@@ -1,6 +1,7 @@
 """A whole model quantized, block by block."""
 
-from .quantize import OnLayer, quantize_model
+from .options import Events, RunOptions
+from .quantize import quantize_model
 from .report import LayerReport, QuantizeReport
 
-__all__ = ["LayerReport", "OnLayer", "QuantizeReport", "quantize_model"]
+__all__ = ["Events", "LayerReport", "QuantizeReport", "RunOptions", "quantize_model"]

@@ -7,6 +7,7 @@ original blocks do. So a block also makes up for what those before it lost.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..format.weight import QuantizedWeight
+from ..model.structure import Block
 from ..timing import timed
-from .scales import judges, schedule, trainable
+from .scales import schedule, trainable, validation_batches
 
 _RATE = 2e-3  # largest relative change of a scale in one step
 _FACTOR = 64  # of the loss, by channel: to Adam all are the same, but small gradients vanish in float16
@@ -94,7 +96,7 @@ def train_block(
         CalibrationError: fewer than two examples.
     """
     steps = schedule(len(examples), epochs)
-    held_out = [examples[i] for i in judges(len(examples))]
+    held_out = [examples[i] for i in validation_batches(len(examples))]
     energy = max(sum(example.energy() for example in held_out) / len(held_out), 1e-30)
 
     factor = _FACTOR * examples[0].target.shape[-1]
@@ -117,6 +119,22 @@ def train_block(
         state.keep = after < before
         results = state.results() if state.keep else {}
     return BlockReport(name, before, after, state.keep), results
+
+
+def trainable_vectors(model: nn.Module, block: Block) -> dict[str, nn.Parameter]:
+    """What is trained beside a block's quantized layers, by full names: norm weights and the like, but no bias of a
+    quantized layer, and nothing that blocks share.
+    """
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    linear = {id(parameter) for target in block.targets for parameter in target.module.parameters()}
+    return {
+        name: parameter
+        for name, parameter in block.module.named_parameters(prefix=block.name)
+        if parameter.dim() == 1
+        and parameter.is_floating_point()
+        and uses[id(parameter)] == 1
+        and id(parameter) not in linear
+    }
 
 
 def output_tensor(output: Any) -> Tensor:

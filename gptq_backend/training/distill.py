@@ -7,9 +7,8 @@ The result is the same kind of checkpoint with other numbers in ``scales``.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 
 from ..format.weight import QuantizedWeight
 from ..linear import QuantLinear
-from ..model.calibration import Batch, make_batches
-from ..model.progress import Progress, digest
-from ..model.structure import evaluating, replace_module
-from .scales import Training, judges, schedule, trainable
+from ..model.calibration import Batch
+from ..model.progress import Progress
+from ..model.structure import evaluating
+from .scales import Training, schedule, trainable, validation_batches
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +51,10 @@ class DistillReport:
 def distill(
     model: nn.Module,
     teacher: nn.Module,
-    calibration: Sequence[Any],
+    batches: list[Batch],
     *,
     epochs: int = 1,
     rate: float = 5e-4,
-    batch_size: int | None = None,
     progress: Progress | None = None,
     identity: str = "",
     on_step: Callable[[int, int, float], None] | None = None,
@@ -68,11 +66,9 @@ def distill(
     Args:
         model: holds :class:`QuantLinear` layers; called as ``model(input_ids=..., attention_mask=...)``.
         teacher: the original, called likewise.
-        calibration: token id samples (see :func:`calibration.make_batches`); every eighth batch, or the last
-            of fewer, is held out.
+        batches: of calibration data, a step each; every eighth, or the last of fewer, is held out.
         epochs: passes over the rest.
         rate: largest relative change of a scale in one step; falls to zero along a cosine.
-        batch_size: sequences per step; None aims at about 2048 tokens.
         progress: where an interrupted run finds what it has done; removed by whoever made it.
         identity: digest of all that made both models, for the progress.
         on_step: called with the steps done, the steps in all, and the loss.
@@ -80,8 +76,7 @@ def distill(
     Raises:
         CalibrationError: fewer than two batches.
     """
-    batches = make_batches(calibration, batch_size)
-    held_out, steps = [batches[i] for i in judges(len(batches))], schedule(len(batches), epochs)
+    held_out, steps = [batches[i] for i in validation_batches(len(batches))], schedule(len(batches), epochs)
     progress = progress or Progress(None)
     sources = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     weights = {name: source.quantized_weight() for name, source in sources.items()}
@@ -90,8 +85,7 @@ def distill(
     with _frozen(teacher), trainable(model, weights, vectors) as state:
         before = _mean_loss(model, teacher, held_out)
         optimizer = state.optimizer(rate)
-        if progress.folder is not None:
-            identity = _identity(identity, state, weights, batches, steps, rate)
+        identity = progress.digest(identity, [steps, rate], _seen(state, weights, batches))
         entry = progress.load(_ENTRY, identity)
         earlier = () if entry is None else _restore(state, optimizer, *entry)
 
@@ -99,7 +93,7 @@ def distill(
             if on_step is not None:
                 on_step(done, len(steps), losses[-1])
             if done % _SAVE_EVERY == 0:
-                progress.save(_ENTRY, identity, *_state(state, optimizer, losses))
+                progress.save(_ENTRY, identity, lambda: _state(state, optimizer, losses))
 
         losses = state.run(steps, rate, lambda i: _backward(model, teacher, batches[i]), optimizer, earlier, after_step)
         state.round()
@@ -108,39 +102,16 @@ def distill(
         results = state.results()
     if state.keep:
         for name, source in sources.items():
-            replace_module(model, name, _quantized_linear(results[name], source))
+            source.load_state_dict({"scales": results[name].scales}, strict=False)
     else:
         logger.warning("distillation did not lower the held-out divergence (%.3g -> %.3g); undone", before, after)
     return DistillReport(before, after, tuple(losses), state.keep)
 
 
-def _quantized_linear(weight: QuantizedWeight, source: QuantLinear) -> QuantLinear:
-    """A layer like ``source`` with another weight."""
-    spec = source.stored_spec
-    checkpoint_format = "gptq_p" if spec.planar else "gptq" if spec.zero_offset else "gptq_v2"
-    return QuantLinear.from_weight(
-        weight,
-        source.bias,
-        checkpoint_format,
-        spec.word_dtype,
-        source.name,
-        source.backend,
-        dtype=source.compute_dtype,
-    )
-
-
-def _identity(
-    before: str,
-    state: Training,
-    weights: Mapping[str, QuantizedWeight],
-    batches: list[Batch],
-    steps: list[int],
-    rate: float,
-) -> str:
-    """Of all that the course of a training depends on: what made both models, and what can be seen of the trained."""
-    fields = [(w.codes, w.scales, w.zeros, w.g_idx) for w in weights.values()]
-    data = [tensor for batch in batches for tensor in batch.values()]
-    return digest(before, [steps, rate], [*state.masters, *data, *itertools.chain.from_iterable(fields)])
+def _seen(state: Training, weights: Mapping[str, QuantizedWeight], batches: list[Batch]) -> list[Tensor]:
+    """What the course of a training depends on, as far as it can be seen: the data and all that is trained."""
+    fields = [field for w in weights.values() for field in (w.codes, w.scales, w.zeros, w.g_idx)]
+    return [*state.masters, *(tensor for batch in batches for tensor in batch.values()), *fields]
 
 
 def _state(

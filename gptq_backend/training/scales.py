@@ -16,11 +16,11 @@ from ..errors import CalibrationError
 from ..format.weight import QuantizedWeight
 from ..model.structure import evaluating, replace_module
 
-_HELD_OUT = 8  # one batch in so many judges the result
+_HELD_OUT = 8  # one batch in so many is held out to judge the result
 _LEAST_FACTOR = 0.1  # of a scale; none changes its sign
 
 
-def judges(batches: int) -> list[int]:
+def validation_batches(batches: int) -> list[int]:
     """Which of so many batches are held out: every eighth, or the last of fewer. Spread evenly, because
     :func:`calibration.make_batches` sorts by length.
 
@@ -38,7 +38,7 @@ def judges(batches: int) -> list[int]:
 def schedule(batches: int, epochs: int) -> list[int]:
     """The batches that are not held out, in a random order of each epoch."""
     order = torch.Generator().manual_seed(0)
-    rest = [i for i in range(batches) if i not in judges(batches)]
+    rest = [i for i in range(batches) if i not in validation_batches(batches)]
     return [rest[int(i)] for _ in range(epochs) for i in torch.randperm(len(rest), generator=order)]
 
 

@@ -5,17 +5,15 @@ Commands import what they work with when they run: torch and transformers take s
 
 from __future__ import annotations
 
-import importlib.util
-import runpy
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import bench_commands as bench
 from .group import CommandGroup
-from .options import Device, Json, TrustRemoteCode
+from .options import Device, Json, TrustRemoteCode, names_in_core, with_settings
 
 app = typer.Typer(
     name="gptq-backend",
@@ -29,11 +27,7 @@ app.add_typer(bench.app, name="bench")
 def _show_version(asked: bool) -> None:
     if not asked:
         return
-    package = importlib.util.find_spec("gptq_backend")  # not imported, which would import torch
-    assert package is not None
-    assert package.origin is not None
-    version = runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"]
-    typer.echo(f"gptq-backend {version}")
+    typer.echo(f"gptq-backend {names_in_core('version.py')['__version__']}")
     raise typer.Exit
 
 
@@ -46,22 +40,6 @@ def _common(
     """Make, measure and examine GPTQ checkpoints."""
 
 
-class Format(str, Enum):
-    """``checkpoint_format``."""
-
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-    gptq_p = "gptq_p"
-
-
-class Quality(str, Enum):
-    """``quality``."""
-
-    fast = "fast"
-    default = "default"
-    best = "best"
-
-
 class Dtype(str, Enum):
     """What a model computes in."""
 
@@ -72,6 +50,7 @@ class Dtype(str, Enum):
 
 
 @app.command()
+@with_settings
 def quantize(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub name of the original model.", show_default=False)
@@ -79,53 +58,7 @@ def quantize(
     out: Annotated[
         str, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)
     ],
-    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with a free zero.")] = True,
-    desc_act: Annotated[bool, typer.Option("--desc-act", help="Act-order: a real g_idx in the checkpoint.")] = False,
-    static_groups: Annotated[bool, typer.Option("--static-groups", help="Fit grids before the column loop.")] = False,
-    act_group_aware: Annotated[
-        bool | None,
-        typer.Option(help="Act-order that keeps g_idx trivial. Default: unless --desc-act or --static-groups."),
-    ] = None,
-    damp_percent: Annotated[
-        float, typer.Option(help="Damping, as a share of the median of the Hessian's diagonal.")
-    ] = 0.15,
-    true_sequential: Annotated[bool, typer.Option(help="Layers see inputs from quantized layers.")] = True,
-    quality: Annotated[Quality, typer.Option(help="How much work to put into accuracy.")] = Quality.default,
-    token_weights: Annotated[
-        bool, typer.Option(help="Before attention, count each token by what an error there changes.")
-    ] = True,
-    scale_search: Annotated[bool, typer.Option(help="Search scales for the least error instead of min-max.")] = True,
-    signed_scales: Annotated[
-        bool | None,
-        typer.Option(help="Allow negative scales; off for readers that insist on positive ones.", show_default=False),
-    ] = None,
-    search_finalists: Annotated[
-        int | None,
-        typer.Option(min=1, help="Candidate scales to try with error feedback. Default: by quality."),
-    ] = None,
-    refine_sweeps: Annotated[
-        int | None,
-        typer.Option(min=0, help="Refinements of scales and codes after the loop. Default: by quality."),
-    ] = None,
-    block_epochs: Annotated[
-        int | None,
-        typer.Option(min=0, help="Passes of training each block's scales and norms. Default: by quality."),
-    ] = None,
-    distill_epochs: Annotated[
-        int | None,
-        typer.Option(min=0, help="Passes of training those of the whole model at the end. Default: by quality."),
-    ] = None,
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embedding.")] = False,
-    keep_edge_blocks: Annotated[int, typer.Option(help="Leave so many first and last blocks in 16 bits.")] = 0,
-    dynamic: Annotated[
-        str | None,
-        typer.Option(metavar="JSON", help="Per-module rules: {regex: overrides}; '-:regex' skips."),
-    ] = None,
-    checkpoint_format: Annotated[
-        Format, typer.Option("--format", help="How zeros and codes are stored.")
-    ] = Format.gptq,
+    settings: dict[str, Any],
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -155,41 +88,7 @@ def quantize(
     json_target: Json = None,
 ) -> None:
     """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
-    if not out:  # an unset variable of the shell; Path("") would be the current folder
-        raise typer.BadParameter("OUT is empty; name the folder to write")
-    if (calibration is None) != rtn:
-        raise typer.BadParameter(
-            "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read), --calibration "
-            "auto (GPTQ on text that it chooses) or --rtn (round to nearest, no text needed, less accurate)"
-        )
-    if text is not None and calibration != "auto":
-        raise typer.BadParameter("--text goes with --calibration auto; for that text alone, pass --calibration FILE")
-    if rtn and (quality is Quality.best or block_epochs or distill_epochs):
-        raise typer.BadParameter(
-            "--quality best, --block-epochs and --distill-epochs train on calibration text, and --rtn has none; pass "
-            "--calibration FILE instead of --rtn, or leave them out"
-        )
-    settings = {
-        "bits": bits,
-        "group_size": group_size,
-        "sym": sym,
-        "desc_act": desc_act,
-        "static_groups": static_groups,
-        "act_group_aware": act_group_aware,
-        "damp_percent": damp_percent,
-        "true_sequential": true_sequential,
-        "quality": quality.value,
-        "token_weights": token_weights,
-        "scale_search": scale_search,
-        "signed_scales": signed_scales,
-        "search_finalists": search_finalists,
-        "refine_sweeps": refine_sweeps,
-        "block_epochs": block_epochs,
-        "distill_epochs": distill_epochs,
-        "lm_head": lm_head,
-        "keep_edge_blocks": keep_edge_blocks,
-        "checkpoint_format": checkpoint_format.value,
-    }
+    _check_usage(out, settings, calibration, text, rtn)
     from .quantize_command import Source, run
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
@@ -197,7 +96,6 @@ def quantize(
         model,
         Path(out),
         settings,
-        dynamic,
         source,
         batch_size=batch_size,
         block_name=block_name,
@@ -207,6 +105,24 @@ def quantize(
         overwrite=overwrite,
         json_target=json_target,
     )
+
+
+def _check_usage(out: str, settings: dict[str, Any], calibration: str | None, text: Path | None, rtn: bool) -> None:
+    """Raises BadParameter for options of ``quantize`` that do not go together."""
+    if not out:  # an unset variable of the shell; Path("") would be the current folder
+        raise typer.BadParameter("OUT is empty; name the folder to write")
+    if (calibration is None) != rtn:
+        raise typer.BadParameter(
+            "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read), --calibration "
+            "auto (GPTQ on text that it chooses) or --rtn (round to nearest, no text needed, less accurate)"
+        )
+    if text is not None and calibration != "auto":
+        raise typer.BadParameter("--text goes with --calibration auto; for that text alone, pass --calibration FILE")
+    if rtn and (settings["quality"] == "best" or settings["block_epochs"] or settings["distill_epochs"]):
+        raise typer.BadParameter(
+            "--quality best, --block-epochs and --distill-epochs train on calibration text, and --rtn has none; pass "
+            "--calibration FILE instead of --rtn, or leave them out"
+        )
 
 
 @app.command("eval")

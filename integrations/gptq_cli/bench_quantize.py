@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from gptq_backend import GPTQError, QuantizeConfig, quantize_model
+from gptq_backend import Events, GPTQError, QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.bench import DTYPES
 from gptq_backend.locks import scratch_folder
 from gptq_backend.timing import Recorder, record
@@ -59,10 +59,25 @@ class _Laps:
     recorder: Recorder
     laps: list[dict[str, float]] = field(default_factory=list)
 
-    def cut(self, *_: Any) -> None:
+    def cut(self) -> None:
         self.recorder.switch()
         self.laps.append(dict(self.recorder.seconds))
         self.recorder.seconds.clear()
+
+
+@dataclass
+class _Timed(Events):
+    """A lap for each block, and its file."""
+
+    laps: _Laps
+    writer: BlockWriter
+
+    def block_needed(self, name: str, block: nn.Module) -> None:
+        self.laps.cut()
+
+    def block_done(self, name: str, block: nn.Module) -> None:
+        self.writer.add(name, block)
+        self.writer.shards.flush()
 
 
 def run(
@@ -91,11 +106,8 @@ def run(
         laps, writer = _Laps(recorder), BlockWriter.of(model, Path(folder))
         assert writer is not None
 
-        def write(name: str, block: nn.Module) -> None:
-            writer.add(name, block)
-            writer.shards.flush()
-
-        quantize_model(model, config, list(tokens), device=device, on_block=laps.cut, on_done=write)
+        events = _Timed(laps, writer)
+        quantize_model(model, config, tokens, options=RunOptions(device=device), events=events)
         laps.cut()
     before, first, *later = [sum(lap.values()) for lap in laps.laps]
     peak, reserved = _peak(device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import GPTQError
-from gptq_backend.model import cut
+from gptq_backend.model import split_windows
 
 from .models import model_limits
 
@@ -73,7 +73,7 @@ def cut_windows(text: str, tokenizer: Callable[..., Any], seqlen: int, windows: 
     if seqlen < 2 or windows < 1:
         raise GPTQError(f"seqlen={seqlen} and windows={windows} give nothing to predict; use seqlen >= 2, windows >= 1")
     ids = list(tokenizer(text)["input_ids"])
-    found = cut(ids, seqlen, tokenizer)[:windows]
+    found = split_windows(ids, seqlen, tokenizer)[:windows]
     if not found:
         raise GPTQError(
             f"the evaluation text has {len(ids)} tokens, fewer than one window of seqlen={seqlen}; "

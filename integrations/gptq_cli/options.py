@@ -1,8 +1,16 @@
-"""Options that several commands have."""
+"""Options that several commands have, and those that set the fields of ``QuantizeConfig``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import runpy
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -15,3 +23,69 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Never done unasked.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")]
+
+_MAKE_ENUM: Any = Enum  # called with names that type checkers cannot know
+
+
+def names_in_core(file: str) -> dict[str, Any]:
+    """What a file of gptq_backend defines; the package is not imported, which would import torch."""
+    package = importlib.util.find_spec("gptq_backend")
+    assert package is not None
+    assert package.origin is not None
+    return runpy.run_path(str(Path(package.origin).with_name(file)))
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter ``settings`` of a command by an option for each field of ``QuantizeConfig``."""
+    options = _setting_options()
+    signature = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        given = {option.name: values.pop(option.name) for option in options}
+        command(settings={key: getattr(value, "value", value) for key, value in given.items()}, **values)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += options if parameter.name == "settings" else [parameter]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _setting_options() -> list[inspect.Parameter]:
+    core = names_in_core("settings.py")
+    found = []
+    for item in dataclasses.fields(core["Settings"]):
+        setting, default = item.metadata["setting"], item.default
+        if setting.option is None:
+            continue
+        kind: Any = {"int": int, "float": float, "bool": bool}.get(item.type.removesuffix(" | None"), str)
+        if isinstance(default, str):
+            kind = _MAKE_ENUM(item.name, {choice: choice for choice in setting.choices}, type=str)
+            default = kind(default)
+        option = typer.Option(
+            *([setting.option] if setting.option else []),
+            help=f"{setting.help[0].upper()}{setting.help[1:]}.",
+            min=setting.least,
+            metavar=setting.metavar,
+            show_default=by_quality(item.name, core["QUALITIES"]) or True,
+        )
+        found.append(
+            inspect.Parameter(
+                item.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=default,
+                annotation=Annotated[Optional[kind] if default is None else kind, option],  # noqa: UP045
+            )
+        )
+    return found
+
+
+def by_quality(name: str, qualities: dict[str, Any]) -> str | None:
+    """``fast: 1, default: 4, best: 8`` for a setting that ``quality`` fills in."""
+    if not hasattr(qualities["default"], name):
+        return None
+    shown = {True: "on", False: "off"}
+    values = {key: getattr(preset, name) for key, preset in qualities.items()}
+    return ", ".join(f"{key}: {shown[v] if isinstance(v, bool) else v}" for key, v in values.items())

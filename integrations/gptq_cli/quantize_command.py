@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from gptq_backend import GPTQError, QuantizeConfig
-from gptq_backend.model import set_aside
+from gptq_backend import GPTQError, QuantizeConfig, QuantizeReport
+from gptq_backend.model import held_out_windows
 from gptq_backend.output import check_spared
 from gptq_transformers.calibration_input import load_tokenizer
 from gptq_transformers.memory import bytes_of, free_bytes
@@ -45,12 +45,26 @@ class Source:
     text: Path | None
     window: Mapping[str, Any]
 
+    def read(self) -> tuple[str | list[str] | None, str | list[str] | None]:
+        """What to calibrate on ("auto" stays), and what the model will read."""
+        texts: str | list[str] | None = self.calibration
+        if self.calibration not in (None, "auto"):
+            texts = terminal.read_calibration(Path(self.calibration))
+        return texts, None if self.text is None else terminal.read_calibration(self.text)
+
+    def describe(self, result: QuantizeReport, choice: Any) -> dict[str, Any] | None:
+        """What was calibrated on, for the report; ``choice`` is that of "auto"."""
+        if self.calibration is None:
+            return None
+        tokens = max((layer.tokens for layer in result.layers), default=0)
+        used = {"file": str(self.text or self.calibration), **self.window, "tokens": tokens}
+        return used if choice is None else {**used, "choice": choice.report()}
+
 
 def run(
     model: str,
     out: Path,
     settings: Mapping[str, Any],
-    rules: str | None,
     source: Source,
     *,
     batch_size: int | None,
@@ -64,13 +78,12 @@ def run(
     """Quantize, write the reports, compare and print; the arguments are the command's options.
 
     Args:
-        settings: of ``QuantizeConfig``, but ``dynamic``.
-        rules: that, as JSON.
+        settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
 
     Raises:
         GPTQError: something cannot be used; the message says what to do.
     """
-    config = QuantizeConfig(**settings, dynamic=_parse_rules(rules))
+    config = QuantizeConfig(**{**settings, "dynamic": _parse_rules(settings["dynamic"])})
     console, _ = terminal.start(json_target, ignore="gptq_backend.kernels.table")  # the layers only get packed here
     models.require_model(model)
     models.require_device(device)
@@ -78,18 +91,15 @@ def run(
         if file not in (None, "auto"):
             check_spared(out, file, "the text")
     here = out.resolve() if out.is_dir() and out.samefile(".") else None
-    calibration, window = source.calibration, source.window
-    texts: str | list[str] | None = calibration
-    if calibration not in (None, "auto"):
-        texts = terminal.read_calibration(Path(calibration))
-    own = None if source.text is None else terminal.read_calibration(source.text)
+    texts, own = source.read()
 
     def unseen() -> list[Any]:
         if (choice := progress.choice) is not None:
             return list(choice.held_out[:kld_windows])
-        return set_aside(texts or "", load_tokenizer(out, True, trust_remote_code), **window, count=kld_windows)
+        tokenizer = load_tokenizer(out, True, trust_remote_code)
+        return held_out_windows(texts or "", tokenizer, **source.window, count=kld_windows)
 
-    first = "choosing calibration text" if calibration == "auto" else "loading the model"
+    first = "choosing calibration text" if source.calibration == "auto" else "loading the model"
     with terminal.LayerProgress(console, first) as progress:
         result = quantize(  # without the model, whose memory the comparison needs
             model,
@@ -97,28 +107,20 @@ def run(
             texts,
             text=own,
             output=out,
-            **window,
+            **source.window,
             batch_size=batch_size,
             block_name=block_name,
             overwrite=overwrite,
-            on_layer=progress.on_layer,
-            on_step=progress.on_step,
-            on_choice=progress.on_choice,
+            events=progress,
             device=device,
             trust_remote_code=trust_remote_code,
         )[1]
     if here is not None:  # the folder that this process stood in was replaced; relative paths mean the same again
         os.chdir(here)
-    used = None
-    if calibration is not None:
-        tokens = max((layer.tokens for layer in result.layers), default=0)
-        used = {"file": str(source.text or calibration), **window, "tokens": tokens}
-        if progress.choice is not None:
-            used["choice"] = progress.choice.report()
-    report = make_report(result, model, out, used)
+    report = make_report(result, model, out, source.describe(result, progress.choice))
     with _reporting(out):
         _, page = write_reports(report, out)  # before the comparison, which can fail
-    if calibration is not None and kld_windows:
+    if source.calibration is not None and kld_windows:
         report["evaluation"] = _compare(out, model, unseen, device, trust_remote_code)
     with _reporting(out):
         write_reports(report, out)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from safetensors import SafetensorError
 
-from gptq_backend import CalibrationError, GPTQError, LayerReport
+from gptq_backend import CalibrationError, Events, GPTQError, LayerReport
 from gptq_backend.locks import write_text
 from gptq_transformers.errors import first_line, is_out_of_memory
 
@@ -200,12 +200,11 @@ def read_calibration(path: Path) -> list[str]:
     return texts
 
 
-class LayerProgress:
+class LayerProgress(Events):
     """A progress bar over modules, then over the steps of a distillation: name, error and time left; on anything but a
     terminal, a line per tenth.
 
-    Use as a context manager and pass :meth:`on_layer`, :meth:`on_step` and :meth:`on_choice` to ``quantize``. ``first``
-    is what comes before the first layer.
+    Use as a context manager. ``first`` is what comes before the first layer.
     """
 
     def __init__(self, console: Console, first: str = "loading the model") -> None:
@@ -235,22 +234,22 @@ class LayerProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def on_choice(self, choice: Any) -> None:
+    def calibration_chosen(self, choice: Any) -> None:
         """Show what ``calibration="auto"`` chose, and keep it in ``choice``."""
         self.choice = choice
         self._console.print(f"calibration: {choice.summary()}", soft_wrap=True)
 
-    def on_layer(self, layer: LayerReport, done: int, total: int) -> None:
+    def layer_done(self, layer: LayerReport, done: int, total: int) -> None:
         """Show one finished layer."""
         self._show(layer.name, f"error {percent(layer.relative_loss)}", done, total)
 
-    def on_step(self, done: int, total: int, divergence: float) -> None:
+    def training_step(self, done: int, total: int, loss: float) -> None:
         """Show one step of the distillation."""
         if not self._distilling:
             self._distilling = True
             self._begun = time.perf_counter(), done - 1  # the first steps may be of an earlier run
             self._bar.reset(self._task, total=total, completed=done - 1)
-        self._show("distillation", f"divergence {significant(divergence)}", done, total)
+        self._show("distillation", f"divergence {significant(loss)}", done, total)
 
     def _show(self, name: str, result: str, done: int, total: int) -> None:
         self._bar.update(self._task, description=name, completed=done, total=total, result=result)

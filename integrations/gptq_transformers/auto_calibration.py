@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -18,9 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from gptq_backend import CalibrationError
+from gptq_backend import CalibrationError, RunOptions
 from gptq_backend.locks import scratch_folder
-from gptq_backend.model import Selection, check_fits, cut, draw, evaluating, make_batches, select, sketch, tokenize
+from gptq_backend.model import (
+    Selection,
+    check_fits,
+    evaluating,
+    make_batches,
+    sample_windows,
+    select,
+    sketch,
+    split_windows,
+    tokenize,
+)
 
 from .errors import first_line
 from .memory import bytes_of, free_bytes
@@ -32,9 +42,9 @@ AUTO = "auto"
 USER, MODEL = "your text", "the model"  # names of sources, beside those of the packaged files
 _POOL = 3  # windows in the pool for each that may be chosen
 _LEAST = 8  # windows of each source in the pool, however few may be chosen
-_HELD_OUT = 4  # one window of so many judges and is not chosen
-_SAMPLED = 8  # windows of the model's own text, each token of which takes a step of the model
-_RUN = 128  # tokens sampled in one go; several runs make a window
+_HELD_OUT = 4  # one window of so many validates the choice and is not chosen
+_GENERATED = 8  # windows of the model's own text, each token of which takes a step of the model
+_RUN = 128  # tokens generated in one go; several runs make a window
 _AT_ONCE = 32  # runs; every token of each is in memory, with its keys and values
 _USER_SHARE = 0.5  # of the weight: the user knows best what the model will read
 
@@ -45,7 +55,7 @@ class Choice:
 
     Args:
         samples: int64 [n, T], to calibrate on.
-        held_out: int64 [m, T], the windows that judged the choice, a round of all sources at a time.
+        held_out: int64 [m, T], the windows that validated the choice, a round of all sources at a time.
         sources: per source its windows in the ``pool``, those ``chosen``, and its ``weight``.
         left_out: sources that gave nothing, and why.
         selection: order of choice, curve and reason.
@@ -76,60 +86,58 @@ class Choice:
 def choose(
     model_or_path: PreTrainedModel | str | Path,
     tokenizer: Any,
-    text: str | Sequence[str] | None = None,
+    text: str | Iterable[str] | None = None,
+    options: RunOptions | None = None,
     *,
-    samples: int = 64,
-    seqlen: int = 512,
+    samples: int | None = None,
+    seqlen: int | None = None,
     seed: int = 0,
-    device: torch.device | str | None = None,
-    block_name: str | None = None,
     trust_remote_code: bool = False,
 ) -> Choice:
     """Choose windows of text to calibrate on.
 
     The pool has about three times ``samples`` windows, as many from each source: each of the files in
-    ``calibration_text``, and what the model itself says (if the model fits into half of the free memory as a whole).
+    ``calibration_text``, and what the model itself generates (if it fits into half of the free memory as a whole).
     ``text`` gives as many, and weighs as much, as all others together.
 
     Args:
         model_or_path: a loaded model, or a folder or name.
         tokenizer: of the model.
         text: what the model will read, if there is some.
-        samples: choose at most this many windows.
-        seqlen: tokens per window.
-        seed: of the draw, the model's text and the sketch; the same seed gives the same choice.
-        device: where to compute; None: where the weights are.
-        block_name: name of the list of blocks, where :func:`structure.find_blocks` would choose another.
+        options: where to compute (by default where the weights are), and the list of blocks.
+        samples: choose at most this many windows; by default 64.
+        seqlen: tokens per window; by default 512.
+        seed: of the sample_windows, the model's text and the sketch; the same seed gives the same choice.
         trust_remote_code: let code that comes with the model run.
 
     Raises:
         CalibrationError: ``text`` is shorter than two windows, or all sources are. ConfigError: quantized already.
     """
+    options = options or RunOptions()
+    samples, seqlen = 64 if samples is None else samples, 512 if seqlen is None else seqlen
     if samples < 1 or seqlen < 1:
         raise CalibrationError(f"seqlen={seqlen} and samples={samples} must be positive")
-    packaged = packaged_texts()
     share = 0.0 if text is None else _USER_SHARE
-    size = max(_LEAST, math.ceil(_POOL * samples * (1 - share) / (len(packaged) + 1)))
-    pool: dict[str, Tensor] = {}
-    left_out: dict[str, str] = {}
+    size = max(_LEAST, math.ceil(_POOL * samples * (1 - share) / (len(packaged_texts()) + 1)))
+    pool, left_out = _packaged_pool(tokenizer, seqlen, size, seed)
     if text is not None:
-        pool[USER] = _windows(text, tokenizer, seqlen, max(_LEAST, math.ceil(_POOL * samples * share)), seed)
-        if len(pool[USER]) < 2:
+        own = text if isinstance(text, str) else list(text)
+        windows = _windows(own, tokenizer, seqlen, max(_LEAST, math.ceil(_POOL * samples * share)), seed)
+        if len(windows) < 2:
             raise CalibrationError(
                 f"calibration='auto' needs at least two windows of seqlen={seqlen} tokens from your text, but it has "
-                f"{len(pool[USER])}; pass more text, a smaller seqlen, or no text"
+                f"{len(windows)}; pass more text, a smaller seqlen, or no text"
             )
-    for name, content in packaged.items():
-        windows = _windows(content, tokenizer, seqlen, size, seed)
-        if len(windows) < 2:
-            left_out[name] = f"shorter than two windows of {seqlen} tokens"
-        else:
-            pool[name] = windows
-    with _opened(model_or_path, device, block_name, trust_remote_code) as original:
+        pool = {USER: windows, **pool}
+    with _opened(model_or_path, options, trust_remote_code) as original:
         if pool:  # before it generates text
             check_fits(original.model, make_batches(list(pool.values())))
-        spoken = original.silent or _sampled(original.model, tokenizer, min(size, _SAMPLED), seqlen, seed)
-        (left_out if isinstance(spoken, str) else pool)[MODEL] = spoken  # type: ignore[assignment]
+        try:
+            if original.cannot_generate is not None:
+                raise CalibrationError(original.cannot_generate)
+            pool[MODEL] = _generated(original.model, tokenizer, min(size, _GENERATED), seqlen, seed)
+        except CalibrationError as error:
+            left_out[MODEL] = str(error)
         for name, reason in left_out.items():
             logger.warning("calibration='auto' goes without text of %s: %s", name, reason)
         if not pool:
@@ -137,25 +145,49 @@ def choose(
                 f"the calibration pool is empty: no source has two windows of seqlen={seqlen} tokens; pass text of "
                 "your own or a smaller seqlen"
             )
-        ids = torch.cat(list(pool.values()))
         moments = sketch(
             original.model,
-            ids,
+            torch.cat(list(pool.values())),
             seed=seed,
-            block_name=block_name,
+            block_name=options.block_name,
             on_block=original.on_block,
             on_done=original.on_done,
-            device=device,
+            device=options.device,
         )
         channels = getattr(original.model.config.get_text_config(), "hidden_size", None)
+    choice = _selected(pool, left_out, moments, channels, samples)
+    logger.info("calibration='auto' uses %s", choice.summary())
+    return choice
+
+
+def _packaged_pool(tokenizer: Any, seqlen: int, count: int, seed: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Up to ``count`` windows of each packaged text, and the texts that are too short, with that reason."""
+    pool: dict[str, Tensor] = {}
+    left_out: dict[str, str] = {}
+    for name, content in packaged_texts().items():
+        windows = _windows(content, tokenizer, seqlen, count, seed)
+        if len(windows) < 2:
+            left_out[name] = f"shorter than two windows of {seqlen} tokens"
+        else:
+            pool[name] = windows
+    return pool, left_out
+
+
+def _selected(
+    pool: dict[str, Tensor], left_out: dict[str, str], moments: Tensor, channels: int | None, samples: int
+) -> Choice:
+    """Choose from the pool by its sketches, in which the user's text weighs as much as all others together."""
+    ids = torch.cat(list(pool.values()))
     names = [name for name, windows in pool.items() for _ in windows]
-    judges = _judges(pool)
     others = [name for name in pool if name != USER]
-    weights = {name: (1 - share) / len(others) for name in others}
+    weights = {name: (1 - _USER_SHARE * (USER in pool)) / len(others) for name in others}
     if USER in pool:
-        weights[USER] = share if others else 1.0
+        weights[USER] = _USER_SHARE if others else 1.0
+    held_out, seqlen = _held_out(pool), ids.shape[1]
     least = max(len(pool), math.ceil((channels or 0) / seqlen))  # no source forgotten, no fewer tokens than channels
-    selection = select(moments, names, weights, samples, held_out=judges, channels=channels, tokens=seqlen, least=least)
+    selection = select(
+        moments, names, weights, samples, held_out=held_out, channels=channels, tokens=seqlen, least=least
+    )
     sources = {
         name: {
             "pool": len(windows),
@@ -164,7 +196,7 @@ def choose(
         }
         for name, windows in pool.items()
     }
-    return Choice(ids[sorted(selection.chosen)], ids[judges], sources, left_out, selection)
+    return Choice(ids[sorted(selection.chosen)], ids[held_out], sources, left_out, selection)
 
 
 def packaged_texts() -> dict[str, str]:
@@ -177,12 +209,12 @@ def packaged_texts() -> dict[str, str]:
 def _windows(text: str | Sequence[str], tokenizer: Any, seqlen: int, count: int, seed: int) -> Tensor:
     """Up to ``count`` windows of the text, drawn with ``seed``: int64 [n, seqlen]; n may be 0."""
     joined = torch.cat(tokenize(text, tokenizer))
-    found = cut(joined.tolist(), seqlen, tokenizer)
+    found = split_windows(joined.tolist(), seqlen, tokenizer)
     windows = torch.tensor(found, dtype=torch.long).view(len(found), seqlen)
-    return windows[draw(range(len(windows)), count, seed)]
+    return windows[sample_windows(range(len(windows)), count, seed)]
 
 
-def _judges(pool: dict[str, Tensor]) -> list[int]:
+def _held_out(pool: dict[str, Tensor]) -> list[int]:
     """Indices of the windows held out of each source, one of each in turn."""
     rounds: list[tuple[int, int]] = []
     first = 0
@@ -195,10 +227,10 @@ def _judges(pool: dict[str, Tensor]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Original:
-    """A model to sketch, and why it cannot be sampled from, if so."""
+    """A model to sketch, and why it cannot generate text, if so."""
 
     model: PreTrainedModel
-    silent: str | None = None
+    cannot_generate: str | None = None
     on_block: Callable[[nn.Module], None] | None = None
     on_done: Callable[[nn.Module], Any] | None = None
 
@@ -206,8 +238,7 @@ class _Original:
 @contextmanager
 def _opened(
     model_or_path: PreTrainedModel | str | Path,
-    device: torch.device | str | None,
-    block_name: str | None,
+    options: RunOptions,
     trust_remote_code: bool,
 ) -> Iterator[_Original]:
     """A loaded model as it is, a small one loaded as a whole, and of a large one a block at a time."""
@@ -216,31 +247,35 @@ def _opened(
         yield _Original(model_or_path, "it is offloaded, and every token would read all of it" if offloaded else None)
         return
     model = skeleton(model_or_path, trust_remote_code)
-    where = torch.device(device or "cpu")
+    where = torch.device(options.device or "cpu")
     dtype = torch.float32 if where.type == "cpu" else model.dtype  # CPUs compute 16 bits slowly
     needed, free = bytes_of(model, dtype), free_bytes(where)
     if needed <= free / 2:
         yield _Original(load_whole(model_or_path, dtype, trust_remote_code).to(where))
         return
-    silent = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
+    reason = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with scratch_folder("offload") as scratch:
-        model = load_streamed(model_or_path, scratch, None, block_name, trust_remote_code)
-        yield _Original(model, silent, detach_offloading(model, block_name), lambda block: block.to("meta"))
+        model = load_streamed(model_or_path, scratch, None, options.block_name, trust_remote_code)
+        yield _Original(model, reason, detach_offloading(model, options.block_name), lambda block: block.to("meta"))
 
 
-def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor | str:
-    """``count`` windows of what the model says, int64 [count, seqlen], or why there are none.
+def _generated(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor:
+    """``count`` windows of text that the model generates, int64 [count, seqlen].
 
     Runs start in turn from the beginning-of-text token, if there is one, and from a random token; all from the former
     where the tokenizer begins every text with it.
+
+    Raises:
+        CalibrationError: the model cannot generate, with the reason alone.
     """
     if not model.can_generate():
-        return f"{type(model).__name__} cannot generate"
+        raise CalibrationError(f"{type(model).__name__} cannot generate")
     if seqlen < 2:
-        return "windows of one token leave nothing to generate"
+        raise CalibrationError("windows of one token leave nothing to generate")
     length = min(seqlen, _RUN)
     runs = math.ceil(seqlen / length)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
     if hasattr(tokenizer, "__len__"):
         vocabulary = min(vocabulary, len(tokenizer))  # embeddings may be padded
     words = sorted(set(range(vocabulary)) - set(getattr(tokenizer, "all_special_ids", ())))
@@ -253,17 +288,17 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, se
         do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0,
         eos_token_id=getattr(model.generation_config, "eos_token_id", None),
     )  # fmt: skip
-    starts = starts.to(model.get_input_embeddings().weight.device)
+    starts = starts.to(embeddings.weight.device)
     before, model.generation_config = model.generation_config, settings  # of its own settings, generate() adds some
     try:
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
             torch.manual_seed(seed)
-            spoken = [
+            parts = [
                 model.generate(each, attention_mask=torch.ones_like(each), generation_config=settings).cpu()
                 for each in starts.split(_AT_ONCE)
             ]
-            return torch.cat(spoken).view(count, runs * length)[:, :seqlen]
+            return torch.cat(parts).view(count, runs * length)[:, :seqlen]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of the model's own code
-        return f"it cannot be sampled from ({first_line(error)})"
+        raise CalibrationError(f"it cannot be sampled from ({first_line(error)})") from error
     finally:
         model.generation_config = before

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from gptq_backend.errors import CalibrationError
-from gptq_backend.model import draw, require_sequences, tokenize
+from gptq_backend.model import require_sequences, sample_windows, tokenize
 
 from .auto_calibration import AUTO
 from .errors import first_line
@@ -62,7 +62,7 @@ def token_ids(calibration: Any, tokenizer: Any, seqlen: int | None, samples: int
         return tokenize(calibration, tokenizer, seqlen, samples, seed)
     if seqlen is not None:
         raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
-    return draw(calibration, samples, seed)
+    return sample_windows(calibration, samples, seed)
 
 
 def load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool = False) -> Any:

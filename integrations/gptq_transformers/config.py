@@ -122,7 +122,7 @@ class GPTQConfig(StockGPTQConfig):
                 f"dataset={self.dataset!r} is not a known data set; choose one of {tuple(DATASETS)}, or pass "
                 "dataset=[texts] of your own"
             )
-        self.to_quantize_config().require_run()
+        self.to_quantize_config().check_quantizer_settings()
 
     def forget_run(self) -> None:
         """Drop what only the quantizing, now done, had a use for."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from gptq_backend import CalibrationError, ConfigError, quantize_model
+from gptq_backend import CalibrationError, ConfigError, Events, LayerReport, RunOptions, quantize_model
 from gptq_backend.model import tokenize
 
 from .calibration_input import given, is_text, load_tokenizer
@@ -43,30 +43,29 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
     with keeping_hooks(model):
         experts.unfuse_experts(model)
     settings = config.to_quantize_config()
-    bar = transformers_logging.tqdm(desc="Quantizing", unit="layer")
-
-    def show(layer: Any, done: int, total: int) -> None:
-        bar.total = total
-        bar.set_postfix_str(f"{layer.name} error {layer.relative_loss:.2e}", refresh=False)
-        bar.update(1)
-
-    try:
-        with keeping_hooks(model):
-            report = quantize_model(
-                model,
-                settings,
-                samples,
-                batch_size=config.batch_size if (config.batch_size or 1) > 1 else None,
-                block_name=config.block_name_to_quantize,
-                backend=config.kernel,
-                on_layer=show,
-            )
-    finally:
-        bar.close()
+    options = RunOptions(
+        batch_size=config.batch_size if (config.batch_size or 1) > 1 else None,
+        block_name=config.block_name_to_quantize,
+        backend=config.kernel,
+    )
+    with transformers_logging.tqdm(desc="Quantizing", unit="layer") as bar, keeping_hooks(model):
+        report = quantize_model(model, settings, samples, options=options, events=_Shown(bar))
     # Blocks kept in 16 bits are described by rules now, for other readers of the checkpoint.
     config.dynamic, config.keep_edge_blocks = report.config.dynamic, report.config.keep_edge_blocks
     untie_quantized(model)
     experts.group_experts(model)
+
+
+class _Shown(Events):
+    """Moves a progress bar."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def layer_done(self, layer: LayerReport, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.set_postfix_str(f"{layer.name} error {layer.relative_loss:.2e}", refresh=False)
+        self.bar.update(1)
 
 
 def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import GPTQConfig as StockGPTQConfig
 
-from gptq_backend import QuantizeConfig, QuantizeReport, quantize_model
+from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
 from gptq_backend.model import Progress
 from gptq_backend.output import atomic_folder, check_spared
-from gptq_backend.pipeline import OnLayer
 
-from .auto_calibration import AUTO, Choice, choose
+from .auto_calibration import AUTO, choose
 from .calibration_input import given, is_text, load_tokenizer, token_ids
 from .companions import copy_companions
 from .completeness import keep_all_tensors
@@ -48,9 +48,7 @@ def quantize(
     batch_size: int | None = None,
     backend: str | None = None,
     overwrite: bool = False,
-    on_layer: OnLayer | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
-    on_choice: Callable[[Choice], None] | None = None,
+    events: Events | None = None,
     device: str | torch.device | None = None,
     block_name: str | None = None,
     trust_remote_code: bool = False,
@@ -77,9 +75,7 @@ def quantize(
         batch_size: sequences per forward pass; None aims at about 2048 tokens.
         backend: kernel of the resulting layers.
         overwrite: let ``output`` replace a folder that exists.
-        on_layer: called with each layer's report, how many are done, and how many there are.
-        on_step: called in a distillation with the steps done, the steps in all, and the divergence on the batch.
-        on_choice: called with what "auto" chose, before the work.
+        events: told what happens: of each layer, block and training step, and what "auto" chose.
         device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
         block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``; None chooses, see
             :func:`gptq_backend.model.structure.find_blocks`.
@@ -92,80 +88,84 @@ def quantize(
         ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written. GPTQError: the
             model cannot be loaded.
     """
-    block_name = block_name or _block_name(config)
-    config = _as_config(config)
     if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
         raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
+    options = RunOptions(batch_size, block_name or _block_name(config), backend, device)
+    settings, events = _as_config(config), events or Events()
+    from_folder = isinstance(model_or_path, str | Path)
     path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
     if output is not None and str(path):
         check_spared(output, path, "the original model")
     with ExitStack() as stack:
         # Made before the work, so that an output that cannot be written is found out at once.
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
-        progress = Progress(None if output is None or not config.tier.trains else _progress_folder(output))
+        progress = Progress(None if output is None or not settings.preset.trains else _progress_folder(output))
         stack.enter_context(_telling_of(progress))
         scratch = stack.enter_context(scratch_folder("offload"))
         calibration = given(calibration)
         if tokenizer is None and (output is not None or is_text(calibration)):
             tokenizer = load_tokenizer(path, is_text(calibration), trust_remote_code)
         if calibration == AUTO:
-            own = text if text is None or isinstance(text, str) else list(text)
-            choice = choose(
-                model_or_path,
-                tokenizer,
-                own,
-                samples=64 if samples is None else samples,
-                seqlen=512 if seqlen is None else seqlen,
-                seed=seed,
-                device=device,
-                block_name=block_name,
-                trust_remote_code=trust_remote_code,
-            )
-            logger.info("calibration='auto' uses %s", choice.summary())
-            if on_choice is not None:
-                on_choice(choice)
-            calibration = choice.samples
+            window: Any = {"samples": samples, "seqlen": seqlen, "seed": seed}
+            choice = choose(model_or_path, tokenizer, text, options, **window, trust_remote_code=trust_remote_code)
+            events.calibration_chosen(choice)
+            data: Any = choice.samples
         else:
-            calibration = token_ids(calibration, tokenizer, seqlen, samples, seed)
-        from_folder = isinstance(model_or_path, str | Path)
-        if from_folder:
-            model = load_streamed(path, scratch, config, block_name, trust_remote_code)
-        else:
-            model = model_or_path
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
-        if device is not None:
-            _check_in_one_place(model, device)
-        with keeping_hooks(model):
-            unfuse_experts(model)
-        original = None
-        if calibration is not None and config.tier.distill_epochs and not from_folder:
-            original = copy.deepcopy(model)
+            data = token_ids(calibration, tokenizer, seqlen, samples, seed)
+        model, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code)
         writer = None
-        if folder is not None and from_folder and not config.tier.distill_epochs:
-            writer = BlockWriter.of(model, folder, block_name)
-        bring = detach_offloading(model, block_name)
+        if folder is not None and from_folder and not settings.preset.distill_epochs:
+            writer = BlockWriter.of(model, folder, options.block_name)
+        streaming = _Streaming(events, detach_offloading(model, options.block_name), writer)
         with keeping_hooks(model):
             report = quantize_model(
-                model,
-                config,
-                calibration,  # type: ignore[arg-type]
-                batch_size=batch_size,
-                block_name=block_name,
-                backend=backend,
-                on_layer=on_layer,
-                on_step=on_step,
-                on_block=bring,
-                on_done=None if writer is None else writer.add,
-                teacher=lambda: original or load_whole(path, trust_remote_code=trust_remote_code),
-                progress=progress,
-                device=device,
+                model, settings, data, options=options, events=streaming, teacher=teacher, progress=progress
             )
         attach(model, report.config)
         if folder is not None:
             _write(model, folder, writer, path if from_folder else None, tokenizer)
     progress.remove()
     return model, report
+
+
+def _open(
+    model_or_path: Any, scratch: str, config: QuantizeConfig, options: RunOptions, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Callable[[], PreTrainedModel]]:
+    """The model with a layer for each expert, and what gives its original again, for a distillation.
+
+    From a folder, its blocks are not read yet.
+    """
+    from_folder = isinstance(model_or_path, str | Path)
+    model: PreTrainedModel = model_or_path
+    if from_folder:
+        model = load_streamed(model_or_path, scratch, config, options.block_name, trust_remote_code)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ConfigError(f"{model.name_or_path} is quantized already; pass the original 16-bit model")
+    if options.device is not None:
+        _check_in_one_place(model, options.device)
+    with keeping_hooks(model):
+        unfuse_experts(model)
+    if from_folder:
+        return model, lambda: load_whole(model_or_path, trust_remote_code=trust_remote_code)
+    original = copy.deepcopy(model) if config.preset.distill_epochs else model
+    return model, lambda: original
+
+
+class _Streaming(Events):
+    """Brings a block's weights when they are needed, writes them when they are done, and tells ``events`` of both."""
+
+    def __init__(self, events: Events, bring: Callable[[nn.Module], None], writer: BlockWriter | None) -> None:
+        self.bring, self.writer, self.events = bring, writer, events
+        self.layer_done, self.training_step = events.layer_done, events.training_step  # type: ignore[method-assign]
+
+    def block_needed(self, name: str, block: nn.Module) -> None:
+        self.bring(block)
+        self.events.block_needed(name, block)
+
+    def block_done(self, name: str, block: nn.Module) -> None:
+        if self.writer is not None:
+            self.writer.add(name, block)
+        self.events.block_done(name, block)
 
 
 def _write(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import QuantizeConfig
-from gptq_backend.algorithm import columns, gptq, refine
+from gptq_backend.algorithm import columns, gptq, refine, scale_search
 from gptq_backend.algorithm import columns_triton as triton_columns
-from gptq_backend.algorithm.columns import Grid
+from gptq_backend.algorithm.grid import Grid
 from tests.algorithm.test_gptq import ORDERS, assert_identical, layer, loss, run
 
 
@@ -36,9 +36,9 @@ def use_kernels(patch: pytest.MonkeyPatch) -> list[str]:
     def noted(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: [launched.append(function.__name__), function(*args)][1]
 
-    for module in (gptq, refine):
+    for module in (gptq, refine, scale_search):
         patch.setattr(module, "round_columns", noted(kernel))
-    patch.setattr(gptq, "rounding_costs", noted(triton_columns.rounding_costs))
+    patch.setattr(scale_search, "rounding_costs", noted(triton_columns.rounding_costs))
     return launched
 
 

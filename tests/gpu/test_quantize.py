@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_backend import QuantizeConfig, quantize_model
+from gptq_backend import QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.algorithm.gptq import prepare_factor, quantize_weight
 from gptq_backend.algorithm.hessian import Hessian
 from gptq_backend.model import placement
@@ -51,7 +51,7 @@ def test_a_model_goes_to_the_gpu_block_by_block_and_comes_back(kwargs, parked, m
     config, data = QuantizeConfig(group_size=16, lm_head=True), samples(16)
     expected, model = (toy(dtype=torch.float32, blocks=3, **kwargs) for _ in range(2))
     before = quantize_model(expected, config, data)
-    report = quantize_model(model, config, data, device="cuda")
+    report = quantize_model(model, config, data, options=RunOptions(device="cuda"))
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
     assert [entry.name for entry in report.layers] == [entry.name for entry in before.layers]
     ours, theirs = (sum(entry.loss for entry in each.layers) for each in (report, before))
@@ -66,7 +66,9 @@ def test_training_brings_every_block_nearer_in_the_models_own_type(dtype: torch.
     model, teacher = (toy(dtype=dtype, blocks=3, mlp=SparseMlp) for _ in range(2))
     config = QuantizeConfig(bits=2, group_size=16, quality="best")
     data = samples(32)
-    report = quantize_model(model, config, data, batch_size=4, device="cuda", teacher=lambda: teacher)
+    report = quantize_model(
+        model, config, data, options=RunOptions(batch_size=4, device="cuda"), teacher=lambda: teacher
+    )
     assert sum(each.kept for each in report.blocks) >= 2
     assert report.distillation is not None
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}

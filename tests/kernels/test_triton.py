@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_backend.algorithm.columns import Grid
+from gptq_backend.algorithm.grid import Grid
 from gptq_backend.format import encode, read_packed
 from gptq_backend.kernels import PreparedWeight, Routing
 from gptq_backend.kernels.triton import operators as triton_ops

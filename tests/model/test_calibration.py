@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_backend import CalibrationError
-from gptq_backend.model.calibration import cut, draw, make_batches, set_aside, tokenize
+from gptq_backend.model.calibration import held_out_windows, make_batches, sample_windows, split_windows, tokenize
 
 
 def words(text: str) -> dict[str, list[int]]:
@@ -37,8 +37,8 @@ class Beginning:
 def test_every_window_begins_as_the_tokenizer_begins_a_text() -> None:
     samples = tokenize("a bb ccc dddd e", Beginning(), seqlen=3)
     assert [sample.tolist() for sample in samples] == [[0, 1, 2], [0, 3, 4]]
-    assert cut([0, 1, 2], 1, Beginning()) == [[0], [1], [2]], "nothing but the beginning would be left"
-    assert cut([1, 2, 3, 4], 2, Beginning()) == [[1, 2], [3, 4]], "it was told not to"
+    assert split_windows([0, 1, 2], 1, Beginning()) == [[0], [1], [2]], "nothing but the beginning would be left"
+    assert split_windows([1, 2, 3, 4], 2, Beginning()) == [[1, 2], [3, 4]], "it was told not to"
 
 
 def test_without_seqlen_each_text_is_a_sample_and_blank_ones_are_skipped() -> None:
@@ -49,7 +49,7 @@ def test_without_seqlen_each_text_is_a_sample_and_blank_ones_are_skipped() -> No
 def test_windows_set_aside_are_none_of_those_drawn(count: int) -> None:
     text = " ".join("x" * i for i in range(1, 41))
     drawn = {tuple(s.tolist()) for s in tokenize(text, words, seqlen=2, samples=15, seed=3)}
-    aside = {tuple(s.tolist()) for s in set_aside(text, words, 2, 15, 3, count)}
+    aside = {tuple(s.tolist()) for s in held_out_windows(text, words, 2, 15, 3, count)}
     assert len(aside) == min(count, 5)
     assert not aside & drawn
 
@@ -126,7 +126,7 @@ def test_rows_of_padding_are_left_out_and_segment_numbers_are_no_weights() -> No
 @pytest.mark.parametrize("count", [0, -1])
 def test_drawing_no_samples_is_refused(count: int) -> None:
     with pytest.raises(CalibrationError, match=f"samples={count} must be positive"):
-        draw([1, 2, 3], count)
+        sample_windows([1, 2, 3], count)
 
 
 @pytest.mark.parametrize(("length", "size", "expected"), [(512, None, 4), (4096, None, 1), (512, 3, 3)])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import gptq_backend.model.joint_rounding as stacking
 from gptq_backend import CalibrationError, QuantizeConfig, quantize_model
 from gptq_backend.algorithm.gptq import prepare_factor, quantize_weight, round_weights
+from gptq_backend.model import joint_rounding
 from tests.algorithm.test_gptq import ORDERS, assert_identical, layer
 from tests.toy import SparseMlp, samples, toy
 
@@ -27,8 +27,8 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         made.append([len(weight) for weight in weights])
         return round_weights(weights, *args)
 
-    monkeypatch.setattr(stacking, "round_weights", recorded)
-    monkeypatch.setattr(stacking, "_worth_it", lambda weight: True)
+    monkeypatch.setattr(joint_rounding, "round_weights", recorded)
+    monkeypatch.setattr(joint_rounding, "_worth_it", lambda weight: True)
     return made
 
 
@@ -52,7 +52,7 @@ def test_from_the_second_block_on_what_shared_an_input_is_stacked(stacks: list, 
     report = quantize_model(model, config, samples())
     assert stacks == [[32, 32, 32], [40, 40]] * 2  # q, k, v; gate, up
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stacking, "_worth_it", lambda weight: False)
+        patch.setattr(joint_rounding, "_worth_it", lambda weight: False)
         before = quantize_model(alone, config, samples())
     assert [(e.name, e.loss) for e in report.layers] == [(e.name, pytest.approx(e.loss)) for e in before.layers]
     for name, tensor in alone.state_dict().items():
@@ -68,7 +68,7 @@ def test_a_block_that_differs_from_the_one_before_is_not_stacked_wrongly(stacks:
     quantize_model(model, settings, samples())
     assert stacks == [[32, 32, 32, 40, 40]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stacking, "_worth_it", lambda weight: False)
+        patch.setattr(joint_rounding, "_worth_it", lambda weight: False)
         quantize_model(alone, settings, samples())
     for name, tensor in alone.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -94,5 +94,5 @@ def test_a_damaged_weight_inside_a_stack_is_named(stacks: list) -> None:
 
 
 def test_nothing_is_stacked_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacking, "round_weights", lambda *_: pytest.fail("stacked"))
+    monkeypatch.setattr(joint_rounding, "round_weights", lambda *_: pytest.fail("stacked"))
     quantize_model(toy(), FAST, samples())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_backend import QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend import QuantizeConfig, QuantLinear, RunOptions, quantize_model
 from gptq_backend.model import placement
 from gptq_backend.model.placement import Placement, tensors_of
 from tests.format.test_weight import random_weight
@@ -54,7 +54,7 @@ def test_a_device_and_parking_change_no_bit(kwargs: dict, monkeypatch: pytest.Mo
     expected, model = toy(dtype=torch.bfloat16, **kwargs), toy(dtype=torch.bfloat16, **kwargs)
     quantize_model(expected, config, data)
     monkeypatch.setattr(placement, "_PARK_BYTES", 0)
-    quantize_model(model, config, data, device="cpu")
+    quantize_model(model, config, data, options=RunOptions(device="cpu"))
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 

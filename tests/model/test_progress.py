@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_backend import ConfigError
-from gptq_backend.model.progress import Progress, digest
+from gptq_backend.model.progress import Progress
 
 A, B = "0123456789abcdef", "fedcba9876543210"
 
 
 def test_an_entry_comes_back_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = {"a": torch.arange(6).view(2, 3).t(), "b": torch.tensor(0.5)}
-    Progress(tmp_path / "p").save("entry", A, tensors, {"loss": [0.1, float("nan")]})
+    Progress(tmp_path / "p").save("entry", A, lambda: (tensors, {"loss": [0.1, float("nan")]}))
     progress = Progress(tmp_path / "p")
     found, facts = progress.load("entry", A) or pytest.fail("lost")
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
@@ -28,18 +28,18 @@ def test_an_entry_comes_back_as_it_was(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_runs_neither_take_nor_lose_what_another_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Progress(tmp_path).save("entry", A, {"a": torch.ones(1)}, None)
+    Progress(tmp_path).save("entry", A, lambda: ({"a": torch.ones(1)}, None))
     other = Progress(tmp_path)
     assert other.load("entry", B) is None
     assert other.load("entry", B) is None
     assert caplog.text.count("starting over") == 1
-    other.save("entry", B, {"a": torch.zeros(1)}, None)
+    other.save("entry", B, lambda: ({"a": torch.zeros(1)}, None))
     found = Progress(tmp_path).load("entry", A) or pytest.fail("lost")
     assert float(found[0]["a"]) == 1
 
 
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Progress(tmp_path).save("entry", A, {"a": torch.ones(1)}, None)
+    Progress(tmp_path).save("entry", A, lambda: ({"a": torch.ones(1)}, None))
     (entry,) = tmp_path.iterdir()
     entry.with_name(entry.name + ".partial").write_bytes(b"half")
     assert Progress(tmp_path).load("entry", A) is not None
@@ -65,7 +65,7 @@ def test_what_is_not_ours_is_refused_and_kept(tmp_path: Path, name: str) -> None
 
 def test_what_came_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
     progress = Progress(tmp_path)
-    progress.save("entry", A, {"a": torch.ones(1)}, None)
+    progress.save("entry", A, lambda: ({"a": torch.ones(1)}, None))
     (tmp_path / "notes.txt").write_text("mine")
     progress.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -83,20 +83,21 @@ def test_progress_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, ca
     (tmp_path / "p").symlink_to(tmp_path / "nowhere" / "else")
     progress = Progress(tmp_path / "p")
     for name in ("one", "two"):
-        progress.save(name, A, {"a": torch.ones(1)}, None)
+        progress.save(name, A, lambda: ({"a": torch.ones(1)}, None))
     assert caplog.text.count("can no longer be kept") == 1
     progress.remove()
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
     progress = Progress(None)
-    progress.save("entry", A, {"a": torch.ones(1)}, None)
+    progress.save("entry", A, lambda: pytest.fail("made for nothing"))
     assert progress.load("entry", A) is None
+    assert progress.digest("", 1, [torch.ones(2)]) == ""
     progress.remove()
 
 
-def test_a_digest_tells_values_types_shapes_and_what_came_before_apart() -> None:
-    ones = torch.ones(2, 2)
+def test_a_digest_tells_values_types_shapes_and_what_came_before_apart(tmp_path: Path) -> None:
+    ones, digest = torch.ones(2, 2), Progress(tmp_path).digest
     others = [
         digest("", 1, [ones]),
         digest("x", 1, [ones]),

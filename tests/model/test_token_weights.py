@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptq_backend import QuantizeConfig, quantize_model
+from gptq_backend import QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.algorithm.hessian import Hessian
 from gptq_backend.model.layer_inputs import Factors, LayerInput
 from gptq_backend.model.placement import Placement
@@ -156,9 +156,11 @@ def test_an_operation_without_a_derivative_is_said_and_the_model_still_quantized
     for each in (model, plain):
         each.blocks[0].attn.__class__ = Opaque
     with caplog.at_level(logging.WARNING, "gptq_backend"):
-        quantize_model(model, QuantizeConfig(group_size=16), samples(), batch_size=1)
+        quantize_model(model, QuantizeConfig(group_size=16), samples(), options=RunOptions(batch_size=1))
     assert caplog.text.count("blocks.0: every token counts the same, no derivative could be taken") == 1
-    quantize_model(plain, QuantizeConfig(group_size=16, token_weights=False), samples(), batch_size=1)
+    quantize_model(
+        plain, QuantizeConfig(group_size=16, token_weights=False), samples(), options=RunOptions(batch_size=1)
+    )
     assert_same(model, plain)
 
 

@@ -11,20 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import ConfigError, QuantizeConfig, QuantizeReport, quantize_model
+from gptq_backend import ConfigError, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
 from gptq_backend.linear import QuantLinear
+from gptq_backend.model.placement import Placement
 from gptq_backend.model.progress import Progress
-from gptq_backend.pipeline import quantize
+from gptq_backend.pipeline import layers
 from gptq_backend.training import blocks as blockwise
 from gptq_backend.training import scales as training
 from gptq_backend.training.blocks import Example, train_block
-from tests.toy import Mlp, SparseMlp, Toy, samples, toy
+from tests.toy import Mlp, SparseMlp, Toy, listener, samples, toy
 
 
 def run(model: Toy | None = None, progress: Progress | None = None, **settings: Any) -> tuple[Toy, QuantizeReport]:
     model = toy(dtype=torch.float32) if model is None else model
     config = QuantizeConfig(**{"bits": 2, "group_size": 16, "block_epochs": 4, "quality": "fast", **settings})
-    return model, quantize_model(model, config, samples(16), batch_size=2, progress=progress)
+    return model, quantize_model(model, config, samples(16), options=RunOptions(batch_size=2), progress=progress)
 
 
 def block_outputs(model: Toy, ids: Tensor) -> list[Tensor]:
@@ -122,7 +123,7 @@ def test_an_interrupted_run_goes_on_with_the_next_block(
     make = partial(toy, dtype=torch.float32, blocks=3, mlp=partial(SparseMlp, unreachable=True))
     whole, expected = run(make(), **settings)
     calls: list[str] = []
-    quantize_weight = quantize.quantize_weight
+    quantize_weight = layers.quantize_weight
 
     def count(*args: Any, **kwargs: Any) -> Any:
         if kwargs["name"] == "blocks.2.attn.o" and not calls.count(kwargs["name"]):
@@ -131,7 +132,7 @@ def test_an_interrupted_run_goes_on_with_the_next_block(
         calls.append(kwargs["name"])
         return quantize_weight(*args, **kwargs)
 
-    monkeypatch.setattr(quantize, "quantize_weight", count)
+    monkeypatch.setattr(layers, "quantize_weight", count)
     with pytest.raises(KeyboardInterrupt):
         run(make(), Progress(tmp_path / "p"), **settings)
     calls.clear()
@@ -143,9 +144,9 @@ def test_an_interrupted_run_goes_on_with_the_next_block(
         resumed,
         config,
         samples(16),
-        batch_size=2,
+        options=RunOptions(batch_size=2),
         progress=Progress(tmp_path / "p"),
-        on_layer=lambda entry, done, total: seen.append(done),
+        events=listener(layer_done=lambda entry, done, total: seen.append(done)),
     )
     assert all(name.startswith("blocks.2.") for name in calls)
     assert seen == [*range(1, len(expected.layers) + 1)]
@@ -175,8 +176,8 @@ def test_blocks_of_another_run_are_not_taken(tmp_path: Path, caplog: pytest.LogC
         model.config = PretrainedLike({"eps": 1e-2})  # type: ignore[assignment]
     config = QuantizeConfig(bits=bits, group_size=16, block_epochs=4, quality="fast")
     expected = copy.deepcopy(model)
-    quantize_model(model, config, data, batch_size=2, progress=Progress(tmp_path))
-    quantize_model(expected, config, data, batch_size=2)
+    quantize_model(model, config, data, options=RunOptions(batch_size=2), progress=Progress(tmp_path))
+    quantize_model(expected, config, data, options=RunOptions(batch_size=2))
     assert "starting over" in caplog.text
     state = model.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in expected.state_dict().items())
@@ -193,7 +194,9 @@ def test_the_distillation_of_another_original_is_not_gone_on_with(tmp_path: Path
     def quantized(factor: float, **options: Any) -> Toy:
         model = make(factor)
         config = QuantizeConfig(bits=2, group_size=16, quality="fast", distill_epochs=3)
-        quantize_model(model, config, samples(16), batch_size=2, teacher=lambda: make(factor), **options)
+        quantize_model(
+            model, config, samples(16), options=RunOptions(batch_size=2), teacher=lambda: make(factor), **options
+        )
         return model
 
     def interrupt(done: int, total: int, loss: float) -> None:
@@ -201,13 +204,15 @@ def test_the_distillation_of_another_original_is_not_gone_on_with(tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantized(1.0, progress=Progress(tmp_path), on_step=interrupt)
+        quantized(1.0, progress=Progress(tmp_path), events=listener(training_step=interrupt))
     seen: list[int] = []
-    found = quantized(1.5, progress=Progress(tmp_path), on_step=lambda *step: seen.append(step[0])).state_dict()
+    found = quantized(
+        1.5, progress=Progress(tmp_path), events=listener(training_step=lambda *step: seen.append(step[0]))
+    ).state_dict()
     assert seen[0] == 1
     assert all(torch.equal(tensor, found[key]) for key, tensor in quantized(1.5).state_dict().items())
     seen.clear()
-    quantized(1.0, progress=Progress(tmp_path), on_step=lambda *step: seen.append(step[0]))
+    quantized(1.0, progress=Progress(tmp_path), events=listener(training_step=lambda *step: seen.append(step[0])))
     assert seen[0] == 17
 
 
@@ -328,10 +333,10 @@ def test_sixteen_bit_models_are_trained_in_their_own_types_where_they_compute_in
 ) -> None:
     """As on a GPU: float32 norms would hand float32 to routers and other layers of 16 bits, which refuse it."""
     monkeypatch.setattr(training, "_computing", lambda parameter: parameter.dtype)
-    monkeypatch.setattr(quantize.Placement, "bring", lambda self, tensors: None)
+    monkeypatch.setattr(Placement, "bring", lambda self, tensors: None)
     model, teacher = (toy(dtype=torch.bfloat16, mlp=mlp) for _ in range(2))
     config = QuantizeConfig(bits=2, group_size=16, quality="best", block_epochs=6)
-    report = quantize_model(model, config, samples(16), batch_size=2, teacher=lambda: teacher)
+    report = quantize_model(model, config, samples(16), options=RunOptions(batch_size=2), teacher=lambda: teacher)
     assert sum(each.kept for each in report.blocks) >= (2 if mlp is Mlp else 1)  # 16 bits route tokens otherwise
     assert report.distillation is not None
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.bfloat16, torch.float16}
@@ -342,7 +347,7 @@ def test_inference_mode_of_the_caller_does_not_matter() -> None:
     expected = run(toy(dtype=torch.float32), block_epochs=1)[1]
     config = QuantizeConfig(bits=2, group_size=16, quality="fast", block_epochs=1, distill_epochs=1)
     with torch.inference_mode():
-        report = quantize_model(model, config, samples(16), batch_size=2, teacher=lambda: teacher)
+        report = quantize_model(model, config, samples(16), options=RunOptions(batch_size=2), teacher=lambda: teacher)
     assert report.blocks == expected.blocks
     assert report.distillation is not None
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from gptq_backend import CalibrationError, QuantizeConfig, QuantLinear, quantize_model
+from gptq_backend.model.calibration import make_batches
 from gptq_backend.model.progress import Progress
 from gptq_backend.model.structure import replace_module
 from gptq_backend.training import scales as training
 from gptq_backend.training.distill import distill
-from gptq_backend.training.scales import judges, schedule
+from gptq_backend.training.scales import schedule, validation_batches
 from tests.toy import Toy, samples, toy
 
 
@@ -30,7 +31,7 @@ def pair() -> tuple[Toy, Toy]:
 
 def run(pair: tuple[Toy, Toy], **settings: Any) -> tuple[Toy, Any]:
     student = copy.deepcopy(pair[0])
-    report = distill(student, pair[1], samples(16), **{"epochs": 4, "rate": 1e-2, "batch_size": 2, **settings})
+    report = distill(student, pair[1], make_batches(samples(16), 2), **{"epochs": 4, "rate": 1e-2, **settings})
     return student, report
 
 
@@ -100,8 +101,8 @@ def test_the_progress_of_another_run_is_not_taken(
     else:
         settings[other] = {"rate": 2e-2, "epochs": 3}[other]
     seen: list[int] = []
-    options: dict[str, Any] = {"batch_size": 2, "progress": Progress(tmp_path), **settings}
-    distill(student, pair[1], data, on_step=lambda *step: seen.append(step[0]), **options)
+    options: dict[str, Any] = {"progress": Progress(tmp_path), **settings}
+    distill(student, pair[1], make_batches(data, 2), on_step=lambda *step: seen.append(step[0]), **options)
     assert seen[0] == 1
     assert "starting over" in caplog.text
 
@@ -120,9 +121,9 @@ def test_a_layer_without_a_gradient_does_not_end_a_resumed_run(pair: tuple[Toy, 
     assert len(run((student, pair[1]), progress=Progress(tmp_path))[1].losses) == 4 * 7
 
 
-def test_the_judges_are_not_the_shortest_batches() -> None:
-    assert judges(16) == [7, 15]
-    assert judges(5) == [4]
+def test_the_validation_batches_are_not_the_shortest() -> None:
+    assert validation_batches(16) == [7, 15]
+    assert validation_batches(5) == [4]
     assert sorted(schedule(16, 2)) == sorted(2 * [*range(7), *range(8, 15)])
 
 
@@ -146,7 +147,7 @@ def test_no_scale_changes_its_sign(pair: tuple[Toy, Toy]) -> None:
     def look(done: int, total: int, loss: float) -> None:
         least.append(min(float(p.detach().min()) for name, p in student.named_parameters() if name.endswith("change")))
 
-    distill(student, pair[1], samples(16), epochs=4, rate=1.5, batch_size=2, on_step=look)
+    distill(student, pair[1], make_batches(samples(16), 2), epochs=4, rate=1.5, on_step=look)
     assert -1 < min(least) < -0.5, "the rate is too small for this test"
 
 
@@ -157,7 +158,7 @@ def test_an_error_leaves_the_model_as_it_was(pair: tuple[Toy, Toy]) -> None:
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        distill(student, pair[1], samples(16), batch_size=2, on_step=fail)
+        distill(student, pair[1], make_batches(samples(16), 2), on_step=fail)
     assert sum(isinstance(module, QuantLinear) for module in student.modules()) == 14
     before, after = pair[0].state_dict(), student.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -181,7 +182,7 @@ def test_an_error_while_the_training_is_set_up_leaves_the_model_as_it_was(
 
     monkeypatch.setattr(training, "replace_module", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        distill(student, pair[1], samples(16), batch_size=2)
+        distill(student, pair[1], make_batches(samples(16), 2))
     assert len(replaced) > 4, "nothing was put back"
     assert sum(isinstance(module, QuantLinear) for module in student.modules()) == 14
     after = student.state_dict()
@@ -192,4 +193,4 @@ def test_an_error_while_the_training_is_set_up_leaves_the_model_as_it_was(
 
 def test_one_batch_is_too_little(pair: tuple[Toy, Toy]) -> None:
     with pytest.raises(CalibrationError, match="at least two calibration batches"):
-        distill(copy.deepcopy(pair[0]), pair[1], samples(2), batch_size=2)
+        distill(copy.deepcopy(pair[0]), pair[1], make_batches(samples(2), 2))

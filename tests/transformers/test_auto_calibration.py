@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gptq_backend import CalibrationError, ConfigError
 from gptq_transformers import auto_calibration, memory, quantize
 from gptq_transformers.auto_calibration import MODEL, USER, choose, packaged_texts
+from tests.toy import listener
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests" / "data" / "checkpoints" / "llama-4-32-sym" / "tokenizer.json"
@@ -46,6 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model().to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def not_now(*_: Any) -> Any:
+    raise CalibrationError("not now")
 
 
 def test_packaged_texts_are_there_named_in_the_readme_and_go_into_the_wheel() -> None:
@@ -98,7 +103,7 @@ def test_the_users_text_weighs_half_and_is_chosen() -> None:
 
 def test_a_folder_gives_the_same_choice_whole_and_block_by_block(folder: Path, monkeypatch: Any) -> None:
     whole = choose(folder, tokenizer(), **SMALL)
-    monkeypatch.setattr(auto_calibration, "_sampled", lambda *_: "not now")
+    monkeypatch.setattr(auto_calibration, "_generated", not_now)
     mute = choose(folder, tokenizer(), **SMALL)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1})())
     streamed = choose(folder, tokenizer(), **SMALL)
@@ -133,20 +138,20 @@ def test_the_models_own_way_to_generate_does_not_matter(settings: dict[str, Any]
 
 
 def test_windows_longer_than_the_model_takes_are_refused_before_it_generates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_calibration, "_sampled", lambda *_: pytest.fail("it spoke"))
+    monkeypatch.setattr(auto_calibration, "_generated", lambda *_: pytest.fail("it generated"))
     with pytest.raises(CalibrationError, match="65 tokens, but the model takes at most 64"):
         choose(model(), tokenizer(), samples=8, seqlen=65)
 
 
-def test_what_the_model_says_does_not_take_memory_for_all_of_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = auto_calibration._sampled(model(), tokenizer(), 4, 32, 0)
+def test_text_is_generated_in_parts_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = auto_calibration._generated(model(), tokenizer(), 4, 32, 0)
     monkeypatch.setattr(auto_calibration, "_AT_ONCE", 3)
-    parts = auto_calibration._sampled(model(), tokenizer(), 4, 32, 0)
+    parts = auto_calibration._generated(model(), tokenizer(), 4, 32, 0)
     assert whole.shape == parts.shape == (4, 32)
     assert torch.equal(whole[:, 0], parts[:, 0])
 
 
-def test_a_model_that_says_too_little_is_left_out() -> None:
+def test_a_model_that_generates_too_little_is_left_out() -> None:
     class Short(LlamaForCausalLM):
         def generate(self, *_: Any, **__: Any) -> Any:
             return torch.zeros(1, 3, dtype=torch.long)
@@ -162,7 +167,7 @@ def test_the_models_text_begins_as_the_tokenizer_begins_a_text(prefix: list[int]
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [*prefix, *text.encode()]}
 
-    found = auto_calibration._sampled(model(), Tokenizer(), 6, 8, 0)
+    found = auto_calibration._generated(model(), Tokenizer(), 6, 8, 0)
     assert isinstance(found, torch.Tensor)
     assert found.shape == (6, 8)
     assert (found[:: 1 if prefix else 2, 0] == 7).all()
@@ -180,7 +185,7 @@ def test_text_that_is_too_short_is_refused() -> None:
 
 def test_an_empty_pool_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_calibration, "packaged_texts", lambda: {"tiny": "x"})
-    monkeypatch.setattr(auto_calibration, "_sampled", lambda *_: "not now")
+    monkeypatch.setattr(auto_calibration, "_generated", not_now)
     with pytest.raises(CalibrationError, match="pool is empty"):
         choose(model(), tokenizer(), **SMALL)
 
@@ -209,6 +214,6 @@ def test_a_quantized_model_is_refused_before_the_work(folder: Path, tmp_path: Pa
 
 
 def test_quantize_uses_the_choice_and_tells_it(folder: Path, offline: None) -> None:
-    told: list[auto_calibration.Choice] = []
-    _, report = quantize(folder, CONFIG, "auto", **SMALL, on_choice=told.append)
-    assert {layer.tokens for layer in report.layers} == {told[0].samples.numel()}
+    chosen: list[auto_calibration.Choice] = []
+    _, report = quantize(folder, CONFIG, "auto", **SMALL, events=listener(calibration_chosen=chosen.append))
+    assert {layer.tokens for layer in report.layers} == {chosen[0].samples.numel()}

@@ -19,7 +19,7 @@ import transformers
 from transformers.quantizers import auto
 
 import gptq_transformers
-from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
+from gptq_backend import ConfigError, QuantizeConfig, QuantLinear, RunOptions
 from gptq_transformers.config import GPTQConfig, _warn_foreign
 from gptq_transformers.hf_quantizer import _LOCALS, GPTQBackendQuantizer
 from tests.transformers.checkpoints import (
@@ -192,7 +192,7 @@ def test_the_language_model_of_a_vision_language_model_loads_quantized(
     model = AutoModelForImageTextToText.from_config(config).eval()
     language = next(name for name, module in model.named_modules() if name.endswith("language_model.layers"))
     settings = QuantizeConfig(group_size=32)
-    quantize_model(model, settings, None, block_name=language)
+    quantize_model(model, settings, None, options=RunOptions(block_name=language))
     expected = logits(model)
     attach(model, settings)
     model.save_pretrained(tmp_path)

@@ -18,6 +18,7 @@ from transformers import T5Config
 from gptq_backend import CalibrationError, ConfigError, GPTQError, QuantizeConfig, QuantLinear
 from gptq_cli.models import load_model
 from gptq_transformers import from_quantized, quantize
+from tests.toy import listener
 from tests.transformers.kinds import CONFIG, KINDS, T5, bart, edit, everything, qwen3, samples, save, sound
 
 
@@ -194,8 +195,10 @@ def test_arguments_reach_the_class_of_a_checkpoint(tmp_path: Path) -> None:
 def test_a_distillation_of_a_model_without_predictions_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
     source = save(tmp_path / "source", name, qwen3())
     best = QuantizeConfig(bits=4, group_size=32, quality="best")
-    with pytest.raises(ConfigError, match=f"which {name} does not make; set distill_epochs=0"):
-        quantize(source, best, samples(), batch_size=2, on_layer=lambda *_: pytest.fail("it started"))
+    with pytest.raises(ConfigError, match=f"{name} predicts none; set distill_epochs=0"):
+        quantize(
+            source, best, samples(), batch_size=2, events=listener(layer_done=lambda *_: pytest.fail("it started"))
+        )
     settings = QuantizeConfig(bits=4, group_size=32, quality="best", distill_epochs=0)
     _, report = quantize(source, settings, samples(), batch_size=2)
     assert len(report.blocks) == 2

@@ -26,6 +26,7 @@ from transformers import (
 from gptq_backend import CalibrationError, CheckpointError, ConfigError, QuantizeConfig, QuantLinear
 from gptq_transformers import calibration_input, from_quantized, quantize
 from gptq_transformers.quantize_pretrained import _progress_folder
+from tests.toy import listener
 
 CONFIG = QuantizeConfig(group_size=32)
 
@@ -72,7 +73,7 @@ def test_only_one_block_is_in_memory_at_a_time(source, samples):
                                                                for t in block.targets)]  # fmt: skip
         assert len(loaded) == 1, loaded
 
-    quantize(source, CONFIG, samples, on_layer=look)
+    quantize(source, CONFIG, samples, events=listener(layer_done=look))
 
 
 def test_what_is_written_loads_and_agrees(source, samples, tmp_path):
@@ -96,7 +97,13 @@ def test_an_existing_model_stops_the_run_before_it_starts(source, samples, tmp_p
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_text("precious")
     with pytest.raises(CheckpointError, match="not empty"):
-        quantize(source, CONFIG, samples, output=tmp_path / "out", on_layer=lambda *_: pytest.fail("it started"))
+        quantize(
+            source,
+            CONFIG,
+            samples,
+            output=tmp_path / "out",
+            events=listener(layer_done=lambda *_: pytest.fail("it started")),
+        )
     assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
 
 
@@ -205,11 +212,13 @@ def test_a_model_without_settings_is_refused(source):
 def test_ctrl_c_leaves_nothing(source, tmp_path):
     script = f"""
         import torch
-        from gptq_backend import QuantizeConfig
+        from gptq_backend import Events, QuantizeConfig
         from gptq_transformers import quantize
         samples = list(torch.randint(0, 131, (512, 64)))
+        events = Events()
+        events.layer_done = lambda *_: print("layer", flush=True)
         quantize({str(source)!r}, QuantizeConfig(group_size=32), samples, output={str(tmp_path / "out")!r},
-                 on_layer=lambda *_: print("layer", flush=True))
+                 events=events)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -245,7 +254,13 @@ def test_samples_are_drawn_from_token_ids_too(source, samples):
 def test_an_output_that_cannot_be_written_stops_the_run_before_it_starts(source, samples, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        quantize(source, CONFIG, samples, output=tmp_path / "file" / "out", on_layer=lambda *_: pytest.fail("started"))
+        quantize(
+            source,
+            CONFIG,
+            samples,
+            output=tmp_path / "file" / "out",
+            events=listener(layer_done=lambda *_: pytest.fail("started")),
+        )
 
 
 @pytest.mark.parametrize("end", ["", "/", "/."])

@@ -12,6 +12,7 @@ from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
 from gptq_backend.format.files import checkpoint_files
 from gptq_backend.format.headers import read_manifest, read_tensor
 from gptq_transformers import quantize, streaming
+from tests.toy import listener
 from tests.transformers.test_quantize_pretrained import logits, samples, source
 
 __all__ = ["samples", "source"]  # fixtures
@@ -44,7 +45,7 @@ def test_shards_are_written_on_the_way_and_hold_the_same(
         held.append(len({re.match(r"model\.layers\.\d", key)[0] for key in writer.shards.pending}))
 
     monkeypatch.setattr(streaming.BlockWriter, "add", spied)
-    model, _ = quantize(source, CONFIG, data, output=tmp_path / "out", on_layer=look)
+    model, _ = quantize(source, CONFIG, data, output=tmp_path / "out", events=listener(layer_done=look))
     assert max(held) == (1 if shard_bytes == 1 else 2)
     assert written[0] == 0
     assert written[-1] == (1 if shard_bytes == 1 else 0)
@@ -102,5 +103,5 @@ def test_a_failure_between_shards_leaves_nothing(source, samples, tmp_path, monk
             raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        quantize(source, CONFIG, samples[:2], output=tmp_path / "out", on_layer=fail)
+        quantize(source, CONFIG, samples[:2], output=tmp_path / "out", events=listener(layer_done=fail))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

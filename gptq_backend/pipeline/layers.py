@@ -1,0 +1,133 @@
+"""Quantize one layer of a model, hold its weight, and put the quantized layer in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..algorithm.gptq import quantize_weight
+from ..config import QuantizeConfig
+from ..format.weight import QuantizedWeight
+from ..linear import QuantLinear
+from ..model.joint_rounding import JointRounding
+from ..model.layer_inputs import InputFactor
+from ..model.placement import Placement
+from ..model.structure import Block, Structure, Target, dense_weight, is_conv1d, replace_module
+from .options import Events
+from .report import LayerReport, QuantizeReport
+
+logger = logging.getLogger(__name__)
+
+
+class Layers:
+    """The layers of one run.
+
+    Args:
+        model: holds the layers.
+        structure: which ones.
+        config: of the run, for the report.
+        placement: where their weights were before the run.
+        backend: kernel of the resulting layers.
+        events: told of each layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        config: QuantizeConfig,
+        placement: Placement,
+        backend: str | None,
+        events: Events,
+    ) -> None:
+        self.model, self.placement, self.backend, self.events = model, placement, backend, events
+        self.total = len(structure.targets)
+        self.done: dict[nn.Module, QuantLinear] = {}  # by the dense module
+        self.joint = JointRounding()
+        self.report = QuantizeReport(structure.describe(config))
+
+    def weights(self, block: Block) -> dict[Target, QuantizedWeight]:
+        """Those of the block's layers that are quantized."""
+        return {
+            target: self.done[target.module].quantized_weight()
+            for target in block.targets
+            if target.module in self.done
+        }
+
+    def quantize(self, target: Target, shared: InputFactor | None) -> None:
+        """Quantize one layer and leave the dequantized weight in the module for the passes under way.
+
+        Args:
+            target: the layer.
+            shared: what is known of its input; None rounds to nearest.
+        """
+        start = time.perf_counter()
+        weight = dense_weight(target.module).detach()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        tokens = shared.hessian.tokens if shared else 0
+        rounded = self.joint.take(target, weight, shared.factor) if shared else None
+        factor = shared.factor if shared else None
+        layer = quantize_weight(weight, factor, target.config, tokens, name=target.name, rounded=rounded)
+        self.store(target, layer.weight)
+        entry = LayerReport(
+            name=target.name,
+            bits=target.config.bits,
+            group_size=target.config.group_size,
+            loss=layer.loss,
+            relative_loss=layer.relative_loss,
+            method=shared.factor.factor.method if shared else "rtn",
+            damp_percent=shared.factor.factor.damp_percent if shared else 0.0,
+            tokens=tokens,
+            dropped_tokens=shared.hessian.dropped if shared else 0,
+            seconds=time.perf_counter() - start,
+            steps=layer.steps,
+        )
+        if shared and entry.method != "cholesky":
+            logger.warning(
+                "%s: the Hessian could not be factored as it was; used %s with a damping of %g",
+                target.name,
+                entry.method,
+                entry.damp_percent,
+            )
+        self.add_report(entry)
+
+    def store(self, target: Target, quantized: QuantizedWeight) -> None:
+        """Take a layer's quantized weight: packed for the result, dequantized for the passes under way."""
+        module, config = target.module, target.config
+        old: Tensor = module.weight  # type: ignore[assignment]
+        weight = quantized.to(old.device)
+        dense = weight.dequantize(torch.promote_types(old.dtype, torch.float32)).to(old.dtype)
+        module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense
+        bias = module.bias
+        if bias is not None:
+            bias = bias.detach().to(self.placement.home(bias)[1])  # type: ignore[operator,arg-type]
+        words = getattr(torch, config.pack_dtype)
+        home, _ = self.placement.home(module.weight)  # type: ignore[arg-type]
+        self.done[module] = QuantLinear.from_weight(
+            weight, bias, config.checkpoint_format, words, target.name, self.backend, home, old.dtype
+        )
+
+    def install(self, target: Target) -> None:
+        """Put the quantized layer into the model, if there is one, and free the dense weight."""
+        if target.module in self.done:
+            replace_module(self.model, target.name, self.done[target.module])
+            self.placement.forget(target.module.parameters())  # hooks hold the module
+
+    def keep_dense(self, target: Target) -> None:
+        """Leave a layer in 16 bits, and let the resulting settings say so."""
+        logger.warning("%s: never called with a calibration token; kept in 16 bits", target.name)
+        rules: dict[str, Mapping[str, Any]] = {f"-:{re.escape(target.name)}$": {}}  # the first match wins
+        config = self.report.config
+        self.report.config = dataclasses.replace(config, dynamic={**rules, **(config.dynamic or {})})
+
+    def add_report(self, entry: LayerReport) -> None:
+        """Count a layer as done."""
+        self.report.layers.append(entry)
+        self.events.layer_done(entry, len(self.report.layers), self.total)

@@ -1,0 +1,48 @@
+"""What a caller may choose about a run, and what it is told while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .report import LayerReport
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run; the settings of the result are in :class:`QuantizeConfig`.
+
+    Args:
+        batch_size: sequences per forward pass; None aims at about 2048 tokens.
+        block_name: full name of the list of blocks to quantize; None chooses, see :func:`structure.find_blocks`.
+        backend: kernel of the resulting layers; None chooses the fastest that fits.
+        device: where to compute, e.g. ``cuda``: blocks are moved there for their turn and back; a distillation moves
+            both models there as a whole. None computes where the weights are.
+    """
+
+    batch_size: int | None = None
+    block_name: str | None = None
+    backend: str | None = None
+    device: torch.device | str | None = None
+
+
+class Events:
+    """What happens during a run. Override the methods that you want to be told by; these do nothing."""
+
+    def calibration_chosen(self, choice: Any) -> None:
+        """``calibration="auto"``, which adapters offer, has chosen its samples."""
+
+    def block_needed(self, name: str, block: nn.Module) -> None:
+        """A block is about to be used for the first time; its weights must be in place when this returns."""
+
+    def layer_done(self, layer: LayerReport, done: int, total: int) -> None:
+        """A layer is quantized: ``done`` of ``total``."""
+
+    def block_done(self, name: str, block: nn.Module) -> None:
+        """All layers of a block are quantized, and nothing reads the block any more."""
+
+    def training_step(self, done: int, total: int, loss: float) -> None:
+        """A step of the distillation is done; ``loss`` is the divergence on its batch, in nats per token."""

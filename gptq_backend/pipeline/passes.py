@@ -1,0 +1,241 @@
+"""Forward passes over the calibration data that wait at a model's blocks and layers until those are quantized.
+
+Each batch's pass is a task in lockstep. Arguments that the model hands to each block (masks, rotary embeddings) need no
+capturing or replaying, because the model's own forward passes them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import QuantizeConfig
+from ..model import lockstep
+from ..model.calibration import Batch, calling, model_inputs
+from ..model.layer_inputs import InputFactor, LayerInput
+from ..model.placement import Placement
+from ..model.structure import Block, Structure, Target
+from ..model.token_weights import Sensitivity
+from ..training.blocks import Example, output_tensor
+
+
+class Place(Enum):
+    """Where passes wait at a block, in the order in which these places are served. Between START and MEASURED they
+    wait at each of the block's layers.
+    """
+
+    ORIGINAL = auto()  # passes through the original blocks: before the block
+    START = auto()  # passes through the quantized blocks: before the block
+    MEASURED = auto()  # the block has run as it was, all Hessians are there (true_sequential=False)
+    TRAIN = auto()  # all layers are quantized, what the block makes of each batch can be trained
+    LEAVE = auto()  # passes through the original blocks: behind the block
+
+
+class Phase(Enum):
+    """How far the block has come whose turn it is."""
+
+    ENTERED = auto()  # its weights are in place; passes through the original may be running
+    MEASURING = auto()  # it runs as it was, and its layers are quantized afterwards (true_sequential=False)
+    QUANTIZING = auto()  # a layer is quantized as soon as all passes stand in front of it
+    TRAINING = auto()  # its training runs it, and no pass waits in it
+    FINAL_BEFORE = auto()  # quantized by an earlier run, or by an earlier call in the same forward pass
+
+
+@dataclass(eq=False)
+class BlockState:
+    """The block whose turn it is.
+
+    Args:
+        block: it.
+        phase: how far it has come.
+        measured: layers to quantize at the end of the phase MEASURING.
+        originals: what the original block returned, by batch.
+        examples: of the quantized block, likewise.
+    """
+
+    block: Block
+    phase: Phase = Phase.ENTERED
+    measured: list[tuple[Target, InputFactor | None]] = field(default_factory=list)
+    originals: dict[int, Tensor] = field(default_factory=dict)
+    examples: dict[int, Example] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Task:
+    """The forward pass of one batch.
+
+    Args:
+        number: of the batch.
+        inputs: of the model.
+        original: it goes through the original blocks. All of these pass a block before any of the others enters it, and
+            wait behind it until those have passed too: what the model does to a block's output may not change the
+            target.
+        weights: what each token counts for the layers of the block that it is in.
+    """
+
+    number: int
+    inputs: dict[str, Any]
+    original: bool
+    weights: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, T], 0 marks padding."""
+        return self.inputs.get("attention_mask")
+
+
+_TASK: contextvars.ContextVar[_Task] = contextvars.ContextVar("task")  # the running one
+
+
+class Passes:
+    """The passes of one run.
+
+    Args:
+        model: unchanged afterwards but for what the callbacks of :meth:`run` do to it.
+        structure: its blocks and layers.
+        config: whether a block's layers are measured before or while they are quantized, and what is trained.
+        placement: where inputs have to be.
+        done: layers that are quantized, by their dense modules; grows meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        config: QuantizeConfig,
+        placement: Placement,
+        done: Mapping[nn.Module, object],
+    ) -> None:
+        self.model, self.structure, self.config, self.placement = model, structure, config, placement
+        self.done = done
+        self.state: BlockState | None = None  # set by whoever serves the places
+        self.reached: set[Block] = set()
+        self._arrived: dict[Target, list[LayerInput]] = {}  # what the waiting passes are about to feed each layer
+        self._sensitivity = Sensitivity()
+
+    def run(
+        self,
+        batches: list[Batch],
+        serve_place: Callable[[Block, Place], None],
+        serve_layer: Callable[[Target, list[LayerInput]], None],
+    ) -> None:
+        """Pass all batches through the model.
+
+        Args:
+            batches: the calibration data.
+            serve_place: called when all passes that come to it wait at a place of a block.
+            serve_layer: likewise in front of a layer, with what they are about to feed it.
+        """
+        ranks: dict[Any, int] = {}  # the order in which passes that wait at different places are served
+        for block in self.structure.blocks:
+            before = [(block, Place.ORIGINAL), (block, Place.START)]
+            behind = [(block, place) for place in (Place.MEASURED, Place.TRAIN, Place.LEAVE)]
+            for key in (*before, *block.targets, *behind):
+                ranks[key] = len(ranks)
+        if self.structure.head is not None:
+            ranks[self.structure.head] = len(ranks)
+
+        def serve(key: Target | tuple[Block, Place]) -> None:
+            if isinstance(key, Target):
+                serve_layer(key, self._arrived.pop(key))
+            else:
+                serve_place(*key)
+
+        kinds = (True, False) if self.config.preset.block_epochs else (False,)
+        inputs = [model_inputs(self.model, batch, self.placement.device) for batch in batches]
+        tasks = [_Task(i, each, original) for original in kinds for i, each in enumerate(inputs)]
+        with ExitStack() as hooks:
+            self._set_hooks(hooks)
+            lockstep.run([partial(self._forward, task) for task in tasks], serve, ranks.__getitem__)
+
+    def _forward(self, task: _Task) -> None:
+        _TASK.set(task)
+        with calling(self.model, lambda: bool(self.reached)):
+            self.model(**task.inputs)
+
+    def _set_hooks(self, hooks: ExitStack) -> None:
+        """Make the passes wait at blocks and layers, and end them behind the last, until ``hooks`` is closed."""
+        for block in self.structure.blocks:
+            # accelerate, too, gives instances a forward of their own.
+            own = vars(block.module).get("forward")
+            restore = (setattr, block.module, "forward", own) if own else (delattr, block.module, "forward")
+            block.module.forward = self._waiting_forward(block)
+            hooks.callback(*restore)
+            for target in block.targets:
+                self._hook_layer(target, hooks)
+        head, last = self.structure.head, self.structure.blocks[-1]
+        if head is None:
+            hooks.callback(last.module.register_forward_hook(_stop).remove)
+        else:
+            self._hook_layer(head, hooks)
+            hooks.callback(head.module.register_forward_pre_hook(_stop).remove)
+
+    def _waiting_forward(self, block: Block) -> Callable[..., Any]:
+        forward = block.module.forward
+
+        def waiting_forward(*args: Any, **kwargs: Any) -> Any:
+            run = partial(forward, *args, **kwargs)
+            self.reached.add(block)
+            if _TASK.get().original:
+                return self._run_original(block, run)
+            lockstep.wait((block, Place.START))
+            state = self._current()
+            if block.targets and state.phase is not Phase.FINAL_BEFORE:
+                self._run_until_final(state, run)
+            return run()
+
+        return waiting_forward
+
+    def _run_original(self, block: Block, run: Callable[[], Any]) -> Any:
+        """Keep what the block returns before it is quantized."""
+        lockstep.wait((block, Place.ORIGINAL))
+        output = run()
+        self._current().originals[_TASK.get().number] = output_tensor(output)
+        if block is self.structure.blocks[-1]:
+            raise lockstep.Stop
+        lockstep.wait((block, Place.LEAVE))
+        return output
+
+    def _run_until_final(self, state: BlockState, run: Callable[[], Any]) -> None:
+        """Run the block as often as it takes until all its weights are final."""
+        block, task = state.block, _TASK.get()
+        if self.config.token_weights:
+            layers = [target.module for target in block.targets]
+            task.weights = self._sensitivity.of(block.module, block.name, layers, run, task.mask)
+        if not self.config.true_sequential:
+            run()  # all Hessians from the block as it was, then the block again, quantized
+            lockstep.wait((block, Place.MEASURED))
+        if (original := state.originals.get(task.number)) is not None:
+            run()
+            state.examples[task.number] = Example(run, original, task.mask)
+            lockstep.wait((block, Place.TRAIN))
+
+    def _hook_layer(self, target: Target, hooks: ExitStack) -> None:
+        def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._sensitivity.running or (self.state and self.state.phase is Phase.TRAINING):
+                return
+            measured = self.state.measured if self.state else []
+            task = _TASK.get()
+            if task.original or module in self.done or any(target is each for each, _ in measured):
+                return
+            x = next(iter((*args, *kwargs.values())))
+            self._arrived.setdefault(target, []).append(LayerInput(x, task.mask, task.weights.get(module)))
+            lockstep.wait(target)
+            self.placement.fetch(x)
+
+        hooks.callback(target.module.register_forward_pre_hook(wait, with_kwargs=True).remove)
+
+    def _current(self) -> BlockState:
+        assert self.state is not None, "a block was passed without its turn"
+        return self.state
+
+
+def _stop(*_: Any) -> None:
+    raise lockstep.Stop
