@@ -122,4 +122,4 @@ def from_int32_words(packed: Tensor, dtype: torch.dtype, dim: int, length: int) 
 
 def _view(stream: Tensor, dtype: torch.dtype) -> Tensor:
     """``stream.view(dtype)``, which refuses the strides that a dimension of one element may have."""
-    return stream.reshape(-1).view(dtype).view(*stream.shape[:-1], -1)
+    return stream.clone(memory_format=torch.contiguous_format).view(-1).view(dtype).view(*stream.shape[:-1], -1)

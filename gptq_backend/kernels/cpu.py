@@ -255,10 +255,8 @@ def _torch_functions() -> dict[str, int]:
 
 # With them the operator for inference is one in C++, which takes a fraction of the time that one in Python takes.
 _FUNCTIONS = _torch_functions()
-_library = torch.library.Library("gptq_backend", "FRAGMENT")
 _LAYOUT, _LAYOUT_A8 = (Layout(WeightFields, constants=(a8,)) for a8 in (False, True))
 _OPERATORS = define_operators(
-    _library,
     "cpu_",
     _LAYOUT,
     gemm,
@@ -267,7 +265,6 @@ _OPERATORS = define_operators(
     register_inference=(lambda name: _cpu.register_with_torch(name, _FUNCTIONS)) if _FUNCTIONS else None,
 )
 _moe_op = define_grouped(
-    _library,
     "cpu_moe_gemm",
     _LAYOUT,
     "Tensor ids, int experts, int top_k, Tensor? bias",
@@ -293,9 +290,8 @@ def _kernel(name: str, layout: Layout, opt_in: bool) -> Kernel:
 
 def _experts(kernel: Kernel) -> ExpertKernel:
     def call(
-        function: Any, spec: WeightSpec, stacked: Tensors, x: Tensor, routing: Routing, top_k: int, bias: Tensor | None
+        function: Any, x: Tensor, layout: tuple[Any, ...], routing: Routing, top_k: int, bias: Tensor | None
     ) -> Tensor:
-        layout = kernel.layout.arguments(spec, stacked)
         return function(x, *layout, routing.ids, routing.experts, top_k, bias)
 
     def allocate(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -55,7 +55,7 @@ class Grouped(nn.Module):
         super().__init__()
         row = expert_kernel(weights[0].kernel)
         assert row is not None
-        self.row, self.spec = row, weights[0].spec
+        self.row, self.spec, self._facts = row, weights[0].spec, weights[0].facts
         for name in row.tensors:
             if name in weights[0].tensors:
                 tensors = [weight.tensors[name] for weight in weights]
@@ -72,7 +72,8 @@ class Grouped(nn.Module):
     def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:
         """x: 16 bits or float32 [rows / top_k, K] -> [rows, N] in the dtype of x; rows of no expert are zeros."""
         call = self.row.op if torch.compiler.is_compiling() or type(x) is not Tensor else self.row.gemm
-        return call(self.spec, self._parameters, x, routing, top_k, self._parameters["bias"])  # type: ignore[arg-type]
+        layout = (*map(self._parameters.get, self.row.kernel.layout.tensors), *self._facts)
+        return call(x, layout, routing, top_k, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         count = len(self._parameters["qweight"])  # type: ignore[arg-type]

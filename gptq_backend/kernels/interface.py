@@ -53,10 +53,10 @@ class Kernel:
     Args:
         name: what ``backend=NAME`` refers to.
         supports: ``(spec, device) -> None`` when the kernel can serve the weight, else the reason why not.
-        prepare: ``packed weight -> tensors in the kernel's layout``, on the same device. They include a ``qweight``
-            with at least three dimensions, and need not include ``g_idx``, which is kept beside them.
-        unprepare: ``(spec, tensors) -> (qweight, scales, zeros)`` of the packed weight, bit for bit; zeros: None for a
-            symmetric weight.
+        prepare: ``packed weight -> tensors in the kernel's layout``, contiguous and on the same device. They include a
+            ``qweight`` with at least three dimensions. ``g_idx``, where the weight has one, is put beside them.
+        unprepare: ``(spec, tensors) -> (qweight, scales, zeros)`` of the packed weight, bit for bit; zeros may be None
+            for a symmetric weight.
         layout: the arguments that describe the weight to the two operators.
         gemm: ``(x [..., K], *layout, bias [N] | None) -> y [..., N]`` in the dtype of x, called directly.
         op: the same through ``torch.ops``, for traces and gradients.
@@ -82,17 +82,17 @@ class ExpertKernel:
     Args:
         kernel: whose layout the stacked weights are in.
         tensors: names of the prepared tensors that are multiplied with; the others need not be stacked.
-        gemm: ``(spec, stacked, x [rows / top_k, K], routing, top_k, bias [P*E, N] | None) -> y [rows, P*N]``: row r of
-            y is row ``r // top_k`` of x times the weights of r's expert, side by side where there are several
-            projections, or zeros. x: 16 bits or float32.
+        gemm: ``(x [rows / top_k, K], layout, routing, top_k, bias [P*E, N] | None) -> y [rows, P*N]``: row r of y is
+            row ``r // top_k`` of x times the weights of r's expert, side by side where there are several projections,
+            or zeros. x: 16 bits or float32; layout: the kernel's arguments, of the stacked tensors.
         op: the same through ``torch.ops``, for traces.
         allocate: ``(like, shape) -> empty tensor`` for a stack.
     """
 
     kernel: Kernel
     tensors: tuple[str, ...]
-    gemm: Callable[[WeightSpec, Tensors, Tensor, Routing, int, Tensor | None], Tensor]
-    op: Callable[[WeightSpec, Tensors, Tensor, Routing, int, Tensor | None], Tensor]
+    gemm: Callable[[Tensor, tuple[Any, ...], Routing, int, Tensor | None], Tensor]
+    op: Callable[[Tensor, tuple[Any, ...], Routing, int, Tensor | None], Tensor]
     allocate: Callable[[Tensor, tuple[int, ...]], Tensor] = Tensor.new_empty
 
 

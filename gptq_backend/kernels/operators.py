@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .interface import Layout
 
+# Keeps what it has registered: an operator whose library is gone crashes.
+_LIBRARY = torch.library.Library("gptq_backend", "FRAGMENT")
+
 
 def define_operators(
-    library: torch.library.Library,
     prefix: str,
     layout: Layout,
     gemm: Callable[..., Tensor],
@@ -28,8 +30,8 @@ def define_operators(
     torch calls Python twice more for an operator whose gradients are defined in Python, in compiled graphs too.
 
     Args:
-        library: of the namespace gptq_backend.
-        layout: of the weight.
+        prefix: of the operators' names.
+        layout: of the weight; its fields include ``qweight``.
         gemm: ``(x [..., K], *layout, bias [N] | None) -> y [..., N]`` in the dtype of x.
         dequantize: ``(*layout, dtype) -> [K, N]``, the transpose of ``nn.Linear.weight``.
         dispatch: key that both are registered for.
@@ -37,18 +39,18 @@ def define_operators(
         register_inference: gives the operator of that name another implementation than ``gemm``.
     """
     for name in ("gemm", "gemm_inference"):
-        library.define(f"{prefix}{name}(Tensor x, {layout.schema}, Tensor? bias) -> Tensor")
-    library.define(f"{prefix}dequantize({layout.schema}, ScalarType dtype) -> Tensor")
-    library.impl(f"{prefix}gemm", gemm, dispatch)
-    library.impl(f"{prefix}dequantize", dequantize, dispatch)
+        _LIBRARY.define(f"{prefix}{name}(Tensor x, {layout.schema}, Tensor? bias) -> Tensor")
+    _LIBRARY.define(f"{prefix}dequantize({layout.schema}, ScalarType dtype) -> Tensor")
+    _LIBRARY.impl(f"{prefix}gemm", gemm, dispatch)
+    _LIBRARY.impl(f"{prefix}dequantize", dequantize, dispatch)
     if register_inference is None:
-        library.impl(f"{prefix}gemm_inference", gemm, dispatch)
+        _LIBRARY.impl(f"{prefix}gemm_inference", gemm, dispatch)
     else:
         register_inference(f"{prefix}gemm_inference")
-    _register_fakes(library, prefix, layout, by_output)
+    _register_fakes(prefix, layout, by_output)
     packets = torch.ops.gptq_backend
     dense = getattr(packets, f"{prefix}dequantize")
-    _register_gradients(library, prefix, dense)
+    _register_gradients(prefix, dense)
     with_gradients = getattr(packets, f"{prefix}gemm").default
     without = getattr(packets, f"{prefix}gemm_inference").default
 
@@ -58,7 +60,7 @@ def define_operators(
     return op, dense
 
 
-def _register_fakes(library: torch.library.Library, prefix: str, layout: Layout, by_output: bool) -> None:
+def _register_fakes(prefix: str, layout: Layout, by_output: bool) -> None:
     """Shapes and dtypes of the results, for traces."""
 
     def fake_gemm(x: Tensor, *arguments: Any) -> Tensor:
@@ -74,11 +76,11 @@ def _register_fakes(library: torch.library.Library, prefix: str, layout: Layout,
         return weight.qweight.new_empty((inputs, outputs), dtype=dtype)
 
     for name in ("gemm", "gemm_inference"):
-        torch.library.register_fake(f"gptq_backend::{prefix}{name}", fake_gemm, lib=library)
-    torch.library.register_fake(f"gptq_backend::{prefix}dequantize", fake_dequantize, lib=library)
+        torch.library.register_fake(f"gptq_backend::{prefix}{name}", fake_gemm, lib=_LIBRARY)
+    torch.library.register_fake(f"gptq_backend::{prefix}dequantize", fake_dequantize, lib=_LIBRARY)
 
 
-def _register_gradients(library: torch.library.Library, prefix: str, dense: Callable[..., Tensor]) -> None:
+def _register_gradients(prefix: str, dense: Callable[..., Tensor]) -> None:
     """Of ``gemm``, with respect to x and bias."""
 
     def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -97,11 +99,10 @@ def _register_gradients(library: torch.library.Library, prefix: str, dense: Call
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return (grad_x, *[None] * len(ctx.weight), grad_bias)
 
-    torch.library.register_autograd(f"gptq_backend::{prefix}gemm", backward, setup_context=save, lib=library)
+    torch.library.register_autograd(f"gptq_backend::{prefix}gemm", backward, setup_context=save, lib=_LIBRARY)
 
 
 def define_grouped(
-    library: torch.library.Library,
     name: str,
     layout: Layout,
     arguments: str,
@@ -112,7 +113,7 @@ def define_grouped(
     """Register ``gptq_backend::{name}``, a grouped product, whose weights have a leading dimension.
 
     Args:
-        library, layout, dispatch: as for :func:`define_operators`.
+        layout, dispatch: as for :func:`define_operators`.
         arguments: schema of those behind the layout, the last of them a bias.
         moe_gemm: ``(x, *layout, *arguments) -> y``.
         shape: ``(x, layout, *arguments) -> shape of y``.
@@ -122,9 +123,9 @@ def define_grouped(
         count = len(layout.fields._fields)  # type: ignore[attr-defined]
         return x.new_empty(shape(x, layout.fields(*rest[:count]), *rest[count:]))
 
-    library.define(f"{name}(Tensor x, {layout.schema}, {arguments}) -> Tensor")
-    library.impl(name, moe_gemm, dispatch)
-    torch.library.register_fake(f"gptq_backend::{name}", fake, lib=library)
+    _LIBRARY.define(f"{name}(Tensor x, {layout.schema}, {arguments}) -> Tensor")
+    _LIBRARY.impl(name, moe_gemm, dispatch)
+    torch.library.register_fake(f"gptq_backend::{name}", fake, lib=_LIBRARY)
     operator: Callable[..., Tensor] = getattr(torch.ops.gptq_backend, name)
     return operator
 

@@ -109,7 +109,6 @@ def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tenso
 
 
 LAYOUT = Layout(WeightFields, constants=(0, False))
-_library = torch.library.Library("gptq_backend", "DEF")
 KERNEL = Kernel(
     "reference",
     lambda spec, device: None,
@@ -117,5 +116,5 @@ KERNEL = Kernel(
     unprepare,
     LAYOUT,
     gemm,
-    *define_operators(_library, "", LAYOUT, gemm, dequantize),
+    *define_operators("", LAYOUT, gemm, dequantize),
 )

@@ -54,7 +54,7 @@ def check_experts(
     x, bias = torch.randn(len(ids), 90).to(dtype), torch.randn(3 * parts, 40).to(dtype)
     stack = {name: tensor.to(device) for name, tensor in stack.items()}
     routing = Routing(ids.to(device), 3)
-    y = row_of(kernel).gemm(each[0].spec, stack, x.to(device), routing, top_k, bias.to(device)).cpu()
+    y = row_of(kernel).gemm(x.to(device), arguments(each, stack), routing, top_k, bias.to(device)).cpu()
     expected = torch.zeros(ids.numel(), parts, 40, dtype=torch.float64)
     for row, expert in enumerate(ids.flatten().tolist()):
         for part in range(parts if 0 <= expert < 3 else 0):
@@ -64,11 +64,14 @@ def check_experts(
     assert error(y, expected.flatten(1)) < LIMITS[dtype]
 
 
+def arguments(each: Sequence[PreparedWeight], stack: dict[str, Tensor]) -> tuple[Any, ...]:
+    return each[0].kernel.layout.arguments(each[0].spec, stack)
+
+
 def check_opcheck(kernel: Kernel, operator: Any, *more: Any) -> None:
     """more: what comes between the layout and top_k."""
     each, stack = stacked(kernel, [random_weight(4, 64, 20, 32, seed) for seed in range(4)])
-    arguments = kernel.layout.arguments(each[0].spec, stack)
-    torch.library.opcheck(operator, (torch.randn(2, 64), *arguments, *more, torch.randn(4, 20)))
+    torch.library.opcheck(operator, (torch.randn(2, 64), *arguments(each, stack), *more, torch.randn(4, 20)))
 
 
 # -- where rows go -----------------------------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ def test_one_call_gives_the_bits_of_one_call_per_expert(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        y = row_of(kernel).gemm(each[0].spec, stack, x, Routing(ids, experts), top_k, bias).view(-1, parts, 20)
+        y = row_of(kernel).gemm(x, arguments(each, stack), Routing(ids, experts), top_k, bias).view(-1, parts, 20)
         for part in range(parts):
             first = part * experts
             alone = [
@@ -194,11 +197,11 @@ def test_a_graph_breaks_at_the_experts_or_holds_a_number_of_rows() -> None:
 
     @torch.compile(fullgraph=True, backend="eager", dynamic=True)
     def compiled(x: Tensor, ids: Tensor) -> Tensor:
-        return row_of(cpu.KERNEL).op(each[0].spec, stack, x, Routing(ids, 3), 2, None)
+        return row_of(cpu.KERNEL).op(x, arguments(each, stack), Routing(ids, 3), 2, None)
 
     for ids in (IDS[0], IDS[0][:2]):
         x = torch.randn(len(ids), 64)
-        expected = row_of(cpu.KERNEL).gemm(each[0].spec, stack, x, Routing(ids, 3), 2, None)
+        expected = row_of(cpu.KERNEL).gemm(x, arguments(each, stack), Routing(ids, 3), 2, None)
         assert torch.equal(compiled(x, ids), expected)
 
 
@@ -211,7 +214,7 @@ def test_the_host_waits_for_no_value(kernel: Kernel) -> None:
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(tensor) for name, tensor in stack.items()}
         ids, x = torch.empty(5, 2, dtype=torch.int64), torch.empty(5, 64)
-        y = row_of(kernel).op(each[0].spec, fake, x, Routing(ids, 3), 2, None)
+        y = row_of(kernel).op(x, arguments(each, fake), Routing(ids, 3), 2, None)
     assert y.shape == (10, 40)
 
 

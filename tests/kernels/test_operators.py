@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from gptq_backend.kernels import cpu, reference
+from gptq_backend import KERNELS, Kernel, WeightSpec
 from tests.format.test_weight import random_weight
 from tests.kernels.checks import native, prepared
 
-ROWS = [reference.KERNEL, pytest.param(cpu.KERNEL, marks=native), pytest.param(cpu.W4A8, marks=native)]
+SERVING = [kernel for kernel in KERNELS if kernel.supports(WeightSpec(90, 33, 4, 30, 3), torch.device("cpu")) is None]
 # Checked where their devices are, or are emulated.
 ELSEWHERE = {
     "cpu_moe_gemm": "tests/kernels/test_experts.py",
@@ -23,26 +21,30 @@ ELSEWHERE = {
     "cuda_gemm_inference": "tests/gpu/test_cuda.py",
     "cuda_dequantize": "tests/gpu/test_cuda.py",
 }
-CHECKED = [f"{prefix}{name}" for prefix in ("", "cpu_") for name in ("gemm", "gemm_inference", "dequantize")]
 
 
-@pytest.mark.parametrize("kernel", ROWS, ids=lambda kernel: kernel.name)
+def prefix(kernel: Kernel) -> str:
+    return kernel.dequantize.__name__.removesuffix("dequantize")
+
+
+@pytest.mark.parametrize("kernel", SERVING, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
-def test_operators_pass_opcheck(kernel: Any, sym: bool, act_order: bool) -> None:
+def test_operators_pass_opcheck(kernel: Kernel, sym: bool, act_order: bool) -> None:
     served = prepared(random_weight(4, 90, 33, 30, act_order=act_order, sym=sym), kernel)
     layout = kernel.layout.arguments(served.spec, served.tensors)
-    prefix = "" if kernel is reference.KERNEL else "cpu_"
     operators = torch.ops.gptq_backend
     for bias in (torch.randn(33, requires_grad=True), None):
         x = torch.randn(2, 1, 90, requires_grad=True)
-        torch.library.opcheck(getattr(operators, f"{prefix}gemm").default, (x, *layout, bias))
-    inference = getattr(operators, f"{prefix}gemm_inference").default
+        torch.library.opcheck(getattr(operators, f"{prefix(kernel)}gemm").default, (x, *layout, bias))
+    inference = getattr(operators, f"{prefix(kernel)}gemm_inference").default
     torch.library.opcheck(inference, (torch.randn(5, 90), *layout, torch.randn(33)))
     for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(getattr(operators, f"{prefix}dequantize").default, (*layout, dtype))
+        torch.library.opcheck(getattr(operators, f"{prefix(kernel)}dequantize").default, (*layout, dtype))
 
 
+@native
 def test_no_operator_goes_unchecked() -> None:
     names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gptq_back")}
-    assert names == set(CHECKED) | set(ELSEWHERE)
+    checked = {f"{prefix(row)}{name}" for row in SERVING for name in ("gemm", "gemm_inference", "dequantize")}
+    assert names <= checked | set(ELSEWHERE)

@@ -27,7 +27,7 @@ from gptq_backend.kernels.triton import operators as triton_ops
 from gptq_backend.kernels.triton import plan as triton_plan
 from tests.format.test_weight import random_weight
 from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, packed, prepared
-from tests.kernels.test_experts import check_experts, stacked
+from tests.kernels.test_experts import arguments, check_experts, stacked
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it is part of the test extra")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -268,7 +268,7 @@ def test_experts_compile_without_spilling(compiler, target: str) -> None:
     made = compiler(target)
     each, stack = stacked(triton_ops.KERNEL, [random_weight(4, 1024, 256, 128, i) for i in range(2)])
     x = torch.empty(2, 1024, dtype=torch.bfloat16)
-    triton_ops.EXPERTS.gemm(each[0].spec, stack, x, Routing(torch.tensor([[0, 1], [1, 0]]), 2), 2, None)
+    triton_ops.EXPERTS.gemm(x, arguments(each, stack), Routing(torch.tensor([[0, 1], [1, 0]]), 2), 2, None)
     assert_fast(target, "gemm", made.compiled["gemm"], torch.bfloat16)
 
 

@@ -220,7 +220,6 @@ def dequantize(*layout_and_dtype: Any) -> Tensor:
 
 
 _LAYOUT = Layout(WeightFields)
-_library = torch.library.Library("gptq_backend", "FRAGMENT")
 KERNEL = Kernel(
     "cuda",
     supports,
@@ -228,5 +227,5 @@ KERNEL = Kernel(
     layout.unprepare,
     _LAYOUT,
     gemm,
-    *define_operators(_library, "cuda_", _LAYOUT, gemm, dequantize, dispatch="CUDA", by_output=True),
+    *define_operators("cuda_", _LAYOUT, gemm, dequantize, dispatch="CUDA", by_output=True),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...format.weight import WeightSpec
 from ..devices import DTYPE_CODES, cdiv, on_device
-from ..interface import ExpertKernel, Kernel, Layout, Tensors
+from ..interface import ExpertKernel, Kernel, Layout
 from ..operators import check_input, check_prepared, define_grouped, define_operators
 from ..routing import Routing
 from . import layout
@@ -237,7 +237,6 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
 
 
 _LAYOUT = Layout(WeightFields)
-_library = torch.library.Library("gptq_backend", "FRAGMENT")
 KERNEL = Kernel(
     "triton",
     supports,
@@ -245,10 +244,9 @@ KERNEL = Kernel(
     layout.unprepare,
     _LAYOUT,
     gemm,
-    *define_operators(_library, "triton_", _LAYOUT, gemm, dequantize),
+    *define_operators("triton_", _LAYOUT, gemm, dequantize),
 )
 moe_op = define_grouped(
-    _library,
     "triton_moe_gemm",
     _LAYOUT,
     "Tensor order, Tensor experts, int top_k, Tensor? bias",
@@ -257,14 +255,11 @@ moe_op = define_grouped(
 )
 
 
-def _grouped(
-    spec: WeightSpec, stacked: Tensors, x: Tensor, routing: Routing, top_k: int, bias: Tensor | None
-) -> Tensor:
+def _grouped(x: Tensor, layout: tuple[Any, ...], routing: Routing, top_k: int, bias: Tensor | None) -> Tensor:
     # Several projections of E experts are E times as many experts; their rows lie side by side in y.
-    parts = stacked["qweight"].shape[0] // routing.experts
+    parts = len(layout[0]) // routing.experts
     order, experts = routing.blocks(triton_plan.moe_rows(routing.ids.numel(), routing.experts, x.device), parts)
-    y = moe_op(x, *_LAYOUT.arguments(spec, stacked), order, experts, top_k * parts, bias)
-    return y.view(-1, parts * spec.out_features)
+    return moe_op(x, *layout, order, experts, top_k * parts, bias).view(routing.ids.numel(), -1)
 
 
 EXPERTS = ExpertKernel(KERNEL, ("qweight", "scales", "zeros", "perm", "groups"), _grouped, _grouped)
