@@ -14,7 +14,6 @@ import secrets
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 _SCRATCH = re.compile(r"gptq-(offload|view|bench)-[a-z0-9_]{8}")
 _LOCK = ".lock"  # in a scratch folder
-_DAY = 86_400.0
 
 
 @dataclass
@@ -197,10 +195,6 @@ def _clear(folder: Path) -> bool:
             dead.close()
         shutil.rmtree(folder, ignore_errors=True)
         dead.close()
-    elif any(folder.iterdir()):  # made without a lock, by earlier versions
-        if time.time() - folder.stat().st_mtime < _DAY:
-            return False
-        shutil.rmtree(folder, ignore_errors=True)
     else:
-        folder.rmdir()  # its process died between making and locking it, or else it makes another one
+        folder.rmdir()  # empty: its process died between making and locking it, or else it makes another one
     return not folder.exists()
