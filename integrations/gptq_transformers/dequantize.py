@@ -13,8 +13,8 @@ from gptq_backend.model import replace_module
 from .casting import cast_parameters, dtype_of_parameter
 from .changes import forbid_changes
 from .experts.expert_list import ExpertList
+from .loading.split_layers import join_layers
 from .quantized_layers import quant_linears
-from .split_layers import join_layers
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:

@@ -24,11 +24,11 @@ from gptq_backend.format import (
 )
 from gptq_backend.model import linear_shapes, replace_module
 
-from .casting import dtype_of_parameter
-from .check_loading import check_dense_shapes
+from ..casting import dtype_of_parameter
+from ..experts.unfuse import replace_fused_experts
+from ..quantized_layers import untie_quantized
 from .checkpoint_names import CheckpointNames
-from .experts.unfuse import replace_fused_experts
-from .quantized_layers import untie_quantized
+from .checks import check_dense_shapes
 from .split_layers import split_layers
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def follow_renaming(model: Any, plan: LoadPlan) -> list[Any]:
     if not plan.renaming:
         return []
     try:
-        from .experts.renaming import ExpertRenaming
+        from ..experts.renaming import ExpertRenaming
     except ImportError:  # transformers 4
         original = model._get_key_renaming_mapping
 
