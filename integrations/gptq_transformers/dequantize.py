@@ -10,11 +10,10 @@ from torch import nn
 from gptq_backend import ConfigError
 from gptq_backend.model import replace_module
 
-from .casting import cast_parameters, dtype_of_parameter
 from .changes import forbid_changes
 from .experts.expert_list import ExpertList
 from .loading.split_layers import join_layers
-from .quantized_layers import quant_linears
+from .quantized_layers import dtype_of_parameter, quant_linears
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
@@ -46,7 +45,10 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
     join_layers(model)
     forbid_changes(model)
     if dtype is not None:
-        cast_parameters(model, old, dtype)
+        # Others, and buffers such as rotary frequencies, have their dtype on purpose.
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == old:
+                parameter.data = parameter.data.to(dtype_of_parameter(model, name, dtype))
     for holder, key in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),

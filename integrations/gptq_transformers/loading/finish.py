@@ -11,9 +11,8 @@ from gptq_backend import QuantLinear
 from gptq_backend.format import Manifest, read_packed, read_tensor
 from gptq_backend.modules import offloading_hook
 
-from ..casting import dtype_of_parameter
 from ..experts.unfuse import group_experts
-from ..quantized_layers import quant_linears
+from ..quantized_layers import dtype_of_parameter, quant_linears
 from .checks import check_finite, check_loaded, not_loaded
 from .prepare import LoadPlan
 
