@@ -49,7 +49,6 @@ class Checkpoint:
 
     Args:
         damaged: what keeps modules, or the whole, from being loaded, by name.
-        skipped: quantized modules that the model does not have.
         unbiased: quantized modules that the model has without a bias.
         unknown: why the model's structure is not known; "" if it is.
     """

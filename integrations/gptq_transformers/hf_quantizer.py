@@ -40,7 +40,6 @@ class GPTQBackendQuantizer(HfQuantizer):
 
     Args:
         quantization_config: ours, or transformers' own ``GPTQConfig`` as users build it.
-        pre_quantized: whether the checkpoint is quantized; if not, it is quantized after loading.
     """
 
     pre_quantized: bool

@@ -61,7 +61,6 @@ def load_whole(
 
     Args:
         dtype: of the weights; ``auto`` is as stored.
-        **kwargs: for ``from_pretrained``.
 
     Raises:
         GPTQError: it cannot be loaded, or its files lack weights that it needs.

@@ -22,7 +22,6 @@ class Experts(nn.Module):
     Args:
         pieces: of each expert in turn, see :class:`Segments`.
         dtype, backend: likewise.
-        name: of the projection, for the log.
     """
 
     def __init__(

@@ -16,13 +16,7 @@ from .pieces import AnyPiece, DensePiece, joined
 
 
 class QuantizedSegment(nn.Module):
-    """A quantized weight [K, N] in the layout of the kernel that serves it; its parameters are the kernel's.
-
-    Args:
-        weight: on the device to run on.
-        backend: row of the kernel table, or None for the fastest that fits.
-        expert: see ``select_kernel``.
-    """
+    """A quantized weight [K, N] in the layout of the kernel that serves it; its parameters are the kernel's."""
 
     prepared: PreparedWeight
 
@@ -78,8 +72,6 @@ class Segments(nn.Module):
     Args:
         pieces: in the order of the outputs, on the device to run on. Neighbours are joined where one call can do.
         dtype: of the model, for what is not quantized.
-        backend: row of the kernel table, or None for the fastest that fits.
-        expert: see ``select_kernel``.
     """
 
     def __init__(

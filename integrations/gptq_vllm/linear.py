@@ -27,7 +27,6 @@ class GPTQLinearMethod(LinearMethodBase):
     """A linear layer of which at least one shard is quantized. There is one method per layer.
 
     Args:
-        stored: the checkpoint's layers.
         names: vLLM's names of those that it consists of, in order.
     """
 
@@ -135,13 +134,10 @@ def _stored_outputs(layer: Any, names: list[str], index: int) -> int | None:
 
 
 def announce(weight: str) -> None:
-    """Tell vLLM's cache of compiled graphs apart what it does not see: which kernels serve which formats.
+    """Tell vLLM's cache of compiled graphs what it does not see: ``weight`` says which kernels serve which formats.
 
     A graph calls the operators of the kernels that were chosen on this machine, with sizes that differ between
     checkpoints of one architecture. Neither is among what vLLM hashes.
-
-    Args:
-        weight: what a graph compiled over it depends on.
     """
     config = get_current_vllm_config_or_none()
     if config is not None and isinstance(config.additional_config, dict):

@@ -116,9 +116,6 @@ def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     """The :func:`expert_renaming` for a checkpoint whose experts are in other places than the model's, or are called
     otherwise where the model has them as single layers; {} if there is nothing to rename.
 
-    Args:
-        layers: full names of the checkpoint's layers, as far as transformers renames them by itself.
-
     Raises:
         CheckpointError: see :func:`expert_names.expert_renaming`.
     """

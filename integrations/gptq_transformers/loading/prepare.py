@@ -24,9 +24,8 @@ from gptq_backend.format import (
 )
 from gptq_backend.model import linear_shapes, replace_module
 
-from ..casting import dtype_of_parameter
 from ..experts.unfuse import replace_fused_experts
-from ..quantized_layers import untie_quantized
+from ..quantized_layers import dtype_of_parameter, untie_quantized
 from .checkpoint_names import CheckpointNames
 from .checks import check_dense_shapes
 from .split_layers import split_layers
@@ -66,10 +65,8 @@ def prepare_model(
     """Swap the modules that are quantized in a checkpoint for empty :class:`QuantLinear` on meta.
 
     Args:
-        model: a ``PreTrainedModel`` without weights.
         stored: the checkpoint's tensors, by their names in the files.
         names: what the model calls them.
-        ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not fit together or to the model.
