@@ -109,9 +109,8 @@ class StoredLayers:
             }
             shape = (layer.in_features, layer.out_features or tensors["qweight"].shape[-1])
             return resolve_specs(infos, self.settings, {name: shape})[name], None
-        if (
-            stored not in self._specs
-        ):  # all at once: what is wrong with a config is wrong for many layers, and said once
+        if stored not in self._specs:
+            # All at once: what is wrong with a config is wrong for many layers, and said once.
             self._specs = self.specs()
         spec = self._specs[stored]
         known = layer.has_bias or not spec.has_bias
