@@ -66,7 +66,7 @@ class DenseSegment(nn.Module):
         return f"{self.weight.shape[1]}, {self.out_features}, dtype={self.weight.dtype}"
 
 
-class Segments(nn.Module):
+class FusedWeight(nn.Module):
     """``y = x @ W.T + bias`` with W in one or several segments along N.
 
     Args:
@@ -78,25 +78,22 @@ class Segments(nn.Module):
         self, pieces: Sequence[AnyPiece], dtype: torch.dtype, backend: str | None, expert: bool = False
     ) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(
+        parts = [
             QuantizedSegment(piece, backend, expert) if isinstance(piece, PackedWeight) else DenseSegment(piece, dtype)
             for piece in joined(pieces)
-        )
-        ends = [0]
-        for part in self.parts:
-            ends.append(ends[-1] + part.out_features)  # type: ignore[operator,arg-type]
-        self._ends, self.out_features = tuple(ends), ends[-1]
+        ]
+        self.parts = nn.ModuleList(parts)
+        self._sizes = [part.out_features for part in parts]
+        self.out_features = sum(self._sizes)
         # Looking up children and calling them as modules would cost as much as a small product.
-        self._forwards = tuple(part.forward for part in self.parts)
+        self._forwards = tuple(part.forward for part in parts)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: float [..., K], bias: [N] or None -> [..., N] in the dtype of x."""
         if len(self._forwards) == 1:
             return self._forwards[0](x, bias)
-        outputs = []
-        for i, multiply in enumerate(self._forwards):
-            outputs.append(multiply(x, None if bias is None else bias[self._ends[i] : self._ends[i + 1]]))
-        return torch.cat(outputs, dim=-1)
+        biases = [None] * len(self._sizes) if bias is None else bias.split(self._sizes)
+        return torch.cat([multiply(x, part) for multiply, part in zip(self._forwards, biases)], dim=-1)
 
     def serve_alone(self) -> None:
         """See :meth:`QuantizedSegment.serve_alone`."""

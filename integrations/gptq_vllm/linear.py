@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from .fused_weight import Segments
+from .fused_weight import FusedWeight
 from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, first_input, missing, output_rows, remove_parameters
@@ -58,7 +58,7 @@ class GPTQLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: LinearBase | ParallelLMHead) -> None:
         self._collector.finish()
         remove_parameters(layer)
-        layer.segments = Segments(self._weights(), self._dtype, self.stored.backend)
+        layer.segments = FusedWeight(self._weights(), self._dtype, self.stored.backend)
         layer.register_parameter("qweight", layer.segments.first)  # LoRA finds the layer's device by this name
         announce(layer.segments.describe())
 
