@@ -155,20 +155,34 @@ def evaluate(
     """Perplexity of MODEL; with --reference also how far its predictions are from the reference's."""
     if text is None:
         raise typer.BadParameter("pass --text FILE: some 50 kB of UTF-8 text that the model was not calibrated on")
-    from .evaluate_command import run
+    import dataclasses
 
-    run(
-        model,
-        reference,
-        text,
-        seqlen=seqlen,
-        windows=windows,
-        dtype=dtype.value if dtype else None,
-        device=device,
-        backend=backend,
-        trust_remote_code=trust_remote_code,
-        json_target=json_target,
-    )
+    from gptq_transformers.calibration_input import load_tokenizer
+
+    from . import evaluate as work
+    from . import models, terminal
+
+    console, say = terminal.start(json_target)
+    content = terminal.read_text(text)
+    for path in filter(None, (model, reference)):
+        models.require_model(path)
+    models.require_device(device)
+    with console.status("loading", spinner="line") as status:
+        ids = work.cut_windows(content, load_tokenizer(model, True, trust_remote_code), seqlen, windows)
+        if reference is not None:
+            work.check_reference_tokens(reference, content, ids.flatten().tolist(), trust_remote_code)
+        options: dict[str, Any] = {
+            "dtype": dtype and dtype.value,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        loaded = models.load_model(model, backend=backend, **options)
+        other = None if reference is None else models.load_model(reference, **options)
+        result = work.evaluate(loaded, ids, other, lambda done, total: status.update(f"window {done} of {total}"))
+    settings = {"model": model, "reference": reference, "text": str(text), "device": device}
+    computed_in = str(next(p for p in loaded.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
+    terminal.write_json(json_target, {**settings, "dtype": computed_in, **dataclasses.asdict(result)})
+    say("\n".join(work.lines(result, computed_in, device)))
 
 
 @app.command()

@@ -23,10 +23,12 @@ def problems(
     shapes: list[tuple[int, int]], bits: str, group_size: str, dtype: str, sym: bool, act_order: bool
 ) -> list[Problem]:
     """All combinations of the options' values, which are lists with commas; ConfigError for one that is not allowed."""
+    if not set(dtype.split(",")) <= set(DTYPES):
+        raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPES)}, separated by commas")
     return [
         Problem(n, k, b, k if g == -1 else min(g, k), sym, act_order, d)
         for (n, k), b, g, d in itertools.product(
-            shapes, numbers("--bits", bits, (2, 3, 4, 8)), numbers("--group-size", group_size), _dtypes(dtype)
+            shapes, numbers("--bits", bits, (2, 3, 4, 8)), numbers("--group-size", group_size), dtype.split(",")
         )
     ]
 
@@ -61,12 +63,6 @@ def numbers(option: str, text: str, allowed: Sequence[int] = ()) -> list[int]:
     return found
 
 
-def _dtypes(text: str) -> list[str]:
-    if not set(text.split(",")) <= set(DTYPES):
-        raise ConfigError(f"--dtype {text}: expected {', '.join(DTYPES)}, separated by commas")
-    return text.split(",")
-
-
 def run(
     asked: Sequence[Problem],
     tokens: Sequence[int],
@@ -75,12 +71,7 @@ def run(
     say: Callable[[str], None],
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure all problems, and ``say`` the rows of each as they come -> ``machine``, ``ceilings`` and ``rows``.
-
-    Args:
-        tokens: numbers of rows of activations.
-        **options: of ``gptq_backend.bench.gemm.run``.
-    """
+    """Measure all problems, and ``say`` the rows of each as they come -> ``machine``, ``ceilings`` and ``rows``."""
     result, rows = measure_machine(device, console, say), []
     for problem in asked:
         say(_heading(problem))

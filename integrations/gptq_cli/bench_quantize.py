@@ -53,10 +53,11 @@ class Result:
 
 
 @dataclass
-class _Laps:
-    """Cuts a recording where blocks begin and, for the last one, end."""
+class _Timed(Events):
+    """Cuts a recording into laps where blocks begin and, for the last one, end; writes the blocks."""
 
     recorder: Recorder
+    writer: BlockWriter
     laps: list[dict[str, float]] = field(default_factory=list)
 
     def cut(self) -> None:
@@ -64,16 +65,8 @@ class _Laps:
         self.laps.append(dict(self.recorder.seconds))
         self.recorder.seconds.clear()
 
-
-@dataclass
-class _Timed(Events):
-    """A lap for each block, and its file."""
-
-    laps: _Laps
-    writer: BlockWriter
-
     def block_needed(self, name: str, block: nn.Module) -> None:
-        self.laps.cut()
+        self.cut()
 
     def block_done(self, name: str, block: nn.Module) -> None:
         self.writer.add(name, block)
@@ -103,13 +96,12 @@ def run(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with scratch_folder("bench") as folder, record(device) as recorder:
-        laps, writer = _Laps(recorder), BlockWriter.of(model, Path(folder))
+        writer = BlockWriter.of(model, Path(folder))
         assert writer is not None
-
-        events = _Timed(laps, writer)
+        events = _Timed(recorder, writer)
         quantize_model(model, config, tokens, options=RunOptions(device=device), events=events)
-        laps.cut()
-    before, first, *later = [sum(lap.values()) for lap in laps.laps]
+        events.cut()
+    before, first, *later = [sum(lap.values()) for lap in events.laps]
     peak, reserved = _peak(device)
     return Result(
         shape=shape,
@@ -118,7 +110,7 @@ def run(
         dtype=dtype,
         tokens=tokens.numel(),
         config=config.to_dict(),
-        phases=laps.laps,
+        phases=events.laps,
         whole=before + first + sum(later) / len(later) * (settings["num_hidden_layers"] - 1),
         peak_bytes=peak,
         peak_reserved_bytes=reserved,

@@ -27,11 +27,11 @@ from gptq_backend.format import (
     resolve_specs,
 )
 from gptq_backend.model import linear_shapes
-from gptq_transformers.check_loading import absent, check_loaded, check_stored
-from gptq_transformers.checkpoint_names import checkpoint_names
-from gptq_transformers.prepare_loading import prepare_model
+from gptq_transformers.loading.checkpoint_names import checkpoint_names
+from gptq_transformers.loading.checks import absent, check_loaded, check_stored
+from gptq_transformers.loading.prepare import prepare_model
+from gptq_transformers.loading.skeleton import UnknownModel, build_skeleton
 from gptq_transformers.quantized_layers import quant_linears
-from gptq_transformers.skeleton import UnknownModel, build_skeleton
 
 
 @dataclass
@@ -49,7 +49,6 @@ class Checkpoint:
 
     Args:
         damaged: what keeps modules, or the whole, from being loaded, by name.
-        skipped: quantized modules that the model does not have.
         unbiased: quantized modules that the model has without a bias.
         unknown: why the model's structure is not known; "" if it is.
     """

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gptq_backend import GPTQError
 from gptq_backend.model import split_windows
+from gptq_transformers.calibration_input import load_tokenizer
 
+from .formatting import percent, significant, with_error
 from .models import model_limits
 
 # Positions whose distributions are compared at once: with 128k words a chunk stays near 128 MB per model.
@@ -91,9 +94,7 @@ def evaluate(
     """Run ``model``, and ``reference`` beside it, over windows of token ids.
 
     Args:
-        model, reference: causal language models as transformers makes them.
         windows: int [W, T], see :func:`cut_windows`.
-        on_window: called with how many windows are done and how many there are.
 
     Raises:
         GPTQError: the two models have different vocabularies, or one of them yields NaN.
@@ -177,18 +178,10 @@ def _summarize(totals: _Totals, ids: Tensor) -> Evaluation:
             reference_perplexity=math.exp(min(sum(totals.reference_nll) / predicted, 700.0)),
             kld=kld.mean().item(),
             kld_stderr=(kld.mean(1).std() / windows**0.5).item() if windows > 1 else None,
-            kld_p99=_quantile(kld.flatten(), 0.99),
+            kld_p99=float(np.quantile(kld.numpy(), 0.99)),  # torch's refuses more than 16 million values
             top1_agreement=torch.stack(totals.agree).double().mean().item(),
         )
     return Evaluation(**result)
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """As ``Tensor.quantile``, which refuses more than 16 million values."""
-    position = share * (values.numel() - 1)
-    ordered = values.sort().values
-    low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
-    return (low + (high - low) * (position - math.floor(position))).item()
 
 
 def _check_limits(model: nn.Module, ids: Tensor) -> None:
@@ -203,3 +196,31 @@ def _check_limits(model: nn.Module, ids: Tensor) -> None:
             f"token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}; "
             "tokenize with the model's own tokenizer"
         )
+
+
+def check_reference_tokens(reference: str, text: str, ids: list[int], trust_remote_code: bool) -> None:
+    """Raises GPTQError when the tokenizer of ``reference``, if there is one, begins ``text`` with other ``ids``."""
+    try:
+        tokenizer = load_tokenizer(reference, True, trust_remote_code)
+    except GPTQError:  # there is none
+        return
+    if list(tokenizer(text)["input_ids"])[: len(ids)] != ids:
+        raise GPTQError(
+            f"the tokenizer of {reference} gives the text other token ids than the model's; a reference must have "
+            "the same tokenizer"
+        )
+
+
+def lines(result: Evaluation, dtype: str, device: str) -> Iterator[str]:
+    """For people: the figures, one a line."""
+    yield f"{result.windows} windows of {result.seqlen} tokens, {dtype} on {device}"
+    figures = {"perplexity": f"{result.perplexity:.4f}"}
+    if result.kld is not None:
+        figures |= {
+            "perplexity of the reference": f"{result.reference_perplexity:.4f}",
+            "mean KL divergence (nats)": with_error(result.kld, result.kld_stderr),
+            "99th percentile of it": significant(result.kld_p99),
+            "same most likely token": percent(result.top1_agreement),
+        }
+    figures["tokens per second"] = f"{result.tokens_per_second:.1f}"
+    yield from (f"{name:<28}{figure:>20}" for name, figure in figures.items())

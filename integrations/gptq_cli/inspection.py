@@ -88,14 +88,7 @@ def _kernels(layers: Sequence[Layer], device: torch.device) -> list[dict[str, An
         for row in itertools.takewhile(chosen.__ne__, report):
             reason = report[row] or "has no grouped product for experts"
             declined.setdefault(chosen, {}).setdefault(row, Counter())[reason] += count
-    return [
-        {
-            "kernel": row,
-            "modules": count,
-            "declined": {other: dict(reasons) for other, reasons in declined.get(row, {}).items()},
-        }
-        for row, count in used.most_common()
-    ]
+    return [{"kernel": row, "modules": n, "declined": declined.get(row, {})} for row, n in used.most_common()]
 
 
 def _describe(layer: Layer) -> dict[str, Any]:
@@ -104,11 +97,7 @@ def _describe(layer: Layer) -> dict[str, Any]:
         "name": layer.name,
         "bits": spec.bits,
         "group_size": -1 if spec.groups == 1 else spec.group_size,
-        "sym": spec.sym,
-        "act_order": spec.act_order,
-        "in_features": spec.in_features,
-        "out_features": spec.out_features,
-        "groups": spec.groups,
+        **{key: getattr(spec, key) for key in ("sym", "act_order", "in_features", "out_features", "groups")},
         "bias": spec.has_bias,
         "scales_dtype": str(spec.scales_dtype).removeprefix("torch."),
         "bytes": spec.nbytes,

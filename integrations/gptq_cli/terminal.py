@@ -97,9 +97,6 @@ def set_up_logging(console: Console, ignore: str | None = None) -> None:
 def start(json_target: str | None, ignore: str | None = None) -> tuple[Console, Callable[[str], None]]:
     """What every command does first: set up logging, and check where its result goes.
 
-    Args:
-        ignore: name of a logger whose warnings are not shown.
-
     Returns:
         The console for progress and warnings, and :func:`say`, which says nothing where stdout is for JSON.
     """

@@ -11,6 +11,8 @@ from torch import nn
 from gptq_backend import QuantLinear
 from gptq_backend.model import replace_module
 
+from .dispatch import keeping_hooks
+
 logger = logging.getLogger(__name__)
 
 _CASTS = ("half", "float", "to")
@@ -23,7 +25,9 @@ def allow_changes(model: nn.Module) -> None:
     transformers refuses it. It would resize the input embedding and then fail at a quantized output embedding.
     """
     for name in _CASTS:
-        setattr(model, name, functools.partial(getattr(nn.Module, name), model))
+        method = getattr(nn.Module, name)
+        # With a name, which accelerate looks at in a model that is spread over devices.
+        setattr(model, name, functools.update_wrapper(functools.partial(method, model), method))
     if hasattr(model, "resize_token_embeddings"):
         setattr(model, "resize_token_embeddings", functools.partial(_resize, model))  # noqa: B010
 
@@ -58,7 +62,8 @@ def _dequantize_head(model: Any, head: QuantLinear) -> None:
         head.stored_spec.nbytes >> 20,
     )
     dense.requires_grad_(False)
-    replace_module(model, name, dense)
+    with keeping_hooks(model):
+        replace_module(model, name, dense)
     settings: Any = getattr(model.config, "quantization_config", None)
     if getattr(settings, "lm_head", None):
         settings.lm_head = False

@@ -13,9 +13,9 @@ from torch import nn
 from gptq_backend import CheckpointError
 from gptq_backend.format import Shards, checkpoint_files, read_manifest, read_tensor
 
-from .checkpoint_names import model_names
 from .experts.conversions import converters
 from .experts.expert_list import ExpertList
+from .loading.checkpoint_names import model_names
 from .model_files import local_file
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from torch import nn
 from gptq_backend import ConfigError
 from gptq_backend.model import replace_module
 
-from .casting import cast_parameters, dtype_of_parameter
 from .changes import forbid_changes
+from .dispatch import keeping_hooks
 from .experts.expert_list import ExpertList
-from .quantized_layers import quant_linears
-from .split_layers import join_layers
+from .loading.split_layers import join_layers
+from .quantized_layers import dtype_of_parameter, quant_linears
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
@@ -26,27 +26,34 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
             have, and nothing else changes.
 
     Raises:
-        ConfigError: weights are offloaded.
+        ConfigError: weights are offloaded; nothing was replaced.
     """
+    layers = dict(quant_linears(model))
+    for name, layer in layers.items():
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ConfigError(f"{name}: its weights are offloaded; load the model without offloading to dequantize it")
     old = model.dtype
     classes = _classes_of_a_new_model(model)
     for module in model.modules():
         if isinstance(module, ExpertList):
             module.ungroup()  # its stacks would stay, and with them all that was replaced
-    for name, layer in list(quant_linears(model)):
-        if any(parameter.is_meta for parameter in layer.parameters()):
-            raise ConfigError(f"{name}: its weights are offloaded; load the model without offloading to dequantize it")
-        own = layer.compute_dtype
-        if dtype is not None and own == old:
-            own = dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
-        dense = layer.dequantize(own)
-        wanted = classes.get(name)
-        is_conv = wanted is not None and wanted.__name__ == "Conv1D"
-        replace_module(model, name, _as_conv1d(dense, wanted) if is_conv else dense)
-    join_layers(model)
+    with keeping_hooks(model):
+        for name in [*layers]:
+            layer = layers.pop(name)  # each is freed in turn
+            own = layer.compute_dtype
+            if dtype is not None and own == old:
+                own = dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
+            dense = layer.dequantize(own)
+            wanted = classes.get(name)
+            is_conv = wanted is not None and wanted.__name__ == "Conv1D"
+            replace_module(model, name, _as_conv1d(dense, wanted) if is_conv else dense)
+        join_layers(model)
     forbid_changes(model)
     if dtype is not None:
-        cast_parameters(model, old, dtype)
+        # Others, and buffers such as rotary frequencies, have their dtype on purpose.
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == old:
+                parameter.data = parameter.data.to(dtype_of_parameter(model, name, dtype))
     for holder, key in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),

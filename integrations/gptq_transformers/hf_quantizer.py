@@ -16,17 +16,17 @@ from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.format import checkpoint_files, read_json, read_manifest
 
 from .changes import allow_changes
-from .check_loading import check_loaded
-from .checkpoint_names import checkpoint_names
 from .config import GPTQConfig
 from .dequantize import dequantize
 from .experts.conversions import drop_fused_conversions, keep_packed_names
 from .experts.unfuse import group_experts
-from .finish_loading import finish_model
-from .newer_config import adopt_newer
-from .prepare_loading import LoadPlan, follow_renaming, prepare_model
+from .loading.checkpoint_names import checkpoint_names
+from .loading.checks import check_loaded
+from .loading.finish import finish_model
+from .loading.newer_config import adopt_newer
+from .loading.prepare import LoadPlan, follow_renaming, prepare_model
+from .loading.skeleton import check_size
 from .quantized_layers import tied_names, untie_quantized
-from .skeleton import check_size
 
 # What _from_pretrained_locals looks for.
 _LOCALS = (
@@ -40,7 +40,6 @@ class GPTQBackendQuantizer(HfQuantizer):
 
     Args:
         quantization_config: ours, or transformers' own ``GPTQConfig`` as users build it.
-        pre_quantized: whether the checkpoint is quantized; if not, it is quantized after loading.
     """
 
     pre_quantized: bool

@@ -20,9 +20,6 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how their names end
 def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """The model's configuration; nobody is asked on the terminal whether its code may run.
 
-    Args:
-        **kwargs: for the hub, like ``revision`` and ``token``.
-
     Raises:
         ConfigError: it needs code of its own. GPTQError: it cannot be read.
     """

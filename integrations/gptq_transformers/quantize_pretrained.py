@@ -23,12 +23,12 @@ from gptq_backend.output import atomic_folder, check_spared
 
 from .auto_calibration import AUTO, choose
 from .calibration_input import given, is_text, load_tokenizer, token_ids
-from .companions import copy_companions
 from .completeness import keep_all_tensors
 from .config import GPTQConfig
 from .dispatch import keeping_hooks
 from .experts.unfuse import unfuse_experts
 from .hf_quantizer import attach
+from .model_files import copy_companions
 from .streaming import BlockWriter, detach_offloading, load_streamed, load_whole
 
 logger = logging.getLogger(__name__)

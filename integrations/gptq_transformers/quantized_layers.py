@@ -1,10 +1,12 @@
-"""Which layers of a model are quantized, and which parameters are another one under a second name."""
+"""Which layers of a model are quantized, and of its parameters: which are one under two names, and in which dtype."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from gptq_backend import QuantLinear
@@ -40,3 +42,13 @@ def tied_names(model: Any) -> Collection[str]:
         tied = getattr(model, "_tied_weights_keys", None) or ()
         tied = tied if model.config.get_text_config(decoder=True).tie_word_embeddings else ()
     return tied
+
+
+def dtype_of_parameter(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that transformers gives the parameter called ``key`` of a model that is loaded in ``dtype``."""
+    kept: list[str] = []
+    if dtype in (torch.float16, torch.bfloat16):
+        kept += getattr(model, "_keep_in_fp32_modules_strict", None) or []
+    if dtype == torch.float16:
+        kept += getattr(model, "_keep_in_fp32_modules", None) or []
+    return torch.float32 if any(re.search(rf"(^|\.){module}($|\.)", key) for module in kept) else dtype

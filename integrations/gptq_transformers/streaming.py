@@ -40,10 +40,7 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
         raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
     loader = class_of(config, path, trust_remote_code)
     halves, named = getattr(config, "is_encoder_decoder", False), config.architectures
-    with (
-        load_errors(path, (Exception,)),
-        torch.device("meta"),
-    ):  # no code of ours runs here
+    with load_errors(path, (Exception,)), torch.device("meta"):  # no code of ours runs here
         model = from_config(loader, config, trust_remote_code)
     # The configuration of one half alone may say so, too; without a class it is not known which one is stored.
     if halves and (not named or "decoder_input_ids" in signature(model.forward).parameters):
@@ -61,7 +58,6 @@ def load_whole(
 
     Args:
         dtype: of the weights; ``auto`` is as stored.
-        **kwargs: for ``from_pretrained``.
 
     Raises:
         GPTQError: it cannot be loaded, or its files lack weights that it needs.

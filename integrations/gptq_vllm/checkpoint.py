@@ -31,10 +31,6 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 class Checkpoint:
     """The tensors of a checkpoint, from its headers.
 
-    Args:
-        folder: local.
-        settings: its quantization settings.
-
     Raises:
         CheckpointError: a file is missing, damaged or of another format; nothing is quantized.
     """

@@ -32,9 +32,6 @@ KERNEL_VARIABLE = "GPTQ_BACKEND_KERNEL"
 class GPTQBackendConfig(QuantizationConfig):
     """Which layers of a model are quantized and how; the checkpoint's headers decide, ``settings`` only helps.
 
-    Args:
-        settings: the checkpoint's ``quantization_config``.
-
     Raises:
         ConfigError: settings that cannot be served, or an unknown kernel in ``GPTQ_BACKEND_KERNEL``.
     """

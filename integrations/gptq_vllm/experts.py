@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 
 from gptq_backend.kernels import Grouped, Routing, one_by_one, why_not_groupable
 
-from .fused_weight import QuantizedSegment, Segments
+from .fused_weight import FusedWeight, QuantizedSegment
 from .pieces import AnyPiece
 
 logger = init_logger(f"vllm.{__name__}")
@@ -20,16 +20,15 @@ class Experts(nn.Module):
     """``y[r] = x[r // top_k] @ W[expert of r].T + bias[expert of r]``.
 
     Args:
-        pieces: of each expert in turn, see :class:`Segments`.
+        pieces: of each expert in turn, see :class:`FusedWeight`.
         dtype, backend: likewise.
-        name: of the projection, for the log.
     """
 
     def __init__(
         self, pieces: Iterable[Sequence[AnyPiece]], dtype: torch.dtype, backend: str | None, name: str
     ) -> None:
         super().__init__()
-        each = [Segments(of_one, dtype, backend, expert=True) for of_one in pieces]
+        each = [FusedWeight(of_one, dtype, backend, expert=True) for of_one in pieces]
         self.out_features = each[0].out_features
         self.descriptions = sorted({segments.describe() for segments in each})
         why = _why_not_groupable(each)
@@ -53,7 +52,7 @@ class Experts(nn.Module):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def describe(self) -> str:
-        """See :meth:`Segments.describe`."""
+        """See :meth:`FusedWeight.describe`."""
         return f"{'grouped' if self.each is None else 'one by one'}: {' | '.join(self.descriptions)}"
 
 
@@ -61,7 +60,7 @@ def _grouped(parts: Sequence[QuantizedSegment]) -> Grouped:
     return Grouped([part.prepared for part in parts], [part.extra_bias for part in parts])
 
 
-def _why_not_groupable(each: Sequence[Segments]) -> str | None:
+def _why_not_groupable(each: Sequence[FusedWeight]) -> str | None:
     if len({tuple(part.out_features for part in one.parts) for one in each}) > 1:
         return "differ in the projections that can be joined"
     for parts in zip(*(one.parts for one in each)):

@@ -40,10 +40,6 @@ class GPTQMoEMethod(FusedMoEMethodBase):
     """Experts of which at least one projection is quantized; each may have a spec of its own. There is one method per
     layer.
 
-    Args:
-        stored: the checkpoint's layers.
-        layer: vLLM's.
-
     Raises:
         ConfigError: experts that vLLM or this package cannot multiply.
     """

@@ -16,13 +16,7 @@ from .pieces import AnyPiece, DensePiece, joined
 
 
 class QuantizedSegment(nn.Module):
-    """A quantized weight [K, N] in the layout of the kernel that serves it; its parameters are the kernel's.
-
-    Args:
-        weight: on the device to run on.
-        backend: row of the kernel table, or None for the fastest that fits.
-        expert: see ``select_kernel``.
-    """
+    """A quantized weight [K, N] in the layout of the kernel that serves it; its parameters are the kernel's."""
 
     prepared: PreparedWeight
 
@@ -73,39 +67,34 @@ class DenseSegment(nn.Module):
         return f"{self.weight.shape[1]}, {self.out_features}, dtype={self.weight.dtype}"
 
 
-class Segments(nn.Module):
+class FusedWeight(nn.Module):
     """``y = x @ W.T + bias`` with W in one or several segments along N.
 
     Args:
         pieces: in the order of the outputs, on the device to run on. Neighbours are joined where one call can do.
         dtype: of the model, for what is not quantized.
-        backend: row of the kernel table, or None for the fastest that fits.
-        expert: see ``select_kernel``.
     """
 
     def __init__(
         self, pieces: Sequence[AnyPiece], dtype: torch.dtype, backend: str | None, expert: bool = False
     ) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(
+        parts = [
             QuantizedSegment(piece, backend, expert) if isinstance(piece, PackedWeight) else DenseSegment(piece, dtype)
             for piece in joined(pieces)
-        )
-        ends = [0]
-        for part in self.parts:
-            ends.append(ends[-1] + part.out_features)  # type: ignore[operator,arg-type]
-        self._ends, self.out_features = tuple(ends), ends[-1]
+        ]
+        self.parts = nn.ModuleList(parts)
+        self._sizes = [part.out_features for part in parts]
+        self.out_features = sum(self._sizes)
         # Looking up children and calling them as modules would cost as much as a small product.
-        self._forwards = tuple(part.forward for part in self.parts)
+        self._forwards = tuple(part.forward for part in parts)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: float [..., K], bias: [N] or None -> [..., N] in the dtype of x."""
         if len(self._forwards) == 1:
             return self._forwards[0](x, bias)
-        outputs = []
-        for i, multiply in enumerate(self._forwards):
-            outputs.append(multiply(x, None if bias is None else bias[self._ends[i] : self._ends[i + 1]]))
-        return torch.cat(outputs, dim=-1)
+        biases = [None] * len(self._sizes) if bias is None else bias.split(self._sizes)
+        return torch.cat([multiply(x, part) for multiply, part in zip(self._forwards, biases)], dim=-1)
 
     def serve_alone(self) -> None:
         """See :meth:`QuantizedSegment.serve_alone`."""

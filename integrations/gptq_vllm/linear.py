@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from .fused_weight import Segments
+from .fused_weight import FusedWeight
 from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, first_input, missing, output_rows, remove_parameters
@@ -27,7 +27,6 @@ class GPTQLinearMethod(LinearMethodBase):
     """A linear layer of which at least one shard is quantized. There is one method per layer.
 
     Args:
-        stored: the checkpoint's layers.
         names: vLLM's names of those that it consists of, in order.
     """
 
@@ -59,7 +58,7 @@ class GPTQLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: LinearBase | ParallelLMHead) -> None:
         self._collector.finish()
         remove_parameters(layer)
-        layer.segments = Segments(self._weights(), self._dtype, self.stored.backend)
+        layer.segments = FusedWeight(self._weights(), self._dtype, self.stored.backend)
         layer.register_parameter("qweight", layer.segments.first)  # LoRA finds the layer's device by this name
         announce(layer.segments.describe())
 
@@ -135,13 +134,10 @@ def _stored_outputs(layer: Any, names: list[str], index: int) -> int | None:
 
 
 def announce(weight: str) -> None:
-    """Tell vLLM's cache of compiled graphs apart what it does not see: which kernels serve which formats.
+    """Tell vLLM's cache of compiled graphs what it does not see: ``weight`` says which kernels serve which formats.
 
     A graph calls the operators of the kernels that were chosen on this machine, with sizes that differ between
     checkpoints of one architecture. Neither is among what vLLM hashes.
-
-    Args:
-        weight: what a graph compiled over it depends on.
     """
     config = get_current_vllm_config_or_none()
     if config is not None and isinstance(config.additional_config, dict):

@@ -25,7 +25,6 @@ class ExpectedLayer:
 
     Args:
         in_features, out_features: of the whole layer, all ranks together; None for as stored.
-        has_bias: whether the model's layer has a bias.
     """
 
     in_features: int
@@ -34,13 +33,7 @@ class ExpectedLayer:
 
 
 class StoredLayers:
-    """The layers of a checkpoint as a model uses them. All layers of the model share this.
-
-    Args:
-        checkpoint: names and headers of the tensors.
-        settings: of the quantization.
-        backend: row of the kernel table, or None for the fastest that fits.
-    """
+    """The layers of a checkpoint as a model uses them. All layers of the model share this."""
 
     def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
@@ -68,7 +61,6 @@ class StoredLayers:
         """vLLM's names, in order, of the stored layers that its layer ``prefix`` consists of; empty if it is dense.
 
         Args:
-            prefix: name of vLLM's layer.
             fused: by the last part of a name, those of the layers that vLLM fuses into one.
         """
         name = prefix.rpartition(".")[2]
@@ -103,8 +95,6 @@ class StoredLayers:
         """Spec of layer ``name``, and its bias if the model does not know of one that is not zero.
 
         Args:
-            name: in vLLM.
-            layer: what the model expects.
             tensors: all of it that the loader brought, by part.
 
         Raises:
@@ -119,9 +109,8 @@ class StoredLayers:
             }
             shape = (layer.in_features, layer.out_features or tensors["qweight"].shape[-1])
             return resolve_specs(infos, self.settings, {name: shape})[name], None
-        if (
-            stored not in self._specs
-        ):  # all at once: what is wrong with a config is wrong for many layers, and said once
+        if stored not in self._specs:
+            # All at once: what is wrong with a config is wrong for many layers, and said once.
             self._specs = self.specs()
         spec = self._specs[stored]
         known = layer.has_bias or not spec.has_bias

@@ -29,7 +29,6 @@ class TensorCollector:
     """Collects the stored layers of one layer of the model.
 
     Args:
-        stored: the checkpoint's layers.
         layers: by vLLM's names, those that may come.
         place: called as ``place(name, weight)`` with each stored layer when it is complete.
     """
@@ -80,7 +79,6 @@ def add_parameters(
     """Give ``layer`` an empty parameter per part of a stored layer.
 
     Args:
-        layer: of the model.
         load: called as ``load(part, tensor, ...)`` with what vLLM's loaders pass on.
         dtypes: in the file by part, where known; vLLM warns about others.
         template: name of a part's parameter.
@@ -112,11 +110,8 @@ def output_rows(layer: Any, loader: Callable[..., Any], stored: int, total: int,
     included, is cut the way it cuts itself.
 
     Args:
-        layer: of the model.
-        loader: its weight loader.
         stored: output channels of the stored layer.
         total: output channels of the layer on this rank.
-        shard: shard id, where the loader takes one.
 
     Returns:
         int64 [total]: one more than the stored channel; 0 where nothing of this shard goes.

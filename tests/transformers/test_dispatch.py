@@ -86,6 +86,16 @@ def test_experts_that_are_split_keep_the_hook_of_their_module() -> None:
     assert torch.isfinite(logits(model)).all()
 
 
+def test_a_quantized_model_that_is_spread_can_be_cast_and_dequantized() -> None:
+    model: Any = tiny()
+    by_call(model)
+    model = dispatch_model(model, LAYER_BY_LAYER, main_device="cpu", force_hooks=True)
+    before = hooked(model)
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16
+    model.dequantize()
+    assert hooked(model) == before
+
+
 def test_offloading_ends_with_the_run(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "model")
     device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")

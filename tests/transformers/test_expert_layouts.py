@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from gptq_backend import CheckpointError
 from gptq_cli.checkpoint import read_checkpoint
-from gptq_transformers.checkpoint_names import expert_places
+from gptq_transformers.loading.checkpoint_names import expert_places
 from tests.transformers.toy_experts import FUSED, PROJECTIONS, logits, needs_fused, quantized
 
 Tensors = dict[str, Tensor]

@@ -20,7 +20,7 @@ from gptq_backend import QuantizeConfig, QuantLinear
 from gptq_backend.algorithm.gptq import quantize_weight
 from gptq_backend.format import encode, packing
 from gptq_cli.checkpoint import read_checkpoint
-from gptq_transformers.prepare_loading import name_patterns
+from gptq_transformers.loading.prepare import name_patterns
 from tests.transformers.checkpoints import (
     NAMES,
     PEERS,

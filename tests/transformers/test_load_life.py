@@ -174,9 +174,11 @@ def test_gradients_reach_the_input_and_no_packed_tensor() -> None:
     assert embedded.grad.abs().sum() > 0
 
 
-def test_dequantizing_offloaded_layers_is_refused(tmp_path: Path) -> None:
+def test_dequantizing_offloaded_layers_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     model = load_peer("llama-4-32-sym", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path)
     with pytest.raises(ConfigError, match="offloaded"):
         model.dequantize()
+    assert peer_error(model, "llama-4-32-sym") < 1e-3
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from gptq_transformers.skeleton import check_size
+from gptq_transformers.loading.skeleton import check_size
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIG_MAPPING))

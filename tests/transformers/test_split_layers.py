@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from gptq_backend import QuantizeConfig
 from gptq_cli.checkpoint import read_checkpoint
-from gptq_transformers.split_layers import JoinedParts
+from gptq_transformers.loading.split_layers import JoinedParts
 from tests.transformers import toy_experts
 from tests.transformers.checkpoints import distance, load, logits, rewrite, stored, tiny, write
 from tests.transformers.toy_experts import needs_fused

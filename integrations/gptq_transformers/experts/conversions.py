@@ -2,17 +2,10 @@
 
 transformers >= 5 keeps a layer's experts in ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I] and fuses the
 checkpoint's ``experts.{i}.gate_proj.weight`` into them while loading. Layers that are quantized one by one must not be
-fused, and must be saved under the names that loading found. How, for a caller that is a transformers quantizer:
-
-1. ``_process_model_before_weight_loading``: call :func:`unfuse.replace_fused_experts` with the *model's* names of the
-   quantized layers (``model.layers.0.mlp.experts.0.w1`` where the file says ``block_sparse_moe``), before putting
-   ``QuantLinear`` in the place of linear layers.
-2. ``update_weight_conversions``: return ``drop_fused_conversions(weight_conversions, model)``. Renamings stay.
-3. Loading leaves the conversions that matched something in ``model._weight_conversions``, and ``save_pretrained``
-   applies their inverse: ``.mlp.`` becomes ``.block_sparse_moe.`` again and nothing else has to be done. For a model
-   that is quantized in memory, :func:`keep_packed_names` drops the same ones there.
-4. Beware: for a pre-quantized model transformers gives tensors whose name was changed on loading the *file's* dtype,
-   not the model's (``mlp.gate.weight`` of Mixtral). ``_process_model_after_weight_loading`` has to cast those.
+fused, and must be saved under the names that loading found. So the fusing is dropped, and renamings stay: loading
+leaves those that matched something in ``model._weight_conversions``, and ``save_pretrained`` applies their inverse:
+``.mlp.`` becomes ``.block_sparse_moe.`` again. For a model that is quantized in memory, :func:`keep_packed_names` drops
+the fusing there.
 """
 
 from __future__ import annotations

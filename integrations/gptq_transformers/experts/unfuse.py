@@ -79,9 +79,7 @@ def replace_fused_experts(
     are dense, but have names that transformers does not fuse.
 
     Args:
-        model: a ``PreTrainedModel``.
         layers: full names of all the checkpoint's layers, as the model has them.
-        quantized: those that are quantized.
         halves: see :class:`ExpertLayout`; counts where gate and up are apart.
 
     Returns:

@@ -17,7 +17,7 @@ from torch import nn
 from gptq_backend import CheckpointError
 from gptq_backend.format import Manifest, read_json
 
-from .errors import first_line
+from ..errors import first_line
 
 # Settings that a model repeats modules by, in the spelling of any architecture.
 _REPEATS = re.compile(r"(^|_)(n|num)_\w*?(layers?|blocks?|experts?)$|^depth$")
@@ -56,7 +56,7 @@ def build_skeleton(folder: Path, manifest: Manifest) -> nn.Module:
     # Modelling code, which is not there yet when transformers asks this package for its quantizer.
     from transformers import CONFIG_MAPPING
 
-    from .model_class import class_to_load, from_config, read_config
+    from ..model_class import class_to_load, from_config, read_config
     from .newer_config import adopt_newer
 
     path = folder / "config.json"

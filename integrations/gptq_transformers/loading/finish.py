@@ -11,11 +11,10 @@ from gptq_backend import QuantLinear
 from gptq_backend.format import Manifest, read_packed, read_tensor
 from gptq_backend.modules import offloading_hook
 
-from .casting import dtype_of_parameter
-from .check_loading import check_finite, check_loaded, not_loaded
-from .experts.unfuse import group_experts
-from .prepare_loading import LoadPlan
-from .quantized_layers import quant_linears
+from ..experts.unfuse import group_experts
+from ..quantized_layers import dtype_of_parameter, quant_linears
+from .checks import check_finite, check_loaded, not_loaded
+from .prepare import LoadPlan
 
 
 def finish_model(model: nn.Module, plan: LoadPlan) -> None:

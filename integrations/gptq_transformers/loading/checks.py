@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gptq_backend import CheckpointError, ConfigError, QuantLinear
 from gptq_backend.format import Manifest, read_tensor
 
-from .experts.conversions import produces, remaining_converters
-from .quantized_layers import quant_linears, tied_names
+from ..experts.conversions import produces, remaining_converters
+from ..quantized_layers import quant_linears, tied_names
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

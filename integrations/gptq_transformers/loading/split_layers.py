@@ -44,10 +44,9 @@ class JoinedParts(nn.Module):
 
 
 def split_layers(model: nn.Module, layers: Collection[str]) -> list[str]:
-    """Prepare ``model``, still without weights, for a checkpoint that has some of its layers in parts.
+    """Prepare ``model``, still without weights, for a checkpoint that has some layers in parts.
 
-    Args:
-        layers: full names of the checkpoint's layers, dense and quantized, as the model would call them.
+    ``layers`` are all of the checkpoint's, called as the model would call them.
 
     Returns:
         Names of the replaced layers.

@@ -24,11 +24,10 @@ from gptq_backend.format import (
 )
 from gptq_backend.model import linear_shapes, replace_module
 
-from .casting import dtype_of_parameter
-from .check_loading import check_dense_shapes
+from ..experts.unfuse import replace_fused_experts
+from ..quantized_layers import dtype_of_parameter, untie_quantized
 from .checkpoint_names import CheckpointNames
-from .experts.unfuse import replace_fused_experts
-from .quantized_layers import untie_quantized
+from .checks import check_dense_shapes
 from .split_layers import split_layers
 
 logger = logging.getLogger(__name__)
@@ -66,10 +65,8 @@ def prepare_model(
     """Swap the modules that are quantized in a checkpoint for empty :class:`QuantLinear` on meta.
 
     Args:
-        model: a ``PreTrainedModel`` without weights.
         stored: the checkpoint's tensors, by their names in the files.
         names: what the model calls them.
-        ignore_mismatched_sizes: what the user passed to ``from_pretrained``.
 
     Raises:
         CheckpointError: the checkpoint's tensors do not fit together or to the model.
@@ -142,7 +139,7 @@ def follow_renaming(model: Any, plan: LoadPlan) -> list[Any]:
     if not plan.renaming:
         return []
     try:
-        from .experts.renaming import ExpertRenaming
+        from ..experts.renaming import ExpertRenaming
     except ImportError:  # transformers 4
         original = model._get_key_renaming_mapping
 

@@ -13,8 +13,8 @@ from gptq_backend import CheckpointError
 from gptq_backend.format import ExpertLayout, expert_layout, expert_renaming, layer_names, renamed
 from gptq_backend.model import is_linear
 
-from .experts.conversions import model_conversions
-from .experts.fused_layout import fused_layout
+from ..experts.conversions import model_conversions
+from ..experts.fused_layout import fused_layout
 
 _ROUTERS = ("gate", "router")
 _HEADS = ("lm_head", "embed_out")  # GPT-NeoX has either, by version
@@ -27,7 +27,7 @@ class CheckpointNames:
     Args:
         of: ``{name in the checkpoint: name in the model}``.
         renaming: that of experts, which is a part of it (see ``expert_renaming``). transformers does not know it, and
-            has to be told (see ``prepare_loading.follow_renaming``).
+            has to be told (see ``prepare.follow_renaming``).
     """
 
     of: dict[str, str]
@@ -115,9 +115,6 @@ def _depth(key: str, modules: set[str]) -> float:
 def expert_places(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     """The :func:`expert_renaming` for a checkpoint whose experts are in other places than the model's, or are called
     otherwise where the model has them as single layers; {} if there is nothing to rename.
-
-    Args:
-        layers: full names of the checkpoint's layers, as far as transformers renames them by itself.
 
     Raises:
         CheckpointError: see :func:`expert_names.expert_renaming`.
