@@ -40,7 +40,8 @@ class QuantizeConfig(Settings):
     def __post_init__(self) -> None:
         for name, setting in _SETTINGS.items():
             if not setting.accepts(value := getattr(self, name)):
-                raise ConfigError(f"{name}={value!r} is not supported; {setting.expected}")
+                hint = " (serialized Marlin cannot be converted back; find the original)" * ("marlin" in str(value))
+                raise ConfigError(f"{name}={value!r} is not supported; {setting.expected}{hint}")
         if self.modules_in_block_to_quantize is not None:
             object.__setattr__(self, "modules_in_block_to_quantize", _flat(self.modules_in_block_to_quantize))
         if self.act_group_aware and self.desc_act:
