@@ -130,7 +130,10 @@ def read_packed(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> P
         channels = qweight.shape[0] * 32 // spec.bits
         qweight = packing.pack(packing.unpack(qweight, spec.bits, channels, planar=True), spec.bits)
     g_idx = tensors["g_idx"].to(torch.int32) if spec.act_order else None
-    zeros = unpack_zeros(spec, tensors["qzeros"])
+    if spec.sym:  # resolve() has looked at all of them
+        zeros = torch.full(spec.shapes["scales"], 1 << (spec.bits - 1), dtype=torch.uint8, device=qweight.device)
+    else:
+        zeros = unpack_zeros(spec, tensors["qzeros"])
     return PackedWeight(spec.weight, qweight, zeros, tensors["scales"], g_idx, tensors.get("bias"))
 
 

@@ -59,13 +59,15 @@ class Sensitivity:
         if name == self._fruitless:
             return {}
         pass_ = _Pass(self._signs, mask)
+        trained: list[nn.Parameter] = []  # parameters to make trainable again
         self.running = True
         try:
             if torch.is_inference_mode_enabled():
                 raise RuntimeError("the model was loaded in inference mode")
+            trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+            for parameter in trained:
+                parameter.requires_grad_(False)
             with torch.enable_grad(), ExitStack() as stack:
-                for parameter in [each for each in block.parameters() if each.requires_grad]:
-                    stack.callback(parameter.requires_grad_(False).requires_grad_, True)
                 for layer in layers:
                     stack.callback(layer.register_forward_pre_hook(pass_.before, with_kwargs=True).remove)
                     stack.callback(layer.register_forward_hook(pass_.after, with_kwargs=True).remove)
@@ -79,6 +81,8 @@ class Sensitivity:
             logger.warning("%s: every token counts the same, no derivative could be taken: %s", name, reason)
         finally:
             self.running = False
+            for parameter in trained:
+                parameter.requires_grad_(True)
         if not pass_.weights and not pass_.alone:
             self._fruitless = name
         return pass_.weights

@@ -41,22 +41,22 @@ class Layers:
         done = [target for target in block.targets if target.module in self.done]
         return {target: self.done[target.module].quantized_weight() for target in done}
 
-    def quantize(self, target: Target, shared: InputFactor | None) -> None:
+    def quantize(self, target: Target, source: InputFactor | None) -> None:
         """Quantize one layer for its input, or to nearest for None, and leave the dequantized weight in the module for
         the passes under way.
         """
         start = time.perf_counter()
         weight = dense_weight(target.module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if shared is None:
+        if source is None:
             input_facts: dict[str, Any] = {}
             layer = quantize_weight(weight, None, target.config, name=target.name)
         else:
-            factor, hessian, tokens = shared.factor.factor, shared.hessian, shared.hessian.tokens
+            factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
-            rounded = self.joint.take(target, weight, shared.factor)
-            layer = quantize_weight(weight, shared.factor, target.config, tokens, name=target.name, rounded=rounded)
+            rounded = self.joint.take(target, weight, source.factor)
+            layer = quantize_weight(weight, source.factor, target.config, tokens, name=target.name, rounded=rounded)
         self.store(target, layer.weight)
         entry = LayerReport(
             name=target.name,

@@ -155,8 +155,8 @@ class _Run:
             else:
                 state.phase = Phase.MEASURING
         elif place is Place.MEASURED:
-            for target, shared in state.measured:
-                self.layers.quantize(target, shared)
+            for target, source in state.measured:
+                self.layers.quantize(target, source)
             state.measured.clear()
             state.phase = Phase.QUANTIZING
         elif place is Place.TRAIN:
@@ -165,12 +165,12 @@ class _Run:
     @timed("other")
     def serve_layer(self, target: Target, inputs: list[LayerInput]) -> None:
         """All passes wait in front of a layer, with ``inputs`` for it."""
-        shared, state = self.factors.of(target, inputs), self.passes.state
+        source, state = self.factors.of(target, inputs), self.passes.state
         # An expert may get its first tokens only after MEASURING: the quantized block routes otherwise.
         if state is not None and state.phase is Phase.MEASURING:
-            state.measured.append((target, shared))
+            state.measured.append((target, source))
         else:
-            self.layers.quantize(target, shared)
+            self.layers.quantize(target, source)
 
     def distill(self, teacher: Callable[[], nn.Module], batches: list[Batch]) -> DistillReport:
         """Train the whole quantized model towards the original."""
