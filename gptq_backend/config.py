@@ -24,10 +24,9 @@ _CONVERT = {"int": as_integer, "float": as_number, "bool": as_flag}  # what JSON
 
 @dataclass(frozen=True)
 class QuantizeConfig(Settings):
-    """Settings of one quantization; the same value describes a checkpoint that is being loaded.
+    """Settings of one quantization (:class:`settings.Settings`), also of a checkpoint that is being loaded.
 
     Args:
-        bits, group_size, ...: see the fields of :class:`settings.Settings`.
         extra: keys of the source dictionary that mean nothing here, and settings of a quantizing run with values that
             are not known here (see :meth:`from_dict`); kept for writing back.
 
@@ -40,7 +39,8 @@ class QuantizeConfig(Settings):
     def __post_init__(self) -> None:
         for name, setting in _SETTINGS.items():
             if not setting.accepts(value := getattr(self, name)):
-                raise ConfigError(f"{name}={value!r} is not supported; {setting.expected}")
+                hint = " (serialized Marlin cannot be converted back; find the original)" * ("marlin" in str(value))
+                raise ConfigError(f"{name}={value!r} is not supported; {setting.expected}{hint}")
         if self.modules_in_block_to_quantize is not None:
             object.__setattr__(self, "modules_in_block_to_quantize", _flat(self.modules_in_block_to_quantize))
         if self.act_group_aware and self.desc_act:
@@ -61,9 +61,8 @@ class QuantizeConfig(Settings):
     def preset(self) -> Preset:
         """What ``quality`` stands for, with the settings that were given one by one."""
         given = {item.name: getattr(self, item.name) for item in dataclasses.fields(Preset)}
-        return dataclasses.replace(
-            QUALITIES[self.quality], **{name: value for name, value in given.items() if value is not None}
-        )
+        given = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(QUALITIES[self.quality], **given)
 
     def for_module(self, name: str) -> QuantizeConfig | None:
         """The settings of module ``name`` after the ``dynamic`` rules, or None when a rule skips it.
@@ -103,7 +102,8 @@ class QuantizeConfig(Settings):
         return found
 
     def _patterns(self) -> Patterns:
-        return compiled(tuple(map(_strip_sign, self.dynamic or {})))
+        rules = self.dynamic or {}
+        return compiled(tuple(rule[2:] if rule[:2] in ("-:", "+:") else rule for rule in rules))
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> QuantizeConfig:
@@ -138,10 +138,6 @@ class QuantizeConfig(Settings):
         return {key: value for key, value in out.items() if value is not None}
 
 
-def _strip_sign(pattern: str) -> str:
-    return pattern[2:] if pattern[:2] in ("-:", "+:") else pattern
-
-
 def _flat(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(name for entry in names for name in _flat(entry))
 
@@ -149,12 +145,8 @@ def _flat(names: Any) -> tuple[str, ...]:
 def _known(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split canonical ``values`` into keyword arguments of QuantizeConfig, typed, and the rest as it is."""
     types = {item.name: str(item.type).removesuffix(" | None") for item in dataclasses.fields(Settings)}
-    known = {key: _CONVERT.get(types[key], _same)(value) for key, value in values.items() if key in types}
+    known = {key: _CONVERT.get(types[key], lambda same: same)(value) for key, value in values.items() if key in types}
     known = {key: value for key, value in known.items() if key not in _WRITE_ONLY or _SETTINGS[key].accepts(value)}
     if known.get("desc_act") and known.get("act_group_aware"):
         known["act_group_aware"] = False  # stock GPTQConfig resolves the pair this way too
     return known, {key: value for key, value in values.items() if key not in known and key != "quant_method"}
-
-
-def _same(value: Any) -> Any:
-    return value

@@ -13,15 +13,10 @@ from typing import Any, NamedTuple
 
 
 class Format(NamedTuple):
-    """How a ``checkpoint_format`` stores zeros and codes.
+    """How a ``checkpoint_format`` stores zeros and codes."""
 
-    Args:
-        zero_offset: what to add to a stored zero.
-        planar_bits: widths of codes that lie in planes; others lie one after another.
-    """
-
-    zero_offset: int
-    planar_bits: tuple[int, ...] = ()
+    zero_offset: int  # to add to a stored zero
+    planar_bits: tuple[int, ...] = ()  # widths of codes that lie in planes; others lie one after another
 
 
 FORMATS = {"gptq": Format(zero_offset=1), "gptq_v2": Format(zero_offset=0), "gptq_p": Format(0, planar_bits=(3,))}
@@ -62,41 +57,26 @@ class Scope(Enum):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting beside its name, type and default.
-
-    Args:
-        help: what it means, in one line.
-        scope: who needs it.
-        accepts: whether a value can be used.
-        expected: what can, for the message about one that cannot.
-        choices: the values, if they are few.
-        least: the least value of an integer.
-        option: of the command, where the default spelling would not do; None if the command has none.
-        metavar: what the option's value is called.
-    """
+    """What is known of a setting beside its name, type and default."""
 
     help: str
     scope: Scope
     accepts: Callable[[Any], bool]
-    expected: str
+    expected: str  # what is accepted, for the message about a value that is not
     choices: tuple[Any, ...] = ()
-    least: int | None = None
-    option: str | None = ""
-    metavar: str | None = None
+    least: int | None = None  # of an integer
+    option: str | None = ""  # of the command, where the default spelling would not do; None if the command has none
+    metavar: str | None = None  # what the option's value is called
 
 
-def _setting(
-    default: Any, meaning: str, scope: Scope, accepts: Callable[[Any], bool], expected: str, **more: Any
-) -> Any:
-    return field(default=default, metadata={"setting": Setting(meaning, scope, accepts, expected, **more)})
+def _setting(default: Any, *known: Any, **more: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(*known, **more)})
 
 
 def _flag(default: bool | None, meaning: str, scope: Scope = Scope.LAYER, **more: Any) -> Any:
-    def accepts(value: Any) -> bool:
-        return isinstance(value, bool) or (value is None and default is None)
-
+    choices = (True, False, None) if default is None else (True, False)
     expected = "pass True, False or None" if default is None else "pass True or False"
-    return _setting(default, meaning, scope, accepts, expected, **more)
+    return _setting(default, meaning, scope, lambda value: any(value is each for each in choices), expected, **more)
 
 
 def _choice(default: Any, choices: tuple[Any, ...], meaning: str, scope: Scope = Scope.LAYER, **more: Any) -> Any:
@@ -119,10 +99,6 @@ def _are_names(value: Any) -> bool:
     lists = value if isinstance(value, list | tuple) else [value]
     inside = [name for entry in lists for name in (entry if isinstance(entry, list | tuple) else [entry])]
     return all(isinstance(name, str) for name in inside)
-
-
-def _are_rules(value: Any) -> bool:
-    return value is None or isinstance(value, Mapping)
 
 
 @dataclass(frozen=True)
@@ -187,7 +163,7 @@ class Settings:
         None,
         'per-module rules: {"regex": {"bits": 8}, "-:regex": {}}; -: skips, the first match wins',
         Scope.FILE,
-        _are_rules,
+        lambda value: value is None or isinstance(value, Mapping),
         "pass a mapping of regular expressions to settings, or None",
         metavar="JSON",
     )

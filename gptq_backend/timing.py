@@ -17,8 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Recorder:
     """Seconds by phase. Time inside a phase that another one was entered from counts for the inner one only.
 
-    Args:
-        device: waited for wherever a phase begins or ends.
+    ``device`` is waited for wherever a phase begins or ends.
     """
 
     def __init__(self, device: torch.device) -> None:

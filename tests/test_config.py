@@ -57,6 +57,11 @@ def test_numbers_and_booleans_may_be_strings_or_floats(source: dict[str, Any]) -
     assert all(type(value) is int for value in (config.bits, config.group_size))
 
 
+def test_marlin_as_a_format_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"^checkpoint_format='marlin' is not supported.*find the original\)$"):
+        QuantizeConfig(checkpoint_format="marlin")
+
+
 @pytest.mark.parametrize("source", [None, "gptq", 4, ["bits"], [{"bits": 4}], True])
 def test_settings_that_are_no_object_are_refused(source: Any) -> None:
     with pytest.raises(ConfigError, match="quantization_config is .*, expected an object"):

@@ -12,17 +12,12 @@ from ..config import QuantizeConfig
 
 @dataclass(frozen=True)
 class ColumnOrder:
-    """Which channel when, and in which group.
+    """Which channel when, and in which group."""
 
-    Args:
-        perm: int64 [K], the i-th channel to quantize.
-        g_idx: int32 [K], the group of each channel (by channel, not by position).
-        static: fit all grids before the loop; otherwise each when the loop reaches its group, whose channels are then
-            consecutive in ``perm``.
-    """
-
-    perm: Tensor
-    g_idx: Tensor
+    perm: Tensor  # int64 [K], the i-th channel to quantize
+    g_idx: Tensor  # int32 [K], the group of each channel (by channel, not by position)
+    # Fit all grids before the loop; otherwise each when the loop reaches its group, whose channels are then consecutive
+    # in perm.
     static: bool
 
 

@@ -75,20 +75,9 @@ def _nearest(value, scale, low, high):
 
 @triton.jit(do_not_specialize=["count"])
 def round_panel(
-    rest,
-    spread,
-    scales,
-    lows,
-    highs,
-    groups,
-    centred,
-    values,
-    shares,
-    count,
-    width,
-    PANEL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    rest, spread, scales, lows, highs, groups, centred, values, shares, count, width,
+    PANEL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """BLOCK output channels of up to PANEL columns."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, PANEL)

@@ -6,6 +6,7 @@ rounded column. docs/algorithm.md maps the paper's equations to these lines.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,18 +30,11 @@ _PANEL = 128  # columns between two updates of the rest of the matrix
 
 @dataclass(frozen=True)
 class LayerFactor:
-    """What the column loop needs of one distinct input; layers that share the input share this.
-
-    Args:
-        order: the column order.
-        factor: U in that order.
-        hessian: the undamped H in the original order; channels that calibration never excited have the median of the
-            others' diagonal.
-    """
+    """What the column loop needs of one distinct input; layers that share the input share this."""
 
     order: ColumnOrder
-    factor: Factor
-    hessian: Tensor
+    factor: Factor  # U in that order
+    hessian: Tensor  # the undamped H in the original order; channels never excited have the median of the diagonal
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def quantize_weight(
         config: settings of this layer.
         tokens: calibration tokens behind the Hessian, to report the loss per token.
         name: the module, for messages.
-        rounded: what :func:`round_weights` made of the weight already.
+        rounded: what :func:`round_weights` made of the weight, if it did.
 
     Raises:
         CalibrationError: the weight is not finite, or too large for float16 scales.
@@ -136,15 +130,9 @@ def quantize_weight(
 
 @torch.no_grad()
 def round_weights(
-    weights: Sequence[Tensor],
-    shared: LayerFactor | None,
-    config: QuantizeConfig,
+    weights: Sequence[Tensor], shared: LayerFactor | None, config: QuantizeConfig
 ) -> list[QuantizedWeight]:
-    """The column loop alone, over the output channels of several layers with one input at once.
-
-    Args:
-        weights: [N, K] each; otherwise as for :func:`quantize_weight`.
-    """
+    """The column loop alone, at once over the output channels of several layers, [N, K] each, with one input."""
     exact = torch.cat([weight.to(_working_dtype(weight)) for weight in weights])
     if shared is None:
         plain = column_order(torch.ones_like(exact[0]), config)
@@ -209,7 +197,7 @@ class _ColumnLoop:
             new_group = groups[i] != groups[i - 1] and not self.order.static
             if new_group or i - edges[-1] == _PANEL:
                 edges.append(i)
-        return list(zip(edges, [*edges[1:], len(groups)], strict=True))
+        return list(itertools.pairwise([*edges, len(groups)]))
 
     def fit(self, group: int, positions: Tensor) -> None:
         """Set the grid of ``group`` from the current values of the columns at ``positions``."""

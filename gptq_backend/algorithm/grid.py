@@ -15,18 +15,12 @@ SCALE_DTYPE = torch.float16  # as stored; scales are rounded to it before anythi
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform grid per output channel.
+    """A uniform grid per output channel. All fields [..., N]."""
 
-    Args:
-        scale: [..., N], not 0, representable in the stored dtype.
-        zero: [..., N], an integer in [0, 2**bits).
-        low, high: [..., N], the range of code - zero.
-    """
-
-    scale: Tensor
-    zero: Tensor
-    low: Tensor
-    high: Tensor
+    scale: Tensor  # not 0, representable in the stored dtype
+    zero: Tensor  # an integer in [0, 2**bits)
+    low: Tensor  # the least code - zero
+    high: Tensor  # the greatest
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Grid:
         return Grid(function(self.scale), function(self.zero), function(self.low), function(self.high))

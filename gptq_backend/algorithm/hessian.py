@@ -87,17 +87,11 @@ def damping(damp_percent: float, channels: int, tokens: float) -> float:
 
 @dataclass(frozen=True)
 class Factor:
-    """The inverse Hessian, factored.
+    """The inverse Hessian, factored."""
 
-    Args:
-        upper: [K, K] upper triangular U with ``U^T U = H^-1`` (the damped H).
-        damp_percent: the damping that was used.
-        method: how the factorization succeeded: "cholesky", "cholesky damped more", "cholesky float64" or "diagonal".
-    """
-
-    upper: Tensor
-    damp_percent: float
-    method: str
+    upper: Tensor  # [K, K] upper triangular U with U^T U = H^-1 (the damped H)
+    damp_percent: float  # the damping that was used
+    method: str  # what succeeded: "cholesky", "cholesky damped more", "cholesky float64" or "diagonal"
 
 
 def factor(hessian: Tensor, damp_percent: float) -> Factor:

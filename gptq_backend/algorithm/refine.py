@@ -28,13 +28,11 @@ _RIDGE = 1e-6  # share of the mean diagonal added to each channel's normal equat
 class Step:
     """One step of making a weight and the error that it left.
 
-    Args:
-        name: "loop" or "sweep N".
-        error: share of the layer's output energy on the calibration tokens that is error, each token counted as in
-            the Hessian (see :class:`token_weights.Sensitivity`).
+    That is the share of the layer's output energy on the calibration tokens that is error, each token counted as in the
+    Hessian (see :class:`token_weights.Sensitivity`).
     """
 
-    name: str
+    name: str  # "loop" or "sweep N"
     error: float
 
 

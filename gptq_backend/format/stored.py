@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..settings import FORMATS
 from . import packing
 from .weight import PackedWeight, QuantizedWeight, WeightSpec
@@ -83,7 +83,13 @@ class StoredSpec(WeightSpec):
 def encode(
     weight: QuantizedWeight, checkpoint_format: str = "gptq", word_dtype: torch.dtype = torch.int32
 ) -> tuple[StoredSpec, dict[str, Tensor]]:
-    """The tensors of a checkpoint. Returns their spec and qweight, qzeros, scales, g_idx (shapes in docs/format.md)."""
+    """The tensors of a checkpoint. Returns their spec and qweight, qzeros, scales, g_idx (shapes in docs/format.md).
+
+    Raises:
+        ConfigError: no such format.
+    """
+    if checkpoint_format not in FORMATS:
+        raise ConfigError(f"checkpoint_format={checkpoint_format!r} is not supported; choose one of {tuple(FORMATS)}")
     features, out_features = weight.codes.shape
     bits, groups = weight.bits, weight.scales.shape[0]
     offset, planar_bits = FORMATS[checkpoint_format]
@@ -124,7 +130,7 @@ def read_packed(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> P
         runs = -(-qweight.shape[0] // spec.bits)  # of 32 channels; a file may end within the last one
         qweight = packing.pack(packing.unpack(qweight, spec.bits, runs * 32, planar=True), spec.bits)
     g_idx = tensors["g_idx"].to(torch.int32) if spec.act_order else None
-    if spec.sym:
+    if spec.sym:  # resolve() has looked at all of them
         zeros = torch.full(spec.shapes["scales"], 1 << (spec.bits - 1), dtype=torch.uint8, device=qweight.device)
     else:
         zeros = unpack_zeros(spec, tensors["qzeros"])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -128,7 +127,8 @@ def make_batches(samples: Sequence[Any] | Tensor | Mapping[str, Any], batch_size
     for index, sample in enumerate(samples):
         fields = sample if isinstance(sample, Mapping) else {"input_ids": sample}
         try:
-            batch = {key: torch.atleast_2d(torch.as_tensor(fields[key])) for key in _fields(fields)}
+            keys = ["input_ids"] + ["attention_mask"] * (fields.get("attention_mask") is not None)
+            batch = {key: torch.atleast_2d(torch.as_tensor(fields[key])) for key in keys}
             ids = batch["input_ids"]
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise CalibrationError(
@@ -167,10 +167,9 @@ def make_batches(samples: Sequence[Any] | Tensor | Mapping[str, Any], batch_size
 
 
 def model_inputs(model: nn.Module, batch: Batch, device: torch.device | None) -> dict[str, Any]:
-    """Keyword arguments to call ``model`` with: the batch on ``device``, and no cache of keys and values.
+    """Keyword arguments to call ``model`` with: the batch, and no cache of keys and values.
 
-    Args:
-        device: None means where the model's weights are, or the CPU if they are nowhere yet.
+    On ``device``; None means where the model's weights are, or the CPU if they are nowhere yet.
     """
     parameter = next(model.parameters())
     device = device or (parameter.device if not parameter.is_meta else torch.device("cpu"))
@@ -181,20 +180,15 @@ def model_inputs(model: nn.Module, batch: Batch, device: torch.device | None) ->
     return inputs
 
 
-@contextmanager
-def calling(model: nn.Module, begun: Callable[[], bool]) -> Iterator[None]:
-    """Around a call of ``model`` with token ids, whose blocks have hooks.
-
-    Args:
-        model: what is called.
-        begun: whether a block was reached; until then nothing of ours has run, and an error means that the model wants
-            other inputs, like images or sound.
+def call_model(model: nn.Module, inputs: Mapping[str, Any], begun: Callable[[], bool]) -> None:
+    """Call a ``model`` whose blocks have hooks with :func:`model_inputs`.
 
     Raises:
-        CalibrationError: it does.
+        CalibrationError: an error before a block was reached (``begun``): nothing of ours has run, so it means that the
+            model wants other inputs, like images or sound.
     """
     try:
-        yield
+        model(**inputs)
     except (TypeError, ValueError, AttributeError) as error:
         if begun() or isinstance(error, GPTQError):
             raise
@@ -202,10 +196,6 @@ def calling(model: nn.Module, begun: Callable[[], bool]) -> Iterator[None]:
             f"{type(model).__name__} cannot be called with token ids alone ({error}), so calibration is not possible; "
             "pass calibration=None, which rounds to nearest"
         ) from error
-
-
-def _fields(fields: Mapping[str, Any]) -> list[str]:
-    return ["input_ids"] + (["attention_mask"] if fields.get("attention_mask") is not None else [])
 
 
 def check_fits(model: nn.Module, batches: list[Batch]) -> None:

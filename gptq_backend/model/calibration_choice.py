@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from . import lockstep
-from .calibration import calling, check_fits, make_batches, model_inputs
-from .placement import Placement, tensors_of
-from .structure import Block, evaluating, find_blocks
+from .calibration import Batch, call_model, check_fits, make_batches, model_inputs
+from .placement import Placement, outside_of, tensors_of
+from .structure import evaluating, find_blocks
 
 _WIDTH = 64  # dimensions of a sketch
 _DEPTHS = (0.125, 0.25, 0.375, 0.5)  # of the blocks whose inputs are sketched, as a share of all blocks
@@ -44,17 +45,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Selection:
-    """What :func:`select` chose.
+    """What :func:`select` chose, and why it ended."""
 
-    Args:
-        chosen: indices into the pool, in the order of choice.
-        curve: one point after each choice.
-        reason: why it ended: "gap", "doubling", "samples" (as many as allowed) or "pool" (nothing left).
-    """
-
-    chosen: tuple[int, ...]
-    curve: tuple[Point, ...]
-    reason: str
+    chosen: tuple[int, ...]  # indices into the pool, in the order of choice
+    curve: tuple[Point, ...]  # one after each choice
+    reason: str  # "gap", "doubling", "samples" (as many as allowed) or "pool" (nothing left)
 
     @property
     def why(self) -> str:
@@ -104,16 +99,15 @@ def sketch(
     """
     batches = make_batches(list(ids))
     check_fits(model, batches)
-    blocks = find_blocks(model, block_name)
-    sketcher = _Sketcher(model, blocks, seed, on_block, on_done, Placement(device))
-    return sketcher.run([batch["input_ids"] for batch in batches])
+    blocks = list(find_blocks(model, block_name).values())
+    return _Sketcher(model, blocks, seed, on_block, on_done, Placement(device)).run(batches)
 
 
 class _Sketcher:
     def __init__(
         self,
         model: nn.Module,
-        found: Mapping[str, nn.Module],
+        blocks: list[nn.Module],
         seed: int,
         on_block: Callable[[nn.Module], None] | None,
         on_done: Callable[[nn.Module], None] | None,
@@ -121,59 +115,50 @@ class _Sketcher:
     ) -> None:
         self.model, self.seed, self.placement = model, seed, placement
         self.on_block, self.on_done = on_block, on_done
-        blocks = [Block(name, module, ()) for name, module in found.items()]
         probes = sorted({int(len(blocks) * depth) for depth in _DEPTHS})
         self.blocks = blocks[: probes[-1] + 1]
-        self.found: dict[Block, list[Tensor]] = {blocks[i]: [] for i in probes}  # a tensor per batch, in their order
-        inside = {id(tensor) for block in blocks for tensor in tensors_of(block.module)}
-        self.outside = [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
-        self.current: Block | None = None
+        self.found: dict[int, list[Tensor]] = {i: [] for i in probes}  # by block, a tensor per batch, in their order
+        self.outside = outside_of(blocks, model)
+        self.current: nn.Module | None = None
         self.begun = False  # a block was reached
 
-    def run(self, batches: list[Tensor]) -> Tensor:
-        handles = [block.module.register_forward_pre_hook(self.hook(block), with_kwargs=True) for block in self.blocks]
-        ranks = {block: i for i, block in enumerate(self.blocks)}
-        inputs = [model_inputs(self.model, {"input_ids": ids}, self.placement.device) for ids in batches]
-        tasks = [partial(self.call, each) for each in inputs]
-        try:
+    def run(self, batches: list[Batch]) -> Tensor:
+        inputs = [model_inputs(self.model, batch, self.placement.device) for batch in batches]
+        tasks = [partial(call_model, self.model, each, lambda: self.begun) for each in inputs]
+        with ExitStack() as stack:
+            for i, block in enumerate(self.blocks):
+                stack.callback(block.register_forward_pre_hook(self.hook(i), with_kwargs=True).remove)
+            stack.callback(self.placement.send_back, self.outside)
             self.placement.bring(self.outside)
             with torch.no_grad(), evaluating(self.model):
-                lockstep.run(tasks, self.begin_block, ranks.__getitem__)
+                lockstep.run(tasks, self.begin_block, int)
             self.finish_block()
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.placement.send_back(self.outside)
         return torch.stack([torch.cat(moments) for moments in self.found.values()], dim=1)
 
-    def call(self, inputs: dict[str, Any]) -> None:
-        with calling(self.model, lambda: self.begun):
-            self.model(**inputs)
-
-    def hook(self, block: Block) -> Callable[..., None]:
+    def hook(self, number: int) -> Callable[..., None]:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.begun = True
-            if block in self.found:
-                self.found[block].append(self.moments(next(iter((*args, *kwargs.values())))))
-            if block is self.blocks[-1]:
+            if number in self.found:
+                self.found[number].append(self.moments(next(iter((*args, *kwargs.values())))))
+            if number == len(self.blocks) - 1:
                 raise lockstep.Stop
-            lockstep.wait(block)
+            lockstep.wait(number)
 
         return wait
 
-    def begin_block(self, block: Block) -> None:
+    def begin_block(self, number: int) -> None:
         self.finish_block()
+        self.current = self.blocks[number]
         if self.on_block is not None:
-            self.on_block(block.module)
-        self.placement.bring(tensors_of(block.module))
-        self.current = block
+            self.on_block(self.current)
+        self.placement.bring(tensors_of(self.current))
 
     def finish_block(self) -> None:
         if self.current is None:
             return
-        self.placement.send_back(tensors_of(self.current.module))
+        self.placement.send_back(tensors_of(self.current))
         if self.on_done is not None:
-            self.on_done(self.current.module)
+            self.on_done(self.current)
         self.current = None
 
     def moments(self, x: Tensor) -> Tensor:

@@ -35,10 +35,7 @@ class JointRounding:
     def take(self, target: Target, weight: Tensor, shared: LayerFactor) -> QuantizedWeight | None:
         """The layer's rounded weight, if it was rounded with others or now is; None if it has to be by itself.
 
-        Args:
-            target: a layer.
-            weight: its weight [N, K], float32 or float64.
-            shared: order and factor of its input.
+        weight: [N, K], float32 or float64; shared: order and factor of the layer's input.
         """
         name = next((name for name, each in self._block.items() if each is target), None)
         if name is None:

@@ -22,17 +22,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LayerInput:
-    """What one calibration batch feeds a layer.
+    """What one calibration batch feeds a layer."""
 
-    Args:
-        x: [B, T, K] or another shape that ends in K.
-        mask: [B, T], 0 marks padding; None if nothing is padded.
-        weights: [B, T], what each token counts (:class:`token_weights.Sensitivity`); None: as much as an average one.
-    """
-
-    x: Tensor
-    mask: Tensor | None
-    weights: Tensor | None
+    x: Tensor  # [B, T, K] or another shape that ends in K
+    mask: Tensor | None  # [B, T], 0 marks padding; None if nothing is padded
+    weights: Tensor | None  # [B, T], what each token counts (token_weights.py); None: as much as an average one
 
     def used(self) -> tuple[Tensor, Tensor | None]:
         """x and weights without padding; shapes that do not tell where it is pass whole."""
@@ -69,17 +63,15 @@ class Factors:
         self._entries.clear()
 
     def of(self, target: Target, inputs: list[LayerInput]) -> InputFactor | None:
-        """The factor of a layer's input, if an earlier layer read the same tensors the one made for it.
-
-        Returns:
-            None if there was no token.
+        """The factor of a layer's input, if an earlier layer read the same tensors the one made for it; None if there
+        was no token.
 
         Raises:
             CalibrationError: all tokens were non-finite.
         """
         self._entries = [entry for entry in self._entries if any(ref() is not None for ref in entry.inputs)]
         config, weighted = target.config, any(each.weights is not None for each in inputs)
-        order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)
+        order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)  # see column_order
         settings = (*order, config.damp_percent)
         same_input = [entry for entry in self._entries if entry.made_from(inputs, weighted)]
         for entry in same_input:

@@ -67,3 +67,9 @@ class Placement:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
+
+
+def outside_of(blocks: Iterable[nn.Module], model: nn.Module) -> list[Tensor]:
+    """Those of a model that are in none of its blocks."""
+    inside = {id(tensor) for block in blocks for tensor in tensors_of(block)}
+    return [tensor for tensor in tensors_of(model) if id(tensor) not in inside]

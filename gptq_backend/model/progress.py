@@ -70,10 +70,8 @@ class Progress:
     def save(self, name: str, digest: str, entry: Callable[[], tuple[Mapping[str, Tensor], Any]]) -> None:
         """Keep an entry. Where that fails, a warning says so, and no more are kept.
 
-        Args:
-            name: of the entry.
-            digest: of all that it depends on.
-            entry: gives tensors and facts, which are JSON values; not called where nothing is kept.
+        ``digest`` is of all that it depends on. ``entry`` gives tensors and facts, which are JSON values; it is not
+        called where nothing is kept.
         """
         if self.folder is None or not self._writable:
             return

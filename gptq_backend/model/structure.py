@@ -23,30 +23,17 @@ _LEAST_SHARE = 1 / 32  # of the heaviest list's weights, for another to be the l
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One layer to quantize.
+    """One layer to quantize."""
 
-    Args:
-        name: full module name.
-        module: an ``nn.Linear`` (or subclass), or a ``Conv1D`` as GPT-2 has it, whose weight is [K, N].
-        config: settings after the ``dynamic`` rules.
-        may_be_idle: it is one of several experts, of which a router may choose others for every calibration token.
-    """
-
-    name: str
-    module: nn.Module
-    config: QuantizeConfig
-    may_be_idle: bool = False
+    name: str  # full module name
+    module: nn.Module  # an nn.Linear (or subclass), or a Conv1D as GPT-2 has it, whose weight is [K, N]
+    config: QuantizeConfig  # settings after the dynamic rules
+    may_be_idle: bool = False  # one of several experts, of which a router may choose others for every calibration token
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One of the model's repeated blocks.
-
-    Args:
-        name: full module name.
-        module: one of the model's repeated blocks.
-        targets: layers to quantize inside it, in module order.
-    """
+    """One of the model's repeated blocks, by its full name, and the layers to quantize in it, in module order."""
 
     name: str
     module: nn.Module
@@ -55,15 +42,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """What of a model is to be quantized.
+    """What of a model is to be quantized."""
 
-    Args:
-        blocks: all repeated blocks in order, also those without targets.
-        head: the output embedding, when the config asks for it.
-    """
-
-    blocks: tuple[Block, ...]
-    head: Target | None
+    blocks: tuple[Block, ...]  # all repeated blocks in order, also those without targets
+    head: Target | None  # the output embedding, when the config asks for it
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -138,12 +120,8 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of every linear layer of ``model``, by name; weights may be on meta."""
-    found = {}
-    for name, module in model.named_modules():
-        if is_linear(module):
-            rows, columns = dense_weight(module).shape
-            found[name] = (columns, rows)
-    return found
+    weights = {name: dense_weight(module) for name, module in model.named_modules() if is_linear(module)}
+    return {name: (weight.shape[1], weight.shape[0]) for name, weight in weights.items()}
 
 
 def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn.Module]:
@@ -157,8 +135,7 @@ def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn
     Raises:
         ConfigError: no repeated blocks.
     """
-    if block_name is None:
-        block_name = _list_of_blocks(model)
+    block_name = _list_of_blocks(model) if block_name is None else block_name
     try:
         children = model.get_submodule(block_name)._modules
     except AttributeError:
@@ -196,7 +173,6 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | N
     for target in structure.targets:
         target.config.check_quantizer_settings()
         _check_format(target, config)
-        _check_planar(target)
     return structure
 
 
@@ -295,23 +271,19 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
 
 
 def _check_format(target: Target, config: QuantizeConfig) -> None:
-    """Raises ConfigError for a rule that would give a layer a format of its own: readers know one of a checkpoint."""
+    """Raises ConfigError for a rule that would give a layer a format of its own (readers know one of a checkpoint), and
+    where the planar format cannot hold a layer, before a long run finds out.
+    """
     for key in ("checkpoint_format", "pack_dtype"):
         own, common = getattr(target.config, key), getattr(config, key)
         if own != common:
             raise ConfigError(f"dynamic gives {target.name} {key}={own!r}, but a checkpoint has one: {common!r}")
-
-
-def _check_planar(target: Target) -> None:
-    """Raises ConfigError where the planar format cannot hold a layer, before a long run finds out."""
     rows, columns = dense_weight(target.module).shape
-    config = target.config
-    planar = config.bits in FORMATS[config.checkpoint_format].planar_bits
-    if planar and (rows % 32 or columns % 32):
+    bits, checkpoint_format = target.config.bits, config.checkpoint_format
+    if bits in FORMATS[checkpoint_format].planar_bits and (rows % 32 or columns % 32):
         raise ConfigError(
-            f"{target.name} is [{rows}, {columns}], but checkpoint_format={config.checkpoint_format!r} packs "
-            f"{config.bits}-bit codes in runs of 32; "
-            "use 'gptq_v2', or skip the layer with a dynamic rule"
+            f"{target.name} is [{rows}, {columns}], but checkpoint_format={checkpoint_format!r} packs {bits}-bit codes "
+            "in runs of 32; use 'gptq_v2', or skip the layer with a dynamic rule"
         )
 
 

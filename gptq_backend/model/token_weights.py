@@ -11,8 +11,8 @@ v).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -37,12 +37,7 @@ class Sensitivity:
 
     @timed("sensitivity")
     def of(
-        self,
-        block: nn.Module,
-        name: str,
-        layers: Iterable[nn.Module],
-        run: Callable[[], Any],
-        mask: Tensor | None = None,
+        self, block: nn.Module, name: str, layers: Iterable[nn.Module], run: Callable[[], Any], mask: Tensor | None
     ) -> dict[nn.Module, Tensor]:
         """Weights of one batch.
 
@@ -52,25 +47,27 @@ class Sensitivity:
         Layers that read one tensor get the sum of their weights.
 
         Args:
-            block: the module that ``run`` calls; its parameters get no gradients.
+            block: the module that ``run`` calls with one batch; its parameters get no gradients.
             name: of the block, for messages and to tell blocks apart.
             layers: those of its layers that are to be quantized.
-            run: calls the block with one batch.
             mask: [B, T], 0 marks padding.
 
         Returns:
             [B, T] by layer, at least float32; only of layers whose outputs are mixed before the next layer, which gets
-            [B, T, K]. A
-            batch that gave none, or an error, answers for all that follow it in the same block.
+            [B, T, K]. A batch that gave none, or an error, answers for all that follow it in the same block.
         """
         if name == self._fruitless:
             return {}
         pass_ = _Pass(self._signs, mask)
+        trained: list[nn.Parameter] = []  # parameters to make trainable again
         self.running = True
         try:
             if torch.is_inference_mode_enabled():
                 raise RuntimeError("the model was loaded in inference mode")
-            with torch.enable_grad(), _without_gradients(block), ExitStack() as stack:
+            trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            with torch.enable_grad(), ExitStack() as stack:
                 for layer in layers:
                     stack.callback(layer.register_forward_pre_hook(pass_.before, with_kwargs=True).remove)
                     stack.callback(layer.register_forward_hook(pass_.after, with_kwargs=True).remove)
@@ -84,6 +81,8 @@ class Sensitivity:
             logger.warning("%s: every token counts the same, no derivative could be taken: %s", name, reason)
         finally:
             self.running = False
+            for parameter in trained:
+                parameter.requires_grad_(True)
         if not pass_.weights and not pass_.alone:
             self._fruitless = name
         return pass_.weights
@@ -158,15 +157,3 @@ def without_ones(shape: torch.Size) -> list[int]:
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(iter((*args, *kwargs.values())))
-
-
-@contextmanager
-def _without_gradients(block: nn.Module) -> Iterator[None]:
-    wanted = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

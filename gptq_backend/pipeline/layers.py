@@ -19,62 +19,44 @@ from ..linear import QuantLinear
 from ..model.joint_rounding import JointRounding
 from ..model.layer_inputs import InputFactor
 from ..model.placement import Placement
-from ..model.structure import Block, Structure, Target, dense_weight, is_conv1d, replace_module
-from .options import Events
+from ..model.structure import Block, Target, dense_weight, find_structure, is_conv1d, replace_module
+from .options import Events, RunOptions
 from .report import LayerReport, QuantizeReport
 
 logger = logging.getLogger(__name__)
 
 
 class Layers:
-    """The layers of one run.
+    """The layers of one run, those that are quantized already, and the report of them."""
 
-    Args:
-        model: holds the layers.
-        structure: which ones.
-        config: of the run, for the report.
-        placement: where their weights were before the run.
-        backend: kernel of the resulting layers.
-        events: told of each layer.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        config: QuantizeConfig,
-        placement: Placement,
-        backend: str | None,
-        events: Events,
-    ) -> None:
-        self.model, self.placement, self.backend, self.events = model, placement, backend, events
-        self.total = len(structure.targets)
+    def __init__(self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events) -> None:
+        self.model, self.backend, self.events = model, options.backend, events
+        self.structure, self.placement = find_structure(model, config, options.block_name), Placement(options.device)
         self.done: dict[nn.Module, QuantLinear] = {}  # by the dense module
         self.joint = JointRounding()
-        self.report = QuantizeReport(structure.describe(config))
+        self.report = QuantizeReport(self.structure.describe(config))
 
     def weights(self, block: Block) -> dict[Target, QuantizedWeight]:
         """Those of the block's layers that are quantized."""
-        return {
-            target: self.done[target.module].quantized_weight()
-            for target in block.targets
-            if target.module in self.done
-        }
+        done = [target for target in block.targets if target.module in self.done]
+        return {target: self.done[target.module].quantized_weight() for target in done}
 
-    def quantize(self, target: Target, shared: InputFactor | None) -> None:
-        """Quantize one layer and leave the dequantized weight in the module for the passes under way.
-
-        Args:
-            target: the layer.
-            shared: what is known of its input; None rounds to nearest.
+    def quantize(self, target: Target, source: InputFactor | None) -> None:
+        """Quantize one layer for its input, or to nearest for None, and leave the dequantized weight in the module for
+        the passes under way.
         """
         start = time.perf_counter()
         weight = dense_weight(target.module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        tokens = shared.hessian.tokens if shared else 0
-        rounded = self.joint.take(target, weight, shared.factor) if shared else None
-        factor = shared.factor if shared else None
-        layer = quantize_weight(weight, factor, target.config, tokens, name=target.name, rounded=rounded)
+        if source is None:
+            input_facts: dict[str, Any] = {}
+            layer = quantize_weight(weight, None, target.config, name=target.name)
+        else:
+            factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
+            input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
+            input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
+            rounded = self.joint.take(target, weight, source.factor)
+            layer = quantize_weight(weight, source.factor, target.config, tokens, name=target.name, rounded=rounded)
         self.store(target, layer.weight)
         entry = LayerReport(
             name=target.name,
@@ -82,20 +64,13 @@ class Layers:
             group_size=target.config.group_size,
             loss=layer.loss,
             relative_loss=layer.relative_loss,
-            method=shared.factor.factor.method if shared else "rtn",
-            damp_percent=shared.factor.factor.damp_percent if shared else 0.0,
-            tokens=tokens,
-            dropped_tokens=shared.hessian.dropped if shared else 0,
             seconds=time.perf_counter() - start,
             steps=layer.steps,
+            **input_facts,
         )
-        if shared and entry.method != "cholesky":
-            logger.warning(
-                "%s: the Hessian could not be factored as it was; used %s with a damping of %g",
-                target.name,
-                entry.method,
-                entry.damp_percent,
-            )
+        if entry.method not in ("cholesky", "rtn"):
+            text = "%s: the Hessian could not be factored as it was; used %s with a damping of %g"
+            logger.warning(text, target.name, entry.method, entry.damp_percent)
         self.add_report(entry)
 
     def store(self, target: Target, quantized: QuantizedWeight) -> None:
@@ -130,4 +105,4 @@ class Layers:
     def add_report(self, entry: LayerReport) -> None:
         """Count a layer as done."""
         self.report.layers.append(entry)
-        self.events.layer_done(entry, len(self.report.layers), self.total)
+        self.events.layer_done(entry, len(self.report.layers), len(self.structure.targets))

@@ -7,7 +7,7 @@ capturing or replaying, because the model's own forward passes them.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..config import QuantizeConfig
 from ..model import lockstep
-from ..model.calibration import Batch, calling, model_inputs
+from ..model.calibration import Batch, call_model, model_inputs
 from ..model.layer_inputs import InputFactor, LayerInput
-from ..model.placement import Placement
-from ..model.structure import Block, Structure, Target
+from ..model.structure import Block, Target
 from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
+from .layers import Layers
 
 
 class Place(Enum):
@@ -50,71 +50,38 @@ class Phase(Enum):
 
 @dataclass(eq=False)
 class BlockState:
-    """The block whose turn it is.
-
-    Args:
-        block: it.
-        phase: how far it has come.
-        measured: layers to quantize at the end of the phase MEASURING.
-        originals: what the original block returned, by batch.
-        examples: of the quantized block, likewise.
-    """
+    """The block whose turn it is."""
 
     block: Block
     phase: Phase = Phase.ENTERED
-    measured: list[tuple[Target, InputFactor | None]] = field(default_factory=list)
-    originals: dict[int, Tensor] = field(default_factory=dict)
-    examples: dict[int, Example] = field(default_factory=dict)
+    measured: list[tuple[Target, InputFactor | None]] = field(default_factory=list)  # to quantize when MEASURING ends
+    originals: dict[int, Tensor] = field(default_factory=dict)  # what the original block returned, by batch
+    examples: dict[int, Example] = field(default_factory=dict)  # of the quantized block, likewise
 
 
 @dataclass(eq=False)
 class _Task:
     """The forward pass of one batch.
 
-    Args:
-        number: of the batch.
-        inputs: of the model.
-        original: it goes through the original blocks. All of these pass a block before any of the others enters it, and
-            wait behind it until those have passed too: what the model does to a block's output may not change the
-            target.
-        weights: what each token counts for the layers of the block that it is in.
+    ``original`` ones go through the original blocks. All of these pass a block before any of the others enters it, and
+    wait behind it until those have passed too: what the model does to a block's output may not change the target.
     """
 
-    number: int
-    inputs: dict[str, Any]
+    number: int  # of the batch
+    inputs: dict[str, Any]  # of the model
+    mask: Tensor | None  # [B, T], 0 marks padding
     original: bool
-    weights: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-    @property
-    def mask(self) -> Tensor | None:
-        """[B, T], 0 marks padding."""
-        return self.inputs.get("attention_mask")
+    weights: dict[nn.Module, Tensor] = field(default_factory=dict)  # of tokens, for the layers of the block it is in
 
 
 _TASK: contextvars.ContextVar[_Task] = contextvars.ContextVar("task")  # the running one
 
 
 class Passes:
-    """The passes of one run.
+    """The passes of one run, in which more and more of ``layers`` get done."""
 
-    Args:
-        model: unchanged afterwards but for what the callbacks of :meth:`run` do to it.
-        structure: its blocks and layers.
-        config: whether a block's layers are measured before or while they are quantized, and what is trained.
-        placement: where inputs have to be.
-        done: layers that are quantized, by their dense modules; grows meanwhile.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        config: QuantizeConfig,
-        placement: Placement,
-        done: Mapping[nn.Module, object],
-    ) -> None:
-        self.model, self.structure, self.config, self.placement = model, structure, config, placement
-        self.done = done
+    def __init__(self, layers: Layers, config: QuantizeConfig) -> None:
+        self.layers, self.model, self.structure, self.config = layers, layers.model, layers.structure, config
         self.state: BlockState | None = None  # set by whoever serves the places
         self.reached: set[Block] = set()
         self._arrived: dict[Target, list[LayerInput]] = {}  # what the waiting passes are about to feed each layer
@@ -126,7 +93,7 @@ class Passes:
         serve_place: Callable[[Block, Place], None],
         serve_layer: Callable[[Target, list[LayerInput]], None],
     ) -> None:
-        """Pass all batches through the model.
+        """Pass all batches through the model, which is unchanged afterwards but for what the callbacks do to it.
 
         Args:
             batches: the calibration data.
@@ -135,10 +102,8 @@ class Passes:
         """
         ranks: dict[Any, int] = {}  # the order in which passes that wait at different places are served
         for block in self.structure.blocks:
-            before = [(block, Place.ORIGINAL), (block, Place.START)]
-            behind = [(block, place) for place in (Place.MEASURED, Place.TRAIN, Place.LEAVE)]
-            for key in (*before, *block.targets, *behind):
-                ranks[key] = len(ranks)
+            for place in (Place.ORIGINAL, Place.START, *block.targets, Place.MEASURED, Place.TRAIN, Place.LEAVE):
+                ranks[(block, place) if isinstance(place, Place) else place] = len(ranks)
         if self.structure.head is not None:
             ranks[self.structure.head] = len(ranks)
 
@@ -149,16 +114,16 @@ class Passes:
                 serve_place(*key)
 
         kinds = (True, False) if self.config.preset.block_epochs else (False,)
-        inputs = [model_inputs(self.model, batch, self.placement.device) for batch in batches]
-        tasks = [_Task(i, each, original) for original in kinds for i, each in enumerate(inputs)]
+        inputs = [model_inputs(self.model, batch, self.layers.placement.device) for batch in batches]
+        numbered = [(i, each, each.get("attention_mask")) for i, each in enumerate(inputs)]
+        tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
             self._set_hooks(hooks)
             lockstep.run([partial(self._forward, task) for task in tasks], serve, ranks.__getitem__)
 
     def _forward(self, task: _Task) -> None:
         _TASK.set(task)
-        with calling(self.model, lambda: bool(self.reached)):
-            self.model(**task.inputs)
+        call_model(self.model, task.inputs, lambda: bool(self.reached))
 
     def _set_hooks(self, hooks: ExitStack) -> None:
         """Make the passes wait at blocks and layers, and end them behind the last, until ``hooks`` is closed."""
@@ -219,16 +184,16 @@ class Passes:
 
     def _hook_layer(self, target: Target, hooks: ExitStack) -> None:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._sensitivity.running or (self.state and self.state.phase is Phase.TRAINING):
+            state = self.state
+            if module in self.layers.done or self._sensitivity.running or (state and state.phase is Phase.TRAINING):
                 return
-            measured = self.state.measured if self.state else []
             task = _TASK.get()
-            if task.original or module in self.done or any(target is each for each, _ in measured):
+            if task.original or (state and any(target is each for each, _ in state.measured)):
                 return
             x = next(iter((*args, *kwargs.values())))
             self._arrived.setdefault(target, []).append(LayerInput(x, task.mask, task.weights.get(module)))
             lockstep.wait(target)
-            self.placement.fetch(x)
+            self.layers.placement.fetch(x)
 
         hooks.callback(target.module.register_forward_pre_hook(wait, with_kwargs=True).remove)
 

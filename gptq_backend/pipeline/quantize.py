@@ -19,18 +19,9 @@ from ..config import QuantizeConfig
 from ..errors import ConfigError
 from ..model.calibration import Batch, check_fits, make_batches
 from ..model.layer_inputs import Factors, LayerInput
-from ..model.placement import Placement, tensors_of
+from ..model.placement import outside_of, tensors_of
 from ..model.progress import Progress
-from ..model.structure import (
-    Block,
-    Structure,
-    Target,
-    evaluating,
-    find_structure,
-    linear_shapes,
-    special_linears,
-    untie,
-)
+from ..model.structure import Block, Structure, Target, evaluating, linear_shapes, special_linears, untie
 from ..timing import timed
 from ..training.blocks import train_block, trainable_vectors
 from ..training.distill import DistillReport, distill
@@ -95,13 +86,12 @@ class _Run:
         self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events, progress: Progress
     ) -> None:
         self.model, self.config, self.events = model, config, events
-        self.structure = find_structure(model, config, options.block_name)
+        self.layers = Layers(model, config, options, events)
+        self.structure, self.placement = self.layers.structure, self.layers.placement
         _warn_of_exceptions(model, self.structure, config)
-        self.placement = Placement(options.device)
-        self.layers = Layers(model, self.structure, config, self.placement, options.backend, events)
         self.factors = Factors(self.placement)
-        self.passes = Passes(model, self.structure, config, self.placement, self.layers.done)
-        self.resume = Resume(progress, model, self.layers)
+        self.passes = Passes(self.layers, config)
+        self.resume = Resume(progress, self.layers)
 
     def quantize(self, batches: list[Batch] | None) -> QuantizeReport:
         """The whole model but for a distillation; without ``batches`` by rounding to nearest."""
@@ -130,16 +120,15 @@ class _Run:
             for target in block.targets:
                 self.layers.quantize(target, None)
             self.finish_block()
-        if self.structure.head is not None:
-            self.placement.bring(tensors_of(self.structure.head.module))
-            self.layers.quantize(self.structure.head, None)
-            self.layers.install(self.structure.head)
+        if (head := self.structure.head) is not None:
+            self.placement.bring(tensors_of(head.module))
+            self.layers.quantize(head, None)
+            self.layers.install(head)
 
     def calibrate(self, batches: list[Batch]) -> None:
         check_fits(self.model, batches)
-        inside = {id(tensor) for block in self.structure.blocks for tensor in tensors_of(block.module)}
-        outside = [tensor for tensor in tensors_of(self.model) if id(tensor) not in inside]
-        self.resume.begin(self.config, batches, outside, self.placement.device)
+        outside = outside_of([block.module for block in self.structure.blocks], self.model)
+        self.resume.begin(self.config, batches, outside)
         self.placement.bring(outside)
         self.passes.run(batches, self.serve_place, self.serve_layer)
         self.finish_block()
@@ -166,8 +155,8 @@ class _Run:
             else:
                 state.phase = Phase.MEASURING
         elif place is Place.MEASURED:
-            for target, shared in state.measured:
-                self.layers.quantize(target, shared)
+            for target, source in state.measured:
+                self.layers.quantize(target, source)
             state.measured.clear()
             state.phase = Phase.QUANTIZING
         elif place is Place.TRAIN:
@@ -176,12 +165,12 @@ class _Run:
     @timed("other")
     def serve_layer(self, target: Target, inputs: list[LayerInput]) -> None:
         """All passes wait in front of a layer, with ``inputs`` for it."""
-        shared, state = self.factors.of(target, inputs), self.passes.state
+        source, state = self.factors.of(target, inputs), self.passes.state
         # An expert may get its first tokens only after MEASURING: the quantized block routes otherwise.
         if state is not None and state.phase is Phase.MEASURING:
-            state.measured.append((target, shared))
+            state.measured.append((target, source))
         else:
-            self.layers.quantize(target, shared)
+            self.layers.quantize(target, source)
 
     def distill(self, teacher: Callable[[], nn.Module], batches: list[Batch]) -> DistillReport:
         """Train the whole quantized model towards the original."""
@@ -263,12 +252,8 @@ def _warn_of_exceptions(model: nn.Module, structure: Structure, config: Quantize
         logger.warning("dynamic: %s", sentence)
     if special := special_linears(structure):
         name, kind = next(iter(special.items()))
-        logger.warning(
-            "%s (%s) and %d layers like it stay in 16 bits: they do not compute a plain product",
-            name,
-            kind,
-            len(special) - 1,
-        )
+        text = "%s (%s) and %d layers like it stay in 16 bits: they do not compute a plain product"
+        logger.warning(text, name, kind, len(special) - 1)
 
 
 def _check_trainable(model: nn.Module, config: QuantizeConfig, batches: list[Batch] | None) -> None:

@@ -22,11 +22,11 @@ class LayerReport:
     group_size: int
     loss: float
     relative_loss: float
-    method: str
-    damp_percent: float
-    tokens: int
-    dropped_tokens: int
-    seconds: float
+    method: str = "rtn"
+    damp_percent: float = 0.0
+    tokens: int = 0
+    dropped_tokens: int = 0
+    seconds: float = 0.0
     steps: tuple[Step, ...] = ()
 
 
@@ -37,15 +37,12 @@ class QuantizeReport:
     Args:
         config: describes the result: blocks kept in 16 bits by ``keep_edge_blocks``, and layers that were never called,
             are named in ``dynamic``, which every reader of GPTQ checkpoints understands.
-        layers: one entry per quantized layer, in the order they were done.
-        blocks: one entry per block that was trained.
         seconds: wall time of the whole run; of one that was interrupted, with what it had finished but
             without the earlier steps of its distillation.
-        distillation: of the whole model, if there was one.
     """
 
     config: QuantizeConfig
-    layers: list[LayerReport] = field(default_factory=list)
-    blocks: list[BlockReport] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)  # one entry per layer, in the order they were done
+    blocks: list[BlockReport] = field(default_factory=list)  # one entry per block that was trained
     seconds: float = 0.0
-    distillation: DistillReport | None = None
+    distillation: DistillReport | None = None  # of the whole model, if there was one

@@ -6,8 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..algorithm.refine import Step
 from ..config import QuantizeConfig
@@ -25,16 +24,10 @@ _FIELDS = ("words", "scales", "zeros", "g_idx")  # of a layer in the progress
 
 
 class Resume:
-    """Finished blocks, kept and restored.
+    """Finished blocks: what ``layers`` has of them is kept in ``progress``, and taken from there."""
 
-    Args:
-        progress: where they are kept.
-        model: holds the blocks.
-        layers: takes what is restored, and has what is to be kept.
-    """
-
-    def __init__(self, progress: Progress, model: nn.Module, layers: Layers) -> None:
-        self.progress, self.model, self.layers = progress, model, layers
+    def __init__(self, progress: Progress, layers: Layers) -> None:
+        self.progress, self.model, self.layers = progress, layers.model, layers
         self.identity = ""  # digest of all that the current block's result depends on
         self._begun = time.perf_counter()
 
@@ -43,14 +36,13 @@ class Resume:
         """Since the run began; what an interrupted run took for its finished blocks counts."""
         return time.perf_counter() - self._begun
 
-    def begin(
-        self, config: QuantizeConfig, batches: list[Batch], outside: list[Tensor], device: torch.device | None
-    ) -> None:
+    def begin(self, config: QuantizeConfig, batches: list[Batch], outside: list[Tensor]) -> None:
         """All blocks depend on the settings, the calibration data, what lies outside of the blocks, and the device."""
         data = [tensor for batch in batches for tensor in batch.values()]
         constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
-        self.identity = self.progress.digest("", [config.to_dict(), str(device), described], [*data, *outside])
+        facts = [config.to_dict(), str(self.layers.placement.device), described]
+        self.identity = self.progress.digest("", facts, [*data, *outside])
 
     def begin_block(self, block: Block) -> None:
         """A block depends on its weights and on what the blocks before it do."""

@@ -26,33 +26,21 @@ _FACTOR = 64  # of the loss, by channel: to Adam all are the same, but small gra
 
 @dataclass(frozen=True)
 class BlockReport:
-    """How the training of a block went.
-
-    Args:
-        name: of the block.
-        before, after: squared error of its output on the batches that were held out, as a share of the output's energy.
-        kept: whether the result was taken: ``after < before``.
-    """
+    """How the training of a block went."""
 
     name: str
-    before: float
-    after: float
-    kept: bool
+    before: float  # squared error of its output on the batches that were held out, as a share of the output's energy
+    after: float  # likewise
+    kept: bool  # whether the result was taken: after < before
 
 
 @dataclass(frozen=True)
 class Example:
-    """One calibration batch at one block.
+    """One calibration batch at one block."""
 
-    Args:
-        run: calls the block with what reaches it.
-        target: [B, T, K], what the original block returns.
-        mask: [B, T], 0 marks padding; None if nothing is padded.
-    """
-
-    run: Callable[[], Any]
-    target: Tensor
-    mask: Tensor | None
+    run: Callable[[], Any]  # the block with what reaches it
+    target: Tensor  # [B, T, K], what the original block returns
+    mask: Tensor | None  # [B, T], 0 marks padding; None if nothing is padded
 
     def error(self) -> Tensor:
         """Squared difference of the block's output and the target, summed."""

@@ -33,18 +33,12 @@ _ENTRY = "distillation"  # in the progress
 
 @dataclass(frozen=True)
 class DistillReport:
-    """How a distillation went.
+    """How a distillation went."""
 
-    Args:
-        before, after: KL divergence in nats per token on the batches that were held out.
-        losses: the same on the batch of each step.
-        kept: whether the result was taken: ``after < before``.
-    """
-
-    before: float
-    after: float
-    losses: tuple[float, ...]
-    kept: bool
+    before: float  # KL divergence in nats per token on the batches that were held out
+    after: float  # likewise
+    losses: tuple[float, ...]  # the same on the batch of each step
+    kept: bool  # whether the result was taken: after < before
 
 
 @torch.enable_grad()

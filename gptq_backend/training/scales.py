@@ -103,7 +103,7 @@ class Training:
         module: a model or one block of it.
         sources: the weight of each layer to train, by its name in the module.
         vectors: parameters of the module to train beside them.
-        stored: the dtype that a parameter will be stored in.
+        stored: gives the dtype that a parameter will be stored in.
     """
 
     def __init__(

@@ -92,19 +92,8 @@ def quantize(
     from .quantize_command import Source, run
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
-    run(
-        model,
-        Path(out),
-        settings,
-        source,
-        batch_size=batch_size,
-        block_name=block_name,
-        kld_windows=kld_windows,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        json_target=json_target,
-    )
+    options = {"batch_size": batch_size, "block_name": block_name, "overwrite": overwrite}
+    run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, json_target)
 
 
 def _check_usage(out: str, settings: dict[str, Any], calibration: str | None, text: Path | None, rtn: bool) -> None:

@@ -33,17 +33,11 @@ _SHARE = 0.9  # of the free memory may be the two models; activations and logits
 
 @dataclass(frozen=True)
 class Source:
-    """Where the calibration text comes from.
+    """Where the calibration text comes from."""
 
-    Args:
-        calibration: a file, "auto", or None for round to nearest.
-        text: for "auto", what the model will read.
-        window: ``samples``, ``seqlen`` and ``seed``.
-    """
-
-    calibration: str | None
-    text: Path | None
-    window: Mapping[str, Any]
+    calibration: str | None  # a file, "auto", or None for round to nearest
+    text: Path | None  # for "auto", what the model will read
+    window: Mapping[str, Any]  # samples, seqlen and seed
 
     def read(self) -> tuple[str | list[str] | None, str | list[str] | None]:
         """What to calibrate on ("auto" stays), and what the model will read."""
@@ -66,19 +60,17 @@ def run(
     out: Path,
     settings: Mapping[str, Any],
     source: Source,
-    *,
-    batch_size: int | None,
-    block_name: str | None,
+    options: Mapping[str, Any],
     kld_windows: int,
     device: str,
     trust_remote_code: bool,
-    overwrite: bool,
     json_target: str | None,
 ) -> None:
     """Quantize, write the reports, compare and print; the arguments are the command's options.
 
     Args:
         settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
+        options: ``batch_size``, ``block_name`` and ``overwrite``.
 
     Raises:
         GPTQError: something cannot be used; the message says what to do.
@@ -108,9 +100,7 @@ def run(
             text=own,
             output=out,
             **source.window,
-            batch_size=batch_size,
-            block_name=block_name,
-            overwrite=overwrite,
+            **options,
             events=progress,
             device=device,
             trust_remote_code=trust_remote_code,
@@ -177,10 +167,8 @@ def _dtype_that_fits(out: Path, model: str, device: str, trust_remote_code: bool
     where = torch.device(device)
     original, quantized = skeleton(model, trust_remote_code), weights_size(out) or 0
     free, needed = free_bytes(where), 0
-    choices = (
-        {"float32": torch.float32, "bfloat16": torch.bfloat16} if where.type == "cpu" else {"auto": original.dtype}
-    )
-    for name, dtype in choices.items():
+    on_cpu = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    for name, dtype in on_cpu.items() if where.type == "cpu" else [("auto", original.dtype)]:
         needed = bytes_of(original, dtype) + quantized * dtype.itemsize // original.dtype.itemsize
         if needed <= _SHARE * free:
             if name == "bfloat16":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -51,20 +52,12 @@ _USER_SHARE = 0.5  # of the weight: the user knows best what the model will read
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``calibration="auto"`` uses, and why.
+    """What ``calibration="auto"`` uses, and why."""
 
-    Args:
-        samples: int64 [n, T], to calibrate on.
-        held_out: int64 [m, T], the windows that validated the choice, a round of all sources at a time.
-        sources: per source its windows in the ``pool``, those ``chosen``, and its ``weight``.
-        left_out: sources that gave nothing, and why.
-        selection: order of choice, curve and reason.
-    """
-
-    samples: Tensor
-    held_out: Tensor
-    sources: dict[str, dict[str, float]]
-    left_out: dict[str, str]
+    samples: Tensor  # int64 [n, T], to calibrate on
+    held_out: Tensor  # int64 [m, T], the windows that validated the choice, a round of all sources at a time
+    sources: dict[str, dict[str, float]]  # of each its windows in the "pool", those "chosen", and its "weight"
+    left_out: dict[str, str]  # sources that gave nothing, and why
     selection: Selection
 
     def report(self) -> dict[str, Any]:
@@ -107,7 +100,7 @@ def choose(
         options: where to compute (by default where the weights are), and the list of blocks.
         samples: choose at most this many windows; by default 64.
         seqlen: tokens per window; by default 512.
-        seed: of the sample_windows, the model's text and the sketch; the same seed gives the same choice.
+        seed: of the sampling, the model's text and the sketch; the same seed gives the same choice.
         trust_remote_code: let code that comes with the model run.
 
     Raises:
@@ -188,13 +181,9 @@ def _selected(
     selection = select(
         moments, names, weights, samples, held_out=held_out, channels=channels, tokens=seqlen, least=least
     )
+    chosen = Counter(names[i] for i in selection.chosen)
     sources = {
-        name: {
-            "pool": len(windows),
-            "chosen": sum(names[i] == name for i in selection.chosen),
-            "weight": weights[name],
-        }
-        for name, windows in pool.items()
+        name: {"pool": len(windows), "chosen": chosen[name], "weight": weights[name]} for name, windows in pool.items()
     }
     return Choice(ids[sorted(selection.chosen)], ids[held_out], sources, left_out, selection)
 
@@ -237,9 +226,7 @@ class _Original:
 
 @contextmanager
 def _opened(
-    model_or_path: PreTrainedModel | str | Path,
-    options: RunOptions,
-    trust_remote_code: bool,
+    model_or_path: PreTrainedModel | str | Path, options: RunOptions, trust_remote_code: bool
 ) -> Iterator[_Original]:
     """A loaded model as it is, a small one loaded as a whole, and of a large one a block at a time."""
     if isinstance(model_or_path, PreTrainedModel):

@@ -15,7 +15,7 @@ from .calibration_input import given, is_text, load_tokenizer
 from .config import DATASETS, GPTQConfig
 from .dispatch import keeping_hooks
 from .errors import first_line
-from .experts import unfuse as experts
+from .experts.unfuse import group_experts, unfuse_experts
 from .quantized_layers import untie_quantized
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
         )
     samples = calibration_samples(model, config)
     with keeping_hooks(model):
-        experts.unfuse_experts(model)
+        unfuse_experts(model)
     settings = config.to_quantize_config()
     options = RunOptions(
         batch_size=config.batch_size if (config.batch_size or 1) > 1 else None,
@@ -53,7 +53,7 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
     # Blocks kept in 16 bits are described by rules now, for other readers of the checkpoint.
     config.dynamic, config.keep_edge_blocks = report.config.dynamic, report.config.keep_edge_blocks
     untie_quantized(model)
-    experts.group_experts(model)
+    group_experts(model)
 
 
 class _Shown(Events):

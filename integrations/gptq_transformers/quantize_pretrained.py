@@ -212,10 +212,8 @@ def _telling_of(progress: Progress) -> Iterator[None]:
         yield
     except BaseException:
         if progress.kept():
-            logger.warning(
-                "%s keeps what was done: the same run, begun again, goes on from there; otherwise remove it",
-                progress.folder,
-            )
+            text = "%s keeps what was done: the same run, begun again, goes on from there; otherwise remove it"
+            logger.warning(text, progress.folder)
         raise
 
 

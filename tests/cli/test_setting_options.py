@@ -11,6 +11,7 @@ pytest.importorskip("typer")
 
 from gptq_backend.settings import QUALITIES, Settings
 from gptq_cli.options import by_quality, names_in_core, with_settings
+from tests.cli.command import run
 
 OPTIONS = {
     item.name: item.metadata["setting"]
@@ -48,3 +49,11 @@ def test_a_command_gets_an_option_for_each_setting() -> None:
 def test_the_settings_that_are_read_without_the_package_are_the_same() -> None:
     alone = names_in_core("settings.py")["Settings"]
     assert [item.name for item in dataclasses.fields(alone)] == [item.name for item in dataclasses.fields(Settings)]
+
+
+def test_a_number_below_the_least_is_wrong_usage() -> None:
+    result = run("quantize", "model", "out", "--rtn", "--keep-edge-blocks", -1)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert "--keep-edge-blocks" in result.stderr
+    assert "greater than or" in result.stderr

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq_backend import CheckpointError, QuantizeConfig, QuantizedWeight, QuantLinear, StoredSpec
+from gptq_backend import CheckpointError, ConfigError, QuantizeConfig, QuantizedWeight, QuantLinear, StoredSpec
 from gptq_backend.algorithm.gptq import prepare_factor, quantize_weight
 from gptq_backend.format import packing
 from gptq_backend.format.stored import encode, read_packed, resolve, unpack_zeros
@@ -89,6 +89,11 @@ def test_other_word_types_decode_to_the_same_weight(word: torch.dtype, bits: int
     tensors["qzeros"] = packing.from_int32_words(tensors["qzeros"], word, 1, shapes["qzeros"][1])
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
     assert_same(read_packed(foreign, tensors, "layer").unpack(), weight)
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match="checkpoint_format='gptq_v9' is not supported; choose one of .*'gptq_v2'"):
+        encode(random_weight(4, 32, 8, 32), "gptq_v9")
 
 
 @pytest.mark.parametrize("checkpoint_format", FORMATS)

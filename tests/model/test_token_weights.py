@@ -243,7 +243,7 @@ def test_a_block_that_mixes_nothing_is_run_for_one_batch_only() -> None:
         runs.append(mlp(hidden()))
 
     for name in ("blocks.0", "blocks.0", "blocks.1"):
-        assert sensitivity.of(mlp, name, [mlp.gate, mlp.up, mlp.down], run) == {}
+        assert sensitivity.of(mlp, name, [mlp.gate, mlp.up, mlp.down], run, None) == {}
     assert len(runs) == 2
 
 
