@@ -11,23 +11,7 @@ from .pipeline import Events, LayerReport, QuantizeReport, RunOptions, quantize_
 from .version import __version__ as __version__
 
 __all__ = [
-    "KERNELS",
-    "CalibrationError",
-    "CheckpointError",
-    "ConfigError",
-    "Events",
-    "GPTQError",
-    "Kernel",
-    "LayerReport",
-    "PackedWeight",
-    "QuantLinear",
-    "QuantizeConfig",
-    "QuantizeReport",
-    "QuantizedWeight",
-    "RunOptions",
-    "StoredSpec",
-    "WeightSpec",
-    "kernel_report",
-    "quantize_model",
-    "select_kernel",
-]
+    "KERNELS", "CalibrationError", "CheckpointError", "ConfigError", "Events", "GPTQError", "Kernel", "LayerReport",
+    "PackedWeight", "QuantLinear", "QuantizeConfig", "QuantizeReport", "QuantizedWeight", "RunOptions",
+    "StoredSpec", "WeightSpec", "kernel_report", "quantize_model", "select_kernel",
+]  # fmt: skip

@@ -11,18 +11,6 @@ from .products import Peer
 from .timing import Candidate, interleave, quartiles, synchronize, threads
 
 __all__ = [
-    "DTYPES",
-    "Candidate",
-    "Peer",
-    "Problem",
-    "Row",
-    "Weight",
-    "describe_machine",
-    "gemm",
-    "interleave",
-    "machine",
-    "products",
-    "quartiles",
-    "synchronize",
-    "threads",
-]
+    "DTYPES", "Candidate", "Peer", "Problem", "Row", "Weight", "describe_machine", "gemm", "interleave", "machine",
+    "products", "quartiles", "synchronize", "threads",
+]  # fmt: skip

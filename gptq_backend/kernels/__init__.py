@@ -6,17 +6,6 @@ from .routing import Routing
 from .table import EXPERT_KERNELS, KERNELS, expert_kernel, fastest, kernel_report, select_kernel
 
 __all__ = [
-    "EXPERT_KERNELS",
-    "KERNELS",
-    "ExpertKernel",
-    "Grouped",
-    "Kernel",
-    "PreparedWeight",
-    "Routing",
-    "expert_kernel",
-    "fastest",
-    "kernel_report",
-    "one_by_one",
-    "select_kernel",
-    "why_not_groupable",
-]
+    "EXPERT_KERNELS", "KERNELS", "ExpertKernel", "Grouped", "Kernel", "PreparedWeight", "Routing", "expert_kernel",
+    "fastest", "kernel_report", "one_by_one", "select_kernel", "why_not_groupable",
+]  # fmt: skip
