@@ -2,7 +2,7 @@
 
 from .config import QuantizeConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, GPTQError
-from .format.stored import StoredSpec
+from .format.stored_tensors import StoredSpec
 from .format.weight import PackedWeight, QuantizedWeight, WeightSpec
 from .kernels.interface import Kernel
 from .kernels.table import KERNELS, kernel_report, select_kernel

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .config_fields import FORMATS as FORMATS
+from .config_fields import QUALITIES as QUALITIES
+from .config_fields import SUPPORTED_BITS as SUPPORTED_BITS
+from .config_fields import Preset, Scope, Setting, Settings
 from .dialects import as_flag, as_integer, as_number, canonical, require_gptq
 from .errors import ConfigError
-from .patterns import Patterns, compiled
-from .settings import FORMATS as FORMATS
-from .settings import QUALITIES as QUALITIES
-from .settings import SUPPORTED_BITS as SUPPORTED_BITS
-from .settings import Preset, Scope, Setting, Settings
+from .name_patterns import Patterns, compiled
 
 _SETTINGS: dict[str, Setting] = {item.name: item.metadata["setting"] for item in dataclasses.fields(Settings)}
 # What a quantizing run needs and a reader of its result does not: the tensors tell.

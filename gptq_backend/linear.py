@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError
-from .format.stored import StoredSpec, empty_tensors, encode, read_packed, stored_words
+from .format.stored_tensors import StoredSpec, empty_tensors, encode, read_packed, stored_words
 from .format.weight import QuantizedWeight, WeightSpec
 from .kernels.interface import Kernel, PreparedWeight, Tensors
 from .kernels.table import select_kernel
 from .lazy_weight import LazyWeight
-from .modules import changing_layout, effect, offloading_hook
+from .module_moves import changing_layout, effect, offloading_hook
 from .timing import timed
 
 # What a prepared layer keeps of the checkpoint beside the kernel's tensors: small, and the way back is exact.

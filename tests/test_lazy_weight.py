@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gptq_backend import KERNELS, ConfigError, QuantLinear
 from gptq_backend.format import encode
 from gptq_backend.lazy_weight import LazyWeight
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 
 BACKENDS = [kernel.name for kernel in KERNELS if kernel.name in ("reference", "cpu", "cpu_w4a8")]
 

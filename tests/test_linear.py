@@ -20,7 +20,7 @@ from gptq_backend.format import encode
 from gptq_backend.kernels import reference
 from gptq_backend.kernels import table as kernels
 from gptq_backend.kernels.triton import operators as triton
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 
 
 def layer(bits: int = 4, act_order: bool = True, bias: bool = True, **options: int) -> QuantLinear:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantLinear
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 
 
 def layer(seed: int = 0, backend: str | None = None, columns: int = 64) -> QuantLinear:

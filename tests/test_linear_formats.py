@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptq_backend import KERNELS, QuantizedWeight, QuantLinear, WeightSpec
 from gptq_backend.format import StoredSpec, encode
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 
 CPU = torch.device("cpu")
 SERVING = [

@@ -43,7 +43,8 @@ from forked import SIGNALS, Operations, forked
 import gptq_cli
 import gptq_cli.app
 import gptq_cli.quantize_command
-from gptq_backend import __version__, output
+from gptq_backend import __version__
+from gptq_backend import output_folder as output
 
 TIERS = {
     "rtn": ["--rtn"],

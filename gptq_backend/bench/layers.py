@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..format import packing
-from ..format.stored import StoredSpec, unpack_codes
+from ..format.stored_tensors import StoredSpec, unpack_codes
 from ..format.weight import QuantizedWeight
 
 _MAX_UNPACKED = 1 << 24

@@ -15,7 +15,7 @@ from .files import (
 )
 from .headers import Manifest, TensorFile, TensorInfo, read_manifest, read_tensor
 from .layer_specs import claimed_group_size, quantized_modules, resolve_specs
-from .stored import StoredSpec, encode, read_packed, resolve
+from .stored_tensors import StoredSpec, encode, read_packed, resolve
 from .weight import PackedWeight, QuantizedWeight, WeightSpec, selected, side_by_side
 from .writer import Shards, write_checkpoint
 

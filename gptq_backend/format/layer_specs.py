@@ -15,7 +15,7 @@ import torch
 from ..config import FORMATS, SUPPORTED_BITS, QuantizeConfig
 from ..errors import CheckpointError
 from .headers import Manifest, TensorInfo, read_tensor
-from .stored import StoredSpec, check_groups
+from .stored_tensors import StoredSpec, check_groups
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import QuantizeConfig
-from ..output import atomic_folder
+from ..output_folder import atomic_folder
 from ..timing import timed
 
 _MAX_SHARD_BYTES = 5 * 10**9

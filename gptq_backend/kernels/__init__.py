@@ -1,8 +1,8 @@
 """Multiplying by a packed weight: one table of kernels, one folder or file per kind of device."""
 
+from .expert_routing import Routing
 from .experts import Grouped, one_by_one, why_not_groupable
 from .interface import ExpertKernel, Kernel, PreparedWeight
-from .routing import Routing
 from .table import EXPERT_KERNELS, KERNELS, expert_kernel, fastest, kernel_report, select_kernel
 
 __all__ = [

@@ -21,9 +21,9 @@ from torch import Tensor
 from ..format import packing
 from ..format.weight import PackedWeight, WeightSpec
 from .devices import DTYPE_CODES
+from .expert_routing import Routing
 from .interface import ExpertKernel, Kernel, Layout, Tensors
 from .operators import check_input, check_prepared, define_grouped, define_operators
-from .routing import Routing
 from .slots import group_slots, rows_of, strips
 
 _cpu: Any

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .expert_routing import Routing
 from .interface import PreparedWeight
-from .routing import Routing
 from .table import expert_kernel
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..format.weight import PackedWeight, WeightSpec
-from .routing import Routing
+from .expert_routing import Routing
 
 Tensors = dict[str, Tensor]
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"}

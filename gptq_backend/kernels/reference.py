@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..format import packing
-from ..format.stored import StoredSpec, unpack_codes, unpack_zeros
+from ..format.stored_tensors import StoredSpec, unpack_codes, unpack_zeros
 from ..format.weight import PackedWeight, WeightSpec
 from .interface import Kernel, Layout, Tensors
 from .operators import check_input, define_operators

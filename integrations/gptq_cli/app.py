@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import bench_commands as bench
-from .group import CommandGroup
+from .command_group import CommandGroup
 from .options import Device, Json, TrustRemoteCode, names_in_core, with_settings
 
 app = typer.Typer(

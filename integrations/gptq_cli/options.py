@@ -54,7 +54,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _setting_options() -> list[inspect.Parameter]:
-    core = names_in_core("settings.py")
+    core = names_in_core("config_fields.py")
     found = []
     for item in dataclasses.fields(core["Settings"]):
         setting, default = item.metadata["setting"], item.default

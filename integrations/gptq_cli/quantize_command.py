@@ -16,7 +16,7 @@ import torch
 
 from gptq_backend import GPTQError, QuantizeConfig, QuantizeReport
 from gptq_backend.model import held_out_windows
-from gptq_backend.output import check_spared
+from gptq_backend.output_folder import check_spared
 from gptq_transformers.calibration_input import load_tokenizer
 from gptq_transformers.memory import bytes_of, free_bytes
 from gptq_transformers.quantize_pretrained import quantize

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 
-from gptq_backend.modules import offloading_hook
+from gptq_backend.module_moves import offloading_hook
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, qua
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
 from gptq_backend.model import Progress
-from gptq_backend.output import atomic_folder, check_spared
+from gptq_backend.output_folder import atomic_folder, check_spared
 
 from .auto_calibration import AUTO, choose
 from .calibration_input import given, is_text, load_tokenizer, token_ids

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from gptq_backend import ConfigError, GPTQError, QuantizeConfig
 from gptq_backend.format import Shards
 from gptq_backend.model import find_blocks, find_structure
-from gptq_backend.modules import offloading_hook
+from gptq_backend.module_moves import offloading_hook
 from gptq_backend.timing import timed
 
 from .errors import load_errors

@@ -12,7 +12,7 @@ from gptq_backend.kernels import reference
 from gptq_backend.kernels import table as kernels
 from gptq_backend.kernels.triton import operators as triton
 from gptq_cli.inspection import Layer, _kernels
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 
 
 def test_experts_are_served_by_the_row_with_a_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("typer")
 
-from gptq_backend.settings import QUALITIES, Settings
+from gptq_backend.config_fields import QUALITIES, Settings
 from gptq_cli.options import by_quality, names_in_core, with_settings
 from tests.cli.command import run
 
@@ -47,7 +47,7 @@ def test_a_command_gets_an_option_for_each_setting() -> None:
 
 
 def test_the_settings_that_are_read_without_the_package_are_the_same() -> None:
-    alone = names_in_core("settings.py")["Settings"]
+    alone = names_in_core("config_fields.py")["Settings"]
     assert [item.name for item in dataclasses.fields(alone)] == [item.name for item in dataclasses.fields(Settings)]
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from gptq_backend import __version__
 from gptq_cli import quantize_command as quantizing
 from gptq_cli import terminal
-from gptq_cli.group import unwinding_signals
+from gptq_cli.command_group import unwinding_signals
 from gptq_transformers import memory
 from tests.cli.command import CHECKPOINTS, SMALL, TEXT, error, run
 

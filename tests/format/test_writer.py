@@ -15,7 +15,7 @@ from gptq_backend.format.files import checkpoint_files, read_settings
 from gptq_backend.format.headers import read_manifest, read_tensor
 from gptq_backend.format.layer_specs import resolve_specs
 from gptq_backend.format.writer import write_checkpoint
-from gptq_backend.output import atomic_folder, check_output
+from gptq_backend.output_folder import atomic_folder, check_output
 
 
 def leftovers(parent):

@@ -14,7 +14,7 @@ from gptq_backend.kernels import PreparedWeight
 from gptq_backend.kernels import table as kernels
 from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.cuda.plan import Plan
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, packed
 
 pytestmark = pytest.mark.gpu

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import QuantizedWeight
-from gptq_backend.kernels.routing import sort_by_expert
+from gptq_backend.kernels.expert_routing import sort_by_expert
 from gptq_backend.kernels.triton import operators as triton_ops
 from gptq_backend.kernels.triton import plan as triton_plan
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, error, exact, prepared
 from tests.kernels.test_experts import CPU, IDS, check_experts, check_opcheck
 

@@ -17,7 +17,7 @@ from gptq_backend import Kernel, QuantizedWeight, QuantLinear
 from gptq_backend.format import encode, read_packed
 from gptq_backend.kernels import PreparedWeight, cpu
 from gptq_backend.kernels import table as kernels
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, native, packed, prepared
 
 ROOT = Path(__file__).parents[2]
@@ -294,7 +294,7 @@ def test_threads_follow_torch_and_do_not_change_the_result() -> None:
 import os, torch
 torch.set_num_threads(1)
 from gptq_backend.kernels import cpu
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import prepared
 threads = lambda: len(os.listdir("/proc/self/task"))
 served = prepared(random_weight(4, 512, 512, 128), cpu.KERNEL)

@@ -17,9 +17,9 @@ from gptq_backend import Kernel, QuantizedWeight
 from gptq_backend.kernels import ExpertKernel, PreparedWeight, Routing, cpu, reference
 from gptq_backend.kernels import experts as moe
 from gptq_backend.kernels import table as kernels
-from gptq_backend.kernels.routing import sort_by_expert
+from gptq_backend.kernels.expert_routing import sort_by_expert
 from gptq_backend.kernels.triton import operators as triton_ops
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, error, exact, native, prepared
 
 CPU = torch.device("cpu")

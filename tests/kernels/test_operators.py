@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptq_backend import KERNELS, Kernel, WeightSpec
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import native, prepared
 
 SERVING = [kernel for kernel in KERNELS if kernel.supports(WeightSpec(90, 33, 4, 30, 3), torch.device("cpu")) is None]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gptq_backend import QuantLinear
-from gptq_backend.format.stored import StoredSpec, encode
+from gptq_backend.format.stored_tensors import StoredSpec, encode
 from gptq_backend.kernels import cpu
 from gptq_backend.kernels import reference as ops
 from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.triton import operators as triton_ops
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 
 CASES = {
     "plain": {},

@@ -12,7 +12,7 @@ from gptq_backend import KERNELS, ConfigError, Kernel, QuantLinear, kernel_repor
 from gptq_backend.format import encode
 from gptq_backend.kernels import PreparedWeight, reference
 from gptq_backend.kernels import table as kernels
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import assert_same_packed, error, exact, packed
 
 CPU = torch.device("cpu")

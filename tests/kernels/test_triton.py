@@ -25,7 +25,7 @@ from gptq_backend.format import encode, read_packed
 from gptq_backend.kernels import PreparedWeight, Routing
 from gptq_backend.kernels.triton import operators as triton_ops
 from gptq_backend.kernels.triton import plan as triton_plan
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, packed, prepared
 from tests.kernels.test_experts import arguments, check_experts, stacked
 

@@ -9,7 +9,7 @@ from torch import nn
 from gptq_backend import QuantizeConfig, QuantLinear, RunOptions, quantize_model
 from gptq_backend.model import placement
 from gptq_backend.model.placement import Placement, tensors_of
-from tests.format.test_weight import random_weight
+from tests.format.test_stored_tensors import random_weight
 from tests.toy import SparseMlp, samples, toy
 
 

@@ -18,7 +18,7 @@ from gptq_backend.kernels.experts import Routing
 from gptq_vllm.experts import Experts
 from gptq_vllm.fused_weight import QuantizedSegment
 from gptq_vllm.pieces import DensePiece
-from tests.format.test_packed_weight import K, N, piece, weight
+from tests.format.test_weight import K, N, piece, weight
 
 IDS = torch.tensor([[0, 2], [2, 1], [-1, 2], [1, -1]], dtype=torch.int32)  # -1: on another rank
 

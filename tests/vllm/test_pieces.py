@@ -6,7 +6,7 @@ import torch
 
 from gptq_vllm.fused_weight import Segments
 from gptq_vllm.pieces import DensePiece, joined
-from tests.format.test_packed_weight import K, dense, piece, weight
+from tests.format.test_weight import K, dense, piece, weight
 
 
 def test_only_neighbours_of_one_kind_and_form_are_joined() -> None:

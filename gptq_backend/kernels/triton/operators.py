@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ...format.weight import WeightSpec
 from ..devices import DTYPE_CODES, cdiv, on_device
+from ..expert_routing import Routing
 from ..interface import ExpertKernel, Kernel, Layout
 from ..operators import check_input, check_prepared, define_grouped, define_operators
-from ..routing import Routing
 from . import layout
 from . import plan as triton_plan
 from .layout import PLANE, planes

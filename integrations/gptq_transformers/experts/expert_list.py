@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gptq_backend import QuantLinear
 from gptq_backend.format import ExpertLayout
 from gptq_backend.kernels import Routing
-from gptq_backend.modules import changing_layout
+from gptq_backend.module_moves import changing_layout
 
 from .grouped import GroupedExperts
 

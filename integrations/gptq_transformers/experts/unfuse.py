@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gptq_backend import CheckpointError, ConfigError
 from gptq_backend.format import ExpertLayout, default_layout, expert_layout
 from gptq_backend.model import replace_module
-from gptq_backend.modules import offloading_hook
+from gptq_backend.module_moves import offloading_hook
 
 from .conversions import model_conversions, produces
 from .expert_list import ExpertList, halves

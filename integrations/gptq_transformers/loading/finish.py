@@ -9,7 +9,7 @@ from torch import nn
 
 from gptq_backend import QuantLinear
 from gptq_backend.format import Manifest, read_packed, read_tensor
-from gptq_backend.modules import offloading_hook
+from gptq_backend.module_moves import offloading_hook
 
 from ..experts.unfuse import group_experts
 from ..quantized_layers import dtype_of_parameter, quant_linears

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config_fields import FORMATS
 from ..errors import CheckpointError, ConfigError
-from ..settings import FORMATS
 from . import packing
 from .weight import PackedWeight, QuantizedWeight, WeightSpec
 

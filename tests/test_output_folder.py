@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_backend import CheckpointError, output
+from gptq_backend import CheckpointError
+from gptq_backend import output_folder as output
 from gptq_backend.locks import claim, clear_scratch, scratch_folder, write_text
-from gptq_backend.output import atomic_folder, check_spared
+from gptq_backend.output_folder import atomic_folder, check_spared
 
 ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="swapping two names in one step is Linux's")
