@@ -49,13 +49,13 @@ def dying(code: str, *arguments: object, number: int = signal.SIGKILL) -> None:
 
 
 HALFWAY = """
-from gptq_backend.output import atomic_folder
+from gptq_backend.output_folder import atomic_folder
 with atomic_folder(sys.argv[1], overwrite=True) as folder:
     (folder / "model").write_text("half")
     print("waiting", flush=True); time.sleep(60)
 """
 BETWEEN_RENAMES = """
-from gptq_backend import output
+from gptq_backend import output_folder as output
 output.exchange = lambda *_: False
 rename = Path.rename
 def slow(self, target):
