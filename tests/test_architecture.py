@@ -20,7 +20,18 @@ SOURCES = {
 }
 
 # What each room of the core may import beside itself and the files at the top that need no room.
-FLOOR = {"config", "dialects", "errors", "locks", "modules", "output", "patterns", "settings", "timing", "version"}
+FLOOR = {
+    "config",
+    "dialects",
+    "errors",
+    "locks",
+    "module_moves",
+    "output_folder",
+    "name_patterns",
+    "config_fields",
+    "timing",
+    "version",
+}
 ROOMS = {
     "format": set(),
     "kernels": {"format"},
