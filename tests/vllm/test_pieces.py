@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptq_vllm.fused_weight import Segments
+from gptq_vllm.fused_weight import FusedWeight
 from gptq_vllm.pieces import DensePiece, joined
 from tests.format.test_weight import K, dense, piece, weight
 
@@ -20,7 +20,7 @@ def test_only_neighbours_of_one_kind_and_form_are_joined() -> None:
 
 
 def test_segments_multiply_by_the_tensors_that_offloading_puts_in_their_place() -> None:
-    segments, x = Segments([piece(weight(4, sym=False))], torch.float32, None), torch.randn(3, K)
+    segments, x = FusedWeight([piece(weight(4, sym=False))], torch.float32, None), torch.randn(3, K)
     expected = segments(x)
     others = {key: value * 2 if key.endswith("scales") else value for key, value in segments.state_dict().items()}
     torch.testing.assert_close(torch.func.functional_call(segments, others, (x,)), 2 * expected)
