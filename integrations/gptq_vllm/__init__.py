@@ -6,19 +6,22 @@ before that, and nothing of vLLM is patched: the plugin registers a quantization
 
 from __future__ import annotations
 
-from typing import Any
-
 
 def register() -> None:
-    """Make this package vLLM's ``gptq`` and ``gptq_backend`` quantization methods. Idempotent."""
-    from vllm.model_executor.layers.quantization import register_quantization_config
+    """Make this package vLLM's ``gptq`` and ``gptq_backend`` quantization methods. Idempotent.
 
-    from .who_serves import METHODS, refusing, unsupported_version
+    Never raises: vLLM starts for every other model, whatever keeps this plugin from serving.
+    """
+    try:
+        from .registration import register_methods
 
-    config: type[Any]
-    if (reason := unsupported_version()) is None:
-        from .config import GPTQBackendConfig as config
-    else:
-        config = refusing(reason)
-    for method in METHODS:
-        register_quantization_config(method)(config)
+        register_methods()
+    except Exception as error:
+        import logging
+
+        logging.getLogger(f"vllm.{__name__}").error(
+            "gptq-backend is not registered, and vLLM serves GPTQ checkpoints by itself or not at all: vLLM's plugin "
+            "interface was expected, and gave %s: %s; install vLLM 0.30 or newer, or a newer gptq-backend",
+            type(error).__name__,
+            error,
+        )

@@ -25,6 +25,8 @@ from gptq_backend.format import (
     resolve_specs,
 )
 
+from .compat import map_name
+
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -57,7 +59,7 @@ class Checkpoint:
 
     def rename(self, mapper: Any) -> None:
         """Apply a model's ``WeightsMapper``, which turns the names in the file into vLLM's."""
-        renamed = {mapper.map_name(name): stored for name, stored in self._stored.items()}
+        renamed = {map_name(mapper, name): stored for name, stored in self._stored.items()}
         renamed.pop(None, None)
         self._stored = renamed
         self._mappers.append(mapper)
@@ -84,7 +86,7 @@ class Checkpoint:
         found = start[0] + rest[1]
         mapped = found
         for mapper in self._mappers:
-            mapped = mapper.map_name(mapped)
+            mapped = map_name(mapper, mapped)
         if mapped != wanted:
             raise CheckpointError(
                 f"{stored}: vLLM's model looks for this tensor as {wanted}, and its own names cannot be put in the "

@@ -1,4 +1,4 @@
-"""What vLLM asks of a quantization config; it builds this one from a checkpoint's ``quantization_config``."""
+"""What vLLM asks of a quantization config while it builds a model."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import nn
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
-from vllm.model_executor.models.utils import WeightsMapper
 
 from gptq_backend import KERNELS, ConfigError, QuantizeConfig
 from gptq_backend.format import TGI_TENSORS
 
 from .checkpoint import Checkpoint
+from .compat import (
+    LinearBase,
+    ParallelLMHead,
+    QuantizeMethodBase,
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+    UnquantizedLinearMethod,
+    WeightsMapper,
+    download_weights_from_hf,
+    get_current_vllm_config,
+)
 from .fused_moe import GPTQMoEMethod, expert_layout
 from .linear import GPTQHeadMethod, GPTQLinearMethod
+from .method_facts import MethodFacts
 from .stored_layers import StoredLayers
-from .who_serves import serves
 
 KERNEL_VARIABLE = "GPTQ_BACKEND_KERNEL"
 
 
-class GPTQBackendConfig(QuantizationConfig):
+class GPTQBackendConfig(MethodFacts):
     """Which layers of a model are quantized and how; the checkpoint's headers decide, ``settings`` only helps.
 
     Raises:
@@ -45,31 +48,9 @@ class GPTQBackendConfig(QuantizationConfig):
         self._model: tuple[str, Any, str | None] | None = None  # name, its config, revision
         self._mappers: list[WeightsMapper] = []  # of names, that arrived before the checkpoint was opened
 
-    def get_name(self) -> str:
-        """What vLLM's own tables, such as those of its performance metrics, know the method by."""
-        return "gptq"
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.half, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 60
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return ["quantize_config.json"]
-
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GPTQBackendConfig:
         return cls(config)
-
-    @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        """``gptq``, under which this class is registered, when this plugin serves the checkpoint."""
-        return "gptq" if serves(hf_quant_cfg, user_quant) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the headers of a local checkpoint: a damaged one stops the server before it starts processes."""

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
 
 from gptq_backend.kernels import Grouped, Routing, one_by_one, why_not_groupable
 
+from .compat import init_logger
 from .fused_weight import FusedWeight, QuantizedSegment
 from .pieces import AnyPiece
 

@@ -7,20 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config_or_none
-from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoEQuantConfig, RoutedExperts
-from vllm.model_executor.layers.fused_moe.activation import (
-    ApplyMoEActivationConfig,
-    apply_moe_activation,
-    apply_moe_activation_supported,
-)
-from vllm.utils.torch_utils import LayerName, LayerNameType, direct_register_custom_op
 
 from gptq_backend import ConfigError
 from gptq_backend.format import ExpertLayout
 from gptq_backend.kernels import Routing
 
+from .compat import (
+    ApplyMoEActivationConfig,
+    FusedMoEMethodBase,
+    FusedMoEQuantConfig,
+    LayerName,
+    LayerNameType,
+    RoutedExperts,
+    apply_moe_activation,
+    apply_moe_activation_supported,
+    direct_register_custom_op,
+    get_current_vllm_config_or_none,
+    get_forward_context,
+)
 from .experts import Experts
 from .linear import announce
 from .pieces import AnyPiece

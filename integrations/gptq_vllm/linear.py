@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.layers.linear import (
+
+from .compat import (
     LinearBase,
     LinearMethodBase,
+    ParallelLMHead,
     QKVParallelLinear,
+    get_current_vllm_config_or_none,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
 from .fused_weight import FusedWeight
 from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers

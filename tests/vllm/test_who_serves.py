@@ -1,4 +1,4 @@
-"""Who serves a checkpoint, and what the plugin does in a vLLM that it does not know."""
+"""Who serves a checkpoint, and how vLLM finds the plugin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import gptq_vllm
-from gptq_backend import ConfigError
 from tests.transformers.checkpoints import PEERS
 
 pytest.importorskip("vllm")
@@ -52,28 +51,10 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_settings_and_the_request_decide_who_serves(
     platform: str, settings: dict[str, Any], requested: str | None, on_cpu: bool, elsewhere: bool
 ) -> None:
-    from gptq_vllm.who_serves import serves
+    from gptq_vllm.registration import GPTQMethod
 
-    assert serves({**STOCK, **settings}, requested) == (on_cpu if platform == "cpu" else elsewhere)
-
-
-@pytest.mark.parametrize(
-    ("version", "served"), [("0.31.1", False), ("0.32.0", True), ("0.32.1", True), ("0.33.0", False)]
-)
-def test_only_tested_versions_of_vllm_are_served(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm
-
-    from gptq_vllm.who_serves import refusing, unsupported_version
-
-    monkeypatch.setattr(vllm, "__version__", version)
-    reason = unsupported_version()
-    assert (reason is None) == served
-    if reason is not None:
-        config = refusing(reason)
-        for name in ("gptq", "gptq_backend"):
-            with pytest.raises(ConfigError, match=f"from 0.32 up to but without 0.33, and vllm {version}"):
-                config.override_quantization_method(STOCK, name)
-        assert config.override_quantization_method(STOCK, None) is None
+    found = GPTQMethod.override_quantization_method({**STOCK, **settings}, requested)
+    assert found == ("gptq" if (on_cpu if platform == "cpu" else elsewhere) else None)
 
 
 def test_a_config_can_be_pickled() -> None:
@@ -93,8 +74,8 @@ def test_registering_twice_changes_nothing() -> None:
 
     gptq_vllm.register()
     gptq_vllm.register()
-    assert get_quantization_config("gptq").__module__ == "gptq_vllm.config"
-    assert get_quantization_config("gptq_backend").__module__ == "gptq_vllm.config"
+    assert get_quantization_config("gptq").__module__ == "gptq_vllm.registration"
+    assert get_quantization_config("gptq_backend").__module__ == "gptq_vllm.registration"
     assert get_quantization_config("auto_gptq").__module__.startswith("vllm.")
 
 

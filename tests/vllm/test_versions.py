@@ -1,0 +1,57 @@
+"""Releases of vLLM beside the installed one: what the plugin needs is there, and log-probabilities are right."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptq_vllm.contract import differences
+from gptq_vllm.gate import NEWEST, OLDEST
+from tests.vllm.engine import Engine
+from tests.vllm.test_offline import BOUND, peer_distance
+from tests.vllm.trees import SourceTree, Unavailable, merged, release
+
+CHECKPOINTS = ("llama-4-64-actorder", "llama-dynamic", "qwen3_moe-4-32")
+OTHERS = ("0.30.0", "0.31.0", "0.33.0")
+
+
+def opened(version: str | None) -> zipfile.ZipFile:
+    try:
+        return release(version)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [*OTHERS, None])
+def test_the_contract_holds_in_the_sources_of(version: str | None) -> None:
+    """The newest release included: the first to know that vLLM changed should not be a user."""
+    with opened(version) as wheel:
+        assert differences(SourceTree.of(wheel)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("version", OTHERS)
+def test_another_release_gives_the_same_logprobs(
+    version: str, start_engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """Its Python over the binaries of the installed vLLM, whose operators it calls the same."""
+    with opened(version) as wheel:
+        tree = merged(tmp_path / "tree", wheel)
+    engine = start_engine(PYTHONPATH=os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")]))
+    try:
+        for name in CHECKPOINTS:
+            assert peer_distance(engine, name) < BOUND
+        assert f"(v{version})" in engine.text()
+    finally:
+        engine.close()
+
+
+def test_the_releases_of_these_tests_are_those_that_the_plugin_calls_tested() -> None:
+    found = sorted(tuple(map(int, version.split(".")[:2])) for version in OTHERS)
+    assert (found[0], found[-1]) == (OLDEST, NEWEST)
