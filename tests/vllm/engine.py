@@ -134,7 +134,7 @@ class Engine:
             raise AssertionError(f"the engine's process died; {self._tail()}")
         if "error" in answer:
             raise EngineError(answer["cause"])
-        self.held = answer["held"]
+        self.held, self.left = answer["held"], answer["left"]
         return answer["outputs"]
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ def main() -> None:
     # minute of imports each time, for nothing on a CPU. The server's tests leave it as it is.
     registry._run_in_subprocess = lambda function: function()
 
-    engine, loaded = None, None
+    engine, loaded, left = None, None, 0
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -37,11 +37,16 @@ def main() -> None:
                 engine = loaded = None
                 gc.collect()
                 cleanup_dist_env_and_memory()
+                left = sum(type(each).__name__ in ("FusedWeight", "Experts") for each in gc.get_objects())
                 engine = LLM(request["folder"], **request["options"])
                 loaded = wanted
             if "reload" in request:
                 _reload(engine, **request["reload"])
-            answer: dict[str, Any] = {"outputs": _run(engine, request, SamplingParams), "held": _held(engine)}
+            answer: dict[str, Any] = {
+                "outputs": _run(engine, request, SamplingParams),
+                "held": _held(engine),
+                "left": left,
+            }
         except BaseException as error:
             traceback.print_exc()
             cause = error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.vllm.engine import Engine
+from tests.vllm.engine import Engine, EngineError
 
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 SAME = ["llama-4-32-sym", "llama-4-64-actorder", "phi3-4-32", "mixtral-4-32", "qwen3_moe-4-32"]
@@ -57,3 +57,28 @@ def test_quantized_weights_are_held_once(engine: Engine, name: str) -> None:
     assert engine.held is not None
     assert engine.held["packed"] > 50_000
     assert engine.held["reached"] <= 1.05 * engine.held["packed"]
+
+
+def test_weights_go_with_their_engine(start_engine: Callable[..., Engine]) -> None:
+    engine = start_engine()
+    for name in ("llama-4-32-sym", "qwen3_moe-4-32", "llama-4-32-sym"):
+        distance(engine, name, name)
+        assert engine.left == 0, name
+
+
+@pytest.mark.slow
+def test_ranks_load_their_shares_again(start_engine: Callable[..., Engine]) -> None:
+    engine = start_engine(ranks=2)
+    for first, then in (("llama-4-64-actorder", "llama-4-32-sym"), ("qwen3_moe-4-32", "qwen3_moe-4-32")):
+        assert distance(engine, first, first) < 0.02
+        assert distance(engine, first, then, reload={"path": str(CHECKPOINTS / then)}) < 0.02
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_weights_of_its_form_and_no_others(start_engine: Callable[..., Engine]) -> None:
+    engine, name = start_engine(), "llama-4-64-actorder"
+    before = distance(engine, name, name, enforce_eager=False)
+    assert before < 0.02
+    assert distance(engine, name, name, enforce_eager=False, reload={"path": None}) == before
+    with pytest.raises(EngineError, match="another form than those before .* start vLLM anew"):
+        distance(engine, name, name, enforce_eager=False, reload={"path": str(CHECKPOINTS / "llama-3-32-sym")})
