@@ -55,7 +55,20 @@ class Checkpoint:
         resolve_specs(self.manifest, QuantizeConfig(), {})  # what can be refused without knowing the model
         self._stored = {name: name for name in self.manifest}  # vLLM's tensor name -> the file's
         self._mappers: list[Any] = []
+        self._experts: dict[str, ExpertLayout] = {}
         self.renamings: dict[str, str] = {}  # the file's tensor name -> the one that vLLM's model is to load it by
+
+    def of_another_folder(self, folder: str | Path, settings: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint in another folder, by the names of the same model."""
+        other = Checkpoint(folder, settings)
+        for mapper in self._mappers:
+            other.rename(mapper)
+        for module, layout in self._experts.items():
+            other.place_experts(module, layout)
+        self.renamings.clear()
+        self.renamings.update(other.renamings)  # which vLLM's loader has
+        other.renamings = self.renamings
+        return other
 
     def rename(self, mapper: Any) -> None:
         """Apply a model's ``WeightsMapper``, which turns the names in the file into vLLM's."""
@@ -72,6 +85,7 @@ class Checkpoint:
         Raises:
             CheckpointError: names that are not known, or matrices that vLLM does not have.
         """
+        self._experts[module] = layout
         block, _ = _split_at_block(module)
         inside = [name for name in self._stored if name.startswith(block)]
         renaming = expert_renaming(layer_names(inside), {module: layout})

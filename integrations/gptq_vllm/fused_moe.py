@@ -26,7 +26,8 @@ from .compat import (
     get_forward_context,
 )
 from .experts import Experts
-from .linear import announce
+from .held_weight import hold
+from .linear import announce, follow_model
 from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, missing, remove_parameters
@@ -78,7 +79,8 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        self._layer, self._dtype, self._intermediate = layer, params_dtype, intermediate_size_per_partition
+        self._prefix, self._dtype, self._intermediate = layer.layer_name, params_dtype, intermediate_size_per_partition
+        self._local, self._fixed = layer.local_num_experts, follow_model(self.stored)
         parallel = layer.moe_config.moe_parallel_config
         self._first = parallel.tp_rank * self._intermediate
         whole = parallel.tp_size * self._intermediate
@@ -91,10 +93,11 @@ class GPTQMoEMethod(FusedMoEMethodBase):
             if (local := layer.expert_map_manager.map_global_to_local(expert)) != -1:
                 self._keys |= {self._name(expert, shard): (local, shard) for shard in self._shards}
         layers = {name: down if shard == "w2" else up for name, (_, shard) in self._keys.items()}
-        self._collector = TensorCollector(self.stored, layers, self._place)
         self._placed: dict[tuple[int, str], AnyPiece] = {}
+        self._collector = TensorCollector(self.stored, layers, self._place, self._placed.clear, len(_TEMPLATES))
         for template in _TEMPLATES:
             add_parameters(layer, self._load, self.stored.checkpoint.parts(next(iter(layers))), template)
+        self._device = layer.w13_qweight.device
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         self._collector.finish()
@@ -105,7 +108,7 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         self.activation_config = ApplyMoEActivationConfig.from_configs(layer.moe_config, self.moe_quant_config)
         for name, shards in (("w13", [shard for shard in self._shards if shard != "w2"]), ("w2", ["w2"])):
             experts = Experts(self._weights(shards), self._dtype, self.stored.backend, " and ".join(shards))
-            layer.add_module(name, experts)
+            hold(layer, name, experts, self._fixed)
             announce(experts.describe())
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
@@ -131,16 +134,23 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         return run_experts(layer, x, topk_weights, topk_ids)
 
     def _load(
-        self, part: str, tensor: Tensor, weight_name: str, shard_id: str, expert_id: int, return_success: bool = False
+        self,
+        part: str,
+        param: Tensor,
+        tensor: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
     ) -> bool | None:
         """Take one tensor from vLLM's loader, unless the expert is another rank's."""
         name = self._name(expert_id, shard_id)
         if name in self._keys:
-            self._collector.receive(name, part, tensor)
+            self._collector.receive(param, name, part, tensor)
         return name in self._keys if return_success else None
 
     def _name(self, expert: int, shard: str) -> str:
-        return f"{self._layer.layer_name}.{expert}.{self._shards[shard]}"
+        return f"{self._prefix}.{expert}.{self._shards[shard]}"
 
     def _place(self, name: str, weight: AnyPiece) -> None:
         """Keep what this rank needs of a stored layer."""
@@ -149,7 +159,7 @@ class GPTQMoEMethod(FusedMoEMethodBase):
             weight = weight.inputs(self._first, self._intermediate)
         else:
             weight = weight.outputs(torch.arange(self._first, self._first + self._intermediate))
-        self._placed[expert, shard] = weight.to(self._layer.w13_qweight.device)
+        self._placed[expert, shard] = weight.to(self._device)
 
     def _weights(self, shards: list[str]) -> Iterator[list[AnyPiece]]:
         """What was placed of each expert of this rank in turn; this forgets it.
@@ -160,7 +170,7 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         for name, key in self._keys.items():
             if key[1] in shards and key not in self._placed:
                 raise missing(name)
-        for expert in range(self._layer.local_num_experts):
+        for expert in range(self._local):
             yield [self._placed.pop((expert, shard)) for shard in shards]
 
 

@@ -102,11 +102,6 @@ class FusedWeight(nn.Module):
             if isinstance(part, QuantizedSegment):
                 part.serve_alone()
 
-    @property
-    def first(self) -> Tensor:
-        """Some tensor of the weight, used to find the weight's device."""
-        return next(self.parts[0].parameters())
-
     def describe(self) -> str:
         """What a graph compiled over this weight depends on."""
         return ";".join(

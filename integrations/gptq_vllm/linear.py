@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .compat import (
     register_weight_loader_v2_supported_method,
 )
 from .fused_weight import FusedWeight
+from .held_weight import hold
 from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, first_input, missing, output_rows, remove_parameters
@@ -45,56 +47,62 @@ class GPTQLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        self._layer, self._dtype, self._weight_loader = layer, params_dtype, extra_weight_attrs["weight_loader"]
+        # vLLM keeps our loaders, and with them this method, for reloads: nothing here may keep the layer alive.
+        self._layer, self._loader = weakref.ref(layer), weakref.WeakMethod(extra_weight_attrs["weight_loader"])
+        self._prefix, self._dtype, self._fixed = layer.prefix, params_dtype, follow_model(self.stored)
         self._inputs, self._all_inputs = input_size_per_partition, input_size
         self._outputs = sum(output_partition_sizes)
         has_bias = bool(getattr(layer, "has_bias", False))
         layers = {layer.prefix: ExpectedLayer(input_size, None, has_bias)}
         for i, name in enumerate(self.names):
             layers[name] = ExpectedLayer(input_size, _stored_outputs(layer, self.names, i), has_bias)
-        self._collector = TensorCollector(self.stored, layers, self._place)
+        self._collector = TensorCollector(self.stored, layers, self._place, self._forget)
         add_parameters(layer, self._load, self.stored.checkpoint.parts(self.names[0]))
+        self._device = layer.qweight.device
 
     def process_weights_after_loading(self, layer: LinearBase | ParallelLMHead) -> None:
         self._collector.finish()
         remove_parameters(layer)
-        layer.segments = FusedWeight(self._weights(), self._dtype, self.stored.backend)
-        layer.register_parameter("qweight", layer.segments.first)  # LoRA finds the layer's device by this name
+        hold(layer, "segments", FusedWeight(self._weights(), self._dtype, self.stored.backend), self._fixed)
         announce(layer.segments.describe())
 
     def apply(self, layer: LinearBase | ParallelLMHead, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.segments.forward(x, bias)
 
-    def _load(self, part: str, tensor: Tensor, *shard: Any) -> None:
+    def _forget(self) -> None:
+        self._placed = []
+
+    def _load(self, part: str, param: Tensor, tensor: Tensor, *shard: Any) -> None:
         """Take one tensor from vLLM's loader. shard: its id, for a layer that is stored in several."""
         shard = () if shard == (None,) else shard
         name = self._name(*shard[:1])
         self._shards[name] = shard
-        self._collector.receive(name, part, tensor)
+        self._collector.receive(param, name, part, tensor)
 
     def _name(self, shard: Any = None) -> str:
         """Of the stored layer that vLLM calls ``shard``. Some models call several at once by a tuple."""
         if not isinstance(shard, (int, str)):
-            return self.names[0] if len(self.names) == 1 else self._layer.prefix
+            return self.names[0] if len(self.names) == 1 else self._prefix
         index = "qkv".find(shard) if isinstance(shard, str) else shard
         if 0 <= index < len(self.names) and len(self.names) > 1:
             return self.names[index]
-        name = f"{self._layer.prefix}[{shard}]"
+        name = f"{self._prefix}[{shard}]"
         self._collector.expect(name, ExpectedLayer(self._all_inputs, None))
         return name
 
     def _place(self, name: str, weight: AnyPiece) -> None:
         """Keep what this rank needs of a stored layer."""
-        layer, stored = self._layer, weight.out_features
+        layer, loader, stored = self._layer(), self._loader(), weight.out_features
+        assert loader is not None  # vLLM is loading into the layer
         if self._inputs != self._all_inputs:
-            first = first_input(layer, self._weight_loader, self._all_inputs, self._inputs)
+            first = first_input(layer, loader, self._all_inputs, self._inputs)
             weight = weight.inputs(first, self._inputs)
             rows = torch.arange(1, stored + 1)
         else:
-            rows = output_rows(layer, self._weight_loader, stored, self._outputs, *self._shards[name])
+            rows = output_rows(layer, loader, stored, self._outputs, *self._shards[name])
         taken = rows.nonzero()[:, 0]
         if len(taken):
-            self._placed.append((taken, weight.outputs(rows[taken] - 1).to(layer.qweight.device)))
+            self._placed.append((taken, weight.outputs(rows[taken] - 1).to(self._device)))
 
     def _weights(self) -> list[AnyPiece]:
         """All that was placed, in the order of the outputs; this forgets it.
@@ -108,7 +116,7 @@ class GPTQLinearMethod(LinearMethodBase):
             covered[rows] = True
         known = int(covered.nonzero().max()) + 1 if placed else 0
         if not known or not bool(covered[:known].all()):
-            raise missing(next((name for name in self.names if name not in self._shards), self._layer.prefix))
+            raise missing(next((name for name in self.names if name not in self._shards), self._prefix))
         weights = [weight for _, weight in placed]
         weights[-1] = weights[-1].padded(weights[-1].out_features + self._outputs - known)
         return weights
@@ -131,6 +139,15 @@ def _stored_outputs(layer: Any, names: list[str], index: int) -> int | None:
     if sizes is not None:
         return sizes[index] if len(sizes) == len(names) and not isinstance(layer, QKVParallelLinear) else None
     return getattr(layer, "org_vocab_size", None) or getattr(layer, "output_size", None)
+
+
+def follow_model(stored: StoredLayers) -> bool:
+    """Let ``stored`` follow the model that vLLM is building -> whether graphs will be made over it."""
+    config = get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return False
+    stored.follow(config.model_config)
+    return not config.model_config.enforce_eager
 
 
 def announce(weight: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gptq_backend import ConfigError, QuantizeConfig, StoredSpec
-from gptq_backend.format import TensorFile, TensorInfo, read_tensor, resolve_specs
+from gptq_backend.format import TensorFile, TensorInfo, read_settings, read_tensor, resolve_specs
 
 from .checkpoint import Checkpoint
 from .compat import init_logger
@@ -37,8 +37,27 @@ class StoredLayers:
 
     def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
-        self._expected: dict[str, ExpectedLayer] = {}  # by the file's names
-        self._specs: dict[str, StoredSpec] = {}  # likewise
+        self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
+        self._specs: dict[str, StoredSpec] = {}  # by the file's names
+        self._source: Any = None  # vLLM's config of the model, in which a reload may name another folder
+        self._model = ""
+
+    def follow(self, model_config: Any) -> None:
+        """Read from where ``model_config`` says, also when that changes."""
+        self._source, self._model = model_config, model_config.model
+
+    def refresh(self) -> None:
+        """Open the folder that a reload reads from, if it is another one.
+
+        Raises:
+            CheckpointError, ConfigError: it holds nothing that can be served.
+        """
+        if self._source is not None and self._source.model != self._model:
+            self._model = self._source.model
+            settings = read_settings(self._model)
+            self.settings = QuantizeConfig.from_dict(settings)
+            self.checkpoint = self.checkpoint.of_another_folder(self._model, settings)
+            self._specs = {}
 
     def check_model(self, hf_config: Any) -> None:
         """Correct what ``config.json`` says and the checkpoint shows to be otherwise.
@@ -75,8 +94,7 @@ class StoredLayers:
 
     def expect(self, name: str, layer: ExpectedLayer) -> None:
         """Announce what the model expects of layer ``name``, before a spec is asked for."""
-        if (stored := self.checkpoint.stored_name(name)) is not None:
-            self._expected[stored] = layer
+        self._expected[name] = layer
 
     def specs(self) -> dict[str, StoredSpec]:
         """Specs of the expected layers that are quantized, by their names in the file.
@@ -85,8 +103,9 @@ class StoredLayers:
             CheckpointError: tensors are missing or do not fit together or to the model.
         """
         shapes, biased, manifest = {}, set(), self.checkpoint.manifest
-        for name, layer in self._expected.items():
-            if (qweight := manifest.get(f"{name}.qweight")) is not None:
+        for expected, layer in self._expected.items():
+            name = self.checkpoint.stored_name(expected)
+            if name is not None and (qweight := manifest.get(f"{name}.qweight")) is not None:
                 shapes[name] = (layer.in_features, layer.out_features or qweight.shape[-1])
                 biased |= {name} if layer.has_bias else set()
         return resolve_specs(manifest, self.settings, shapes, biased)

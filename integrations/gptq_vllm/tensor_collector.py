@@ -21,23 +21,40 @@ from .compat import ModelWeightParameter, set_weight_attrs
 from .pieces import AnyPiece, DensePiece
 from .stored_layers import ExpectedLayer, StoredLayers
 
+_PARTS = (*PARTS, "weight")
+_WEIGHED = 1 << 20  # elements that vLLM takes each empty parameter for; more than tensors ever come for a layer
 _DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32}
 
 
 class TensorCollector:
-    """Collects the stored layers of one layer of the model.
+    """Collects the stored layers of one layer of the model, when it is loaded and whenever it is loaded again.
+
+    A reload of vLLM hands every tensor to the loader twice: to count what would be loaded, with the parameter on the
+    meta device, and once enough has come for the layer, with the parameter in place. Here the first counts: what came
+    is kept, and the whole is counted as loaded with the tensor that completes it.
 
     Args:
         layers: by vLLM's names, those that may come.
         place: called as ``place(name, weight)`` with each stored layer when it is complete.
+        begin: called before the first tensor of a reload.
+        sets: how many sets of empty parameters the layer has.
     """
 
     def __init__(
-        self, stored: StoredLayers, layers: dict[str, ExpectedLayer], place: Callable[[str, AnyPiece], None]
+        self,
+        stored: StoredLayers,
+        layers: dict[str, ExpectedLayer],
+        place: Callable[[str, AnyPiece], None],
+        begin: Callable[[], None],
+        sets: int = 1,
     ) -> None:
-        self._stored, self._place = stored, place
+        self._stored, self._place, self._begin = stored, place, begin
+        self._whole = sets * len(_PARTS) * _WEIGHED  # what vLLM waits for
         self._layers: dict[str, ExpectedLayer] = {}
         self._tensors: dict[str, dict[str, Tensor]] = {}  # by part, of the stored layers that are incomplete
+        self._known: set[str] = set()  # stored layers that the checkpoint has under these names,
+        self._waiting: set[str] = set()  # and those of them that are incomplete
+        self._counted, self.reloading = 0, False
         for name, layer in layers.items():
             self.expect(name, layer)
 
@@ -46,22 +63,40 @@ class TensorCollector:
         if name not in self._layers:
             self._layers[name] = layer
             self._stored.expect(name, layer)
+            if self._stored.checkpoint.parts(name):
+                self._waiting.add(name)
+                self._known.add(name)
 
-    def receive(self, name: str, part: str, tensor: Tensor) -> None:
-        """Take one tensor of layer ``name``."""
+    def receive(self, param: Tensor, name: str, part: str, tensor: Tensor) -> None:
+        """Take one tensor of layer ``name``. param: the one that it was loaded into."""
+        if param.is_meta and not self.reloading:
+            self.reloading, self._counted = True, 0
+            self._begin()
+            self._tensors.clear()
+            self._stored.refresh()
+            self._known = {name for name in self._layers if self._stored.checkpoint.parts(name)}
+            self._waiting = set(self._known)
+        elif self.reloading and not param.is_meta:
+            return  # it was kept when it was counted
         tensors = self._tensors.setdefault(name, {})
         tensors[part] = tensor.cpu()  # some loaders read straight to a GPU; the cutting is done here
         parts = self._stored.checkpoint.parts(name).keys()
         if parts and parts <= tensors.keys():
             self._complete(name)
+        if self.reloading:
+            whole = name in self._known and not self._waiting
+            _count(param, self._whole - self._counted if whole else 1)
+            self._counted += 1
 
     def finish(self) -> None:
         """Nothing more will come: also place the layers that the checkpoint has under another name."""
         for name in list(self._tensors):
             self._complete(name)
+        self.reloading = False
 
     def _complete(self, name: str) -> None:
         tensors, layer = self._tensors.pop(name), self._layers[name]
+        self._waiting.discard(name)
         if "qweight" not in tensors and "weight" in tensors:
             _check_dense(name, tensors["weight"], layer)
             self._place(name, DensePiece(tensors["weight"]))
@@ -78,28 +113,37 @@ def add_parameters(
     """Give ``layer`` an empty parameter per part of a stored layer.
 
     Args:
-        load: called as ``load(part, tensor, ...)`` with what vLLM's loaders pass on.
+        load: called as ``load(part, param, tensor, ...)`` with what vLLM's loaders pass on.
         dtypes: in the file by part, where known; vLLM warns about others.
         template: name of a part's parameter.
     """
-    for part in (*PARTS, "weight"):
+    for part in _PARTS:
         dtype = dtypes.get(part) or _DTYPES.get(part, torch.get_default_dtype())
         parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
         # A function, since vLLM reads the __name__ of a loader.
         def weight_loader(param: nn.Parameter, loaded_weight: Tensor, *args: Any, _part: str = part, **kw: Any) -> Any:
-            return load(_part, loaded_weight, *args, **kw)
+            return load(_part, param, loaded_weight, *args, **kw)
 
-        set_weight_attrs(parameter, {"weight_loader": weight_loader})
+        set_weight_attrs(parameter, {"weight_loader": weight_loader, "weight_loader_numel": _WEIGHED})
         if part != "g_idx":  # for models that sort the output channels of their file before they call the loader
             set_weight_attrs(parameter, {"output_dim": 0 if part == "weight" else 1})
         layer.register_parameter(template.format(part), parameter)
 
 
 def remove_parameters(layer: nn.Module, template: str = "{}") -> None:
-    """Undo :func:`add_parameters`."""
-    for part in (*PARTS, "weight"):
-        layer._parameters.pop(template.format(part), None)
+    """Undo :func:`add_parameters`. An empty ``qweight`` stays, by which LoRA finds the layer's device."""
+    for part in _PARTS:
+        parameter = layer._parameters.pop(template.format(part), None)
+        if part == "qweight" and parameter is not None:
+            empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            layer.register_parameter(template.format(part), nn.Parameter(empty, requires_grad=False))
+
+
+def _count(param: Tensor, elements: int) -> None:
+    """Let vLLM count so many elements as loaded into a parameter on the meta device."""
+    param.weight_loader_numel = max(elements, _WEIGHED)  # type: ignore[attr-defined]  # of which it counts no more
+    torch.empty(elements, device="meta").copy_(torch.empty(elements, device="meta"))
 
 
 def output_rows(layer: Any, loader: Callable[..., Any], stored: int, total: int, *shard: Any) -> Tensor:

@@ -101,6 +101,7 @@ class Engine:
         max_tokens: int = 1,
         logprobs: bool = False,
         lora: Path | None = None,
+        reload: dict[str, Any] | None = None,
         seconds: float = 800,
         **options: Any,
     ) -> list[dict[str, Any]]:
@@ -117,6 +118,8 @@ class Engine:
             "logprobs": logprobs,
             "lora": None if lora is None else str(lora),
         }
+        if reload is not None:
+            request["reload"] = reload
         if self._process.poll() is not None:  # so that one test that took too long does not fail the others
             self._start()
         assert self._process.stdin is not None
@@ -131,6 +134,7 @@ class Engine:
             raise AssertionError(f"the engine's process died; {self._tail()}")
         if "error" in answer:
             raise EngineError(answer["cause"])
+        self.held, self.left = answer["held"], answer["left"]
         return answer["outputs"]
 
     def close(self) -> None:

@@ -11,7 +11,10 @@ import json
 import os
 import sys
 import traceback
+import types
 from typing import Any
+
+import torch
 
 
 def main() -> None:
@@ -25,7 +28,7 @@ def main() -> None:
     # minute of imports each time, for nothing on a CPU. The server's tests leave it as it is.
     registry._run_in_subprocess = lambda function: function()
 
-    engine, loaded = None, None
+    engine, loaded, left = None, None, 0
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -34,9 +37,16 @@ def main() -> None:
                 engine = loaded = None
                 gc.collect()
                 cleanup_dist_env_and_memory()
+                left = sum(type(each).__name__ in ("FusedWeight", "Experts") for each in gc.get_objects())
                 engine = LLM(request["folder"], **request["options"])
                 loaded = wanted
-            answer: dict[str, Any] = {"outputs": _run(engine, request, SamplingParams)}
+            if "reload" in request:
+                _reload(engine, **request["reload"])
+            answer: dict[str, Any] = {
+                "outputs": _run(engine, request, SamplingParams),
+                "held": _held(engine),
+                "left": left,
+            }
         except BaseException as error:
             traceback.print_exc()
             cause = error
@@ -64,6 +74,69 @@ def _run(engine: Any, request: dict[str, Any], params: Any) -> list[dict[str, An
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     results = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     return [_answer(result) for result in results]
+
+
+_FOLLOWED = ("gptq_", "torch.nn", "vllm.model_executor")
+
+
+def _model(engine: Any) -> Any:
+    """In this process with one rank only."""
+    return engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def _reload(engine: Any, path: str | None) -> None:
+    """Load the weights again, after making all that are quantized zero where they can be reached."""
+    if engine.llm_engine.vllm_config.parallel_config.world_size == 1:
+        for weight in _weights(engine):
+            for name, tensor in weight.named_parameters():
+                if name.endswith("scales"):
+                    tensor.data.zero_()
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    engine.reset_prefix_cache()
+
+
+def _weights(engine: Any) -> list[Any]:
+    """Of layers that are quantized, as ours keep them."""
+    held = [vars(layer).get(name) for layer in _model(engine).modules() for name in ("segments", "w13", "w2")]
+    return [weight for weight in held if hasattr(weight, "describe")]
+
+
+def _held(engine: Any) -> dict[str, int] | None:
+    """Bytes of the quantized layers' tensors, and of all tensors that these layers reach, vLLM's records included."""
+    if engine.llm_engine.vllm_config.parallel_config.world_size > 1:
+        return None
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    layers = [layer for layer in _model(engine).modules() if any(name in vars(layer) for name in ("segments", "w13"))]
+    packed = {id(tensor): tensor for weight in _weights(engine) for tensor in weight.parameters()}
+    reached: dict[int, Any] = {}
+    todo: list[Any] = [*layers, *(LAYERWISE_INFO[layer] for layer in layers if layer in LAYERWISE_INFO)]
+    seen: set[int] = set()
+    while todo:
+        each = todo.pop()
+        if id(each) in seen or isinstance(each, (str, bytes, int, float, type, type(sys))):
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            reached[each.untyped_storage().data_ptr() if not each.is_meta else -1] = each
+            todo.append(vars(each))
+        elif isinstance(each, dict):
+            todo += each.values()
+        elif isinstance(each, (list, tuple, set, frozenset)):
+            todo += each
+        elif isinstance(each, types.FunctionType):
+            todo += [cell.cell_contents for cell in each.__closure__ or () if cell.cell_contents is not None]
+        elif isinstance(each, types.MethodType):
+            todo += [each.__self__, each.__func__]
+        elif type(each).__module__.startswith(("gptq_", "torch.nn", "vllm.model_executor")) and hasattr(
+            each, "__dict__"
+        ):
+            todo.append(vars(each))
+    ours = [tensor for tensor in reached.values() if not tensor.is_meta]
+    return {
+        "packed": sum(t.nbytes for t in packed.values()),
+        "reached": sum(t.untyped_storage().nbytes() for t in ours),
+    }
 
 
 def _answer(result: Any) -> dict[str, Any]:
