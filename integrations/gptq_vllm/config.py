@@ -75,6 +75,12 @@ class GPTQBackendConfig(MethodFacts):
         return WeightsMapper(orig_to_new_renaming=[table] if new else [], orig_to_new_prefix=dict.fromkeys(TGI_TENSORS))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        method = self._method(layer, prefix)
+        if isinstance(method, GPTQLinearMethod | GPTQMoEMethod):
+            self.stored.report.expect(method)
+        return method
+
+    def _method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         stored = self.stored
         if isinstance(layer, RoutedExperts):
             stored.checkpoint.place_experts(prefix, expert_layout(layer))

@@ -36,12 +36,14 @@ class Experts(nn.Module):
             self.each = None
             grouped = [_grouped(parts) for parts in zip(*(one.parts for one in each))]
             self.parts = nn.ModuleList(grouped)
-            kernels = sorted({part.row.kernel.name for part in grouped})
-            logger.info_once("experts, %s: one grouped product of the kernel %s", name, " and ".join(kernels))
+            self.kernels = {part.row.kernel.name for part in grouped}
+            kernels = " and ".join(sorted(self.kernels))
+            logger.info_once("experts, %s: one grouped product of the kernel %s", name, kernels)
         else:
             for segments in each:
                 segments.serve_alone()
             self.each = nn.ModuleList(each)
+            self.kernels = set().union(*(segments.kernels for segments in each))
             logger.warning_once("experts, %s: they %s, and are multiplied one by one, which is slower", name, why)
 
     def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:

@@ -110,6 +110,7 @@ class GPTQMoEMethod(FusedMoEMethodBase):
             experts = Experts(self._weights(shards), self._dtype, self.stored.backend, " and ".join(shards))
             hold(layer, name, experts, self._fixed)
             announce(experts.describe())
+        self.stored.report.loaded(self, layer.w13.kernels | layer.w2.kernels)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         """Settings of the activation; vLLM has no description for weights as mixed as these may be."""

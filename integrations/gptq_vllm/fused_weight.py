@@ -102,6 +102,11 @@ class FusedWeight(nn.Module):
             if isinstance(part, QuantizedSegment):
                 part.serve_alone()
 
+    @property
+    def kernels(self) -> set[str]:
+        """Names of the kernels that multiply the quantized segments."""
+        return {part.prepared.kernel.name for part in self.parts if isinstance(part, QuantizedSegment)}
+
     def describe(self) -> str:
         """What a graph compiled over this weight depends on."""
         return ";".join(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_backend import __version__
+
 from .compat import (
     LinearBase,
     LinearMethodBase,
@@ -65,6 +67,7 @@ class GPTQLinearMethod(LinearMethodBase):
         remove_parameters(layer)
         hold(layer, "segments", FusedWeight(self._weights(), self._dtype, self.stored.backend), self._fixed)
         announce(layer.segments.describe())
+        self.stored.report.loaded(self, layer.segments.kernels)
 
     def apply(self, layer: LinearBase | ParallelLMHead, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.segments.forward(x, bias)
@@ -153,10 +156,10 @@ def follow_model(stored: StoredLayers) -> bool:
 def announce(weight: str) -> None:
     """Tell vLLM's cache of compiled graphs what it does not see: ``weight`` says which kernels serve which formats.
 
-    A graph calls the operators of the kernels that were chosen on this machine, with sizes that differ between
-    checkpoints of one architecture. Neither is among what vLLM hashes.
+    A graph calls the operators of the kernels that were chosen on this machine, in the way of this version, with sizes
+    that differ between checkpoints of one architecture. Nothing of this is among what vLLM hashes.
     """
     config = get_current_vllm_config_or_none()
     if config is not None and isinstance(config.additional_config, dict):
-        seen = config.additional_config.get("gptq_backend", "")
+        seen = config.additional_config.get("gptq_backend", __version__)
         config.additional_config["gptq_backend"] = hashlib.sha256((seen + weight).encode()).hexdigest()

@@ -13,6 +13,7 @@ from gptq_backend.format import TensorFile, TensorInfo, read_settings, read_tens
 
 from .checkpoint import Checkpoint
 from .compat import init_logger
+from .load_report import LoadReport
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -37,6 +38,7 @@ class StoredLayers:
 
     def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
+        self.report = LoadReport()
         self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
         self._specs: dict[str, StoredSpec] = {}  # by the file's names
         self._source: Any = None  # vLLM's config of the model, in which a reload may name another folder

@@ -56,3 +56,20 @@ def test_a_cached_graph_is_loaded_again(start_engine: Callable[..., Engine]) -> 
         engine = start_engine()
         assert peer_distance(engine, "qwen3_moe-4-32", enforce_eager=False) < BOUND
         engine.close()
+
+
+def test_the_key_of_a_cached_graph_knows_the_weights_and_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from gptq_vllm import linear
+
+    def key(weight: str) -> str:
+        config = VllmConfig()
+        with set_current_vllm_config(config):
+            linear.announce(weight)
+        return config.compute_hash()
+
+    first = key("4 bits cpu")
+    assert key("4 bits cpu") == first != key("8 bits cpu")
+    monkeypatch.setattr(linear, "__version__", "0.0.0")
+    assert key("4 bits cpu") != first

@@ -41,6 +41,7 @@ def peer_distance(engine: Engine, name: str, **options: Any) -> float:
 )
 def test_a_peers_checkpoint_gives_its_logprobs(engine: Engine, name: str) -> None:
     assert peer_distance(engine, name) < BOUND
+    assert "Quantized layers by kernel of gptq-backend: " in engine.text()
 
 
 @pytest.fixture

@@ -1,0 +1,38 @@
+"""Which kernel serves how many layers: one line of the log when a model is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakSet
+
+from .compat import init_logger
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class LoadReport:
+    """Waits for the quantized layers that vLLM builds; those that it throws away again are not waited for."""
+
+    def __init__(self) -> None:
+        self._awaited: WeakSet[Any] = WeakSet()  # the methods of the layers
+        self._layers: Counter[str] = Counter()  # how many, by kernel
+
+    def __reduce__(self) -> tuple[type[LoadReport], tuple[()]]:
+        return LoadReport, ()  # a process that is sent a config has built nothing yet
+
+    def expect(self, method: Any) -> None:
+        """The layer of ``method`` will be loaded."""
+        self._awaited.add(method)
+
+    def loaded(self, method: Any, kernels: Iterable[str]) -> None:
+        """The layer of ``method`` is served by ``kernels``. Says so of all once the last is loaded, not of reloads."""
+        if method not in self._awaited:
+            return
+        self._awaited.discard(method)
+        self._layers[" and ".join(sorted(set(kernels)))] += 1
+        if not self._awaited:
+            counts = ", ".join(f"{count} {kernels}" for kernels, count in self._layers.most_common())
+            logger.info("Quantized layers by kernel of gptq-backend: %s", counts)
+            self._layers.clear()
