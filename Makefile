@@ -2,7 +2,7 @@
 #
 #   make demo       quantize a small real model, load it in a fresh process, compare before and after
 #   make test       the default suite with vLLM, then tests/transformers and tests/cli again under transformers 4.57
-#   make test-all   with the slow tests, and both under the newest 5.x too
+#   make test-all   with the slow tests (the newest vLLM on PyPI among them), and both under the newest 5.x too
 #   make lint       ruff, mypy, clang-format
 #   make test-gpu   on a machine with an NVIDIA GPU and nvcc: build in place, then the tests that need the GPU
 #   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again

@@ -25,6 +25,7 @@ _INSTANCES = {
     "MergedColumnParallelLinear": f"{_LAYERS}.linear",
     "MoEActivation": f"{_LAYERS}.fused_moe.activation",
     "MoERunner": f"{_LAYERS}.fused_moe",
+    "ModelConfig": "vllm.config",
     "VllmConfig": "vllm.config",
 }
 MODULES = {**NAMES, **_INSTANCES}
@@ -80,7 +81,8 @@ CALLS: dict[tuple[str, tuple[str, ...]], str] = {
 # Attributes that we read, or that vLLM reads of what we give it.
 ATTRIBUTES = {
     "QuantizationConfig": "packed_modules_mapping",
-    "VllmConfig": "additional_config load_config lora_config",
+    "VllmConfig": "additional_config load_config lora_config model_config",
+    "ModelConfig": "enforce_eager model",
     "LoadConfig": "download_dir",
     "WeightsMapper": "rename_source_key",
     "LinearBase": "prefix tp_rank tp_size",

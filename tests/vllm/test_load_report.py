@@ -13,7 +13,6 @@ pytest.importorskip("vllm")
 from gptq_vllm import load_report
 from gptq_vllm.load_report import LoadReport
 
-
 LABEL = "Quantized layers by kernel of gptq-backend: "
 
 

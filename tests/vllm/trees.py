@@ -1,6 +1,6 @@
 """Other vLLMs for the tests: the sources of a release without downloading it, and trees that a process can import.
 
-A wheel has 340 MB, of which 12 MB are Python: :func:`release` reads parts of the file where it lies.
+vLLM's wheel has 340 MB, of which 12 MB are Python: :func:`release` reads parts of the file where it lies.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def installed() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def release(version: str | None = None) -> zipfile.ZipFile:
-    """The wheel of a release, by default the newest, as pip's index has it.
+def release(version: str | None = None, package: str = "vllm") -> zipfile.ZipFile:
+    """The wheel of a release, by default the newest, as pip's index has it; of it only what is read is fetched.
 
     Raises:
         Unavailable: no network, or a server that only gives whole files.
     """
-    wanted = "vllm" if version is None else f"vllm=={version}"
+    wanted = package if version is None else f"{package}=={version}"
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet"]
     found = subprocess.run([*pip, "--report", "-", wanted], capture_output=True, text=True, timeout=120)
     if found.returncode:
@@ -114,15 +114,25 @@ def _link(source: Path, target: Path, files: Mapping[tuple[str, ...], str | None
             (target / entry.name).symlink_to(entry)
 
 
+def unpacked(target: Path, wheel: zipfile.ZipFile, suffix: str = "") -> Path:
+    """The package in ``wheel``, or only its files with ``suffix``.
+
+    Returns:
+        a folder for PYTHONPATH.
+    """
+    for info in sorted(wheel.infolist(), key=lambda info: info.header_offset):  # so that parts are read once
+        if info.filename.startswith("vllm/") and info.filename.endswith(suffix):
+            wheel.extract(info, target)
+    return target
+
+
 def merged(target: Path, wheel: zipfile.ZipFile) -> Path:
     """The Python files of ``wheel`` beside all other files of the installed vLLM, its binaries above all.
 
     Returns:
         a folder for PYTHONPATH.
     """
-    for info in sorted(wheel.infolist(), key=lambda info: info.header_offset):  # so that parts are read once
-        if info.filename.startswith("vllm/") and info.filename.endswith(".py"):
-            wheel.extract(info, target)
+    unpacked(target, wheel, ".py")
     root = installed()
     for path in root.rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".pyc"):
