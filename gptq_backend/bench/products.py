@@ -99,10 +99,7 @@ def _rotation(name: str, weight: Weight, nbytes: int, build: Callable[[int], lis
 def ours(weight: Weight, backend: str) -> Rotation:
     """``QuantLinear``, called as a model calls it."""
     return _rotation(
-        backend,
-        weight,
-        weight.problem.nbytes,
-        lambda copies: [layer(weight, backend) for _ in range(copies)],
+        backend, weight, weight.problem.nbytes, lambda copies: [layer(weight, backend) for _ in range(copies)]
     )
 
 
