@@ -29,29 +29,18 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found. KLD is in nats; its figures are None without a reference.
+    """What :func:`evaluate` found. KLD is in nats; its figures are None without a reference."""
 
-    Args:
-        tokens, windows, seqlen: how much text was used.
-        perplexity: of the model.
-        tokens_per_second: tokens of the windows over the time of the model's own forward passes.
-        reference_perplexity: of the reference.
-        kld: mean over all positions of KL(reference || model).
-        kld_stderr: its standard error over windows (positions of one window are not independent); None for one window.
-        kld_p99: 99th percentile over positions.
-        top1_agreement: share of positions at which both models find the same token most likely.
-    """
-
-    tokens: int
+    tokens: int  # of the text, in all windows
     windows: int
-    seqlen: int
-    perplexity: float
-    tokens_per_second: float
+    seqlen: int  # tokens of a window
+    perplexity: float  # of the model
+    tokens_per_second: float  # of the windows, over the time of the model's own forward passes
     reference_perplexity: float | None = None
-    kld: float | None = None
-    kld_stderr: float | None = None
-    kld_p99: float | None = None
-    top1_agreement: float | None = None
+    kld: float | None = None  # mean over all positions of KL(reference || model)
+    kld_stderr: float | None = None  # over windows (positions of one are not independent); None for one window
+    kld_p99: float | None = None  # 99th percentile over positions
+    top1_agreement: float | None = None  # share of positions at which both models find the same token most likely
 
 
 @dataclass
