@@ -104,8 +104,8 @@ class TensorCollector:
             return
         if lacking := [part for part in ("qweight", "qzeros", "scales") if part not in tensors]:
             raise CheckpointError(
-                f"{name}: of its tensors came {', '.join(tensors)}, but not {', '.join(lacking)}; load all of a layer's "
-                "tensors together"
+                f"{name}: of its tensors came {', '.join(tensors)}, but not {', '.join(lacking)}; load all tensors of "
+                "a layer together"
             )
         spec, bias = self._stored.spec(name, layer, tensors)
         if bias is not None:

@@ -107,6 +107,12 @@ def test_adapters_on_quantized_experts_are_refused(engine: Engine) -> None:
         engine.logprobs(PEERS / "qwen3_moe-4-32", [1, 2, 3], enable_lora=True, max_lora_rank=8)
 
 
+@pytest.mark.parametrize("load_format", ["dummy", "sharded_state"])
+def test_load_formats_without_a_checkpoints_tensors_are_refused_by_name(engine: Engine, load_format: str) -> None:
+    with pytest.raises(EngineError, match=f"--load-format {load_format} does not load a checkpoint's own tensors"):
+        engine.logprobs(PEERS / "llama-4-32-sym", [1, 2, 3], load_format=load_format)
+
+
 def test_experts_with_biases_are_refused(engine: Engine, tmp_path: Path) -> None:
     quantized("gpt_oss", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
