@@ -22,46 +22,31 @@ _CHECKED = 64  # rows and columns of the output that are compared with float64
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one problem; the figures after ``error`` are missing when there is a ``reason``.
+    """One kernel on one problem; the figures after ``error`` are missing when there is a ``reason``."""
 
-    Args:
-        kernel: row of the kernel table, ``F.linear``, ``aten int4pack``, a peer, ``reading alone``,
-            ``reading in a layer``.
-        N, K, M: ``y[M, N] = x[M, K] @ W[N, K].T``. The next arguments: see :class:`Problem`.
-        copies, rotated_bytes: of the weight, which the calls go through in turn.
-        error: norm-relative distance from float64, on a sample of the outputs.
-        us: median time of a call.
-        spread: first and third quartile of it.
-        timed_calls: how many calls are behind it.
-        gbps: what has to be read (codes and 16-bit scales; for ``F.linear`` the dense weight) over ``us``.
-        roof_us: the longer of reading that at the read bandwidth, and 2*M*N*K operations at the peak.
-        roof_share: ``roof_us / us``.
-        ratio_bf16: speed in units of ``F.linear``'s, which runs in ``dtype``.
-        ratios: speed in units of each other kernel's.
-        reason: why there are no times.
-    """
-
-    kernel: str
-    N: int
+    kernel: str  # row of the kernel table, "F.linear", "aten int4pack", a peer, "reading alone", "reading in a layer"
+    N: int  # y[M, N] = x[M, K] @ W[N, K].T
     K: int
     M: int
-    bits: int
+    bits: int  # this and the next: see Problem
     group_size: int
     sym: bool
     act_order: bool
     dtype: str
-    copies: int
-    rotated_bytes: int
-    error: float | None = None
-    us: float | None = None
-    spread: tuple[float, float] | None = None
-    timed_calls: int = 0
-    gbps: float | None = None
-    roof_us: float | None = None
-    roof_share: float | None = None
-    ratio_bf16: float | None = None
-    ratios: dict[str, float] = field(default_factory=dict)
-    reason: str | None = None
+    copies: int  # of the weight, which the calls go through in turn
+    rotated_bytes: int  # of all copies
+    error: float | None = None  # norm-relative distance from float64, on a sample of the outputs
+    us: float | None = None  # median time of a call
+    spread: tuple[float, float] | None = None  # first and third quartile of it
+    timed_calls: int = 0  # how many calls are behind it
+    gbps: float | None = (
+        None  # what has to be read (codes and 16-bit scales; the dense weight for F.linear) over ``us``
+    )
+    roof_us: float | None = None  # the longer of reading that at full bandwidth, and 2*M*N*K operations at the peak
+    roof_share: float | None = None  # roof_us / us
+    ratio_bf16: float | None = None  # speed in units of F.linear's, which runs in ``dtype``
+    ratios: dict[str, float] = field(default_factory=dict)  # speed in units of each other kernel's
+    reason: str | None = None  # why there are no times
 
 
 def check_backends(backends: Sequence[str]) -> None:

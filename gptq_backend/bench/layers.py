@@ -19,24 +19,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer to multiply by.
+    """One layer to multiply by."""
 
-    Args:
-        N, K: output and input features.
-        bits: width of a code.
-        group_size: input channels that share a scale, at most K.
-        sym: all zeros are ``2**(bits-1)``, else random.
-        act_order: groups are scattered over the input channels.
-        dtype: of the activations, a key of ``DTYPES``.
-    """
-
-    N: int
-    K: int
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    act_order: bool = False
-    dtype: str = "bf16"
+    N: int  # output features
+    K: int  # input features
+    bits: int = 4  # width of a code
+    group_size: int = 128  # input channels that share a scale, at most K
+    sym: bool = True  # all zeros are 2**(bits-1), else random
+    act_order: bool = False  # groups are scattered over the input channels
+    dtype: str = "bf16"  # of the activations, a key of DTYPES
 
     @property
     def groups(self) -> int:
@@ -64,18 +55,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Weight:
-    """The values of a :class:`Problem`.
-
-    Args:
-        tensors: as a checkpoint of format ``gptq_v2`` holds them.
-        zeros: uint8 [G, N], which ``tensors`` also has, packed.
-        copies: that take turns in a measurement; None for as many as no cache holds.
-    """
+    """The values of a :class:`Problem`."""
 
     problem: Problem
-    tensors: dict[str, Tensor]
-    zeros: Tensor
-    copies: int | None = None
+    tensors: dict[str, Tensor]  # as a checkpoint of format gptq_v2 holds them
+    zeros: Tensor  # uint8 [G, N], which ``tensors`` also has, packed
+    copies: int | None = None  # that take turns in a measurement; None for as many as no cache holds
 
     @classmethod
     def random(cls, problem: Problem, device: torch.device, copies: int | None = None) -> Weight:

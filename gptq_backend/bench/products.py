@@ -27,39 +27,26 @@ from .timing import explain
 _MIN_ROTATED = 160_000_000
 _MAX_COPIES = 4096  # of a layer so small that its Python objects outweigh its words
 
-Product = Callable[[Tensor], Any]
+Product = Callable[[Tensor], Any]  # x [M, K] -> y [M, N]
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A kernel on copies of one weight.
+    """A kernel on copies of one weight."""
 
-    Args:
-        name: of the kernel.
-        nbytes: what one product reads of one copy.
-        products: ``x [M, K] -> y [M, N]``, one for each copy; empty when there is a ``reason``.
-        reason: why it cannot serve the layer.
-        computes: False for what only reads and returns nothing.
-    """
-
-    name: str
-    nbytes: int
-    products: list[Product]
-    reason: str | None = None
-    computes: bool = True
+    name: str  # of the kernel
+    nbytes: int  # what one product reads of one copy
+    products: list[Product]  # one for each copy; empty when there is a ``reason``
+    reason: str | None = None  # why it cannot serve the layer
+    computes: bool = True  # False for what only reads and returns nothing
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A function from outside; its interface is described in docs/cli.md.
+    """A function from outside; its interface is described in docs/cli.md."""
 
-    Args:
-        name: ``MODULE:FUNCTION``.
-        function: ``f(x, q, scales, zeros, group_size) -> y``; with an attribute ``prepare``, ``f(x, *state)``.
-    """
-
-    name: str
-    function: Callable[..., Any]
+    name: str  # MODULE:FUNCTION
+    function: Callable[..., Any]  # f(x, q, scales, zeros, group_size) -> y; with an attribute "prepare", f(x, *state)
 
     @classmethod
     def load(cls, name: str) -> Peer:
@@ -99,10 +86,7 @@ def _rotation(name: str, weight: Weight, nbytes: int, build: Callable[[int], lis
 def ours(weight: Weight, backend: str) -> Rotation:
     """``QuantLinear``, called as a model calls it."""
     return _rotation(
-        backend,
-        weight,
-        weight.problem.nbytes,
-        lambda copies: [layer(weight, backend) for _ in range(copies)],
+        backend, weight, weight.problem.nbytes, lambda copies: [layer(weight, backend) for _ in range(copies)]
     )
 
 

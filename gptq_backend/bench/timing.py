@@ -17,22 +17,14 @@ _BLOCK = 0.005
 
 @dataclass
 class Candidate:
-    """One of the things to compare.
+    """One of the things to compare."""
 
-    Args:
-        name: for the row.
-        calls: the same call on different copies of the weights, to be made in turn.
-        samples: seconds per call, one entry per block of calls.
-        timed_calls, spent: calls and seconds behind ``samples``.
-        reason: why it has no times; None while all is well.
-    """
-
-    name: str
-    calls: Sequence[Callable[[], object]]
-    samples: list[float] = field(default_factory=list)
-    timed_calls: int = 0
-    spent: float = 0.0
-    reason: str | None = None
+    name: str  # for the row
+    calls: Sequence[Callable[[], object]]  # the same on different copies of the weights, to be made in turn
+    samples: list[float] = field(default_factory=list)  # seconds per call, one entry per block of calls
+    timed_calls: int = 0  # behind ``samples``
+    spent: float = 0.0  # seconds behind them
+    reason: str | None = None  # why it has no times; None while all is well
 
     def __post_init__(self) -> None:
         self._turn = itertools.cycle(self.calls)

@@ -46,16 +46,13 @@ _EXPERTS = "experts"
 class ExpertLayout:
     """Where the layers of a module's experts are.
 
-    Args:
-        paths: below the module, with ``{}`` for the expert's number: of gate, up and down; of both in one and down; or,
-            without a gate, of up and down.
-        joined: gate and up are one matrix.
-        halves: what is called gate and up is the first and the second half of the rows of the model's one matrix, even
-            where the rows of its gate and up alternate. GPTQModel cuts the experts of gpt-oss so.
+    ``paths`` are those of gate, up and down; of both in one and down; or, without a gate, of up and down.
     """
 
-    paths: tuple[str, ...]
-    joined: bool = False
+    paths: tuple[str, ...]  # below the module, with {} for the expert's number
+    joined: bool = False  # gate and up are one matrix
+    # What is called gate and up is the first and the second half of the rows of the model's one matrix, even where the
+    # rows of its gate and up alternate. GPTQModel cuts the experts of gpt-oss so.
     halves: bool = False
 
     def path(self, projection: int, expert: int) -> str:

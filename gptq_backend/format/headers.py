@@ -11,6 +11,7 @@ import stat
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +54,11 @@ def require_regular(path: Path) -> None:
         raise CheckpointError(f"{path} is {kind}, expected a file; fetch it again")
 
 
+@dataclass(frozen=True)
 class TensorFile:
-    """A file of tensors, opened once, at its first use: opening a safetensors file parses its whole header.
+    """A file of tensors, opened once, at its first use: opening a safetensors file parses its whole header."""
 
-    Args:
-        path: a safetensors file, or by any other name a pickled one.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._opened: Any = None
-
-    def __repr__(self) -> str:
-        return f"TensorFile({str(self.path)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TensorFile) and self.path == other.path
-
-    def __hash__(self) -> int:
-        return hash(self.path)
+    path: Path  # a safetensors file, or by any other name a pickled one
 
     def __reduce__(self) -> tuple[Any, ...]:  # an open file cannot be pickled
         return TensorFile, (self.path,)
@@ -85,61 +72,50 @@ class TensorFile:
         if self.path.suffix != ".safetensors":
             return {
                 name: TensorInfo(tensor.dtype, tuple(tensor.shape), self, name)
-                for name, tensor in self._pickled().items()
+                for name, tensor in self._pickled.items()
             }
         manifest = {}
-        file = self._safetensors()
-        for key in list(file.keys()):  # it is no mapping
-            found = file.get_slice(key)
+        for key in list(self._safetensors.keys()):  # it is no mapping
+            found = self._safetensors.get_slice(key)
             manifest[key] = TensorInfo(_DTYPES.get(found.get_dtype()), tuple(found.get_shape()), self, key)
         return manifest
 
     def tensor(self, key: str) -> Tensor:
         """The values of one tensor, in the dtype of the file."""
         if self.path.suffix != ".safetensors":
-            return self._pickled()[key].clone()
+            return self._pickled[key].clone()
         try:
-            tensor: Tensor = self._safetensors().get_tensor(key)
+            tensor: Tensor = self._safetensors.get_tensor(key)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {error}; {FETCH_AGAIN}") from None
         return tensor
 
+    @cached_property
     def _safetensors(self) -> Any:
-        if self._opened is None:
-            require_regular(self.path)
-            try:
-                self._opened = safe_open(self.path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                reason = _first_line(error).removeprefix("Error while deserializing header: ")
-                raise CheckpointError(
-                    f"{self.path}, which has {self.path.stat().st_size} bytes, cannot be read as safetensors "
-                    f"({reason}); {FETCH_AGAIN}"
-                ) from None
-        return self._opened
+        require_regular(self.path)
+        try:
+            return safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            reason = _first_line(error).removeprefix("Error while deserializing header: ")
+            raise CheckpointError(
+                f"{self.path}, which has {self.path.stat().st_size} bytes, cannot be read as safetensors "
+                f"({reason}); {FETCH_AGAIN}"
+            ) from None
 
+    @cached_property
     def _pickled(self) -> dict[str, Tensor]:
-        if self._opened is None:
-            require_regular(self.path)
-            self._opened = _load_pickle(self.path)
-        tensors: dict[str, Tensor] = self._opened
-        return tensors
+        require_regular(self.path)
+        return _load_pickle(self.path)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor.
+    """One stored tensor."""
 
-    Args:
-        dtype: None for types that no torch of ours knows by name; such tensors are none of a quantized layer's.
-        shape: as stored.
-        file: where it is.
-        key: its name in that file, which a manifest with a model's own names may not have as its key.
-    """
-
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # None for types that no torch of ours knows by name, which no quantized layer has
     shape: tuple[int, ...]
     file: TensorFile
-    key: str
+    key: str  # its name in that file, which a manifest with a model's own names may not have as its key
 
     @property
     def numel(self) -> int:

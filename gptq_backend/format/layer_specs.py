@@ -48,7 +48,6 @@ def resolve_specs(
     Raises:
         CheckpointError: tensors are missing or do not fit together or to the model, with the layer's name.
     """
-    _refuse_marlin(manifest)
     _check_orphans(manifest)
     specs, configs = {}, {}
     for name in quantized_modules(manifest):
@@ -110,13 +109,16 @@ def _resolve(
         if len(parts[part].shape) != 2 or 0 in parts[part].shape:
             raise CheckpointError(f"{name}.{part} has shape {list(parts[part].shape)}, expected a non-empty matrix")
     qweight, scales = parts["qweight"], parts["scales"]
-    g_idx = manifest.get(f"{name}.g_idx")
-    if g_idx is not None and g_idx.numel:
+    stored_g_idx = manifest.get(f"{name}.g_idx")
+    g_idx = stored_g_idx if stored_g_idx is not None and stored_g_idx.numel else None  # an empty one says nothing
+    if g_idx is not None:
         _check_dtype(name, "g_idx", g_idx, _INDICES)
+    word_bits = qweight.dtype.itemsize * 8  # type: ignore[union-attr]
     if shape:
         _check_sizes(name, shape, qweight, scales, g_idx)
-    word_bits = qweight.dtype.itemsize * 8  # type: ignore[union-attr]
-    features = shape[0] if shape else _in_features(qweight, g_idx, config.bits, word_bits)
+        features = shape[0]
+    else:
+        features = qweight.shape[0] * word_bits // config.bits if g_idx is None else g_idx.numel
     bits = _bits(name, qweight, features, config, word_bits)
     groups = scales.shape[0]
     spec = StoredSpec(
@@ -129,13 +131,13 @@ def _resolve(
         planar=bits in FORMATS[config.checkpoint_format].planar_bits,
         sym=config.sym,
         act_order=config.desc_act and not config.static_groups,
-        has_g_idx=g_idx is not None and g_idx.numel > 0,
-        empty_g_idx=g_idx is not None and g_idx.numel == 0,
+        has_g_idx=g_idx is not None,
+        empty_g_idx=stored_g_idx is not g_idx,
         has_bias=_has_bias(name, manifest, has_bias),
         word_dtype=qweight.dtype or torch.int32,
         scales_dtype=scales.dtype or torch.float16,
         bias_dtype=_dtype(manifest.get(f"{name}.bias"), torch.float16),
-        g_idx_dtype=_dtype(g_idx, torch.int32),
+        g_idx_dtype=_dtype(stored_g_idx, torch.int32),
     )
     _check_shapes(name, spec, manifest)
     return spec
@@ -145,7 +147,7 @@ def _check_sizes(
     name: str, shape: tuple[int, int], qweight: TensorInfo, scales: TensorInfo, g_idx: TensorInfo | None
 ) -> None:
     """Against the model's layer. Comes first: 96 inputs of 4 bits fill as many words as 128 of 3 bits."""
-    features = g_idx.numel if g_idx is not None and g_idx.numel else shape[0]
+    features = shape[0] if g_idx is None else g_idx.numel
     if (features, qweight.shape[1], scales.shape[1]) != (*shape, shape[1]):
         hint = ", or its scales have another layout than GPTQ's: export it anew" if scales.shape[1] == 1 else ""
         raise CheckpointError(
@@ -169,10 +171,6 @@ def _check_shapes(name: str, spec: StoredSpec, manifest: Manifest) -> None:
             f"{name}.qzeros is {manifest[f'{name}.qzeros'].dtype}, expected {spec.word_dtype} as qweight; "
             "export it anew"
         )
-
-
-def _in_features(qweight: TensorInfo, g_idx: TensorInfo | None, bits: int, word_bits: int) -> int:
-    return g_idx.numel if g_idx is not None and g_idx.numel else qweight.shape[0] * word_bits // bits
 
 
 def _bits(name: str, qweight: TensorInfo, features: int, config: QuantizeConfig, word_bits: int) -> int:
@@ -236,19 +234,17 @@ def _dtype(info: TensorInfo | None, default: torch.dtype) -> torch.dtype:
 
 
 def _check_orphans(manifest: Manifest) -> None:
+    """Raises CheckpointError for parts of a layer without its qweight."""
     for name in manifest:
         layer, _, part = name.rpartition(".")
-        if part in ("qzeros", "g_idx") and f"{layer}.qweight" not in manifest:
-            raise CheckpointError(
-                f"{layer}: {part} is stored without qweight; fetch the checkpoint again or export it anew"
-            )
-
-
-def _refuse_marlin(manifest: Manifest) -> None:
-    for name in manifest:
-        layer = name.removesuffix(".B")
-        if layer != name and f"{layer}.s" in manifest and f"{layer}.qweight" not in manifest:
+        if f"{layer}.qweight" in manifest:
+            continue
+        if part == "B" and f"{layer}.s" in manifest:
             raise CheckpointError(
                 f"{layer} is serialized for Marlin (tensors B and s); that layout cannot be read here: use the GPTQ "
                 "checkpoint that it was made from"
+            )
+        if part in ("qzeros", "g_idx"):
+            raise CheckpointError(
+                f"{layer}: {part} is stored without qweight; fetch the checkpoint again or export it anew"
             )

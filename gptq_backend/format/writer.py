@@ -39,17 +39,14 @@ def write_checkpoint(
     Raises:
         CheckpointError: see :func:`.output.atomic_folder`.
     """
-    seen, unique = set(), {}
-    for name, tensor in tensors.items():
-        identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if not tensor.numel() or identity not in seen:
-            unique[name] = tensor
-        seen.add(identity)
-    settings = {**(model_config or {}), "quantization_config": config.to_dict()}
+    settings, seen = {**(model_config or {}), "quantization_config": config.to_dict()}, set()
     with atomic_folder(folder, overwrite) as beside:
         shards = Shards(beside, max_shard_bytes)
-        for name, tensor in unique.items():
-            shards.add({name: tensor})
+        for name, tensor in tensors.items():
+            identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if not tensor.numel() or identity not in seen:
+                shards.add({name: tensor})
+            seen.add(identity)
         shards.flush()
         shards.finish()
         (beside / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -30,6 +30,8 @@ _RIDGE = 0.05  # damping of the sketches; 0.3 gave the same within the noise (do
 _GAP = 0.05  # of held-out over training error, at which there are enough samples
 _GAIN = 0.02  # of held-out error, less than which a doubling must bring to end the choice
 
+OnBlock = Callable[[nn.Module], object]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -73,8 +75,8 @@ def sketch(
     *,
     seed: int = 0,
     block_name: str | None = None,
-    on_block: Callable[[nn.Module], None] | None = None,
-    on_done: Callable[[nn.Module], None] | None = None,
+    on_block: OnBlock = lambda block: None,
+    on_done: OnBlock = lambda block: None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Second moments of the inputs of a few blocks in the first half of ``model``, after a random projection.
@@ -109,8 +111,8 @@ class _Sketcher:
         model: nn.Module,
         blocks: list[nn.Module],
         seed: int,
-        on_block: Callable[[nn.Module], None] | None,
-        on_done: Callable[[nn.Module], None] | None,
+        on_block: OnBlock,
+        on_done: OnBlock,
         placement: Placement,
     ) -> None:
         self.model, self.seed, self.placement = model, seed, placement
@@ -149,16 +151,14 @@ class _Sketcher:
     def begin_block(self, number: int) -> None:
         self.finish_block()
         self.current = self.blocks[number]
-        if self.on_block is not None:
-            self.on_block(self.current)
+        self.on_block(self.current)
         self.placement.bring(tensors_of(self.current))
 
     def finish_block(self) -> None:
         if self.current is None:
             return
         self.placement.send_back(tensors_of(self.current))
-        if self.on_done is not None:
-            self.on_done(self.current)
+        self.on_done(self.current)
         self.current = None
 
     def moments(self, x: Tensor) -> Tensor:

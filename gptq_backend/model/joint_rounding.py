@@ -50,17 +50,14 @@ class JointRounding:
             factor, rounded = self._ahead.pop(target)
             return rounded if factor() is shared else None
         others = [self._block[other] for other in self._later.get(name, ()) if other in self._block]
-        others = [each for each in others if self._fits(each, target)]
+        others = [each for each in others if dense_weight(each.module).shape[1] == weight.shape[1]]
+        others = [each for each in others if each.config == target.config]
         if not others or not _worth_it(weight):
             return None
         weights = [weight, *(dense_weight(other.module).detach().to(weight.dtype) for other in others)]
         first, *later = round_weights(weights, shared, target.config)
         self._ahead.update({other: (weakref.ref(shared), rounded) for other, rounded in zip(others, later)})
         return first
-
-    def _fits(self, other: Target, target: Target) -> bool:
-        same_width = dense_weight(other.module).shape[1] == dense_weight(target.module).shape[1]
-        return same_width and other.config == target.config
 
 
 def _worth_it(weight: Tensor) -> bool:

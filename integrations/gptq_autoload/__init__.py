@@ -44,10 +44,7 @@ def _patch_config(module: ModuleType) -> None:
     relax_config(module.GPTQConfig)
 
 
-_HOOKS = {
-    "transformers.quantizers.auto": _take_over,
-    "transformers.utils.quantization_config": _patch_config,
-}
+_HOOKS = {"transformers.quantizers.auto": _take_over, "transformers.utils.quantization_config": _patch_config}
 
 
 def _run_hook(module: ModuleType) -> None:

@@ -15,12 +15,7 @@ from . import bench_commands as bench
 from .command_group import CommandGroup
 from .options import Device, Json, TrustRemoteCode, names_in_core, with_settings
 
-app = typer.Typer(
-    name="gptq-backend",
-    cls=CommandGroup,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="gptq-backend", cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
 
 
@@ -67,8 +62,7 @@ def quantize(
         ),
     ] = None,
     text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="For --calibration auto: text like what the model will read."),
+        Path | None, typer.Option(metavar="FILE", help="For --calibration auto: text like what the model will read.")
     ] = None,
     rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest, without calibration.")] = False,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")] = 64,
@@ -76,8 +70,7 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
     block_name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="List of blocks to quantize. Default: the language model's."),
+        str | None, typer.Option(metavar="NAME", help="List of blocks to quantize. Default: the language model's.")
     ] = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
@@ -120,8 +113,7 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="Folder or name of a model, quantized or not.", show_default=False)
     ],
     reference: Annotated[
-        str | None,
-        typer.Option(metavar="REF", help="Model to compare with, usually the original.", show_default=False),
+        str | None, typer.Option(metavar="REF", help="Model to compare with, usually the original.", show_default=False)
     ] = None,
     text: Annotated[
         Path | None,
@@ -135,8 +127,7 @@ def evaluate(
     ] = None,
     device: Device = "cpu",
     backend: Annotated[
-        str | None,
-        typer.Option(help="Row of the kernel table. Default: the fastest that fits.", show_default=False),
+        str | None, typer.Option(help="Row of the kernel table. Default: the fastest that fits.", show_default=False)
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json_target: Json = None,
@@ -178,8 +169,7 @@ def evaluate(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a quantized checkpoint.", show_default=False)],
     device: Annotated[
-        list[str] | None,
-        typer.Option(help="Devices to choose kernels for (repeatable). Default: all of this machine."),
+        list[str] | None, typer.Option(help="Devices to choose kernels for (repeatable). Default: all of this machine.")
     ] = None,
     json_target: Json = None,
 ) -> None:

@@ -22,30 +22,20 @@ from .models import model_limits
 
 @dataclass(frozen=True)
 class Row:
-    """One phase of generation by one model.
+    """One phase of generation by one model."""
 
-    Args:
-        model: folder or name.
-        quantized, compiled: the model has QuantLinears; its forward went through torch.compile.
-        phase: ``prefill``, from the call of ``generate`` to the first token, or ``decode``, all later tokens.
-        dtype: what the model computes in.
-        tokens_per_second: over the whole batch; median of the repetitions, ``spread`` its quartiles.
-        ms_per_step: median milliseconds of a forward pass and what ``generate`` does around it.
-        ratio: speed in units of the reference's in the same phase and mode.
-    """
-
-    model: str
-    quantized: bool
-    compiled: bool
-    phase: str
-    dtype: str
+    model: str  # folder or name
+    quantized: bool  # it has QuantLinears
+    compiled: bool  # its forward went through torch.compile
+    phase: str  # "prefill", from the call of generate to the first token, or "decode", all later tokens
+    dtype: str  # what the model computes in
     batch: int
     prompt: int
     new_tokens: int
-    tokens_per_second: float
-    spread: tuple[float, float]
-    ms_per_step: float
-    ratio: float | None = None
+    tokens_per_second: float  # over the whole batch; median of the repetitions
+    spread: tuple[float, float]  # its quartiles
+    ms_per_step: float  # median milliseconds of a forward pass and what generate does around it
+    ratio: float | None = None  # speed in units of the reference's in the same phase and mode
 
 
 @dataclass

@@ -26,30 +26,21 @@ from .model_shapes import SHAPES
 class Result:
     """Seconds and bytes of quantizing some blocks, and seconds of the whole model computed from them.
 
-    Args:
-        shape, blocks, all_blocks: of the model; so many of its blocks were quantized and written.
-        dtype: of its weights; on a CPU they are computed in float32.
-        tokens: calibration tokens.
-        config: settings.
-        phases: seconds of each block by phase; a phase is what ``gptq_backend.timing.timed`` names, and "forward" the
-            rest. The first entry is what comes before the first block, and the next one, with the first block, holds
-            what is done once: compiling kernels, allocating.
-        whole: seconds of all blocks: before, first, and the mean of the later ones times their number.
-        peak_bytes: on a GPU what torch allocated there at most; on a CPU the resident memory of the process since its
-            start, model included; None where neither is known.
-        peak_reserved_bytes: on a GPU what torch's allocator held at most.
+    A phase is what ``gptq_backend.timing.timed`` names, and "forward" the rest. The first entry of ``phases`` is what
+    comes before the first block, and the next one, with the first block, holds what is done once: compiling kernels,
+    allocating.
     """
 
-    shape: str
-    blocks: int
+    shape: str  # of the model
+    blocks: int  # so many of its blocks were quantized and written
     all_blocks: int
-    dtype: str
-    tokens: int
+    dtype: str  # of its weights; on a CPU they are computed in float32
+    tokens: int  # to calibrate on
     config: dict[str, Any]
-    phases: list[dict[str, float]]
-    whole: float
-    peak_bytes: int | None
-    peak_reserved_bytes: int | None
+    phases: list[dict[str, float]]  # seconds of each block by phase
+    whole: float  # seconds of all blocks: before, first, and the mean of the later ones times their number
+    peak_bytes: int | None  # allocated on a GPU; on a CPU resident in the process since its start, model included
+    peak_reserved_bytes: int | None  # on a GPU what torch's allocator held at most
 
 
 @dataclass

@@ -45,13 +45,7 @@ class Layer:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's files, read as far as inspection needs them; all names are the files'.
-
-    Args:
-        damaged: what keeps modules, or the whole, from being loaded, by name.
-        unbiased: quantized modules that the model has without a bias.
-        unknown: why the model's structure is not known; "" if it is.
-    """
+    """A checkpoint's files, read as far as inspection needs them; all names are the files'."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -59,10 +53,10 @@ class Checkpoint:
     files: Sequence[Path]
     manifest: Manifest
     layers: list[Layer] = field(default_factory=list)
-    damaged: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)  # what keeps modules, or the whole, from being loaded
     skipped: list[str] = field(default_factory=list)
-    unbiased: Collection[str] = ()
-    unknown: str = ""
+    unbiased: Collection[str] = ()  # quantized modules that the model has without a bias
+    unknown: str = ""  # why the model's structure is not known; "" if it is
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

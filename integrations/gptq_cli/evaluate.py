@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,40 +29,18 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found. KLD is in nats; its figures are None without a reference.
+    """What :func:`evaluate` found. KLD is in nats; its figures are None without a reference."""
 
-    Args:
-        tokens, windows, seqlen: how much text was used.
-        perplexity: of the model.
-        tokens_per_second: tokens of the windows over the time of the model's own forward passes.
-        reference_perplexity: of the reference.
-        kld: mean over all positions of KL(reference || model).
-        kld_stderr: its standard error over windows (positions of one window are not independent); None for one window.
-        kld_p99: 99th percentile over positions.
-        top1_agreement: share of positions at which both models find the same token most likely.
-    """
-
-    tokens: int
+    tokens: int  # of the text, in all windows
     windows: int
-    seqlen: int
-    perplexity: float
-    tokens_per_second: float
+    seqlen: int  # tokens of a window
+    perplexity: float  # of the model
+    tokens_per_second: float  # of the windows, over the time of the model's own forward passes
     reference_perplexity: float | None = None
-    kld: float | None = None
-    kld_stderr: float | None = None
-    kld_p99: float | None = None
-    top1_agreement: float | None = None
-
-
-@dataclass
-class _Totals:
-    """Per window: summed negative log-likelihoods; with a reference also KLD [T] and agreement [T] per position."""
-
-    nll: list[float] = field(default_factory=list)
-    reference_nll: list[float] = field(default_factory=list)
-    kld: list[Tensor] = field(default_factory=list)
-    agree: list[Tensor] = field(default_factory=list)
-    seconds: float = 0.0
+    kld: float | None = None  # mean over all positions of KL(reference || model)
+    kld_stderr: float | None = None  # over windows (positions of one are not independent); None for one window
+    kld_p99: float | None = None  # 99th percentile over positions
+    top1_agreement: float | None = None  # share of positions at which both models find the same token most likely
 
 
 def cut_windows(text: str, tokenizer: Callable[..., Any], seqlen: int, windows: int) -> Tensor:
@@ -103,16 +81,17 @@ def evaluate(
     _check_limits(model, ids)
     if reference is not None:
         _check_limits(reference, ids)
-    totals = _Totals()
+    figures: list[dict[str, Any]] = []
+    seconds = 0.0
     with torch.inference_mode():
         for done, window in enumerate(ids, 1):
             start = time.perf_counter()
             logits = _logits(model, window)
-            totals.seconds += time.perf_counter() - start
-            _add_window(totals, window, logits, None if reference is None else _logits(reference, window))
+            seconds += time.perf_counter() - start
+            figures.append(_figures(window, logits, None if reference is None else _logits(reference, window)))
             if on_window is not None:
                 on_window(done, len(ids))
-    return _summarize(totals, ids)
+    return _summarize(figures, seconds, ids)
 
 
 def _logits(model: nn.Module, window: Tensor) -> Tensor:
@@ -122,8 +101,11 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
     return logits
 
 
-def _add_window(totals: _Totals, window: Tensor, logits: Tensor, reference: Tensor | None) -> None:
-    """window: int [T]; logits and reference: [T, V]."""
+def _figures(window: Tensor, logits: Tensor, reference: Tensor | None) -> dict[str, Any]:
+    """Of one window: summed negative log-likelihoods; with a reference also KLD [T] and agreement [T] per position.
+
+    window: int [T]; logits and reference: [T, V].
+    """
     if reference is not None and reference.shape != logits.shape:
         raise GPTQError(
             f"the model predicts {logits.shape[-1]} tokens and the reference {reference.shape[-1]}; "
@@ -145,11 +127,9 @@ def _add_window(totals: _Totals, window: Tensor, logits: Tensor, reference: Tens
         # Tokens that the reference rules out (log 0) add nothing, but would make NaN of 0 * inf.
         difference = torch.where(theirs == -math.inf, 0.0, theirs - ours)
         kld.append(theirs.exp().mul_(difference).sum(-1))
-    totals.nll.append(nll)
-    if reference is not None:
-        totals.reference_nll.append(reference_nll)
-        totals.kld.append(torch.cat(kld))
-        totals.agree.append(torch.cat(agree))
+    if reference is None:
+        return {"nll": nll}
+    return {"nll": nll, "reference_nll": reference_nll, "kld": torch.cat(kld), "agree": torch.cat(agree)}
 
 
 def _log_probabilities(logits: Tensor, which: str) -> Tensor:
@@ -162,24 +142,25 @@ def _log_probabilities(logits: Tensor, which: str) -> Tensor:
     return result
 
 
-def _summarize(totals: _Totals, ids: Tensor) -> Evaluation:
+def _summarize(figures: Sequence[Mapping[str, Any]], seconds: float, ids: Tensor) -> Evaluation:
+    found = {key: [each[key] for each in figures] for key in figures[0]}
     windows, seqlen = ids.shape
     predicted = windows * (seqlen - 1)
     result: dict[str, Any] = {
         "tokens": windows * seqlen,
         "windows": windows,
         "seqlen": seqlen,
-        "perplexity": math.exp(min(sum(totals.nll) / predicted, 700.0)),
-        "tokens_per_second": windows * seqlen / totals.seconds,
+        "perplexity": math.exp(min(sum(found["nll"]) / predicted, 700.0)),
+        "tokens_per_second": windows * seqlen / seconds,
     }
-    if totals.kld:
-        kld = torch.stack(totals.kld).double()
+    if "kld" in found:
+        kld = torch.stack(found["kld"]).double()
         result.update(
-            reference_perplexity=math.exp(min(sum(totals.reference_nll) / predicted, 700.0)),
+            reference_perplexity=math.exp(min(sum(found["reference_nll"]) / predicted, 700.0)),
             kld=kld.mean().item(),
             kld_stderr=(kld.mean(1).std() / windows**0.5).item() if windows > 1 else None,
             kld_p99=float(np.quantile(kld.numpy(), 0.99)),  # torch's refuses more than 16 million values
-            top1_agreement=torch.stack(totals.agree).double().mean().item(),
+            top1_agreement=torch.stack(found["agree"]).double().mean().item(),
         )
     return Evaluation(**result)
 

@@ -24,10 +24,7 @@ JSON_NAME, HTML_NAME = "quantize_report.json", "quantize_report.html"
 
 
 def make_report(
-    report: QuantizeReport,
-    model: str,
-    output: Path,
-    calibration: Mapping[str, Any] | None,
+    report: QuantizeReport, model: str, output: Path, calibration: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Everything known about one quantization of ``model`` into the folder ``output``, as JSON values.
 

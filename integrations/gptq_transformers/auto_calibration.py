@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -138,15 +138,8 @@ def choose(
                 f"the calibration pool is empty: no source has two windows of seqlen={seqlen} tokens; pass text of "
                 "your own or a smaller seqlen"
             )
-        moments = sketch(
-            original.model,
-            torch.cat(list(pool.values())),
-            seed=seed,
-            block_name=options.block_name,
-            on_block=original.on_block,
-            on_done=original.on_done,
-            device=options.device,
-        )
+        ids, block_name = torch.cat(list(pool.values())), options.block_name
+        moments = sketch(original.model, ids, seed=seed, block_name=block_name, device=options.device, **original.hooks)
         channels = getattr(original.model.config.get_text_config(), "hidden_size", None)
     choice = _selected(pool, left_out, moments, channels, samples)
     logger.info("calibration='auto' uses %s", choice.summary())
@@ -155,15 +148,10 @@ def choose(
 
 def _packaged_pool(tokenizer: Any, seqlen: int, count: int, seed: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Up to ``count`` windows of each packaged text, and the texts that are too short, with that reason."""
-    pool: dict[str, Tensor] = {}
-    left_out: dict[str, str] = {}
-    for name, content in packaged_texts().items():
-        windows = _windows(content, tokenizer, seqlen, count, seed)
-        if len(windows) < 2:
-            left_out[name] = f"shorter than two windows of {seqlen} tokens"
-        else:
-            pool[name] = windows
-    return pool, left_out
+    found = {name: _windows(text, tokenizer, seqlen, count, seed) for name, text in packaged_texts().items()}
+    short = f"shorter than two windows of {seqlen} tokens"
+    left_out = {name: short for name, windows in found.items() if len(windows) < 2}
+    return {name: windows for name, windows in found.items() if name not in left_out}, left_out
 
 
 def _selected(
@@ -220,8 +208,7 @@ class _Original:
 
     model: PreTrainedModel
     cannot_generate: str | None = None
-    on_block: Callable[[nn.Module], None] | None = None
-    on_done: Callable[[nn.Module], Any] | None = None
+    hooks: Mapping[str, Callable[[nn.Module], object]] = field(default_factory=dict)  # of :func:`sketch`
 
 
 @contextmanager
@@ -243,7 +230,8 @@ def _opened(
     reason = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with scratch_folder("offload") as scratch:
         model = load_streamed(model_or_path, scratch, None, options.block_name, trust_remote_code)
-        yield _Original(model, reason, detach_offloading(model, options.block_name), lambda block: block.to("meta"))
+        load = detach_offloading(model, options.block_name)
+        yield _Original(model, reason, {"on_block": load, "on_done": lambda block: block.to("meta")})
 
 
 def _generated(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, seed: int) -> Tensor:

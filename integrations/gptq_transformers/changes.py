@@ -1,4 +1,4 @@
-"""Methods that transformers refuses, or that fail, once a model is quantized: casting, resizing the vocabulary."""
+"""Changing a quantized model: ``dequantize()``, and what transformers refuses or fails at: casts, a new vocabulary."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import functools
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
-from gptq_backend import QuantLinear
+from gptq_backend import ConfigError, QuantLinear
 from gptq_backend.model import replace_module
 
 from .dispatch import keeping_hooks
+from .experts.expert_list import ExpertList
+from .loading.split_layers import join_layers
+from .quantized_layers import dtype_of_parameter, quant_linears
 
 logger = logging.getLogger(__name__)
 
@@ -67,3 +71,66 @@ def _dequantize_head(model: Any, head: QuantLinear) -> None:
     settings: Any = getattr(model.config, "quantization_config", None)
     if getattr(settings, "lm_head", None):
         settings.lm_head = False
+
+
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
+    """Replace the quantized layers of ``model`` by ordinary ones, in place, and forget that it was quantized.
+
+    Args:
+        dtype: what to cast all parameters to that are of the model's dtype, as loading in it would; buffers, and
+            parameters that the model keeps in float32, stay. None: the layers get the dtype that dense ones would
+            have, and nothing else changes.
+
+    Raises:
+        ConfigError: weights are offloaded; nothing was replaced.
+    """
+    layers = dict(quant_linears(model))
+    for name, layer in layers.items():
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ConfigError(f"{name}: its weights are offloaded; load the model without offloading to dequantize it")
+    old = model.dtype
+    classes = _classes_of_a_new_model(model)
+    for module in model.modules():
+        if isinstance(module, ExpertList):
+            module.ungroup()  # its stacks would stay, and with them all that was replaced
+    with keeping_hooks(model):
+        for name in [*layers]:
+            layer = layers.pop(name)  # each is freed in turn
+            own = layer.compute_dtype
+            if dtype is not None and own == old:
+                own = dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
+            dense = layer.dequantize(own)
+            wanted = classes.get(name, nn.Linear)
+            replace_module(model, name, _as_conv1d(dense, wanted) if wanted.__name__ == "Conv1D" else dense)
+        join_layers(model)
+    forbid_changes(model)
+    if dtype is not None:
+        # Others, and buffers such as rotary frequencies, have their dtype on purpose.
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == old:
+                parameter.data = parameter.data.to(dtype_of_parameter(model, name, dtype))
+    for holder, key in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+        (model.config, "_pre_quantization_dtype"),
+    ):
+        vars(holder).pop(key, None)
+    model.is_quantized = False
+
+
+def _classes_of_a_new_model(model: Any) -> dict[str, type[nn.Module]]:
+    """Which class each module would have if the model were built anew: GPT-2's linear layers are Conv1D."""
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    return {name: type(module) for name, module in skeleton.named_modules()}
+
+
+def _as_conv1d(linear: nn.Linear, conv1d: Any) -> nn.Module:
+    """The same product as transformers' ``Conv1D``, which stores the weight transposed and always has a bias."""
+    with torch.device("meta"):
+        conv: nn.Module = conv1d(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    bias = linear.bias
+    conv.bias = nn.Parameter(torch.zeros(linear.out_features).to(conv.weight)) if bias is None else bias
+    return conv

@@ -15,9 +15,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
 from gptq_backend.format import checkpoint_files, read_json, read_manifest
 
-from .changes import allow_changes
+from .changes import allow_changes, dequantize
 from .config import GPTQConfig
-from .dequantize import dequantize
 from .experts.conversions import drop_fused_conversions, keep_packed_names
 from .experts.unfuse import group_experts
 from .loading.checkpoint_names import checkpoint_names

@@ -149,7 +149,7 @@ def follow_model(stored: StoredLayers) -> bool:
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
         return False
-    stored.follow(config.model_config)
+    stored.follow(config)
     return not config.model_config.enforce_eager
 
 

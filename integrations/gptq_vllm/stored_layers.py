@@ -18,6 +18,8 @@ from .load_report import LoadReport
 logger = init_logger(f"vllm.{__name__}")
 
 HEAD = "lm_head"
+# Loaders that fill the parameters of a model that was loaded before, or none.
+_OTHER_LOADERS = {"dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,18 @@ class StoredLayers:
         self._source: Any = None  # vLLM's config of the model, in which a reload may name another folder
         self._model = ""
 
-    def follow(self, model_config: Any) -> None:
-        """Read from where ``model_config`` says, also when that changes."""
-        self._source, self._model = model_config, model_config.model
+    def follow(self, config: Any) -> None:
+        """Read from where vLLM's ``config`` says, also when that changes.
+
+        Raises:
+            ConfigError: its load format brings no checkpoint's tensors.
+        """
+        if (how := config.load_config.load_format) in _OTHER_LOADERS:
+            raise ConfigError(
+                f"--load-format {how} does not load a checkpoint's own tensors, which a GPTQ model needs; leave it "
+                "out, or choose safetensors"
+            )
+        self._source, self._model = config.model_config, config.model_config.model
 
     def refresh(self) -> None:
         """Open the folder that a reload reads from, if it is another one.

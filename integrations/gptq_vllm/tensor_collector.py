@@ -101,6 +101,11 @@ class TensorCollector:
             _check_dense(name, tensors["weight"], layer)
             self._place(name, DensePiece(tensors["weight"]))
             return
+        if lacking := [part for part in ("qweight", "qzeros", "scales") if part not in tensors]:
+            raise CheckpointError(
+                f"{name}: of its tensors came {', '.join(tensors)}, but not {', '.join(lacking)}; load all tensors of "
+                "a layer together"
+            )
         spec, bias = self._stored.spec(name, layer, tensors)
         if bias is not None:
             tensors["bias"] = bias

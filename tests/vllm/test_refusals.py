@@ -49,7 +49,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, object],
     ),
     "nothing is quantized": (lambda tensors: {"model.norm.weight": tensors["model.norm.weight"]}, {}, "no tensor is"),
     "5 bits": (None, {"bits": 5}, "bits=5 is not supported; choose one of"),
-    "Marlin's layout": (None, {"checkpoint_format": "marlin", "format": "marlin"}, "serialized Marlin cannot be"),
+    "Marlin's layout": (None, {"checkpoint_format": "marlin", "format": "marlin"}, "serialized for Marlin"),
     "a fixed unknown format": (None, {"checkpoint_format": "x9", "format": "x9"}, "checkpoint_format='x9' is not"),
 }
 
@@ -105,6 +105,12 @@ def test_a_missing_expert_is_named(engine: Engine, tmp_path: Path) -> None:
 def test_adapters_on_quantized_experts_are_refused(engine: Engine) -> None:
     with pytest.raises(EngineError, match="LoRA on a mixture of experts whose experts are quantized is not supported"):
         engine.logprobs(PEERS / "qwen3_moe-4-32", [1, 2, 3], enable_lora=True, max_lora_rank=8)
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "sharded_state"])
+def test_load_formats_without_a_checkpoints_tensors_are_refused_by_name(engine: Engine, load_format: str) -> None:
+    with pytest.raises(EngineError, match=f"--load-format {load_format} does not load a checkpoint's own tensors"):
+        engine.logprobs(PEERS / "llama-4-32-sym", [1, 2, 3], load_format=load_format)
 
 
 def test_experts_with_biases_are_refused(engine: Engine, tmp_path: Path) -> None:
