@@ -63,6 +63,13 @@ def vllm_version() -> str:
     return str(import_module("vllm").__version__)
 
 
+def weigh(parameter: Any, elements: int) -> None:
+    """Let a reload of vLLM take ``parameter`` for one of so many ``elements``, whatever it has."""
+    parameter.weight_loader_numel = elements
+    if not hasattr(import_module("vllm.model_executor.model_loader.reload.utils"), "get_tensor_load_numel"):
+        parameter.numel = lambda: elements  # what 0.30 asks
+
+
 def map_name(mapper: Any, name: str) -> Any:
     """The name that a ``WeightsMapper`` gives to tensor ``name``; None if the tensor is not to be loaded."""
     method = next(method for each in MAP_NAME if (method := getattr(mapper, each, None)) is not None)

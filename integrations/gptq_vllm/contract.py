@@ -83,7 +83,7 @@ ATTRIBUTES = {
     "QuantizationConfig": "packed_modules_mapping",
     "VllmConfig": "additional_config load_config lora_config model_config",
     "ModelConfig": "enforce_eager model",
-    "LoadConfig": "download_dir",
+    "LoadConfig": "download_dir load_format",
     "WeightsMapper": "rename_source_key",
     "LinearBase": "prefix tp_rank tp_size",
     "MergedColumnParallelLinear": "has_bias output_sizes weight_loader_v2",

@@ -17,7 +17,7 @@ from gptq_backend import CheckpointError
 from gptq_backend.format import read_packed
 
 from .checkpoint import PARTS
-from .compat import ModelWeightParameter, set_weight_attrs
+from .compat import ModelWeightParameter, set_weight_attrs, weigh
 from .pieces import AnyPiece, DensePiece
 from .stored_layers import ExpectedLayer, StoredLayers
 
@@ -130,7 +130,8 @@ def add_parameters(
         def weight_loader(param: nn.Parameter, loaded_weight: Tensor, *args: Any, _part: str = part, **kw: Any) -> Any:
             return load(_part, param, loaded_weight, *args, **kw)
 
-        set_weight_attrs(parameter, {"weight_loader": weight_loader, "weight_loader_numel": _WEIGHED})
+        set_weight_attrs(parameter, {"weight_loader": weight_loader})
+        weigh(parameter, _WEIGHED)
         if part != "g_idx":  # for models that sort the output channels of their file before they call the loader
             set_weight_attrs(parameter, {"output_dim": 0 if part == "weight" else 1})
         layer.register_parameter(template.format(part), parameter)
@@ -147,7 +148,7 @@ def remove_parameters(layer: nn.Module, template: str = "{}") -> None:
 
 def _count(param: Tensor, elements: int) -> None:
     """Let vLLM count so many elements as loaded into a parameter on the meta device."""
-    param.weight_loader_numel = max(elements, _WEIGHED)  # type: ignore[attr-defined]  # of which it counts no more
+    weigh(param, max(elements, _WEIGHED))  # of which it counts no more
     torch.empty(elements, device="meta").copy_(torch.empty(elements, device="meta"))
 
 
