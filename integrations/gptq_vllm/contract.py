@@ -15,8 +15,8 @@ from .compat import MAP_NAME, NAMES
 
 _LAYERS = "vllm.model_executor.layers"
 
-# Classes that the plugin does not name, but has instances of.
-_INSTANCES = {
+# What the plugin does not name, but has instances of or relies on.
+_UNNAMED = {
     "ExpertMapManager": f"{_LAYERS}.fused_moe.expert_map_manager",
     "ForwardContext": "vllm.forward_context",
     "FusedMoEConfig": f"{_LAYERS}.fused_moe.config",
@@ -27,8 +27,9 @@ _INSTANCES = {
     "MoERunner": f"{_LAYERS}.fused_moe",
     "ModelConfig": "vllm.config",
     "VllmConfig": "vllm.config",
+    "get_layer_size": "vllm.model_executor.model_loader.reload.utils",
 }
-MODULES = {**NAMES, **_INSTANCES}
+MODULES = {**NAMES, **_UNNAMED}
 
 # (class, method): the parameters that vLLM calls our method with. ** at the end: ours takes any others too.
 HOOKS: dict[tuple[str, str], str] = {
@@ -65,6 +66,7 @@ CALLS: dict[tuple[str, tuple[str, ...]], str] = {
     ("", ("UnquantizedLinearMethod",)): "",
     ("", ("UnquantizedFusedMoEMethod",)): "moe",
     ("", ("download_weights_from_hf",)): "model_name_or_path, cache_dir, allow_patterns, revision",
+    ("", ("get_layer_size",)): "layer",  # by which a reload counts
     ("", ("set_weight_attrs",)): "weight, weight_attrs",
     ("", ("ModelWeightParameter",)): "*, data, input_dim, output_dim, weight_loader",
     ("", ("WeightsMapper",)): "*, orig_to_new_renaming, orig_to_new_prefix",

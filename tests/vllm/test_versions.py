@@ -51,6 +51,7 @@ def test_another_release_gives_the_same_logprobs(
     try:
         for name in CHECKPOINTS:
             assert peer_distance(engine, name) < BOUND
+        assert peer_distance(engine, name, reload={"path": None}) < BOUND
         assert f"(v{version}" in engine.text()
     finally:
         engine.close()
