@@ -112,7 +112,7 @@ def quantize(
             data: Any = choice.samples
         else:
             data = token_ids(calibration, tokenizer, seqlen, samples, seed)
-        model, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code)
+        model, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code, data is not None)
         writer = None
         if folder is not None and from_folder and not settings.preset.distill_epochs:
             writer = BlockWriter.of(model, folder, options.block_name)
@@ -129,7 +129,12 @@ def quantize(
 
 
 def _open(
-    model_or_path: Any, scratch: str, config: QuantizeConfig, options: RunOptions, trust_remote_code: bool
+    model_or_path: Any,
+    scratch: str,
+    config: QuantizeConfig,
+    options: RunOptions,
+    trust_remote_code: bool,
+    calibrated: bool,
 ) -> tuple[PreTrainedModel, Callable[[], PreTrainedModel]]:
     """The model with a layer for each expert, and what gives its original again, for a distillation.
 
@@ -147,7 +152,7 @@ def _open(
         unfuse_experts(model)
     if from_folder:
         return model, lambda: load_whole(model_or_path, trust_remote_code=trust_remote_code)
-    original = copy.deepcopy(model) if config.preset.distill_epochs else model
+    original = copy.deepcopy(model) if config.preset.distill_epochs and calibrated else model
     return model, lambda: original
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import Kernel, QuantizedWeight, QuantLinear
-from gptq_backend.format import encode, read_packed
-from gptq_backend.kernels import PreparedWeight, cpu
+from gptq_backend.format import encode
+from gptq_backend.kernels import cpu
 from gptq_backend.kernels import table as kernels
 from tests.format.test_stored_tensors import random_weight
-from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, native, packed, prepared
+from tests.kernels.checks import LIMITS, error, exact, native, prepared
 
 ROOT = Path(__file__).parents[2]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
@@ -154,25 +154,6 @@ def test_an_outlier_costs_bits_only_where_its_weight_is_zero(dtype: torch.dtype)
     assert 0 < blind.sum() < 512
     assert error(y[:, blind], expected[:, blind]) < 0.05
     assert error(y[:, ~blind], expected[:, ~blind]) < LIMITS[dtype]
-
-
-@native
-@pytest.mark.parametrize("word_dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_repacking_is_undone_bit_for_bit(word_dtype: torch.dtype, bits: int, act_order: bool) -> None:
-    for columns, outputs, size in [(128, 32, 32), (100, 24, 20), (64, 17, 64), (4, 1, 4)]:
-        weight = random_weight(bits, columns, outputs, size, act_order=act_order)
-        given = read_packed(*encode(weight, "gptq", word_dtype), "layer")
-        assert_same_packed(PreparedWeight.of(given, cpu.KERNEL).unprepare(), given)
-
-
-@native
-def test_bits_that_fill_the_last_word_survive() -> None:
-    """50 channels of 4 bits leave half a word over; whatever is in it comes back."""
-    given = packed(random_weight(4, 50, 24, 16))
-    given.qweight[-1] |= 0x7F << 24
-    assert_same_packed(PreparedWeight.of(given, cpu.KERNEL).unprepare(), given)
 
 
 @native

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from gptq_backend.algorithm.grid import Grid
-from gptq_backend.format import encode, read_packed
+from gptq_backend.format import encode
 from gptq_backend.kernels import PreparedWeight, Routing
 from gptq_backend.kernels.triton import operators as triton_ops
 from gptq_backend.kernels.triton import plan as triton_plan
 from tests.format.test_stored_tensors import random_weight
-from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, packed, prepared
+from tests.kernels.checks import LIMITS, error, exact, packed, prepared
 from tests.kernels.test_experts import arguments, check_experts, stacked
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it is part of the test extra")
@@ -41,22 +41,6 @@ INTERPRETED = ("tests/kernels/interpret_triton.py", "tests/algorithm/interpret_c
 CPU = torch.device("cpu")
 
 # -- the layout, in plain torch ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("word_dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_repacking_is_undone_bit_for_bit(word_dtype: torch.dtype, bits: int, act_order: bool) -> None:
-    for columns, outputs, size in [(128, 32, 32), (100, 24, 20), (64, 17, 64), (4, 1, 4)]:
-        weight = random_weight(bits, columns, outputs, size, act_order=act_order)
-        given = read_packed(*encode(weight, "gptq", word_dtype), "layer")
-        assert_same_packed(PreparedWeight.of(given, triton_ops.KERNEL).unprepare(), given)
-
-
-def test_bits_that_fill_the_last_word_survive() -> None:
-    given = packed(random_weight(4, 50, 24, 16))
-    given.qweight[-1] |= 0x7F << 24
-    assert_same_packed(PreparedWeight.of(given, triton_ops.KERNEL).unprepare(), given)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
