@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
+
+#include "scratch.h"
 
 namespace gptq {
 namespace {
@@ -39,26 +39,6 @@ const Level* choose() {
     }
     throw std::runtime_error(std::string("GPTQ_BACKEND_CPU_LEVEL=") + wanted + ": this CPU offers " + names);
 }
-
-// Scratch that a thread keeps from call to call.
-template <class T>
-class Scratch {
-  public:
-    T* reserve(size_t count) {
-        if (count > size_) {
-            data_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
-            size_ = count;
-        }
-        return data_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-    };
-    std::unique_ptr<T, Free> data_;
-    size_t size_ = 0;
-};
 
 // Activations of this many rows become integers before they are multiplied: a few MB, and the weights' traffic per row
 // is negligible.
@@ -132,29 +112,43 @@ void multiply_all(const std::vector<Call>& calls, int threads) {
     }
 }
 
-// Whether one weight meets the integers that were made for the other.
-bool share_activations(const Call& a, const Call& b) {
-    return a.x_rows == b.x_rows && a.rows == b.rows && !a.weight.perm && !b.weight.perm;
+bool same(const int32_t* a, const int32_t* b, size_t count) {
+    return a == b || (a && b && !std::memcmp(a, b, count * sizeof(int32_t)));
 }
 
-// Gives the calls, of which a weight differs from another in its values only, room for their activations.
+// Whether one weight meets the integers that were made for the other.
+bool share_activations(const Call& a, const Call& b) {
+    const Weight &v = a.weight, &w = b.weight;
+    return a.x == b.x && a.x_rows == b.x_rows && a.rows == b.rows && a.a8 == b.a8 && (!a.a8 || v.bits == w.bits) &&
+           v.slots == w.slots && v.n_blocks == w.n_blocks && same(v.blocks, w.blocks, size_t(v.n_blocks) * 3) &&
+           same(v.perm, w.perm, v.slots);
+}
+
+// Gives the calls room for their activations, and runs them.
 void run(std::vector<Call>& calls, int threads) {
     thread_local Scratch<uint32_t> lanes;
     thread_local Scratch<float> scales;
     thread_local Scratch<int32_t> sums;
-    const size_t stride = calls[0].lane_stride(), blocks = calls[0].weight.n_blocks;
-    size_t rows = 0, next = 0;
-    for (const Call& c : calls) rows += size_t(c.rows) * c.planes;
-    uint32_t* const all_lanes = lanes.reserve(rows * stride);
-    float* const all_scales = scales.reserve(rows * blocks);
-    int32_t* const all_sums = sums.reserve(rows * blocks);
+    struct Place {
+        size_t lanes, blocks;
+    } next = {0, 0}, place = next;
+    std::vector<Place> places;
     for (size_t i = 0; i < calls.size(); ++i) {
-        Call& c = calls[i];
-        if (i && share_activations(calls[i - 1], c)) next -= size_t(c.rows) * c.planes;
-        c.lanes = all_lanes + next * stride;
-        c.x_scales = all_scales + next * blocks;
-        c.x_sums = all_sums + next * blocks;
-        next += size_t(c.rows) * c.planes;
+        const Call& c = calls[i];
+        if (!i || !share_activations(calls[i - 1], c)) {
+            const size_t rows = size_t(c.rows) * c.planes;
+            place = next;
+            next = {next.lanes + rows * c.lane_stride(), next.blocks + rows * c.weight.n_blocks};
+        }
+        places.push_back(place);
+    }
+    uint32_t* const all_lanes = lanes.reserve(next.lanes);
+    float* const all_scales = scales.reserve(next.blocks);
+    int32_t* const all_sums = sums.reserve(next.blocks);
+    for (size_t i = 0; i < calls.size(); ++i) {
+        calls[i].lanes = all_lanes + places[i].lanes;
+        calls[i].x_scales = all_scales + places[i].blocks;
+        calls[i].x_sums = all_sums + places[i].blocks;
     }
     multiply_all(calls, threads);
 }
@@ -195,17 +189,18 @@ const Level& level() {
     return *chosen;
 }
 
-void gemm(Call c, int threads) {
-    c.planes = planes(c);
-    const int all = c.rows, size = size_of(c.dtype);
-    const void* x = c.x;
-    char* y = static_cast<char*>(c.y);
+void gemm(const std::vector<Call>& calls, int threads) {
+    const int all = calls[0].rows;
     for (int m = 0; m < all; m += kRowsAtATime) {
-        c.rows = std::min(kRowsAtATime, all - m);
-        c.x = after(x, size_t(m) * c.weight.in_features * size);
-        c.y = y + size_t(m) * c.weight.out_features * size;
-        std::vector<Call> one = {c};
-        run(one, threads);
+        std::vector<Call> some = calls;
+        for (Call& c : some) {
+            const int size = size_of(c.dtype);
+            c.planes = planes(c);
+            c.rows = std::min(kRowsAtATime, all - m);
+            c.x = after(c.x, size_t(m) * c.weight.in_features * size);
+            c.y = static_cast<char*>(c.y) + size_t(m) * c.weight.out_features * size;
+        }
+        run(some, threads);
     }
 }
 

@@ -1,0 +1,95 @@
+// Python bindings of block.h. Tensors arrive as addresses and sizes; gptq_backend/kernels/cpu_block.py owns the checks.
+#include "block_module.h"
+
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "block.h"
+
+namespace py = pybind11;
+
+namespace gptq {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Linear linear(uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros, uintptr_t perm, uintptr_t blocks,
+              int bits, int in_features, int out_features, int slots, int groups, int n_blocks, uintptr_t bias,
+              int bias_dtype, bool a8) {
+    return {{at<uint32_t>(words), at<void>(scales), at<uint8_t>(zeros), at<int32_t>(perm), at<int32_t>(blocks),
+             Dtype(scales_dtype), bits, in_features, out_features, slots, groups, n_blocks},
+            at<void>(bias),
+            Dtype(bias_dtype),
+            a8};
+}
+
+Norm norm(uintptr_t weight, uintptr_t bias, int dtype, float eps, float offset, bool centered) {
+    return {at<void>(weight), at<void>(bias), Dtype(dtype), eps, offset, centered};
+}
+
+void project_rows(int dtype, int rows, int width, uintptr_t x, const Norm* norm,
+                  const std::vector<const Linear*>& weights, const std::vector<uintptr_t>& ys, int threads) {
+    std::vector<void*> to;
+    for (uintptr_t y : ys) to.push_back(at<void>(y));
+    project({Dtype(dtype), rows, width}, at<void>(x), norm, weights, to, threads);
+}
+
+void rotate_rows(int dtype, int rows, int width, uintptr_t x, int heads, const Norm* norm, int angles_dtype, int dims,
+                 bool interleaved, int positions, uintptr_t cos, uintptr_t sin, int threads) {
+    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, interleaved}, positions, at<void>(cos),
+           at<void>(sin), at<void>(x), threads);
+}
+
+using Strides = std::array<int64_t, 3>;
+
+void copy(const Strides& from, int64_t* to) {
+    std::copy(from.begin(), from.end(), to);
+}
+
+void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const Strides& q_strides, uintptr_t keys,
+                 const Strides& k_strides, uintptr_t values, const Strides& v_strides, uintptr_t mask,
+                 bool mask_is_bool, const Strides& mask_strides, float scale, float softcap, int window,
+                 uintptr_t sinks, uintptr_t out, int threads) {
+    Attention a{};
+    a.q = at<void>(q), a.keys = at<void>(keys), a.values = at<void>(values), a.out = at<void>(out);
+    a.dtype = Dtype(dtype);
+    a.batch = sizes[0], a.rows = sizes[1], a.heads = sizes[2], a.kv_heads = sizes[3];
+    a.head_dim = sizes[4], a.value_dim = sizes[5], a.length = sizes[6];
+    copy(q_strides, a.q_strides);
+    copy(k_strides, a.k_strides);
+    copy(v_strides, a.v_strides);
+    copy(mask_strides, a.mask_strides);
+    a.mask = at<void>(mask), a.mask_is_bool = mask_is_bool;
+    a.scale = scale, a.softcap = softcap, a.window = window, a.sinks = at<float>(sinks);
+    attend(a, threads);
+}
+
+void finish_rows(const Tail& tail, int dtype, int rows, int width, uintptr_t x, uintptr_t residual, uintptr_t y,
+                 int threads) {
+    finish_layer(tail, {Dtype(dtype), rows, width}, at<void>(x), at<void>(residual), at<void>(y), threads);
+}
+
+Tail tail(const Linear* o, const Norm* after_attention, const Norm* before_mlp, const Norm* after_mlp,
+          const std::vector<const Linear*>& gate_up, bool gated, int activation, const Linear* down, float factor) {
+    return {o, after_attention, before_mlp, after_mlp, gate_up, gated, Activation(activation), down, factor};
+}
+
+}  // namespace
+
+void bind_blocks(py::module_& m) {
+    const py::call_guard<py::gil_scoped_release> release;
+    py::class_<Linear>(m, "Linear").def(py::init(&linear));
+    py::class_<Norm>(m, "Norm").def(py::init(&norm));
+    // The parts are kept by the caller.
+    py::class_<Tail>(m, "Tail").def(py::init(&tail));
+    m.def("project", &project_rows, release);
+    m.def("rotate", &rotate_rows, release);
+    m.def("attend", &attend_rows, release);
+    m.def("finish_layer", &finish_rows, release);
+}
+
+}  // namespace gptq
