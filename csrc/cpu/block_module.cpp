@@ -52,8 +52,8 @@ void copy(const Strides& from, int64_t* to) {
 
 void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const Strides& q_strides, uintptr_t keys,
                  const Strides& k_strides, uintptr_t values, const Strides& v_strides, uintptr_t mask,
-                 bool mask_is_bool, const Strides& mask_strides, float scale, float softcap, int window,
-                 uintptr_t sinks, uintptr_t out, int threads) {
+                 bool mask_is_bool, const Strides& mask_strides, float scale, float softcap, uintptr_t out,
+                 int threads) {
     Attention a{};
     a.q = at<void>(q), a.keys = at<void>(keys), a.values = at<void>(values), a.out = at<void>(out);
     a.dtype = Dtype(dtype);
@@ -64,7 +64,7 @@ void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const 
     copy(v_strides, a.v_strides);
     copy(mask_strides, a.mask_strides);
     a.mask = at<void>(mask), a.mask_is_bool = mask_is_bool;
-    a.scale = scale, a.softcap = softcap, a.window = window, a.sinks = at<float>(sinks);
+    a.scale = scale, a.softcap = softcap;
     attend(a, threads);
 }
 

@@ -39,9 +39,7 @@ struct Attention {
     const void* mask;
     bool mask_is_bool;
     int64_t mask_strides[3];  // of batch, head, row
-    float scale, softcap;     // softcap * tanh(score / softcap), unless 0
-    int window;               // positions that a row sees at most, its own included; 0: all
-    const float* sinks;       // [heads] a score of no position, or null
+    float scale, softcap;  // softcap * tanh(score / softcap), unless 0
 };
 
 // The part of a level that is not products. x, y: one row.

@@ -263,17 +263,16 @@ void attend(const Attention& a, int batch, int row, int head, int heads) {
         to_float<Isa>(a.dtype, element(a.q, a.dtype, at), h.q[g], a.head_dim);
         for (int i = 0; i < a.head_dim; ++i) h.q[g][i] *= a.scale;
         for (int i = 0; i < v_width; ++i) h.sums[g][i] = 0.0f;
-        h.largest[g] = a.sinks ? a.sinks[head + g] : kHidden;
-        h.total[g] = a.sinks ? 1.0f : 0.0f;
+        h.largest[g] = kHidden;
+        h.total[g] = 0.0f;
     }
     const char* keys = static_cast<const char*>(element(a.keys, a.dtype, batch * a.k_strides[0] + kv * a.k_strides[1]));
     const char* values =
         static_cast<const char*>(element(a.values, a.dtype, batch * a.v_strides[0] + kv * a.v_strides[1]));
     // With a mask, that decides alone.
     const int end = a.mask ? a.length : a.length - a.rows + row + 1;
-    const int begin = !a.mask && a.window && end > a.window ? end - a.window : 0;
     alignas(64) float hidden[kPositions];
-    for (int first = begin; first < end; first += kPositions) {
+    for (int first = 0; first < end; first += kPositions) {
         const int count = end - first < kPositions ? end - first : kPositions;
         if (a.mask) {
             const int64_t at = batch * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2];

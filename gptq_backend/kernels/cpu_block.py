@@ -164,17 +164,26 @@ class Tail:
 
 
 def rotate_(
-    x: Tensor, heads: int, cos: Tensor, sin: Tensor, norm: Any = None, interleaved: bool = False
+    x: Tensor,
+    heads: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    norm: Any = None,
+    interleaved: bool = False,
 ) -> Tensor:
-    """Turn the heads of x by rotary angles, in place.
+    """Normalize the heads of x and turn them by rotary angles, in place.
 
     Args:
         x: contiguous [..., T, heads * D].
-        cos, sin: contiguous float [..., T, dims], dims <= D, one sequence of them or as many as x has.
-        norm: ``Norm.native`` [D] for each head before it is turned, or None.
+        cos, sin: contiguous float [..., T, dims], dims <= D, one sequence of them or as many as x has; or None.
+        norm: ``Norm.native`` [D], or None.
         interleaved: pairs of channels are neighbours.
     """
-    width, dims = x.shape[-1], cos.shape[-1]
+    width = x.shape[-1]
+    dims, positions, code = 0, 1, 0
+    if cos is not None:
+        dims, code = cos.shape[-1], DTYPE_CODES[cos.dtype]
+        positions = cos.numel() // dims
     _cpu.rotate(
         DTYPE_CODES[x.dtype],
         x.numel() // width,
@@ -182,12 +191,12 @@ def rotate_(
         x.data_ptr(),
         heads,
         norm,
-        DTYPE_CODES[cos.dtype],
+        code,
         dims,
         interleaved,
-        cos.numel() // dims,
-        cos.data_ptr(),
-        sin.data_ptr(),
+        positions,
+        _address(cos),
+        _address(sin),
         torch.get_num_threads(),
     )
     return x
@@ -199,9 +208,7 @@ def attend(
     values: Tensor,
     mask: Tensor | None,
     scale: float,
-    window: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of a few query rows over a cache.
 
@@ -209,8 +216,8 @@ def attend(
         q: [B, T, H, D] with any strides, but channels side by side.
         keys, values: [B, KV, S, D] likewise, of the dtype of q.
         mask: bool (True: seen) or of the dtype of q (added), [B or 1, 1, T or 1, >= S]; None: row t sees positions up
-            to S - T + t, of them the last ``window``, unless 0.
-        sinks: float32 [H], a score of no position.
+            to S - T + t.
+        softcap: scores become ``softcap * tanh(score / softcap)``, unless it is 0.
 
     Returns:
         [B, T, H * D of the values].
@@ -235,8 +242,6 @@ def attend(
         mask_strides,
         scale,
         softcap,
-        window,
-        _address(sinks),
         out.data_ptr(),
         torch.get_num_threads(),
     )
