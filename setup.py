@@ -141,7 +141,15 @@ def cuda_extensions() -> list[Pybind11Extension]:
     ]
 
 
-PORTABLE = ["module.cpp", "block_module.cpp", "block.cpp", "gemm.cpp", "repack.cpp", "torch_op.cpp", "level_generic.cpp"]
+PORTABLE = [
+    "module.cpp",
+    "block_module.cpp",
+    "block.cpp",
+    "gemm.cpp",
+    "repack.cpp",
+    "torch_op.cpp",
+    "level_generic.cpp",
+]
 sources = [*PORTABLE, *(LEVELS if X86 else [])]
 cpu = Pybind11Extension(
     "gptq_backend._cpu",

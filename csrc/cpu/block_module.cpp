@@ -39,8 +39,8 @@ void project_rows(int dtype, int rows, int width, uintptr_t x, const Norm* norm,
 }
 
 void rotate_rows(int dtype, int rows, int width, uintptr_t x, int heads, const Norm* norm, int angles_dtype, int dims,
-                 bool interleaved, int positions, uintptr_t cos, uintptr_t sin, int threads) {
-    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, interleaved}, positions, at<void>(cos),
+                 int pairs, int positions, uintptr_t cos, uintptr_t sin, int threads) {
+    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, Pairs(pairs)}, positions, at<void>(cos),
            at<void>(sin), at<void>(x), threads);
 }
 

@@ -15,12 +15,15 @@ struct Norm {
 
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
 
-// Of heads of `head_dim` channels, the first `dims` turn by angles given by their cosines and sines, [dims] of dtype.
-// interleaved: pairs are neighbours (GPT-J), else half of `dims` apart (LLaMA), where both halves have the same angles.
+// Which channels of a head turn together, and where their angle lies among the `dims` of a row of cosines and sines:
+// those half of `dims` apart (LLaMA), or neighbours, with an angle for each channel (GPT-J) or for each pair (GLM).
+enum class Pairs : int { halves, neighbours, neighbours_by_pair };
+
+// The first `dims` channels of a head turn; the others stay.
 struct Rotary {
     Dtype dtype;
     int dims;
-    bool interleaved;
+    Pairs pairs;
 };
 
 constexpr int kMaxHead = 512;   // channels of a head

@@ -148,7 +148,10 @@ void rotate(const Rotary& rotary, Dtype dtype, const void* cos, const void* sin,
     to_float<Isa>(dtype, head, x, n);
     to_float<Isa>(rotary.dtype, cos, c, n);
     to_float<Isa>(rotary.dtype, sin, s, n);
-    if (rotary.interleaved) {
+    if (rotary.pairs == Pairs::neighbours_by_pair) {
+        for (int i = n; i-- > 0;) c[i] = c[i / 2], s[i] = s[i / 2];
+    }
+    if (rotary.pairs != Pairs::halves) {
         for (int i = 0; i < n; i += 2) {
             y[i] = x[i] * c[i] - x[i + 1] * s[i];
             y[i + 1] = x[i + 1] * c[i + 1] + x[i] * s[i + 1];

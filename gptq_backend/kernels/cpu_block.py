@@ -18,6 +18,8 @@ from .devices import DTYPE_CODES
 from .interface import PreparedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4}
+# Half of dims apart (LLaMA); neighbours, with angles for each channel (GPT-J), or for each pair in the first half (GLM).
+PAIRS = {"halves": 0, "neighbours": 1, "neighbours_by_pair": 2}
 MAX_HEAD = 512  # channels
 
 
@@ -139,7 +141,9 @@ class Tail:
     """Runs :class:`TailParts`."""
 
     def __init__(self, parts: TailParts) -> None:
-        norms = [None if each is None else each.native for each in (parts.after_attention, parts.before_mlp, parts.after_mlp)]
+        norms = [
+            None if each is None else each.native for each in (parts.after_attention, parts.before_mlp, parts.after_mlp)
+        ]
         self._kept = parts, norms, parts.o.native, [each.native for each in parts.gate_up], parts.down.native
         _, _, o, gate_up, down = self._kept
         kind = ACTIVATIONS[parts.activation]
@@ -169,7 +173,7 @@ def rotate_(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     norm: Any = None,
-    interleaved: bool = False,
+    pairs: str = "halves",
 ) -> Tensor:
     """Normalize the heads of x and turn them by rotary angles, in place.
 
@@ -177,7 +181,7 @@ def rotate_(
         x: contiguous [..., T, heads * D].
         cos, sin: contiguous float [..., T, dims], dims <= D, one sequence of them or as many as x has; or None.
         norm: ``Norm.native`` [D], or None.
-        interleaved: pairs of channels are neighbours.
+        pairs: which channels turn together, see ``PAIRS``.
     """
     width = x.shape[-1]
     dims, positions, code = 0, 1, 0
@@ -193,7 +197,7 @@ def rotate_(
         norm,
         code,
         dims,
-        interleaved,
+        PAIRS[pairs],
         positions,
         _address(cos),
         _address(sin),

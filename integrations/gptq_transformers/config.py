@@ -25,7 +25,8 @@ _FOREIGN_BACKENDS = frozenset([
     "torch_aten", "torch_fused", "torch_int8", "triton", "trainable", "vllm",
 ])  # fmt: skip
 # How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
-_NOT_STORED = ("backend", "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
+_LOADING = ("backend", "fuse")
+_NOT_STORED = (*_LOADING, "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
 # What a run of quantizing needs and a reader of its result does not.
 _RUN = (
     "batch_size", "block_name_to_quantize", "cache_block_outputs", "model_seqlen", "module_name_preceding_first_block",
@@ -50,6 +51,7 @@ class GPTQConfig(StockGPTQConfig):
         bits, tokenizer, dataset, ...: as in transformers' ``GPTQConfig``.
         backend: row of the kernel table ("reference", "cpu", ...), or "auto". Names of other projects' kernels
             ("marlin", "exllama_v2") are taken as "auto", with a warning.
+        fuse: whether decoder layers may run in few calls on a CPU, see :func:`fused.fuse_layers`; True by default.
         **kwargs: every other key of a ``quantization_config`` (``dynamic``, ``lm_head``, ``static_groups``,
             ``pack_dtype``, ``meta``, ...); kept as attributes and written back.
 
@@ -79,6 +81,7 @@ class GPTQConfig(StockGPTQConfig):
             backend=kwargs.pop("backend", None),
         )
         self.tokenizer, self.dataset = tokenizer, dataset
+        self.fuse = kwargs.pop("fuse", None)
         self.checkpoint_format = read.checkpoint_format
         for key, value in kwargs.items():
             if not hasattr(type(self), key) and key not in _RUN and key not in ("format", "quant_method"):
@@ -105,6 +108,11 @@ class GPTQConfig(StockGPTQConfig):
         adopted = cls(**copy.deepcopy(values))
         adopted.tokenizer = config.tokenizer
         return adopted
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes from the caller's config, where the checkpoint has one of its own."""
+        chosen = {key: getattr(self, key) for key in _LOADING if getattr(self, key) is not None}
+        return super().get_loading_attributes() | chosen
 
     def require_run(self) -> None:
         """Refuse what an unquantized model cannot be quantized with, before it is loaded.

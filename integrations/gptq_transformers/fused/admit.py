@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.utils import logging
+
+from gptq_backend.kernels import cpu_block
 
 from .forward import FusedForward
 from .match import NoMatch, find_parts
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 VARIABLE = "GPTQ_BACKEND_FUSE"
 _TOKENS = 5  # of the comparison's prompt, longer than one row and no multiple of anything
@@ -30,16 +32,18 @@ def fuse_layers(model: Any) -> int:
         return 0
     layers = [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
     reasons: dict[str, list[str]] = {}
-    admitted: dict[Any, str | None] = {}  # the rotary of layers that are alike
+    admitted: dict[Any, str | None] = {}  # the pairs of layers that are alike
     inputs: list[Any] | None = None
     count = 0
     for layer in layers:
         try:
+            if "forward" in vars(layer):
+                raise NoMatch("something else runs it already")
             parts = find_parts(layer)
             inputs = inputs or _first_inputs(model, layers)
             kind = _kind(parts)
             if kind not in admitted:
-                admitted[kind] = _rotary(parts, inputs[layers.index(layer)])
+                admitted[kind] = _pairs(parts, inputs[layers.index(layer)])
             fused = FusedForward(parts, admitted[kind])
         except NoMatch as why:
             reasons.setdefault(str(why), []).append(type(layer).__name__)
@@ -83,43 +87,57 @@ def _first_inputs(model: Any, layers: list[nn.Module]) -> list[dict[str, Any]]:
     return seen
 
 
-def _rotary(parts: Any, inputs: dict[str, Any]) -> str | None:
-    """Which rotary makes the fused calls give what the layer gives.
+def _pairs(parts: Any, inputs: dict[str, Any]) -> str | None:
+    """Which channels must turn together for the fused calls to give what the layer gives.
 
     Raises:
         NoMatch: none does.
     """
     worst = float("inf")
-    for rotary in ("half", "interleaved", None):
-        fused = FusedForward(parts, rotary)
+    for pairs in (*cpu_block.PAIRS, None):
+        fused = FusedForward(parts, pairs)
         try:
             difference = _difference(parts, fused, inputs)
         except NoMatch:
             raise
         except Exception as error:
-            raise NoMatch(f"its own code and the fused calls cannot be compared ({type(error).__name__}: {error})") from None
+            raise NoMatch(
+                f"its own code and the fused calls cannot be compared ({type(error).__name__}: {error})"
+            ) from None
         if difference < _LIMIT:
-            return rotary
+            return pairs
         worst = min(worst, difference)
     raise NoMatch(f"it computes something else than the fused calls (relative difference {worst:.1e})")
 
 
 def _difference(parts: Any, fused: FusedForward, inputs: dict[str, Any]) -> float:
-    """Largest relative difference between the two in a prompt and one token more, in float32."""
-    layer = parts.layer
+    """Largest relative difference between the two in a prompt and one token more, in float32.
+
+    The residual is left out, the cache is compared as well, and scores are scaled to be about 1: with what is small
+    beside something else, nothing would be shown.
+    """
+    layer, attention = parts.layer, parts.attention
     given = {name: _float(value) for name, value in inputs.items()}
     width = given.pop("hidden_states").shape[-1]
     x = torch.randn(2, _TOKENS + 1, width, generator=torch.Generator().manual_seed(0))
     steps = (x[:, :_TOKENS], given), (x[:, _TOKENS:], _one_more(given))
-    results = []
+    results: list[list[Tensor]] = []
+    scaling = attention.scaling
     with torch.no_grad():
         if not all(fused.serves(hidden, step) for hidden, step in steps):
-            raise NoMatch(f"it is called with more than it takes ({', '.join(given)})")
-        for run in (type(layer).forward.__get__(layer), fused.run):
-            cache = DynamicCache()
-            results.append([run(hidden, **step | {"past_key_values": cache}) for hidden, step in steps])
-    differences = [(a - b).norm() / a.norm() for a, b in zip(*results)]
-    return max(float(difference) for difference in differences)
+            raise NoMatch(
+                f"it is being trained, its modules have hooks, or it is called with more ({', '.join(given)})"
+            )
+        try:
+            attention.scaling = 1.0 / fused.typical_score(*steps[0])
+            for run in (type(layer).forward.__get__(layer), fused.run):
+                cache = DynamicCache()
+                found = [run(hidden, **step | {"past_key_values": cache}) - hidden for hidden, step in steps]
+                held = cache.layers[attention.layer_idx]
+                results.append([*found, held.keys, held.values])
+        finally:
+            attention.scaling = scaling
+    return max(float((a - b).norm() / a.norm()) for a, b in zip(*results))
 
 
 def _one_more(given: dict[str, Any]) -> dict[str, Any]:

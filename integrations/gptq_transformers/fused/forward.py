@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gptq_backend.kernels import cpu_block
 from gptq_backend.kernels.cpu_block import Projections, Tail
 
+from .cache import append
 from .match import NoMatch, Parts, linear_of, norm_of
 
 _FEW_ROWS = 8  # of queries, up to which our attention is faster than torch's
@@ -29,15 +30,15 @@ class FusedForward:
     """Takes the place of a decoder layer's ``forward``; hands to it whatever it cannot serve.
 
     Args:
-        rotary: "half" or "interleaved", which channels turn together; None for a layer without positions.
+        pairs: which channels rotary angles turn together, of ``cpu_block.PAIRS``; None for a layer without positions.
     """
 
-    def __init__(self, parts: Parts, rotary: str | None) -> None:
-        self.parts, self.rotary = parts, rotary
+    def __init__(self, parts: Parts, pairs: str | None) -> None:
+        self.parts, self.pairs = parts, pairs
         attention = parts.attention
         self._heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
         self._head_dim = attention.head_dim
-        self._softcap = float(getattr(attention, "attn_logit_softcapping", None) or 0.0)
+        self._softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
         self._watched = list(_places(parts))
         self._found: list[int] = []  # what the calls were made of
 
@@ -46,6 +47,11 @@ class FusedForward:
             layer = self.parts.layer
             return type(layer).forward(layer, hidden_states, *arguments, **kwargs)
         return self.run(hidden_states, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the calls hold addresses, and are made again."""
+        made = ("_projections", "_tail", "_kept", "_head_norms")
+        return {key: value for key, value in vars(self).items() if key not in made} | {"_found": []}
 
     def run(
         self,
@@ -61,7 +67,7 @@ class FusedForward:
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if past_key_values is not None:
             extra = () if cache_position is None else ({"cache_position": cache_position},)
-            keys, values = past_key_values.update(keys, values, self.parts.attention.layer_idx, *extra)
+            keys, values = append(past_key_values, keys, values, self.parts.attention.layer_idx, *extra)
         return self._tail(self._attend(q, keys, values, attention_mask, kwargs), hidden_states)
 
     def _project(self, x: Tensor, angles: Any) -> list[Tensor]:
@@ -70,19 +76,21 @@ class FusedForward:
         if len(found) == 1:
             widths = [heads * self._head_dim for heads in (*self._heads, self._heads[1])]
             found = [part.contiguous() for part in found[0].split(widths, dim=-1)]
-        cos, sin = angles if self.rotary is not None else (None, None)
+        cos, sin = angles if self.pairs else (None, None)
         for part, heads, (native, per_head) in zip(found, self._heads, self._head_norms):
             if native is not None and not per_head:
                 cpu_block.rotate_(part, 1, norm=native)
                 native = None
-            cpu_block.rotate_(part, heads, cos, sin, native, self.rotary == "interleaved")
+            cpu_block.rotate_(part, heads, cos, sin, native, self.pairs or "halves")
         return [part.unflatten(-1, (-1, self._head_dim)) for part in found]
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
         """q: [B, T, heads, D]; keys, values: [B, KV, S, D] -> [B, T, heads * D]."""
         attention = self.parts.attention
         if q.shape[1] <= _FEW_ROWS and _served_mask(mask, q, keys):
-            return cpu_block.attend(q, keys, values, mask, attention.scaling, self._softcap)
+            # transformers' other functions leave the cap out
+            softcap = self._softcap if attention.config._attn_implementation == "eager" else 0.0
+            return cpu_block.attend(q, keys, values, mask, attention.scaling, softcap)
         eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
         if hasattr(attention, "sliding_window"):
@@ -93,6 +101,12 @@ class FusedForward:
             attention, q.transpose(1, 2), keys, values, mask, dropout=0.0, scaling=attention.scaling, **kwargs
         )
         return out.reshape(*out.shape[:2], -1)
+
+    def typical_score(self, x: Tensor, kwargs: dict[str, Any]) -> float:
+        """Root mean square of the products of queries and keys, before they are scaled."""
+        q, k, _ = self._project(x, kwargs.get("position_embeddings"))
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        return float((q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).square().mean().sqrt())
 
     # -- whether it serves -----------------------------------------------------------------------------------------
 
@@ -106,7 +120,7 @@ class FusedForward:
             return False
         if not _KNOWN.issuperset(kwargs) or kwargs.get("output_attentions"):
             return False
-        if self.rotary is not None and not _served_angles(kwargs.get("position_embeddings"), x):
+        if self.pairs and not _served_angles(kwargs.get("position_embeddings"), x):
             return False
         return self._untouched() and self._read(x)
 

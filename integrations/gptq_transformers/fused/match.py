@@ -23,6 +23,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # Where a layer has its norms: (before the attention, after it, before the MLP, after it).
 _NORMS = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
     ("input_layernorm", None, "post_attention_layernorm", None),
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
 )
@@ -38,7 +39,8 @@ class Parts:
 
     Args:
         inputs: q, k and v, or one module with the outputs of all.
-        gate_up: gate and up, or one module with the outputs of both.
+        gate_up: gate and up, one module with the outputs of both, or up alone.
+        gated: whether there is a gate.
         norms: before the attention, after it, before the MLP, after it.
         head_norms: of q and k; per head, or over all heads where they are as wide.
     """
@@ -48,6 +50,7 @@ class Parts:
     inputs: tuple[QuantLinear, ...]
     o: QuantLinear
     gate_up: tuple[QuantLinear, ...]
+    gated: bool
     down: QuantLinear
     activation: str
     norms: tuple[Any, ...]
@@ -70,6 +73,7 @@ class Parts:
             tuple(map(linear_of, self.gate_up)),
             linear_of(self.down),
             self.activation,
+            self.gated,
             after_attention=after_attention,
             before_mlp=before_mlp,
             after_mlp=after_mlp,
@@ -94,9 +98,10 @@ def find_parts(layer: Any) -> Parts:
         attention,
         _linears(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
         *_linears(attention, ("o_proj",)),
-        _linears(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",)),
-        *_linears(mlp, ("down_proj",)),
-        _activation(next((getattr(mlp, n) for n in ("act_fn", "activation_fn") if hasattr(mlp, n)), None)),
+        _linears(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",), ("c_fc",)),
+        hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
+        *_linears(mlp, ("down_proj",), ("c_proj",)),
+        _activation(next((getattr(mlp, n) for n in ("act_fn", "activation_fn", "act") if hasattr(mlp, n)), None)),
         tuple(None if name is None else getattr(layer, name) for name in names),
         (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)),
     )
