@@ -5,6 +5,7 @@
 
 #include "gemm.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace gptq {
 namespace {
@@ -29,13 +30,18 @@ char* row_of(void* x, const Rows& shape, int64_t row) {
 // Calls each(i) for i < count, on several threads if the `elements` that all touch are worth it.
 template <class Each>
 void share(int count, int64_t elements, int threads, Each each) {
-    const int team = elements < kSerialElements ? 1 : std::min(threads, count);
+    const int team = elements < kSerialElements ? 1 : team_size(std::min(threads, count));
     if (team <= 1) {
         for (int i = 0; i < count; ++i) each(i);
         return;
     }
-#pragma omp parallel for schedule(static) num_threads(team)
-    for (int i = 0; i < count; ++i) each(i);
+    Watch watch(team);
+#pragma omp parallel num_threads(team)
+    {
+#pragma omp for schedule(dynamic) nowait
+        for (int i = 0; i < count; ++i) each(i);
+        watch.wait();
+    }
 }
 
 void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int threads) {

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "scratch.h"
+#include "team.h"
 
 namespace gptq {
 namespace {
@@ -92,23 +93,28 @@ void multiply_all(const std::vector<Call>& calls, int threads) {
         const int m0 = task % cut.row_tasks * cut.row_step, s0 = task / cut.row_tasks * cut.strip_step;
         isa.multiply(c, m0, std::min(m0 + cut.row_step, c.rows), s0, std::min(s0 + cut.strip_step, c.weight.strips()));
     };
-    const bool serial = threads == 1 || work < kSerialWork;
+    const int team = work < kSerialWork ? 1 : team_size(threads);
     // A few rows take microseconds, like the barrier that sharing them would need.
-    if (serial || few) {
+    if (team == 1 || few) {
         for (int row = 0; row < rows; ++row) quantize(row);
     }
-    if (serial) {
+    if (team == 1) {
         for (int task = 0; task < tasks; ++task) multiply(task);
         return;
     }
-#pragma omp parallel num_threads(threads)
+    Watch watch(team);
+#pragma omp parallel num_threads(team)
     {
         if (!few) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int row = 0; row < rows; ++row) quantize(row);
+            watch.wait();
+#pragma omp barrier
+            watch.go_on();
         }
 #pragma omp for schedule(dynamic) nowait
         for (int task = 0; task < tasks; ++task) multiply(task);
+        watch.wait();
     }
 }
 

@@ -18,7 +18,7 @@ from .devices import DTYPE_CODES
 from .interface import PreparedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4}
-# Half of dims apart (LLaMA); neighbours, with angles for each channel (GPT-J), or for each pair in the first half (GLM).
+# Half of dims apart (LLaMA); neighbours, with an angle for each channel (GPT-J), or for each pair (GLM).
 PAIRS = {"halves": 0, "neighbours": 1, "neighbours_by_pair": 2}
 MAX_HEAD = 512  # channels
 

@@ -19,7 +19,6 @@ from .changes import allow_changes, dequantize
 from .config import GPTQConfig
 from .experts.conversions import drop_fused_conversions, keep_packed_names
 from .experts.unfuse import group_experts
-from .fused import fuse_layers
 from .loading.checkpoint_names import checkpoint_names
 from .loading.checks import check_loaded
 from .loading.finish import finish_model
@@ -138,6 +137,8 @@ class GPTQBackendQuantizer(HfQuantizer):
         self._plan, self._loading, self._renamings = None, None, []
         model.config.quantization_config = self.quantization_config
         if self.quantization_config.fuse is not False:
+            from .fused import fuse_layers  # needs all of transformers' modeling, which may be what imports this
+
             fuse_layers(model)
         return model
 

@@ -24,8 +24,8 @@ from tests.transformers.checkpoints import NAMES, PEERS, VERSION_4, distance, id
 pytestmark = native
 CONFIG = QuantizeConfig(bits=4, group_size=32, quality="fast")
 FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo2", "phi3", "glm",
-    "glm4", "starcoder2", "stablelm", "nemotron", "helium",
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo2", "phi3",
+    "glm", "glm4", "starcoder2", "stablelm", "nemotron", "helium",
 )  # fmt: skip
 NEW_FAMILIES = ("exaone4", "ernie4_5", "seed_oss", "arcee", "olmo3")  # not in transformers 4.57, or otherwise there
 

@@ -189,7 +189,7 @@ def _served_angles(angles: Any, x: Tensor) -> bool:
 
 def _served_mask(mask: Any, q: Tensor, keys: Tensor) -> bool:
     """Whether our attention reads the mask, and knows what is meant where there is none."""
-    if not keys.stride(-1) == 1 or keys.dtype != q.dtype or q.shape[-1] > cpu_block.MAX_HEAD:
+    if keys.stride(-1) != 1 or keys.dtype != q.dtype or q.shape[-1] > cpu_block.MAX_HEAD:
         return False
     if mask is None:
         return q.shape[1] == 1
