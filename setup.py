@@ -147,6 +147,7 @@ PORTABLE = [
     "block.cpp",
     "gemm.cpp",
     "repack.cpp",
+    "team.cpp",
     "torch_op.cpp",
     "level_generic.cpp",
 ]

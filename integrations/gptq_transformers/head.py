@@ -1,0 +1,48 @@
+"""Rounds the output embedding of a loaded model to 8 or 4 bits: the largest single product of a decoding step."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
+from gptq_backend.algorithm import quantize_weight
+from gptq_backend.model import replace_module
+
+from .quantized_layers import untie_quantized
+
+BITS = (4, 8)
+GROUP_SIZE = 64
+
+
+def quantize_head(model: Any, bits: int) -> None:
+    """Round the head to nearest, in groups of ``GROUP_SIZE``. One that is quantized already stays as it is.
+
+    A head that shares its weight with the embedding gets one of its own; the embedding stays.
+
+    Raises:
+        ConfigError: the model has no linear head, or no such bits.
+    """
+    if bits not in BITS:
+        raise ConfigError(f"quantize_head={bits!r}, expected one of {BITS}, or None to leave the head as it is")
+    head = model.get_output_embeddings()
+    if isinstance(head, QuantLinear):
+        return
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"quantize_head={bits}, but {type(model).__name__} has no linear output embedding; leave it out"
+        )
+    name = next(name for name, module in model.named_modules() if module is head)
+    size = GROUP_SIZE if head.in_features % GROUP_SIZE == 0 else -1
+    config = QuantizeConfig(bits=bits, group_size=size, quality="fast")
+    weight = quantize_weight(head.weight.detach(), None, config, name=name).weight
+    bias = None if head.bias is None else head.bias.detach()
+    replace_module(model, name, QuantLinear.from_weight(weight, bias, name=name, dtype=head.weight.dtype))
+    untie_quantized(model)
+    settings = model.config.quantization_config
+    settings.lm_head = True
+    if (settings.bits, settings.group_size) != (bits, size):  # what a reader of the saved model needs to know
+        rule = {"bits": bits, "group_size": size}
+        settings.dynamic = {f"+:^{re.escape(name)}$": rule, **(getattr(settings, "dynamic", None) or {})}
