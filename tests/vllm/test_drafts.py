@@ -39,7 +39,7 @@ METHODS = {
     "mtp, glm4_moe": Method("mtp", 1, models.glm4_moe, layers=ALL),
     "mtp, ernie4_5_moe": Method("mtp", 1, models.ernie4_5_moe),
     "mtp, qwen3_next": Method("mtp", 1, models.qwen3_next, layers=rf"{LAYERS}|mtp\.fc"),
-    "mtp, deepseek_v3": Method("mtp", 1, models.deepseek_v3),
+    "mtp, deepseek_v3": Method("mtp", 1, models.deepseek_v3, layers=ALL),
 }
 IN_SHORT = ("draft model", "eagle3", "mtp, glm4_moe")
 
@@ -178,6 +178,24 @@ def test_ranks_share_drafts(drafts: Drafts, pair: Engine, tmp_path: Path, name: 
     target, draft = drafts.target(name), drafts.draft(name)
     expected = drafts.run(name, target.quantized, draft and draft.quantized)
     assert Drafts(pair, tmp_path).run(name, target.quantized, draft and draft.quantized) == expected
+
+
+def test_a_draft_in_the_targets_checkpoint_has_names_of_its_own(tmp_path: Path) -> None:
+    from gptq_vllm.compat import WeightsMapper
+    from gptq_vllm.config import GPTQBackendConfig
+
+    folder = write(tmp_path, *models.qwen3_next(Maker()), LAYERS).quantized
+    config = GPTQBackendConfig.from_config({"bits": 4})
+    config.maybe_update_config(str(folder))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model.", "mtp.": None}))
+    target = config.stored
+    assert target.checkpoint.stored_name("language_model.model.layers.1.mlp.gate") == "model.layers.1.mlp.gate"
+    assert target.checkpoint.stored_name("mtp.layers.0.self_attn.k_proj") is None
+    target.report.loaded(None, ["cpu"])
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"mtp.layers.": "model.layers.2."}))
+    draft = config.stored
+    assert draft.checkpoint.stored_name("model.layers.2.0.self_attn.k_proj") == "mtp.layers.0.self_attn.k_proj"
+    assert target.checkpoint.stored_name("model.layers.2.0.self_attn.k_proj") is None
 
 
 @pytest.mark.slow
