@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,10 +29,11 @@ from gptq_backend.format import (
 from .compat import map_name
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_DRAFT = "draft_model."  # what vLLM puts before all names of a draft that is a model by itself
 
 
 class Checkpoint:
-    """The tensors of a checkpoint, from its headers.
+    """The tensors of a checkpoint, from its headers, by the names of one of vLLM's models.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another format; nothing is quantized.
@@ -53,10 +55,19 @@ class Checkpoint:
                 "remove quantization_config from config.json, or fetch the quantized weights"
             )
         resolve_specs(self.manifest, QuantizeConfig(), {})  # what can be refused without knowing the model
+        self._use_names_of_the_file()
+
+    def _use_names_of_the_file(self) -> None:
         self._stored = {name: name for name in self.manifest}  # vLLM's tensor name -> the file's
         self._mappers: list[Any] = []
         self._experts: dict[str, ExpertLayout] = {}
         self.renamings: dict[str, str] = {}  # the file's tensor name -> the one that vLLM's model is to load it by
+
+    def for_another_model(self) -> Checkpoint:
+        """The same tensors for a model with names of its own, such as a draft that is stored beside its target."""
+        other = copy.copy(self)
+        other._use_names_of_the_file()
+        return other
 
     def of_another_folder(self, folder: str | Path, settings: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint in another folder, by the names of the same model."""
@@ -65,9 +76,6 @@ class Checkpoint:
             other.rename(mapper)
         for module, layout in self._experts.items():
             other.place_experts(module, layout)
-        self.renamings.clear()
-        self.renamings.update(other.renamings)  # which vLLM's loader has
-        other.renamings = self.renamings
         return other
 
     def rename(self, mapper: Any) -> None:
@@ -85,6 +93,7 @@ class Checkpoint:
         Raises:
             CheckpointError: names that are not known, or matrices that vLLM does not have.
         """
+        module = own_name(module)
         self._experts[module] = layout
         block, _ = _split_at_block(module)
         inside = [name for name in self._stored if name.startswith(block)]
@@ -111,7 +120,7 @@ class Checkpoint:
     def stored_name(self, module: str) -> str | None:
         """The file's name of vLLM's layer ``module``; None if the file does not have it under a name known here."""
         for part in ("qweight", "weight"):
-            if (name := self._stored.get(f"{module}.{part}")) is not None:
+            if (name := self._stored.get(f"{own_name(module)}.{part}")) is not None:
                 return name.removesuffix(f".{part}")
         return None
 
@@ -128,7 +137,13 @@ class Checkpoint:
 
     def quantized_inside(self, module: str) -> bool:
         """Whether any layer inside ``module`` is quantized."""
-        return any(name.startswith(f"{module}.") and name.endswith(".qweight") for name in self._stored)
+        inside = f"{own_name(module)}."
+        return any(name.startswith(inside) and name.endswith(".qweight") for name in self._stored)
+
+
+def own_name(module: str) -> str:
+    """What vLLM's layer ``module`` is called in its model, which does not depend on whether that is a draft."""
+    return module.removeprefix(_DRAFT)
 
 
 def _split_at_block(name: str) -> tuple[str, str]:

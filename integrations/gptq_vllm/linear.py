@@ -51,11 +51,13 @@ class GPTQLinearMethod(LinearMethodBase):
     ) -> None:
         # vLLM keeps our loaders, and with them this method, for reloads: nothing here may keep the layer alive.
         self._layer, self._loader = weakref.ref(layer), weakref.WeakMethod(extra_weight_attrs["weight_loader"])
-        self._prefix, self._dtype, self._fixed = layer.prefix, params_dtype, follow_model(self.stored)
+        # A head is stored as it is, and does not know its name in vLLM 0.30.
+        self._prefix = layer.prefix if isinstance(layer, LinearBase) else self.names[0]
+        self._dtype, self._fixed = params_dtype, follow_model(self.stored)
         self._inputs, self._all_inputs = input_size_per_partition, input_size
         self._outputs = sum(output_partition_sizes)
         has_bias = bool(getattr(layer, "has_bias", False))
-        layers = {layer.prefix: ExpectedLayer(input_size, None, has_bias)}
+        layers = {self._prefix: ExpectedLayer(input_size, None, has_bias)}
         for i, name in enumerate(self.names):
             layers[name] = ExpectedLayer(input_size, _stored_outputs(layer, self.names, i), has_bias)
         self._collector = TensorCollector(self.stored, layers, self._place, self._forget)

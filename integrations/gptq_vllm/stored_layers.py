@@ -11,7 +11,7 @@ from torch import Tensor
 from gptq_backend import ConfigError, QuantizeConfig, StoredSpec
 from gptq_backend.format import TensorFile, TensorInfo, read_settings, read_tensor, resolve_specs
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, own_name
 from .compat import init_logger
 from .load_report import LoadReport
 
@@ -36,15 +36,23 @@ class ExpectedLayer:
 
 
 class StoredLayers:
-    """The layers of a checkpoint as a model uses them. All layers of the model share this."""
+    """The layers of a checkpoint as a model uses them. All layers of the model share this.
 
-    def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None) -> None:
+    Args:
+        model: what vLLM calls the checkpoint: a folder, or a name in the hub.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None, model: str) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
         self.report = LoadReport()
         self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
         self._specs: dict[str, StoredSpec] = {}  # by the file's names
         self._source: Any = None  # vLLM's config of the model, in which a reload may name another folder
-        self._model = ""
+        self._model = model
+
+    def for_another_model(self) -> StoredLayers:
+        """The layers of the same checkpoint as another model uses them."""
+        return StoredLayers(self.checkpoint.for_another_model(), self.settings, self.backend, self._model)
 
     def follow(self, config: Any) -> None:
         """Read from where vLLM's ``config`` says, also when that changes.
@@ -57,7 +65,8 @@ class StoredLayers:
                 f"--load-format {how} does not load a checkpoint's own tensors, which a GPTQ model needs; leave it "
                 "out, or choose safetensors"
             )
-        self._source, self._model = config.model_config, config.model_config.model
+        if config.model_config.model == self._model:  # and not the target, while its draft is built
+            self._source = config.model_config
 
     def refresh(self) -> None:
         """Open the folder that a reload reads from, if it is another one.
@@ -103,7 +112,7 @@ class StoredLayers:
         if self.checkpoint.is_quantized(prefix):  # a fused layer that also is one in the file, as Phi-3 has it
             return [prefix]
         # Not known by these names: a model that renames in its loader. What arrives will tell.
-        return names if None in found and self.settings.for_module(prefix) is not None else []
+        return names if None in found and self.settings.for_module(own_name(prefix)) is not None else []
 
     def expect(self, name: str, layer: ExpectedLayer) -> None:
         """Announce what the model expects of layer ``name``, before a spec is asked for."""

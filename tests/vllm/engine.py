@@ -62,7 +62,7 @@ class Engine:
     """
 
     def __init__(self, log: Path, cache: Path, ranks: int = 1, **variables: str) -> None:
-        self.log, self._options = log, dict(OPTIONS)
+        self.log, self.ranks, self._options = log, ranks, dict(OPTIONS)
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if ranks == 1:
             self._options["distributed_executor_backend"] = "uni"
@@ -134,7 +134,7 @@ class Engine:
             raise AssertionError(f"the engine's process died; {self._tail()}")
         if "error" in answer:
             raise EngineError(answer["cause"])
-        self.held, self.left = answer["held"], answer["left"]
+        self.held, self.left, self.drafted = answer["held"], answer["left"], answer["drafted"]
         return answer["outputs"]
 
     def close(self) -> None:

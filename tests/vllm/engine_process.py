@@ -42,10 +42,12 @@ def main() -> None:
                 loaded = wanted
             if "reload" in request:
                 _reload(engine, **request["reload"])
+            before = _drafted(engine, request)
             answer: dict[str, Any] = {
                 "outputs": _run(engine, request, SamplingParams),
                 "held": _held(engine),
                 "left": left,
+                "drafted": [now - then for now, then in zip(_drafted(engine, request), before)],
             }
         except BaseException as error:
             traceback.print_exc()
@@ -74,6 +76,15 @@ def _run(engine: Any, request: dict[str, Any], params: Any) -> list[dict[str, An
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     results = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     return [_answer(result) for result in results]
+
+
+def _drafted(engine: Any, request: dict[str, Any]) -> list[int]:
+    """Speculative decoding so far: how many times tokens were drafted, and how many were accepted at each position."""
+    if "speculative_config" not in request["options"]:
+        return []
+    values = {metric.name: metric for metric in engine.get_metrics()}
+    drafts = values["vllm:spec_decode_num_drafts"].value
+    return [drafts, *values["vllm:spec_decode_num_accepted_tokens_per_pos"].values]
 
 
 _FOLLOWED = ("gptq_", "torch.nn", "vllm.model_executor")

@@ -12,8 +12,9 @@ import pytest
 
 from gptq_vllm.contract import differences
 from gptq_vllm.gate import NEWEST, OLDEST
+from tests.transformers.checkpoints import PEERS, ids
 from tests.vllm.engine import Engine
-from tests.vllm.test_offline import BOUND, peer_distance
+from tests.vllm.test_offline import BOUND, distance, made, peer_distance
 from tests.vllm.trees import SourceTree, Unavailable, merged, release, unpacked
 
 CHECKPOINTS = ("llama-4-64-actorder", "llama-dynamic", "qwen3_moe-4-32")
@@ -53,9 +54,24 @@ def test_another_release_gives_the_same_logprobs(
             assert peer_distance(engine, name) < BOUND
         assert peer_distance(engine, name, reload={"path": None}) < BOUND
         assert f"(v{version}" in engine.text()
+        logits = made(tmp_path / "head", "an 8-bit head, asym")
+        assert distance(engine.logprobs(tmp_path / "head", ids()[0]), logits) < BOUND
+        if version != "0.30.0":  # which has no drafts on CPUs: "Cannot inspect kernel parameters", dense models too
+            assert_a_model_drafts_for_itself(engine, PEERS / CHECKPOINTS[0])
     finally:
         engine.close()
         shutil.rmtree(tree)  # half a gigabyte
+
+
+def assert_a_model_drafts_for_itself(engine: Engine, folder: Path) -> None:
+    """All that it drafts is accepted."""
+    exact = {"dtype": "float32", "disable_log_stats": False}
+    how = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+    prompts = [list(range(3, 12)), list(range(20, 40))]
+    tokens = engine.tokens(folder, prompts, 24, speculative_config=how, **exact)
+    times, *accepted = engine.drafted
+    assert accepted == [times] * 2
+    assert tokens == engine.tokens(folder, prompts, 24, **exact)
 
 
 def test_the_releases_of_these_tests_are_those_that_the_plugin_calls_tested() -> None:
