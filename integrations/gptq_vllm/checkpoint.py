@@ -16,6 +16,7 @@ from gptq_backend.format import (
     ExpertLayout,
     Manifest,
     checkpoint_files,
+    expert_layout,
     expert_renaming,
     indexed_files,
     layer_names,
@@ -56,6 +57,7 @@ class Checkpoint:
         self._stored = {name: name for name in self.manifest}  # vLLM's tensor name -> the file's
         self._mappers: list[Any] = []
         self._experts: dict[str, ExpertLayout] = {}
+        self._named_experts: dict[str, Mapping[str, str]] = {}
         self.renamings: dict[str, str] = {}  # the file's tensor name -> the one that vLLM's model is to load it by
 
     def of_another_folder(self, folder: str | Path, settings: Mapping[str, Any]) -> Checkpoint:
@@ -65,6 +67,8 @@ class Checkpoint:
             other.rename(mapper)
         for module, layout in self._experts.items():
             other.place_experts(module, layout)
+        for module, names in self._named_experts.items():
+            other.name_experts(module, names)
         self.renamings.clear()
         self.renamings.update(other.renamings)  # which vLLM's loader has
         other.renamings = self.renamings
@@ -93,6 +97,36 @@ class Checkpoint:
             if (wanted := renamed(name, renaming)) != name:
                 self._stored[wanted] = stored = self._stored.pop(name)
                 self.renamings[stored] = self._before_mappers(stored, wanted)
+
+    def expert_layout(self, module: str) -> ExpertLayout | None:
+        """Where the file has the layers of the experts of ``module``; None if it has no such layers.
+
+        Raises:
+            CheckpointError: names that are not known.
+        """
+        return expert_layout(module, layer_names(self._in_block(module)), gated=True)
+
+    def name_experts(self, module: str, names: Mapping[str, str]) -> None:
+        """Let vLLM's loader call each tensor of the experts of ``module`` by a name of its own.
+
+        Args:
+            names: by the path of a layer below ``module``, what its tensors' names begin with there, both with {} for
+                the expert's number; the part (``qweight``) follows.
+        """
+        self._named_experts[module] = names
+        renaming = {f"{module}.{path}.": f"{module}.{start}" for path, start in names.items()}
+        for name, stored in self._in_block(module).items():
+            if (wanted := renamed(name, renaming)) != name:
+                self._stored[name] = stored
+                self.renamings[stored] = self._before_mappers(stored, wanted)
+
+    def _in_block(self, module: str) -> dict[str, str]:
+        """The file's names of the tensors in the block of ``module``, by what they are called there if the model's
+        mappers, which may take a layer of an expert for a tensor of all, change no more than the block's name.
+        """
+        block, _ = _split_at_block(module)
+        stored = (stored for name, stored in self._stored.items() if name.startswith(block))
+        return {block + _split_at_block(name)[1]: name for name in stored}
 
     def _before_mappers(self, stored: str, wanted: str) -> str:
         """The name that the model's own mappers turn into ``wanted``: of the file up to the block, then vLLM's."""

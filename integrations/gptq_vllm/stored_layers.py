@@ -145,5 +145,9 @@ class StoredLayers:
             # All at once: what is wrong with a config is wrong for many layers, and said once.
             self._specs = self.specs()
         spec = self._specs[stored]
-        known = layer.has_bias or not spec.has_bias
-        return spec, None if known else read_tensor(self.checkpoint.manifest[f"{stored}.bias"])
+        return spec, self.unknown_bias(name, layer) if spec.has_bias else None
+
+    def unknown_bias(self, name: str, layer: ExpectedLayer) -> Tensor | None:
+        """The bias of layer ``name``, if the file has one that the model does not know of."""
+        info = self.checkpoint.manifest.get(f"{self.checkpoint.stored_name(name)}.bias")
+        return None if layer.has_bias or info is None else read_tensor(info)

@@ -99,7 +99,7 @@ class TensorCollector:
         self._waiting.discard(name)
         if "qweight" not in tensors and "weight" in tensors:
             _check_dense(name, tensors["weight"], layer)
-            self._place(name, DensePiece(tensors["weight"]))
+            self._place(name, DensePiece(tensors["weight"], self._stored.unknown_bias(name, layer)))
             return
         if lacking := [part for part in ("qweight", "qzeros", "scales") if part not in tensors]:
             raise CheckpointError(
@@ -139,11 +139,11 @@ def add_parameters(
 
 def remove_parameters(layer: nn.Module, template: str = "{}") -> None:
     """Undo :func:`add_parameters`. An empty ``qweight`` stays, by which LoRA finds the layer's device."""
-    for part in _PARTS:
-        parameter = layer._parameters.pop(template.format(part), None)
-        if part == "qweight" and parameter is not None:
+    for name in (template.format(part) for part in _PARTS):
+        parameter = layer._parameters.pop(name, None)
+        if name == "qweight" and parameter is not None:
             empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-            layer.register_parameter(template.format(part), nn.Parameter(empty, requires_grad=False))
+            layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
 
 def _count(param: Tensor, elements: int) -> None:
