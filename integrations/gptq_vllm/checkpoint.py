@@ -28,7 +28,9 @@ from gptq_backend.format import (
 
 from .compat import map_name
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+ORDER = "g_idx"
+PARTS = ("qweight", "qzeros", "scales", ORDER)
+ORDER_OF_EXPERTS = "weight_g_idx"  # what vLLM's own methods call it in experts
 
 
 class Checkpoint:
@@ -84,7 +86,9 @@ class Checkpoint:
     def place_experts(self, module: str, layout: ExpertLayout) -> None:
         """Find the experts of vLLM's layer ``module``, which it calls as ``layout`` says, by whatever name they have.
 
-        What has another name in the file than vLLM looks for is in ``renamings`` afterwards.
+        What has another name in the file than vLLM looks for is in ``renamings`` afterwards. That includes every
+        ``g_idx``, since some models' loaders know the names that vLLM's own methods give to tensors of experts, and no
+        others.
 
         Raises:
             CheckpointError: names that are not known, or matrices that vLLM does not have.
@@ -93,10 +97,15 @@ class Checkpoint:
         block, _ = _split_at_block(module)
         inside = [name for name in self._stored if name.startswith(block)]
         renaming = expert_renaming(layer_names(inside), {module: layout})
-        for name in inside if renaming else ():
+        for name in inside:
+            stored = found = self._stored[name]
             if (wanted := renamed(name, renaming)) != name:
-                self._stored[wanted] = stored = self._stored.pop(name)
-                self.renamings[stored] = self._before_mappers(stored, wanted)
+                self._stored[wanted] = self._stored.pop(name)
+                found = self._before_mappers(stored, wanted)
+            if wanted.startswith(f"{module}.") and found.endswith(f".{ORDER}"):
+                found = found.removesuffix(ORDER) + ORDER_OF_EXPERTS
+            if found != stored:
+                self.renamings[stored] = found
 
     def expert_layout(self, module: str) -> ExpertLayout | None:
         """Where the file has the layers of the experts of ``module``; None if it has no such layers.

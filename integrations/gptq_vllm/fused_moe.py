@@ -13,6 +13,7 @@ from gptq_backend import ConfigError
 from gptq_backend.format import ExpertLayout, by_gptqmodel
 from gptq_backend.kernels import Routing
 
+from .checkpoint import ORDER, ORDER_OF_EXPERTS
 from .compat import (
     ApplyMoEActivationConfig,
     FusedMoEMethodBase,
@@ -33,8 +34,15 @@ from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, missing, remove_parameters
 
-_TEMPLATES = ("w13_{}", "w2_{}")  # names by which vLLM looks for the parameters of experts
-_OWN_NAME = "expert_{}_{}_{}"  # of a parameter per expert, shard and part, where it does not look for those
+
+def _name_of_vllm(product: str, part: str) -> str:
+    """Of the parameter that vLLM's loaders look for."""
+    return f"{product}_{ORDER_OF_EXPERTS if part == ORDER else part}"
+
+
+def _own_name(expert: int | str, shard: str, part: str) -> str:
+    """Of a parameter, where they look for none that an expert's tensors could go to."""
+    return f"expert_{expert}_{shard}_{part}"
 
 
 def find_experts(stored: StoredLayers, layer: RoutedExperts) -> ExpertLayout | None:
@@ -45,8 +53,8 @@ def find_experts(stored: StoredLayers, layer: RoutedExperts) -> ExpertLayout | N
     if _loaded_whole(layer):
         layout = checkpoint.expert_layout(module)
         if layout is not None:
-            starts = {path: _OWN_NAME.format("{}", shard, "") for shard, path in shards(layout).items()}
-            checkpoint.name_experts(module, {path: f"routed_experts.{start}" for path, start in starts.items()})
+            starts = {path: f"routed_experts.{_own_name('{}', shard, '')}" for shard, path in shards(layout).items()}
+            checkpoint.name_experts(module, starts)
         return layout
     names = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name]
     layout = ExpertLayout(tuple(f"{{}}.{name}" for name in names if name is not None))
@@ -107,26 +115,26 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         sizes = {"w1": (hidden_size, whole), "w13": (hidden_size, 2 * whole), "w2": (whole, hidden_size)}
         sizes["w3"] = sizes["w1"]
         self._keys: dict[str, tuple[int, str]] = {}  # this rank's number and the shard, by vLLM's name
-        self._loaders: dict[str, Callable[..., Any]] = {}  # of the layer's empty parameters, by the template of a name
+        self._sets: list[tuple[Callable[[str], str], Callable[..., Any]]] = []  # of empty parameters: name, loader
         for expert in range(layer.global_num_experts):
             if (local := layer.expert_map_manager.map_global_to_local(expert)) != -1:
                 for shard in self._shards:
                     name = self._name(expert, shard)
                     self._keys[name] = (local, shard)
-                    self._loaders[_OWN_NAME.format(expert, shard, "{}")] = partial(self._load, name)
+                    self._sets.append((partial(_own_name, expert, shard), partial(self._load, name)))
         if not _loaded_whole(layer):
-            self._loaders = dict.fromkeys(_TEMPLATES, self._load_of_vllm)
+            self._sets = [(partial(_name_of_vllm, product), self._load_of_vllm) for product in ("w13", "w2")]
         layers = {name: ExpectedLayer(*sizes[shard]) for name, (_, shard) in self._keys.items()}
         self._placed: dict[tuple[int, str], AnyPiece | None] = {}  # None: of that layer this rank needs nothing
-        self._collector = TensorCollector(self.stored, layers, self._place, self._placed.clear, len(self._loaders))
-        for template, load in self._loaders.items():
-            add_parameters(layer, load, self.stored.checkpoint.parts(next(iter(layers))), template)
+        self._collector = TensorCollector(self.stored, layers, self._place, self._placed.clear, len(self._sets))
+        for called, load in self._sets:
+            add_parameters(layer, load, self.stored.checkpoint.parts(next(iter(layers))), called)
         self._device = torch.empty(0).device  # vLLM builds a model with its device as the default
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         self._collector.finish()
-        for template in self._loaders:
-            remove_parameters(layer, template)
+        for called, _ in self._sets:
+            remove_parameters(layer, called)
         # vLLM would do this on the first call, which a compiled graph does not make.
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         self.activation_config = ApplyMoEActivationConfig.from_configs(layer.moe_config, self.moe_quant_config)

@@ -43,6 +43,7 @@ class StoredLayers:
         self.report = LoadReport()
         self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
         self._specs: dict[str, StoredSpec] = {}  # by the file's names
+        self.pairs_to_halves = False  # vLLM sorts the channels of each head, of dense weights only
         self._source: Any = None  # vLLM's config of the model, in which a reload may name another folder
         self._model = ""
 
@@ -79,6 +80,7 @@ class StoredLayers:
             ConfigError: vLLM's class of the model cannot hold a layer that is quantized.
         """
         manifest = self.checkpoint.manifest
+        self.pairs_to_halves = getattr(hf_config, "model_type", None) in ("llama4", "llama4_text")
         if f"{HEAD}.qweight" in manifest and getattr(hf_config, "tie_word_embeddings", False):
             logger.info("%s is quantized, so it is not the embedding, though config.json ties them", HEAD)
             hf_config.tie_word_embeddings = False  # else models take the embedding and never ask for a head
