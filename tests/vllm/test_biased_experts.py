@@ -20,13 +20,7 @@ from tests.vllm.test_offline import BOUND, distance
 # vLLM knows no gpt-oss without this.
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-SMALL = {
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 16,
-    "rope_parameters": YARN,
-}
+SMALL = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
 
 
 def gpt_oss() -> nn.Module:
