@@ -143,8 +143,9 @@ def _with_bias(value: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]
     }
 
 
-def test_a_bias_that_the_model_does_not_know_is_added(engine: Engine, folder: Path) -> None:
-    plain = write(folder, tiny(), QuantizeConfig(group_size=32))[0]
+@pytest.mark.parametrize("settings", [{}, {"dynamic": {r"-:.*layers\.0\..*v_proj": {}}}])
+def test_a_bias_that_the_model_does_not_know_is_added(engine: Engine, folder: Path, settings: dict[str, Any]) -> None:
+    plain = write(folder, tiny(), QuantizeConfig(group_size=32, **settings))[0]
     rewrite(folder, _with_bias(0.5))
     expected = logits(load(folder))[0]
     found = engine.logprobs(folder, ids()[0])
