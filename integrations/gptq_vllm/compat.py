@@ -33,6 +33,7 @@ NAMES = {
     # experts
     "ApplyMoEActivationConfig": f"{_LAYERS}.fused_moe.activation",
     "FusedMoEMethodBase": f"{_LAYERS}.fused_moe",
+    "MoEActivation": f"{_LAYERS}.fused_moe.activation",
     "FusedMoEQuantConfig": f"{_LAYERS}.fused_moe.config",
     "RoutedExperts": f"{_LAYERS}.fused_moe",
     "UnquantizedFusedMoEMethod": f"{_LAYERS}.fused_moe",

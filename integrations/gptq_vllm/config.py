@@ -24,7 +24,7 @@ from .compat import (
     download_weights_from_hf,
     get_current_vllm_config,
 )
-from .fused_moe import GPTQMoEMethod, expert_layout
+from .fused_moe import GPTQMoEMethod, find_experts
 from .linear import GPTQHeadMethod, GPTQLinearMethod
 from .method_facts import MethodFacts
 from .stored_layers import StoredLayers
@@ -87,9 +87,8 @@ class GPTQBackendConfig(MethodFacts):
     def _method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         stored = self.stored
         if isinstance(layer, RoutedExperts):
-            stored.checkpoint.place_experts(prefix, expert_layout(layer))
-            quantized = stored.checkpoint.quantized_inside(prefix)
-            return GPTQMoEMethod(stored, layer) if quantized else UnquantizedFusedMoEMethod(layer.moe_config)
+            layout = find_experts(stored, layer)
+            return GPTQMoEMethod(stored, layer, layout) if layout else UnquantizedFusedMoEMethod(layer.moe_config)
         if isinstance(layer, ParallelLMHead):
             return GPTQHeadMethod(stored, [prefix]) if stored.checkpoint.is_quantized(prefix) else None
         if not isinstance(layer, LinearBase):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_backend import __version__
+from gptq_backend import PackedWeight, __version__
 
 from .compat import (
     LinearBase,
@@ -98,6 +98,8 @@ class GPTQLinearMethod(LinearMethodBase):
     def _place(self, name: str, weight: AnyPiece) -> None:
         """Keep what this rank needs of a stored layer."""
         layer, loader, stored = self._layer(), self._loader(), weight.out_features
+        if isinstance(weight, PackedWeight) and self.stored.pairs_to_halves:
+            weight = _halves_of_pairs(layer, self.names.index(name), weight)
         assert loader is not None  # vLLM is loading into the layer
         if self._inputs != self._all_inputs:
             first = first_input(layer, loader, self._all_inputs, self._inputs)
@@ -144,6 +146,16 @@ def _stored_outputs(layer: Any, names: list[str], index: int) -> int | None:
     if sizes is not None:
         return sizes[index] if len(sizes) == len(names) and not isinstance(layer, QKVParallelLinear) else None
     return getattr(layer, "org_vocab_size", None) or getattr(layer, "output_size", None)
+
+
+def _halves_of_pairs(layer: Any, shard: int, weight: PackedWeight) -> PackedWeight:
+    """What the loader of vLLM's Llama 4 does to a dense q_proj or k_proj: of each head the pairs of channels that are
+    rotated together become one half of the head each.
+    """
+    if not isinstance(layer, QKVParallelLinear) or shard > 1:
+        return weight
+    heads = layer.total_num_kv_heads if shard else layer.total_num_heads
+    return weight.outputs(torch.arange(weight.out_features).view(heads, -1, 2).transpose(1, 2).flatten())
 
 
 def follow_model(stored: StoredLayers) -> bool:

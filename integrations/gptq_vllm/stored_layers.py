@@ -47,6 +47,7 @@ class StoredLayers:
         self.report = LoadReport()
         self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
         self._specs: dict[str, StoredSpec] = {}  # by the file's names
+        self.pairs_to_halves = False  # vLLM sorts the channels of each head, of dense weights only
         self._source: Any = None  # vLLM's config of the model, in which a reload may name another folder
         self._model = model
 
@@ -88,6 +89,7 @@ class StoredLayers:
             ConfigError: vLLM's class of the model cannot hold a layer that is quantized.
         """
         manifest = self.checkpoint.manifest
+        self.pairs_to_halves = getattr(hf_config, "model_type", None) in ("llama4", "llama4_text")
         if f"{HEAD}.qweight" in manifest and getattr(hf_config, "tie_word_embeddings", False):
             logger.info("%s is quantized, so it is not the embedding, though config.json ties them", HEAD)
             hf_config.tie_word_embeddings = False  # else models take the embedding and never ask for a head
@@ -154,5 +156,9 @@ class StoredLayers:
             # All at once: what is wrong with a config is wrong for many layers, and said once.
             self._specs = self.specs()
         spec = self._specs[stored]
-        known = layer.has_bias or not spec.has_bias
-        return spec, None if known else read_tensor(self.checkpoint.manifest[f"{stored}.bias"])
+        return spec, self.unknown_bias(name, layer) if spec.has_bias else None
+
+    def unknown_bias(self, name: str, layer: ExpectedLayer) -> Tensor | None:
+        """The bias of layer ``name``, if the file has one that the model does not know of."""
+        info = self.checkpoint.manifest.get(f"{self.checkpoint.stored_name(name)}.bias")
+        return None if layer.has_bias or info is None else read_tensor(info)

@@ -99,7 +99,7 @@ class TensorCollector:
         self._waiting.discard(name)
         if "qweight" not in tensors and "weight" in tensors:
             _check_dense(name, tensors["weight"], layer)
-            self._place(name, DensePiece(tensors["weight"]))
+            self._place(name, DensePiece(tensors["weight"], self._stored.unknown_bias(name, layer)))
             return
         if lacking := [part for part in ("qweight", "qzeros", "scales") if part not in tensors]:
             raise CheckpointError(
@@ -113,14 +113,17 @@ class TensorCollector:
 
 
 def add_parameters(
-    layer: nn.Module, load: Callable[..., Any], dtypes: Mapping[str, torch.dtype | None], template: str = "{}"
+    layer: nn.Module,
+    load: Callable[..., Any],
+    dtypes: Mapping[str, torch.dtype | None],
+    name: Callable[[str], str] = str,
 ) -> None:
     """Give ``layer`` an empty parameter per part of a stored layer.
 
     Args:
         load: called as ``load(part, param, tensor, ...)`` with what vLLM's loaders pass on.
         dtypes: in the file by part, where known; vLLM warns about others.
-        template: name of a part's parameter.
+        name: of a part's parameter, by the part.
     """
     for part in _PARTS:
         dtype = dtypes.get(part) or _DTYPES.get(part, torch.get_default_dtype())
@@ -134,16 +137,16 @@ def add_parameters(
         weigh(parameter, _WEIGHED)
         if part != "g_idx":  # for models that sort the output channels of their file before they call the loader
             set_weight_attrs(parameter, {"output_dim": 0 if part == "weight" else 1})
-        layer.register_parameter(template.format(part), parameter)
+        layer.register_parameter(name(part), parameter)
 
 
-def remove_parameters(layer: nn.Module, template: str = "{}") -> None:
+def remove_parameters(layer: nn.Module, name: Callable[[str], str] = str) -> None:
     """Undo :func:`add_parameters`. An empty ``qweight`` stays, by which LoRA finds the layer's device."""
-    for part in _PARTS:
-        parameter = layer._parameters.pop(template.format(part), None)
-        if part == "qweight" and parameter is not None:
+    for called in map(name, _PARTS):
+        parameter = layer._parameters.pop(called, None)
+        if called == "qweight" and parameter is not None:
             empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-            layer.register_parameter(template.format(part), nn.Parameter(empty, requires_grad=False))
+            layer.register_parameter(called, nn.Parameter(empty, requires_grad=False))
 
 
 def _count(param: Tensor, elements: int) -> None:

@@ -94,6 +94,10 @@ class Engine:
         """Greedy continuations."""
         return [output["tokens"] for output in self.run(folder, prompts, max_tokens=count, **kwargs)]
 
+    def pooled(self, folder: Path, ids: Sequence[int] | Tensor, task: str, **kwargs: Any) -> Tensor:
+        """What ``LLM(runner="pooling")`` makes of a prompt: ``task`` is "embed" or "classify"."""
+        return torch.tensor(self.run(folder, [ids], pooling=task, runner="pooling", **kwargs)[0]["pooled"])
+
     def run(
         self,
         folder: Path,
@@ -101,6 +105,7 @@ class Engine:
         max_tokens: int = 1,
         logprobs: bool = False,
         lora: Path | None = None,
+        pooling: str | None = None,
         reload: dict[str, Any] | None = None,
         seconds: float = 800,
         **options: Any,
@@ -117,6 +122,7 @@ class Engine:
             "max_tokens": max_tokens,
             "logprobs": logprobs,
             "lora": None if lora is None else str(lora),
+            "pooling": pooling,
         }
         if reload is not None:
             request["reload"] = reload

@@ -61,6 +61,10 @@ def main() -> None:
 
 
 def _run(engine: Any, request: dict[str, Any], params: Any) -> list[dict[str, Any]]:
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    if task := request.get("pooling"):
+        results = engine.encode(prompts, pooling_task=task, use_tqdm=False)
+        return [{"pooled": result.outputs.data.float().tolist()} for result in results]
     lora = None
     if request.get("lora"):
         from vllm.lora.request import LoRARequest
@@ -73,7 +77,6 @@ def _run(engine: Any, request: dict[str, Any], params: Any) -> list[dict[str, An
         ignore_eos=True,
         prompt_logprobs=-1 if request["logprobs"] else None,
     )
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     results = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     return [_answer(result) for result in results]
 
