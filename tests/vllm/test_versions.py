@@ -12,11 +12,11 @@ import pytest
 
 from gptq_vllm.contract import differences
 from gptq_vllm.gate import NEWEST, OLDEST
+from tests.transformers.checkpoints import NAMES
 from tests.vllm.engine import Engine
 from tests.vllm.test_offline import BOUND, peer_distance
 from tests.vllm.trees import SourceTree, Unavailable, merged, release, unpacked
 
-CHECKPOINTS = ("llama-4-64-actorder", "llama-dynamic", "qwen3_moe-4-32")
 # Builds for CPUs with the installed torch. 0.33 has none yet: its Python runs over the binaries of the installed vLLM,
 # whose operators it calls as they are.
 BUILT, PYTHON_ONLY = ("0.30.0", "0.31.0"), ("0.33.0",)
@@ -49,9 +49,9 @@ def test_another_release_gives_the_same_logprobs(
         tree = (unpacked if built else merged)(tmp_path / "tree", wheel)
     engine = start_engine(PYTHONPATH=os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")]))
     try:
-        for name in CHECKPOINTS:
+        for name in NAMES:
             assert peer_distance(engine, name) < BOUND
-        assert peer_distance(engine, name, reload={"path": None}) < BOUND
+            assert peer_distance(engine, name, reload={"path": None}) < BOUND
         assert f"(v{version}" in engine.text()
     finally:
         engine.close()
