@@ -100,16 +100,16 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         self._device = layer.w13_qweight.device
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        self._collector.finish()
-        for template in _TEMPLATES:
-            remove_parameters(layer, template)
-        # vLLM would do this on the first call, which a compiled graph does not make.
-        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        self.activation_config = ApplyMoEActivationConfig.from_configs(layer.moe_config, self.moe_quant_config)
-        for name, shards in (("w13", [shard for shard in self._shards if shard != "w2"]), ("w2", ["w2"])):
-            experts = Experts(self._weights(shards), self._dtype, self.stored.backend, " and ".join(shards))
-            hold(layer, name, experts, self._fixed)
-            announce(experts.describe())
+        with self._collector.finished(layer):
+            for template in _TEMPLATES:
+                remove_parameters(layer, template)
+            # vLLM would do this on the first call, which a compiled graph does not make.
+            self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+            self.activation_config = ApplyMoEActivationConfig.from_configs(layer.moe_config, self.moe_quant_config)
+            for name, shards in (("w13", [shard for shard in self._shards if shard != "w2"]), ("w2", ["w2"])):
+                experts = Experts(self._weights(shards), self._dtype, self.stored.backend, " and ".join(shards))
+                hold(layer, name, experts, self._fixed)
+                announce(experts.describe())
         self.stored.report.loaded(self, layer.w13.kernels | layer.w2.kernels)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:

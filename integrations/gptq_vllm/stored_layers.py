@@ -14,6 +14,7 @@ from gptq_backend.format import TensorFile, TensorInfo, read_settings, read_tens
 from .checkpoint import Checkpoint
 from .compat import init_logger
 from .load_report import LoadReport
+from .reloads import Reloads
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -40,7 +41,7 @@ class StoredLayers:
 
     def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
-        self.report = LoadReport()
+        self.report, self.reloads = LoadReport(), Reloads()
         self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
         self._specs: dict[str, StoredSpec] = {}  # by the file's names
         self._source: Any = None  # vLLM's config of the model, in which a reload may name another folder
@@ -59,18 +60,23 @@ class StoredLayers:
             )
         self._source, self._model = config.model_config, config.model_config.model
 
-    def refresh(self) -> None:
-        """Open the folder that a reload reads from, if it is another one.
+    def current_reload(self) -> int:
+        """Number of the reload that vLLM is making. When one begins, the checkpoint that it reads is opened.
 
         Raises:
-            CheckpointError, ConfigError: it holds nothing that can be served.
+            CheckpointError, ConfigError: there is none that can be served.
         """
-        if self._source is not None and self._source.model != self._model:
-            self._model = self._source.model
-            settings = read_settings(self._model)
+        moved = self._source is not None and self._source.model != self._model
+        if moved or self.reloads.another_began():
+            # Also in the same folder: whoever trains a model may write every state of it there.
+            folder = self._source.model if moved else self.checkpoint.folder
+            settings = read_settings(folder)
+            self.checkpoint = self.checkpoint.of_another_folder(folder, settings)
             self.settings = QuantizeConfig.from_dict(settings)
-            self.checkpoint = self.checkpoint.of_another_folder(self._model, settings)
             self._specs = {}
+            self._model = self._source.model if moved else self._model
+            self.reloads.count()
+        return self.reloads.number
 
     def check_model(self, hf_config: Any) -> None:
         """Correct what ``config.json`` says and the checkpoint shows to be otherwise.
