@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,15 +67,14 @@ class StoredLayers:
         Raises:
             CheckpointError, ConfigError: there is none that can be served.
         """
-        moved = self._source is not None and self._source.model != self._model
-        if moved or self.reloads.another_began():
-            # Also in the same folder: whoever trains a model may write every state of it there.
-            folder = self._source.model if moved else self.checkpoint.folder
-            settings = read_settings(folder)
-            self.checkpoint = self.checkpoint.of_another_folder(folder, settings)
-            self.settings = QuantizeConfig.from_dict(settings)
-            self._specs = {}
-            self._model = self._source.model if moved else self._model
+        model = self._model if self._source is None else self._source.model
+        if (moved := model != self._model) or self.reloads.another_began():
+            # Also the same folder, for whoever trains a model may write every state of it there; not a hub's snapshot.
+            if moved or os.path.isdir(model):
+                settings = read_settings(model)
+                self.checkpoint = self.checkpoint.of_another_folder(model, settings)
+                self.settings = QuantizeConfig.from_dict(settings)
+                self._model, self._specs = model, {}
             self.reloads.count()
         return self.reloads.number
 

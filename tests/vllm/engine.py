@@ -85,7 +85,7 @@ class Engine:
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, args=(self._process, self._answers), daemon=True).start()
 
-    def logprobs(self, folder: Path, ids: Sequence[int] | Tensor, **kwargs: Any) -> Tensor:
+    def logprobs(self, folder: Path | str, ids: Sequence[int] | Tensor, **kwargs: Any) -> Tensor:
         """[len(ids) - 1, vocabulary] log-probabilities of the token after each prefix of the prompt."""
         rows = self.run(folder, [ids], logprobs=True, **kwargs)[0]["logprobs"]
         return torch.tensor(rows)
@@ -96,7 +96,7 @@ class Engine:
 
     def run(
         self,
-        folder: Path,
+        folder: Path | str,
         prompts: Sequence[Any],
         max_tokens: int = 1,
         logprobs: bool = False,
@@ -105,7 +105,7 @@ class Engine:
         seconds: float = 800,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Load ``folder`` unless it is, and run ``prompts`` through it.
+        """Load ``folder``, or what has this name in a hub, unless it is, and run ``prompts`` through it.
 
         Raises:
             EngineError: with the root cause, if vLLM refuses.
