@@ -12,9 +12,10 @@ import pytest
 
 from gptq_vllm.contract import differences
 from gptq_vllm.gate import NEWEST, OLDEST
-from tests.transformers.checkpoints import NAMES
+from tests.transformers.checkpoints import NAMES, PEERS
 from tests.vllm.engine import Engine
 from tests.vllm.test_offline import BOUND, peer_distance
+from tests.vllm.test_reload import damaged
 from tests.vllm.trees import SourceTree, Unavailable, merged, release, unpacked
 
 # Builds for CPUs with the installed torch. 0.33 has none yet: its Python runs over the binaries of the installed vLLM,
@@ -52,6 +53,8 @@ def test_another_release_gives_the_same_logprobs(
         for name in NAMES:
             assert peer_distance(engine, name) < BOUND
             assert peer_distance(engine, name, reload={"path": None}) < BOUND
+        bad = str(damaged(tmp_path / "bad", name, "at a layer"))
+        assert peer_distance(engine, name, reload={"path": str(PEERS / name), "aborted": [bad, bad]}) < BOUND
         assert f"(v{version}" in engine.text()
     finally:
         engine.close()
