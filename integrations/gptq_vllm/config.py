@@ -112,7 +112,8 @@ class GPTQBackendConfig(MethodFacts):
             raise ConfigError("vLLM did not tell where the model is; this version of vLLM is not supported")
         name, _, revision = self._model
         load = get_current_vllm_config().load_config
-        return download_weights_from_hf(name, load.download_dir, ["*.safetensors", "*.bin"], revision)
+        patterns, ignored = ["*.safetensors", "*.bin"], load.ignore_patterns
+        return download_weights_from_hf(name, load.download_dir, patterns, revision, ignore_patterns=ignored)
 
     def _opened(self, folder: str) -> StoredLayers:
         model, hf_config, _ = self._model or (folder, None, None)

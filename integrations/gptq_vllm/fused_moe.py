@@ -35,9 +35,9 @@ from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, missing, remove_parameters
 
 
-def _name_of_vllm(product: str, part: str) -> str:
-    """Of the parameter that vLLM's loaders look for."""
-    return f"{product}_{ORDER_OF_EXPERTS if part == ORDER else part}"
+def _name_of_vllm(product: str, order: str, part: str) -> str:
+    """Of the parameter that vLLM's loaders look for. order: what the g_idx is called there."""
+    return f"{product}_{order if part == ORDER else part}"
 
 
 def _own_name(expert: int | str, shard: str, part: str) -> str:
@@ -123,7 +123,9 @@ class GPTQMoEMethod(FusedMoEMethodBase):
                     self._keys[name] = (local, shard)
                     self._sets.append((partial(_own_name, expert, shard), partial(self._load, name)))
         if not _loaded_whole(layer):
-            self._sets = [(partial(_name_of_vllm, product), self._load_of_vllm) for product in ("w13", "w2")]
+            # A loader that renames layers itself, as those of some drafts do, gets the file's names.
+            order = ORDER_OF_EXPERTS if any(map(self.stored.checkpoint.parts, self._keys)) else ORDER
+            self._sets = [(partial(_name_of_vllm, product, order), self._load_of_vllm) for product in ("w13", "w2")]
         layers = {name: ExpectedLayer(*sizes[shard]) for name, (_, shard) in self._keys.items()}
         self._placed: dict[tuple[int, str], AnyPiece | None] = {}  # None: of that layer this rank needs nothing
         self._collector = TensorCollector(self.stored, layers, self._place, self._placed.clear, len(self._sets))
@@ -132,18 +134,18 @@ class GPTQMoEMethod(FusedMoEMethodBase):
         self._device = torch.empty(0).device  # vLLM builds a model with its device as the default
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        self._collector.finish()
-        for called, _ in self._sets:
-            remove_parameters(layer, called)
-        # vLLM would do this on the first call, which a compiled graph does not make.
-        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        self.activation_config = ApplyMoEActivationConfig.from_configs(layer.moe_config, self.moe_quant_config)
-        before = [shard for shard in self._shards if shard != "w2"]
-        for name, stored in (("w13", before), ("w2", ["w2"])):
-            order = self._product.order(before, self._halves) if stored is before else None
-            experts = Experts(self._weights(stored), self._dtype, self.stored.backend, " and ".join(stored), order)
-            hold(layer, name, experts, self._fixed)
-            announce(experts.describe())
+        with self._collector.finished(layer):
+            for called, _ in self._sets:
+                remove_parameters(layer, called)
+            # vLLM would do this on the first call, which a compiled graph does not make.
+            self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+            self.activation_config = ApplyMoEActivationConfig.from_configs(layer.moe_config, self.moe_quant_config)
+            before = [shard for shard in self._shards if shard != "w2"]
+            for name, stored in (("w13", before), ("w2", ["w2"])):
+                order = self._product.order(before, self._halves) if stored is before else None
+                experts = Experts(self._weights(stored), self._dtype, self.stored.backend, " and ".join(stored), order)
+                hold(layer, name, experts, self._fixed)
+                announce(experts.describe())
         self.stored.report.loaded(self, layer.w13.kernels | layer.w2.kernels)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:

@@ -37,7 +37,8 @@ class GPTQLinearMethod(LinearMethodBase):
     def __init__(self, stored: StoredLayers, names: list[str]) -> None:
         self.stored, self.names = stored, names
         self._shards: dict[str, tuple[Any, ...]] = {}  # the shard ids of the stored layers of which something came
-        self._placed: list[tuple[Tensor, AnyPiece]] = []  # with the output channels that it is for: int64 [n]
+        # By vLLM's name, with the output channels that it is for: int64 [n].
+        self._placed: dict[str, tuple[Tensor, AnyPiece]] = {}
 
     def create_weights(
         self,
@@ -60,22 +61,19 @@ class GPTQLinearMethod(LinearMethodBase):
         layers = {self._prefix: ExpectedLayer(input_size, None, has_bias)}
         for i, name in enumerate(self.names):
             layers[name] = ExpectedLayer(input_size, _stored_outputs(layer, self.names, i), has_bias)
-        self._collector = TensorCollector(self.stored, layers, self._place, self._forget)
+        self._collector = TensorCollector(self.stored, layers, self._place, self._placed.clear)
         add_parameters(layer, self._load, self.stored.checkpoint.parts(self.names[0]))
         self._device = layer.qweight.device
 
     def process_weights_after_loading(self, layer: LinearBase | ParallelLMHead) -> None:
-        self._collector.finish()
-        remove_parameters(layer)
-        hold(layer, "segments", FusedWeight(self._weights(), self._dtype, self.stored.backend), self._fixed)
+        with self._collector.finished(layer):
+            remove_parameters(layer)
+            hold(layer, "segments", FusedWeight(self._weights(), self._dtype, self.stored.backend), self._fixed)
         announce(layer.segments.describe())
         self.stored.report.loaded(self, layer.segments.kernels)
 
     def apply(self, layer: LinearBase | ParallelLMHead, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.segments.forward(x, bias)
-
-    def _forget(self) -> None:
-        self._placed = []
 
     def _load(self, part: str, param: Tensor, tensor: Tensor, *shard: Any) -> None:
         """Take one tensor from vLLM's loader. shard: its id, for a layer that is stored in several."""
@@ -109,7 +107,7 @@ class GPTQLinearMethod(LinearMethodBase):
             rows = output_rows(layer, loader, stored, self._outputs, *self._shards[name])
         taken = rows.nonzero()[:, 0]
         if len(taken):
-            self._placed.append((taken, weight.outputs(rows[taken] - 1).to(self._device)))
+            self._placed[name] = (taken, weight.outputs(rows[taken] - 1).to(self._device))
 
     def _weights(self) -> list[AnyPiece]:
         """All that was placed, in the order of the outputs; this forgets it.
@@ -117,7 +115,8 @@ class GPTQLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: some are missing.
         """
-        placed, self._placed = sorted(self._placed, key=lambda entry: int(entry[0][0])), []
+        placed = sorted(self._placed.values(), key=lambda entry: int(entry[0][0]))
+        self._placed.clear()
         covered = torch.zeros(self._outputs, dtype=torch.bool)
         for rows, _ in placed:
             covered[rows] = True

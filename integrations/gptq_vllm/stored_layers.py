@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from gptq_backend.format import TensorFile, TensorInfo, read_settings, read_tens
 from .checkpoint import Checkpoint, own_name
 from .compat import init_logger
 from .load_report import LoadReport
+from .reloads import Reloads
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -44,7 +46,7 @@ class StoredLayers:
 
     def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None, model: str) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
-        self.report = LoadReport()
+        self.report, self.reloads = LoadReport(), Reloads()
         self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
         self._specs: dict[str, StoredSpec] = {}  # by the file's names
         self.pairs_to_halves = False  # vLLM sorts the channels of each head, of dense weights only
@@ -69,18 +71,22 @@ class StoredLayers:
         if config.model_config.model == self._model:  # and not the target, while its draft is built
             self._source = config.model_config
 
-    def refresh(self) -> None:
-        """Open the folder that a reload reads from, if it is another one.
+    def current_reload(self) -> int:
+        """Number of the reload that vLLM is making. When one begins, the checkpoint that it reads is opened.
 
         Raises:
-            CheckpointError, ConfigError: it holds nothing that can be served.
+            CheckpointError, ConfigError: there is none that can be served.
         """
-        if self._source is not None and self._source.model != self._model:
-            self._model = self._source.model
-            settings = read_settings(self._model)
-            self.settings = QuantizeConfig.from_dict(settings)
-            self.checkpoint = self.checkpoint.of_another_folder(self._model, settings)
-            self._specs = {}
+        model = self._model if self._source is None else self._source.model
+        if (moved := model != self._model) or self.reloads.another_began():
+            # Also the same folder, for whoever trains a model may write every state of it there; not a hub's snapshot.
+            if moved or os.path.isdir(model):
+                settings = read_settings(model)
+                self.checkpoint = self.checkpoint.of_another_folder(model, settings)
+                self.settings = QuantizeConfig.from_dict(settings)
+                self._model, self._specs = model, {}
+            self.reloads.count()
+        return self.reloads.number
 
     def check_model(self, hf_config: Any) -> None:
         """Correct what ``config.json`` says and the checkpoint shows to be otherwise.

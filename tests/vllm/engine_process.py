@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 import traceback
 import types
@@ -98,13 +99,28 @@ def _model(engine: Any) -> Any:
     return engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
 
-def _reload(engine: Any, path: str | None) -> None:
-    """Load the weights again, after making all that are quantized zero where they can be reached."""
+def _reload(engine: Any, path: str | None, aborted: tuple[str, ...] = (), repaired: str | None = None) -> None:
+    """Load the weights again, after making all that are quantized zero where they can be reached.
+
+    Args:
+        aborted: folders that are tried before, each of which fails.
+        repaired: a folder that is moved to ``path`` after that.
+    """
     if engine.llm_engine.vllm_config.parallel_config.world_size == 1:
         for weight in _weights(engine):
             for name, tensor in weight.named_parameters():
                 if name.endswith("scales"):
                     tensor.data.zero_()
+    for folder in aborted:
+        try:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        except Exception:
+            traceback.print_exc()
+        else:
+            raise AssertionError(f"{folder} was loaded")
+    if path is not None and repaired is not None:
+        shutil.rmtree(path)
+        shutil.move(repaired, path)
     engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
     engine.reset_prefix_cache()
 
