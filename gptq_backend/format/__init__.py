@@ -1,6 +1,14 @@
 """What lies in a checkpoint's files, and the one value that a packed weight is in memory."""
 
-from .expert_names import ExpertLayout, default_layout, expert_layout, expert_renaming, layer_names, renamed
+from .expert_names import (
+    ExpertLayout,
+    by_gptqmodel,
+    default_layout,
+    expert_layout,
+    expert_renaming,
+    layer_names,
+    renamed,
+)
 from .files import (
     INDEX,
     SETTINGS_FILES,
@@ -21,9 +29,9 @@ from .writer import Shards, write_checkpoint
 
 __all__ = [
     "INDEX", "SETTINGS_FILES", "STANDARD_FILES", "TGI_TENSORS", "ExpertLayout", "Manifest", "PackedWeight",
-    "QuantizedWeight", "Shards", "StoredSpec", "TensorFile", "TensorInfo", "WeightSpec", "checkpoint_files",
-    "claimed_group_size", "default_layout", "embedded_settings", "encode", "expert_layout", "expert_renaming",
-    "indexed_files", "layer_names", "quantized_modules", "read_json", "read_manifest", "read_packed",
+    "QuantizedWeight", "Shards", "StoredSpec", "TensorFile", "TensorInfo", "WeightSpec", "by_gptqmodel",
+    "checkpoint_files", "claimed_group_size", "default_layout", "embedded_settings", "encode", "expert_layout",
+    "expert_renaming", "indexed_files", "layer_names", "quantized_modules", "read_json", "read_manifest", "read_packed",
     "read_settings", "read_tensor", "renamed", "resolve", "resolve_specs", "selected", "settings_in",
     "side_by_side", "write_checkpoint",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..config import QuantizeConfig
 from ..errors import CheckpointError
 
 # Names of gate, up and down.
@@ -63,6 +64,14 @@ class ExpertLayout:
 def default_layout(gated: bool) -> ExpertLayout:
     """What transformers 5 and most checkpoints have."""
     return ExpertLayout(tuple(f"{{}}.{name}" for name in (_APART if gated else _UNGATED)[0]))
+
+
+def by_gptqmodel(config: QuantizeConfig) -> bool:
+    """Whether GPTQModel says that it made the checkpoint: see :attr:`ExpertLayout.halves`."""
+    meta = config.extra.get("meta")
+    makers = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    makers = makers if isinstance(makers, list | tuple) else [makers]
+    return any(str(maker).partition(":")[0].lower() == "gptqmodel" for maker in makers)
 
 
 def expert_layout(module: str, names: Iterable[str], gated: bool) -> ExpertLayout | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from gptq_backend.format import (
     ExpertLayout,
     Manifest,
     checkpoint_files,
+    expert_layout,
     expert_renaming,
     indexed_files,
     layer_names,
@@ -27,11 +29,14 @@ from gptq_backend.format import (
 
 from .compat import map_name
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+ORDER = "g_idx"
+PARTS = ("qweight", "qzeros", "scales", ORDER)
+ORDER_OF_EXPERTS = "weight_g_idx"  # what vLLM's own methods call it in experts
+_DRAFT = "draft_model."  # what vLLM puts before all names of a draft that is a model by itself
 
 
 class Checkpoint:
-    """The tensors of a checkpoint, from its headers.
+    """The tensors of a checkpoint, from its headers, by the names of one of vLLM's models.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another format; nothing is quantized.
@@ -53,10 +58,20 @@ class Checkpoint:
                 "remove quantization_config from config.json, or fetch the quantized weights"
             )
         resolve_specs(self.manifest, QuantizeConfig(), {})  # what can be refused without knowing the model
+        self._use_names_of_the_file()
+
+    def _use_names_of_the_file(self) -> None:
         self._stored = {name: name for name in self.manifest}  # vLLM's tensor name -> the file's
         self._mappers: list[Any] = []
         self._experts: dict[str, ExpertLayout] = {}
+        self._named_experts: dict[str, Mapping[str, str]] = {}
         self.renamings: dict[str, str] = {}  # the file's tensor name -> the one that vLLM's model is to load it by
+
+    def for_another_model(self) -> Checkpoint:
+        """The same tensors for a model with names of its own, such as a draft that is stored beside its target."""
+        other = copy.copy(self)
+        other._use_names_of_the_file()
+        return other
 
     def of_another_folder(self, folder: str | Path, settings: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint in another folder, by the names of the same model."""
@@ -65,9 +80,8 @@ class Checkpoint:
             other.rename(mapper)
         for module, layout in self._experts.items():
             other.place_experts(module, layout)
-        self.renamings.clear()
-        self.renamings.update(other.renamings)  # which vLLM's loader has
-        other.renamings = self.renamings
+        for module, names in self._named_experts.items():
+            other.name_experts(module, names)
         return other
 
     def rename(self, mapper: Any) -> None:
@@ -80,19 +94,59 @@ class Checkpoint:
     def place_experts(self, module: str, layout: ExpertLayout) -> None:
         """Find the experts of vLLM's layer ``module``, which it calls as ``layout`` says, by whatever name they have.
 
-        What has another name in the file than vLLM looks for is in ``renamings`` afterwards.
+        What has another name in the file than vLLM looks for is in ``renamings`` afterwards. That includes every
+        ``g_idx``, since some models' loaders know the names that vLLM's own methods give to tensors of experts, and no
+        others.
 
         Raises:
             CheckpointError: names that are not known, or matrices that vLLM does not have.
         """
+        module = own_name(module)
         self._experts[module] = layout
         block, _ = _split_at_block(module)
         inside = [name for name in self._stored if name.startswith(block)]
         renaming = expert_renaming(layer_names(inside), {module: layout})
-        for name in inside if renaming else ():
+        for name in inside:
+            stored = found = self._stored[name]
             if (wanted := renamed(name, renaming)) != name:
-                self._stored[wanted] = stored = self._stored.pop(name)
+                self._stored[wanted] = self._stored.pop(name)
+                found = self._before_mappers(stored, wanted)
+            if wanted.startswith(f"{module}.") and found.endswith(f".{ORDER}"):
+                found = found.removesuffix(ORDER) + ORDER_OF_EXPERTS
+            if found != stored:
+                self.renamings[stored] = found
+
+    def expert_layout(self, module: str) -> ExpertLayout | None:
+        """Where the file has the layers of the experts of ``module``; None if it has no such layers.
+
+        Raises:
+            CheckpointError: names that are not known.
+        """
+        module = own_name(module)
+        return expert_layout(module, layer_names(self._in_block(module)), gated=True)
+
+    def name_experts(self, module: str, names: Mapping[str, str]) -> None:
+        """Let vLLM's loader call each tensor of the experts of ``module`` by a name of its own.
+
+        Args:
+            names: by the path of a layer below ``module``, what its tensors' names begin with there, both with {} for
+                the expert's number; the part (``qweight``) follows.
+        """
+        module = own_name(module)
+        self._named_experts[module] = names
+        renaming = {f"{module}.{path}.": f"{module}.{start}" for path, start in names.items()}
+        for name, stored in self._in_block(module).items():
+            if (wanted := renamed(name, renaming)) != name:
+                self._stored[name] = stored
                 self.renamings[stored] = self._before_mappers(stored, wanted)
+
+    def _in_block(self, module: str) -> dict[str, str]:
+        """The file's names of the tensors in the block of ``module``, by what they are called there if the model's
+        mappers, which may take a layer of an expert for a tensor of all, change no more than the block's name.
+        """
+        block, _ = _split_at_block(module)
+        stored = (stored for name, stored in self._stored.items() if name.startswith(block))
+        return {block + _split_at_block(name)[1]: name for name in stored}
 
     def _before_mappers(self, stored: str, wanted: str) -> str:
         """The name that the model's own mappers turn into ``wanted``: of the file up to the block, then vLLM's."""
@@ -111,7 +165,7 @@ class Checkpoint:
     def stored_name(self, module: str) -> str | None:
         """The file's name of vLLM's layer ``module``; None if the file does not have it under a name known here."""
         for part in ("qweight", "weight"):
-            if (name := self._stored.get(f"{module}.{part}")) is not None:
+            if (name := self._stored.get(f"{own_name(module)}.{part}")) is not None:
                 return name.removesuffix(f".{part}")
         return None
 
@@ -128,7 +182,13 @@ class Checkpoint:
 
     def quantized_inside(self, module: str) -> bool:
         """Whether any layer inside ``module`` is quantized."""
-        return any(name.startswith(f"{module}.") and name.endswith(".qweight") for name in self._stored)
+        inside = f"{own_name(module)}."
+        return any(name.startswith(inside) and name.endswith(".qweight") for name in self._stored)
+
+
+def own_name(module: str) -> str:
+    """What vLLM's layer ``module`` is called in its model, which does not depend on whether that is a draft."""
+    return module.removeprefix(_DRAFT)
 
 
 def _split_at_block(name: str) -> tuple[str, str]:

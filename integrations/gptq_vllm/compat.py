@@ -33,6 +33,7 @@ NAMES = {
     # experts
     "ApplyMoEActivationConfig": f"{_LAYERS}.fused_moe.activation",
     "FusedMoEMethodBase": f"{_LAYERS}.fused_moe",
+    "MoEActivation": f"{_LAYERS}.fused_moe.activation",
     "FusedMoEQuantConfig": f"{_LAYERS}.fused_moe.config",
     "RoutedExperts": f"{_LAYERS}.fused_moe",
     "UnquantizedFusedMoEMethod": f"{_LAYERS}.fused_moe",
@@ -43,6 +44,9 @@ NAMES = {
     "WeightsMapper": "vllm.model_executor.models.utils",
     "download_weights_from_hf": "vllm.model_executor.model_loader.weight_utils",
     "set_weight_attrs": "vllm.model_executor.utils",
+    "get_layerwise_info": "vllm.model_executor.model_loader.reload.layerwise",
+    "initialize_online_processing": "vllm.model_executor.model_loader.reload.layerwise",
+    "restore_layer_on_meta": "vllm.model_executor.model_loader.reload.meta",
     # operators in compiled graphs
     "LayerName": "vllm.utils.torch_utils",
     "LayerNameType": "vllm.utils.torch_utils",

@@ -24,7 +24,7 @@ from .compat import (
     download_weights_from_hf,
     get_current_vllm_config,
 )
-from .fused_moe import GPTQMoEMethod, expert_layout
+from .fused_moe import GPTQMoEMethod, find_experts
 from .linear import GPTQHeadMethod, GPTQLinearMethod
 from .method_facts import MethodFacts
 from .stored_layers import StoredLayers
@@ -44,7 +44,7 @@ class GPTQBackendConfig(MethodFacts):
         self.full_config = settings
         self.settings = QuantizeConfig.from_dict(settings)
         self._backend = _requested_kernel()
-        self._stored: StoredLayers | None = None
+        self._models: list[StoredLayers] = []  # the target, then drafts that share its config
         self._model: tuple[str, Any, str | None] | None = None  # name, its config, revision
         self._mappers: list[WeightsMapper] = []  # of names, that arrived before the checkpoint was opened
 
@@ -56,23 +56,27 @@ class GPTQBackendConfig(MethodFacts):
         """Read the headers of a local checkpoint: a damaged one stops the server before it starts processes."""
         self._model = (model_name, hf_config, revision)
         if Path(model_name).is_dir():
-            self._open(model_name)
+            self._models = [self._opened(model_name)]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Called by the model's class, before its layers are built, with the names that it changes."""
-        if self._stored is None:
-            self._mappers.append(hf_to_vllm_mapper)
+        if self._models:
+            self.stored.checkpoint.rename(hf_to_vllm_mapper)
         else:
-            self._stored.checkpoint.rename(hf_to_vllm_mapper)
+            self._mappers.append(hf_to_vllm_mapper)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Keep ``g_idx``, which the base class drops; drop the scalars of text-generation-inference; call experts as
         the model does.
         """
-        new = self.stored.checkpoint.renamings
-        # vLLM expects renamings of transformers here, of which it calls this; ours is a table.
-        table = SimpleNamespace(rename_source_key=lambda key: (new.get(key, key), None))
-        return WeightsMapper(orig_to_new_renaming=[table] if new else [], orig_to_new_prefix=dict.fromkeys(TGI_TENSORS))
+        # vLLM expects renamings of transformers here, of which it calls this.
+        ours = SimpleNamespace(rename_source_key=lambda key: (self._renamed(key), None))
+        return WeightsMapper(orig_to_new_renaming=[ours], orig_to_new_prefix=dict.fromkeys(TGI_TENSORS))
+
+    def _renamed(self, key: str) -> str:
+        """What the model calls tensor ``key`` of the file. No tensor has new names in two models."""
+        tables = (stored.checkpoint.renamings for stored in self._models)
+        return next((table[key] for table in tables if key in table), key)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         method = self._method(layer, prefix)
@@ -83,9 +87,8 @@ class GPTQBackendConfig(MethodFacts):
     def _method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         stored = self.stored
         if isinstance(layer, RoutedExperts):
-            stored.checkpoint.place_experts(prefix, expert_layout(layer))
-            quantized = stored.checkpoint.quantized_inside(prefix)
-            return GPTQMoEMethod(stored, layer) if quantized else UnquantizedFusedMoEMethod(layer.moe_config)
+            layout = find_experts(stored, layer)
+            return GPTQMoEMethod(stored, layer, layout) if layout else UnquantizedFusedMoEMethod(layer.moe_config)
         if isinstance(layer, ParallelLMHead):
             return GPTQHeadMethod(stored, [prefix]) if stored.checkpoint.is_quantized(prefix) else None
         if not isinstance(layer, LinearBase):
@@ -95,22 +98,31 @@ class GPTQBackendConfig(MethodFacts):
 
     @property
     def stored(self) -> StoredLayers:
-        """The checkpoint's layers. One in the hub is fetched first, where vLLM's loader will look for it."""
-        if self._stored is not None:
-            return self._stored
+        """The checkpoint's layers, as the model uses them that vLLM is building."""
+        if not self._models:
+            self._models = [self._opened(self._fetched())]
+        elif self._models[-1].report.begun:
+            # That one is built, and its weights are loaded: this is its draft, which has other names.
+            self._models.append(self._models[-1].for_another_model())
+        return self._models[-1]
+
+    def _fetched(self) -> str:
+        """The folder of a checkpoint in the hub, where vLLM's loader will look for it."""
         if self._model is None:
             raise ConfigError("vLLM did not tell where the model is; this version of vLLM is not supported")
         name, _, revision = self._model
         load = get_current_vllm_config().load_config
-        return self._open(download_weights_from_hf(name, load.download_dir, ["*.safetensors", "*.bin"], revision))
+        patterns, ignored = ["*.safetensors", "*.bin"], load.ignore_patterns
+        return download_weights_from_hf(name, load.download_dir, patterns, revision, ignore_patterns=ignored)
 
-    def _open(self, folder: str) -> StoredLayers:
+    def _opened(self, folder: str) -> StoredLayers:
+        model, hf_config, _ = self._model or (folder, None, None)
         checkpoint = Checkpoint(folder, self.full_config)
         for mapper in self._mappers:
             checkpoint.rename(mapper)
-        self._stored = StoredLayers(checkpoint, self.settings, self._backend)
-        self._stored.check_model(self._model[1] if self._model else None)
-        return self._stored
+        stored = StoredLayers(checkpoint, self.settings, self._backend, model)
+        stored.check_model(hf_config)
+        return stored
 
 
 def _requested_kernel() -> str | None:

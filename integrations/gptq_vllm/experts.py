@@ -22,14 +22,23 @@ class Experts(nn.Module):
     Args:
         pieces: of each expert in turn, see :class:`FusedWeight`.
         dtype, backend: likewise.
+        order: where in the outputs of the pieces each of y is: int64 [N], or None for as they are.
     """
 
+    order: Tensor | None
+
     def __init__(
-        self, pieces: Iterable[Sequence[AnyPiece]], dtype: torch.dtype, backend: str | None, name: str
+        self,
+        pieces: Iterable[Sequence[AnyPiece]],
+        dtype: torch.dtype,
+        backend: str | None,
+        name: str,
+        order: Tensor | None = None,
     ) -> None:
         super().__init__()
         each = [FusedWeight(of_one, dtype, backend, expert=True) for of_one in pieces]
         self.out_features = each[0].out_features
+        self.register_buffer("order", None if order is None else order.to(next(each[0].parameters()).device))
         self.descriptions = sorted({segments.describe() for segments in each})
         why = _why_not_groupable(each)
         if why is None:
@@ -49,13 +58,16 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:
         """x: float [rows / top_k, K] -> [rows, N] in the dtype of x; rows of no expert are zeros."""
         if self.each is not None:
-            return one_by_one([one.forward for one in self.each], self.out_features, x, routing, top_k)
-        outputs = [part(x, routing, top_k) for part in self.parts]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+            y = one_by_one([one.forward for one in self.each], self.out_features, x, routing, top_k)
+        else:
+            outputs = [part(x, routing, top_k) for part in self.parts]
+            y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return y if self.order is None else y.index_select(-1, self.order)
 
     def describe(self) -> str:
         """See :meth:`FusedWeight.describe`."""
-        return f"{'grouped' if self.each is None else 'one by one'}: {' | '.join(self.descriptions)}"
+        ordered = "" if self.order is None else ", then reordered"
+        return f"{'grouped' if self.each is None else 'one by one'}{ordered}: {' | '.join(self.descriptions)}"
 
 
 def _grouped(parts: Sequence[QuantizedSegment]) -> Grouped:

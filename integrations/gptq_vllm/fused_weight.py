@@ -57,14 +57,18 @@ class DenseSegment(nn.Module):
     def __init__(self, piece: DensePiece, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(piece.weight.to(dtype), requires_grad=False)
+        self.extra_bias = None if piece.bias is None else nn.Parameter(piece.bias.to(dtype), requires_grad=False)
         self.out_features = piece.weight.shape[0]
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x: float [..., K], bias: [N] or None -> [..., N]."""
+        if self.extra_bias is not None:
+            bias = self.extra_bias if bias is None else bias + self.extra_bias
         return F.linear(x, self.weight, bias)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.out_features}, dtype={self.weight.dtype}"
+        biased = ", biased" if self.extra_bias is not None else ""
+        return f"{self.weight.shape[1]}, {self.out_features}, dtype={self.weight.dtype}{biased}"
 
 
 class FusedWeight(nn.Module):

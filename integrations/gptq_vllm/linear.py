@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_backend import __version__
+from gptq_backend import PackedWeight, __version__
 
 from .compat import (
     LinearBase,
@@ -37,7 +37,8 @@ class GPTQLinearMethod(LinearMethodBase):
     def __init__(self, stored: StoredLayers, names: list[str]) -> None:
         self.stored, self.names = stored, names
         self._shards: dict[str, tuple[Any, ...]] = {}  # the shard ids of the stored layers of which something came
-        self._placed: list[tuple[Tensor, AnyPiece]] = []  # with the output channels that it is for: int64 [n]
+        # By vLLM's name, with the output channels that it is for: int64 [n].
+        self._placed: dict[str, tuple[Tensor, AnyPiece]] = {}
 
     def create_weights(
         self,
@@ -51,29 +52,28 @@ class GPTQLinearMethod(LinearMethodBase):
     ) -> None:
         # vLLM keeps our loaders, and with them this method, for reloads: nothing here may keep the layer alive.
         self._layer, self._loader = weakref.ref(layer), weakref.WeakMethod(extra_weight_attrs["weight_loader"])
-        self._prefix, self._dtype, self._fixed = layer.prefix, params_dtype, follow_model(self.stored)
+        # A head is stored as it is, and does not know its name in vLLM 0.30.
+        self._prefix = layer.prefix if isinstance(layer, LinearBase) else self.names[0]
+        self._dtype, self._fixed = params_dtype, follow_model(self.stored)
         self._inputs, self._all_inputs = input_size_per_partition, input_size
         self._outputs = sum(output_partition_sizes)
         has_bias = bool(getattr(layer, "has_bias", False))
-        layers = {layer.prefix: ExpectedLayer(input_size, None, has_bias)}
+        layers = {self._prefix: ExpectedLayer(input_size, None, has_bias)}
         for i, name in enumerate(self.names):
             layers[name] = ExpectedLayer(input_size, _stored_outputs(layer, self.names, i), has_bias)
-        self._collector = TensorCollector(self.stored, layers, self._place, self._forget)
+        self._collector = TensorCollector(self.stored, layers, self._place, self._placed.clear)
         add_parameters(layer, self._load, self.stored.checkpoint.parts(self.names[0]))
         self._device = layer.qweight.device
 
     def process_weights_after_loading(self, layer: LinearBase | ParallelLMHead) -> None:
-        self._collector.finish()
-        remove_parameters(layer)
-        hold(layer, "segments", FusedWeight(self._weights(), self._dtype, self.stored.backend), self._fixed)
+        with self._collector.finished(layer):
+            remove_parameters(layer)
+            hold(layer, "segments", FusedWeight(self._weights(), self._dtype, self.stored.backend), self._fixed)
         announce(layer.segments.describe())
         self.stored.report.loaded(self, layer.segments.kernels)
 
     def apply(self, layer: LinearBase | ParallelLMHead, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.segments.forward(x, bias)
-
-    def _forget(self) -> None:
-        self._placed = []
 
     def _load(self, part: str, param: Tensor, tensor: Tensor, *shard: Any) -> None:
         """Take one tensor from vLLM's loader. shard: its id, for a layer that is stored in several."""
@@ -96,6 +96,8 @@ class GPTQLinearMethod(LinearMethodBase):
     def _place(self, name: str, weight: AnyPiece) -> None:
         """Keep what this rank needs of a stored layer."""
         layer, loader, stored = self._layer(), self._loader(), weight.out_features
+        if isinstance(weight, PackedWeight) and self.stored.pairs_to_halves:
+            weight = _halves_of_pairs(layer, self.names.index(name), weight)
         assert loader is not None  # vLLM is loading into the layer
         if self._inputs != self._all_inputs:
             first = first_input(layer, loader, self._all_inputs, self._inputs)
@@ -105,7 +107,7 @@ class GPTQLinearMethod(LinearMethodBase):
             rows = output_rows(layer, loader, stored, self._outputs, *self._shards[name])
         taken = rows.nonzero()[:, 0]
         if len(taken):
-            self._placed.append((taken, weight.outputs(rows[taken] - 1).to(self._device)))
+            self._placed[name] = (taken, weight.outputs(rows[taken] - 1).to(self._device))
 
     def _weights(self) -> list[AnyPiece]:
         """All that was placed, in the order of the outputs; this forgets it.
@@ -113,7 +115,8 @@ class GPTQLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: some are missing.
         """
-        placed, self._placed = sorted(self._placed, key=lambda entry: int(entry[0][0])), []
+        placed = sorted(self._placed.values(), key=lambda entry: int(entry[0][0]))
+        self._placed.clear()
         covered = torch.zeros(self._outputs, dtype=torch.bool)
         for rows, _ in placed:
             covered[rows] = True
@@ -142,6 +145,16 @@ def _stored_outputs(layer: Any, names: list[str], index: int) -> int | None:
     if sizes is not None:
         return sizes[index] if len(sizes) == len(names) and not isinstance(layer, QKVParallelLinear) else None
     return getattr(layer, "org_vocab_size", None) or getattr(layer, "output_size", None)
+
+
+def _halves_of_pairs(layer: Any, shard: int, weight: PackedWeight) -> PackedWeight:
+    """What the loader of vLLM's Llama 4 does to a dense q_proj or k_proj: of each head the pairs of channels that are
+    rotated together become one half of the head each.
+    """
+    if not isinstance(layer, QKVParallelLinear) or shard > 1:
+        return weight
+    heads = layer.total_num_kv_heads if shard else layer.total_num_heads
+    return weight.outputs(torch.arange(weight.out_features).view(heads, -1, 2).transpose(1, 2).flatten())
 
 
 def follow_model(stored: StoredLayers) -> bool:

@@ -18,6 +18,7 @@ class LoadReport:
     def __init__(self) -> None:
         self._awaited: WeakSet[Any] = WeakSet()  # the methods of the layers
         self._layers: Counter[str] = Counter()  # how many, by kernel
+        self.begun = False  # whether a layer was loaded
 
     def __reduce__(self) -> tuple[type[LoadReport], tuple[()]]:
         return LoadReport, ()  # a process that is sent a config has built nothing yet
@@ -28,6 +29,7 @@ class LoadReport:
 
     def loaded(self, method: Any, kernels: Iterable[str]) -> None:
         """The layer of ``method`` is served by ``kernels``. Says so of all once the last is loaded, not of reloads."""
+        self.begun = True
         if method not in self._awaited:
             return
         self._awaited.discard(method)

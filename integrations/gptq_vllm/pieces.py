@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,28 +15,35 @@ from gptq_backend.format import selected, side_by_side
 
 @dataclass(frozen=True)
 class DensePiece:
-    """A weight that is not quantized. weight: float [n, k]. The methods are those of :class:`PackedWeight`."""
+    """A weight that is not quantized. weight: float [n, k], bias: float [n]. The methods are those of
+    :class:`PackedWeight`.
+    """
 
     weight: Tensor
+    bias: Tensor | None = None
 
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
 
     def to(self, device: torch.device) -> DensePiece:
-        return DensePiece(self.weight.contiguous().to(device, copy=True))
+        return self._map(lambda tensor: tensor.contiguous().to(device, copy=True))
 
     def outputs(self, rows: Tensor) -> DensePiece:
-        return DensePiece(selected(self.weight, 0, rows))
+        return self._map(lambda tensor: selected(tensor, 0, rows))
 
     def padded(self, out_features: int) -> DensePiece:
-        return DensePiece(pad(self.weight, (0, 0, 0, out_features - self.weight.shape[0])))
+        more = out_features - self.out_features
+        return self._map(lambda tensor: pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, more)))
 
     def inputs(self, first: int, count: int) -> DensePiece:
-        return DensePiece(self.weight[:, first : first + count])
+        return DensePiece(self.weight[:, first : first + count], self.bias if first == 0 else None)
 
     def joins(self, right: DensePiece) -> bool:
-        return True
+        return (self.bias is None) == (right.bias is None)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> DensePiece:
+        return DensePiece(change(self.weight), None if self.bias is None else change(self.bias))
 
 
 AnyPiece = PackedWeight | DensePiece
@@ -54,5 +61,8 @@ def joined(weights: Sequence[AnyPiece]) -> list[AnyPiece]:
 
 
 def _one(run: Sequence[AnyPiece]) -> AnyPiece:
-    dense = [weight.weight for weight in run if isinstance(weight, DensePiece)]
-    return DensePiece(torch.cat(dense)) if dense else side_by_side([w for w in run if isinstance(w, PackedWeight)])
+    dense = [weight for weight in run if isinstance(weight, DensePiece)]
+    if not dense:
+        return side_by_side([weight for weight in run if isinstance(weight, PackedWeight)])
+    biases = [weight.bias for weight in dense if weight.bias is not None]
+    return DensePiece(torch.cat([weight.weight for weight in dense]), torch.cat(biases) if biases else None)

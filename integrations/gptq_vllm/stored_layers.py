@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor
 from gptq_backend import ConfigError, QuantizeConfig, StoredSpec
 from gptq_backend.format import TensorFile, TensorInfo, read_settings, read_tensor, resolve_specs
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, own_name
 from .compat import init_logger
 from .load_report import LoadReport
+from .reloads import Reloads
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -36,15 +38,24 @@ class ExpectedLayer:
 
 
 class StoredLayers:
-    """The layers of a checkpoint as a model uses them. All layers of the model share this."""
+    """The layers of a checkpoint as a model uses them. All layers of the model share this.
 
-    def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None) -> None:
+    Args:
+        model: what vLLM calls the checkpoint: a folder, or a name in the hub.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None, model: str) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
-        self.report = LoadReport()
+        self.report, self.reloads = LoadReport(), Reloads()
         self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
         self._specs: dict[str, StoredSpec] = {}  # by the file's names
+        self.pairs_to_halves = False  # vLLM sorts the channels of each head, of dense weights only
         self._source: Any = None  # vLLM's config of the model, in which a reload may name another folder
-        self._model = ""
+        self._model = model
+
+    def for_another_model(self) -> StoredLayers:
+        """The layers of the same checkpoint as another model uses them."""
+        return StoredLayers(self.checkpoint.for_another_model(), self.settings, self.backend, self._model)
 
     def follow(self, config: Any) -> None:
         """Read from where vLLM's ``config`` says, also when that changes.
@@ -57,20 +68,25 @@ class StoredLayers:
                 f"--load-format {how} does not load a checkpoint's own tensors, which a GPTQ model needs; leave it "
                 "out, or choose safetensors"
             )
-        self._source, self._model = config.model_config, config.model_config.model
+        if config.model_config.model == self._model:  # and not the target, while its draft is built
+            self._source = config.model_config
 
-    def refresh(self) -> None:
-        """Open the folder that a reload reads from, if it is another one.
+    def current_reload(self) -> int:
+        """Number of the reload that vLLM is making. When one begins, the checkpoint that it reads is opened.
 
         Raises:
-            CheckpointError, ConfigError: it holds nothing that can be served.
+            CheckpointError, ConfigError: there is none that can be served.
         """
-        if self._source is not None and self._source.model != self._model:
-            self._model = self._source.model
-            settings = read_settings(self._model)
-            self.settings = QuantizeConfig.from_dict(settings)
-            self.checkpoint = self.checkpoint.of_another_folder(self._model, settings)
-            self._specs = {}
+        model = self._model if self._source is None else self._source.model
+        if (moved := model != self._model) or self.reloads.another_began():
+            # Also the same folder, for whoever trains a model may write every state of it there; not a hub's snapshot.
+            if moved or os.path.isdir(model):
+                settings = read_settings(model)
+                self.checkpoint = self.checkpoint.of_another_folder(model, settings)
+                self.settings = QuantizeConfig.from_dict(settings)
+                self._model, self._specs = model, {}
+            self.reloads.count()
+        return self.reloads.number
 
     def check_model(self, hf_config: Any) -> None:
         """Correct what ``config.json`` says and the checkpoint shows to be otherwise.
@@ -79,6 +95,7 @@ class StoredLayers:
             ConfigError: vLLM's class of the model cannot hold a layer that is quantized.
         """
         manifest = self.checkpoint.manifest
+        self.pairs_to_halves = getattr(hf_config, "model_type", None) in ("llama4", "llama4_text")
         if f"{HEAD}.qweight" in manifest and getattr(hf_config, "tie_word_embeddings", False):
             logger.info("%s is quantized, so it is not the embedding, though config.json ties them", HEAD)
             hf_config.tie_word_embeddings = False  # else models take the embedding and never ask for a head
@@ -103,7 +120,7 @@ class StoredLayers:
         if self.checkpoint.is_quantized(prefix):  # a fused layer that also is one in the file, as Phi-3 has it
             return [prefix]
         # Not known by these names: a model that renames in its loader. What arrives will tell.
-        return names if None in found and self.settings.for_module(prefix) is not None else []
+        return names if None in found and self.settings.for_module(own_name(prefix)) is not None else []
 
     def expect(self, name: str, layer: ExpectedLayer) -> None:
         """Announce what the model expects of layer ``name``, before a spec is asked for."""
@@ -145,5 +162,9 @@ class StoredLayers:
             # All at once: what is wrong with a config is wrong for many layers, and said once.
             self._specs = self.specs()
         spec = self._specs[stored]
-        known = layer.has_bias or not spec.has_bias
-        return spec, None if known else read_tensor(self.checkpoint.manifest[f"{stored}.bias"])
+        return spec, self.unknown_bias(name, layer) if spec.has_bias else None
+
+    def unknown_bias(self, name: str, layer: ExpectedLayer) -> Tensor | None:
+        """The bias of layer ``name``, if the file has one that the model does not know of."""
+        info = self.checkpoint.manifest.get(f"{self.checkpoint.stored_name(name)}.bias")
+        return None if layer.has_bias or info is None else read_tensor(info)

@@ -7,7 +7,8 @@ layer and, once it is complete, cut out what this rank needs of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from gptq_backend.format import read_packed
 from .checkpoint import PARTS
 from .compat import ModelWeightParameter, set_weight_attrs, weigh
 from .pieces import AnyPiece, DensePiece
+from .reloads import await_again
 from .stored_layers import ExpectedLayer, StoredLayers
 
 _PARTS = (*PARTS, "weight")
@@ -31,7 +33,8 @@ class TensorCollector:
 
     A reload of vLLM hands every tensor to the loader twice: to count what would be loaded, with the parameter on the
     meta device, and once enough has come for the layer, with the parameter in place. Here the first counts: what came
-    is kept, and the whole is counted as loaded with the tensor that completes it.
+    is kept, and the whole is counted as loaded with the tensor that completes it. After a reload that was aborted, vLLM
+    still counts what came in it, so that the next one is left to end with all of the model.
 
     Args:
         layers: by vLLM's names, those that may come.
@@ -54,7 +57,9 @@ class TensorCollector:
         self._tensors: dict[str, dict[str, Tensor]] = {}  # by part, of the stored layers that are incomplete
         self._known: set[str] = set()  # stored layers that the checkpoint has under these names,
         self._waiting: set[str] = set()  # and those of them that are incomplete
-        self._counted, self.reloading = 0, False
+        self._counted, self._reload = 0, 0
+        self._reloading = self._after_aborted = False
+        self._last: Tensor | None = None  # the parameter with which a reload of this layer ended
         for name, layer in layers.items():
             self.expect(name, layer)
 
@@ -69,37 +74,68 @@ class TensorCollector:
 
     def receive(self, param: Tensor, name: str, part: str, tensor: Tensor) -> None:
         """Take one tensor of layer ``name``. param: the one that it was loaded into."""
-        if param.is_meta and not self.reloading:
-            self.reloading, self._counted = True, 0
-            self._begin()
-            self._tensors.clear()
-            self._stored.refresh()
-            self._known = {name for name in self._layers if self._stored.checkpoint.parts(name)}
-            self._waiting = set(self._known)
-        elif self.reloading and not param.is_meta:
+        if self._reloading and not param.is_meta:
             return  # it was kept when it was counted
+        try:
+            if param.is_meta:
+                self._follow_reload()
+            self._take(name, part, tensor)
+        except Exception:
+            self._stored.reloads.failed()
+            raise
+        if self._reloading:
+            if name in self._known and not self._waiting and not self._after_aborted:
+                self._last = param
+                _count(param, self._whole - self._counted)
+            else:
+                _count(param, 1)
+            self._counted += 1
+
+    def _take(self, name: str, part: str, tensor: Tensor) -> None:
         tensors = self._tensors.setdefault(name, {})
         tensors[part] = tensor.cpu()  # some loaders read straight to a GPU; the cutting is done here
         parts = self._stored.checkpoint.parts(name).keys()
         if parts and parts <= tensors.keys():
             self._complete(name)
-        if self.reloading:
-            whole = name in self._known and not self._waiting
-            _count(param, self._whole - self._counted if whole else 1)
-            self._counted += 1
 
-    def finish(self) -> None:
-        """Nothing more will come: also place the layers that the checkpoint has under another name."""
-        for name in list(self._tensors):
-            self._complete(name)
-        self.reloading = False
+    @contextmanager
+    def finished(self, layer: nn.Module) -> Iterator[None]:
+        """Nothing more will come, and in this context ``layer`` is made of all that was placed.
+
+        If that fails in a reload, the next one brings all of the layer again.
+        """
+        reloading, self._reloading = self._reloading, False
+        try:
+            for name in list(self._tensors):  # the layers that the checkpoint has under another name
+                self._complete(name)
+            yield
+        except Exception:
+            self._stored.reloads.failed()
+            if reloading:
+                await_again(layer)
+            raise
+        self._stored.reloads.loaded(layer)
+
+    def _follow_reload(self) -> None:
+        """Forget what came before, if a reload has begun since."""
+        number = self._stored.current_reload()
+        if self._reloading and number == self._reload:
+            return
+        self._after_aborted = self._reloading
+        self._reloading, self._reload, self._counted = True, number, 0
+        if self._last is not None:  # vLLM has the same parameter again, with the weight that ended that reload
+            weigh(self._last, _WEIGHED)
+        self._begin()
+        self._tensors.clear()
+        self._known = {name for name in self._layers if self._stored.checkpoint.parts(name)}
+        self._waiting = set(self._known)
 
     def _complete(self, name: str) -> None:
         tensors, layer = self._tensors.pop(name), self._layers[name]
         self._waiting.discard(name)
         if "qweight" not in tensors and "weight" in tensors:
             _check_dense(name, tensors["weight"], layer)
-            self._place(name, DensePiece(tensors["weight"]))
+            self._place(name, DensePiece(tensors["weight"], self._stored.unknown_bias(name, layer)))
             return
         if lacking := [part for part in ("qweight", "qzeros", "scales") if part not in tensors]:
             raise CheckpointError(
@@ -113,14 +149,17 @@ class TensorCollector:
 
 
 def add_parameters(
-    layer: nn.Module, load: Callable[..., Any], dtypes: Mapping[str, torch.dtype | None], template: str = "{}"
+    layer: nn.Module,
+    load: Callable[..., Any],
+    dtypes: Mapping[str, torch.dtype | None],
+    name: Callable[[str], str] = str,
 ) -> None:
     """Give ``layer`` an empty parameter per part of a stored layer.
 
     Args:
         load: called as ``load(part, param, tensor, ...)`` with what vLLM's loaders pass on.
         dtypes: in the file by part, where known; vLLM warns about others.
-        template: name of a part's parameter.
+        name: of a part's parameter, by the part.
     """
     for part in _PARTS:
         dtype = dtypes.get(part) or _DTYPES.get(part, torch.get_default_dtype())
@@ -134,16 +173,16 @@ def add_parameters(
         weigh(parameter, _WEIGHED)
         if part != "g_idx":  # for models that sort the output channels of their file before they call the loader
             set_weight_attrs(parameter, {"output_dim": 0 if part == "weight" else 1})
-        layer.register_parameter(template.format(part), parameter)
+        layer.register_parameter(name(part), parameter)
 
 
-def remove_parameters(layer: nn.Module, template: str = "{}") -> None:
+def remove_parameters(layer: nn.Module, name: Callable[[str], str] = str) -> None:
     """Undo :func:`add_parameters`. An empty ``qweight`` stays, by which LoRA finds the layer's device."""
-    for part in _PARTS:
-        parameter = layer._parameters.pop(template.format(part), None)
-        if part == "qweight" and parameter is not None:
+    for called in map(name, _PARTS):
+        parameter = layer._parameters.pop(called, None)
+        if called == "qweight" and parameter is not None:
             empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-            layer.register_parameter(template.format(part), nn.Parameter(empty, requires_grad=False))
+            layer.register_parameter(called, nn.Parameter(empty, requires_grad=False))
 
 
 def _count(param: Tensor, elements: int) -> None:

@@ -62,7 +62,7 @@ class Engine:
     """
 
     def __init__(self, log: Path, cache: Path, ranks: int = 1, **variables: str) -> None:
-        self.log, self._options = log, dict(OPTIONS)
+        self.log, self.ranks, self._options = log, ranks, dict(OPTIONS)
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if ranks == 1:
             self._options["distributed_executor_backend"] = "uni"
@@ -85,7 +85,7 @@ class Engine:
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, args=(self._process, self._answers), daemon=True).start()
 
-    def logprobs(self, folder: Path, ids: Sequence[int] | Tensor, **kwargs: Any) -> Tensor:
+    def logprobs(self, folder: Path | str, ids: Sequence[int] | Tensor, **kwargs: Any) -> Tensor:
         """[len(ids) - 1, vocabulary] log-probabilities of the token after each prefix of the prompt."""
         rows = self.run(folder, [ids], logprobs=True, **kwargs)[0]["logprobs"]
         return torch.tensor(rows)
@@ -94,18 +94,23 @@ class Engine:
         """Greedy continuations."""
         return [output["tokens"] for output in self.run(folder, prompts, max_tokens=count, **kwargs)]
 
+    def pooled(self, folder: Path, ids: Sequence[int] | Tensor, task: str, **kwargs: Any) -> Tensor:
+        """What ``LLM(runner="pooling")`` makes of a prompt: ``task`` is "embed" or "classify"."""
+        return torch.tensor(self.run(folder, [ids], pooling=task, runner="pooling", **kwargs)[0]["pooled"])
+
     def run(
         self,
-        folder: Path,
+        folder: Path | str,
         prompts: Sequence[Any],
         max_tokens: int = 1,
         logprobs: bool = False,
         lora: Path | None = None,
+        pooling: str | None = None,
         reload: dict[str, Any] | None = None,
         seconds: float = 800,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Load ``folder`` unless it is, and run ``prompts`` through it.
+        """Load ``folder``, or what has this name in a hub, unless it is, and run ``prompts`` through it.
 
         Raises:
             EngineError: with the root cause, if vLLM refuses.
@@ -117,6 +122,7 @@ class Engine:
             "max_tokens": max_tokens,
             "logprobs": logprobs,
             "lora": None if lora is None else str(lora),
+            "pooling": pooling,
         }
         if reload is not None:
             request["reload"] = reload
@@ -134,7 +140,7 @@ class Engine:
             raise AssertionError(f"the engine's process died; {self._tail()}")
         if "error" in answer:
             raise EngineError(answer["cause"])
-        self.held, self.left = answer["held"], answer["left"]
+        self.held, self.left, self.drafted = answer["held"], answer["left"], answer["drafted"]
         return answer["outputs"]
 
     def close(self) -> None:
@@ -160,27 +166,41 @@ class Server:
     """``vllm serve FOLDER --quantization gptq``, ready to answer.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint, or its name in a hub.
         log: file for what it prints.
         cache: vLLM's folder for compiled graphs.
         arguments: more of the command line.
         seconds: to wait for it.
+        quantized: whether to ask for ``gptq``.
+        variables: environment variables.
 
     Raises:
         EngineError: it ended by itself; the message is what it printed.
     """
 
     def __init__(
-        self, folder: Path, log: Path, cache: Path, arguments: Sequence[str] = (), seconds: float = 800
+        self,
+        folder: Path | str,
+        log: Path,
+        cache: Path,
+        arguments: Sequence[str] = (),
+        seconds: float = 800,
+        quantized: bool = True,
+        **variables: str,
     ) -> None:
         self.log = log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--quantization", "gptq"]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder)]
+        command += ["--quantization", "gptq"] if quantized else []
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model", *arguments]
         self.process = subprocess.Popen(
-            command, stdout=log.open("ab"), stderr=subprocess.STDOUT, env=environment(cache), start_new_session=True
+            command,
+            stdout=log.open("ab"),
+            stderr=subprocess.STDOUT,
+            env=environment(cache, **variables),
+            start_new_session=True,
         )
         deadline = time.monotonic() + seconds
         while not self.healthy():
@@ -202,6 +222,17 @@ class Server:
                 return response.status == 200
         except OSError:
             return False
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+        """Status and text of the answer to ``body``, or of one without a body, from ``path`` (``/pause``)."""
+        data = None if body is None else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(url, data or b"", {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
 
     def close(self) -> None:
         """End the server and the processes that it started."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 import traceback
 import types
@@ -42,10 +43,12 @@ def main() -> None:
                 loaded = wanted
             if "reload" in request:
                 _reload(engine, **request["reload"])
+            before = _drafted(engine, request)
             answer: dict[str, Any] = {
                 "outputs": _run(engine, request, SamplingParams),
                 "held": _held(engine),
                 "left": left,
+                "drafted": [now - then for now, then in zip(_drafted(engine, request), before)],
             }
         except BaseException as error:
             traceback.print_exc()
@@ -59,6 +62,10 @@ def main() -> None:
 
 
 def _run(engine: Any, request: dict[str, Any], params: Any) -> list[dict[str, Any]]:
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    if task := request.get("pooling"):
+        results = engine.encode(prompts, pooling_task=task, use_tqdm=False)
+        return [{"pooled": result.outputs.data.float().tolist()} for result in results]
     lora = None
     if request.get("lora"):
         from vllm.lora.request import LoRARequest
@@ -71,9 +78,17 @@ def _run(engine: Any, request: dict[str, Any], params: Any) -> list[dict[str, An
         ignore_eos=True,
         prompt_logprobs=-1 if request["logprobs"] else None,
     )
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     results = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     return [_answer(result) for result in results]
+
+
+def _drafted(engine: Any, request: dict[str, Any]) -> list[int]:
+    """Speculative decoding so far: how many times tokens were drafted, and how many were accepted at each position."""
+    if "speculative_config" not in request["options"]:
+        return []
+    values = {metric.name: metric for metric in engine.get_metrics()}
+    drafts = values["vllm:spec_decode_num_drafts"].value
+    return [drafts, *values["vllm:spec_decode_num_accepted_tokens_per_pos"].values]
 
 
 _FOLLOWED = ("gptq_", "torch.nn", "vllm.model_executor")
@@ -84,13 +99,28 @@ def _model(engine: Any) -> Any:
     return engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
 
-def _reload(engine: Any, path: str | None) -> None:
-    """Load the weights again, after making all that are quantized zero where they can be reached."""
+def _reload(engine: Any, path: str | None, aborted: tuple[str, ...] = (), repaired: str | None = None) -> None:
+    """Load the weights again, after making all that are quantized zero where they can be reached.
+
+    Args:
+        aborted: folders that are tried before, each of which fails.
+        repaired: a folder that is moved to ``path`` after that.
+    """
     if engine.llm_engine.vllm_config.parallel_config.world_size == 1:
         for weight in _weights(engine):
             for name, tensor in weight.named_parameters():
                 if name.endswith("scales"):
                     tensor.data.zero_()
+    for folder in aborted:
+        try:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        except Exception:
+            traceback.print_exc()
+        else:
+            raise AssertionError(f"{folder} was loaded")
+    if path is not None and repaired is not None:
+        shutil.rmtree(path)
+        shutil.move(repaired, path)
     engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
     engine.reset_prefix_cache()
 

@@ -15,6 +15,8 @@ from gptq_backend import QuantizedWeight
 from gptq_backend.kernels import Grouped, cpu, reference
 from gptq_backend.kernels import table as kernels
 from gptq_backend.kernels.experts import Routing
+from gptq_vllm.expert_activation import activate, supported
+from gptq_vllm.expert_shards import FirstProduct
 from gptq_vllm.experts import Experts
 from gptq_vllm.fused_weight import QuantizedSegment
 from gptq_vllm.pieces import DensePiece
@@ -83,3 +85,36 @@ def test_a_dense_expert_is_lost() -> None:
     experts = Experts([[piece(hubs[0])], [DensePiece(dense)], [piece(hubs[1])]], torch.float32, None, "down")
     assert experts.each is not None
     check(experts, [hubs[0].dequantize(), dense, hubs[1].dequantize()])
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("alternating", [False, True])
+@pytest.mark.parametrize("stored", [["w1", "w3"], ["w13"]])
+def test_the_ranks_channels_of_gate_and_up_are_mixed_up(stored: list[str], alternating: bool, halves: bool) -> None:
+    gate, up = torch.arange(6), torch.arange(6) + 100
+    both = torch.stack([gate, up], -1).flatten() if alternating else torch.cat([gate, up])
+    apart = both.chunk(2) if halves else (gate, up)
+    layers = {"w1": apart[0], "w3": apart[1], "w13": both}
+    for first in (0, 3):
+        product = FirstProduct(True, alternating, 6, first, 3)
+        found = torch.cat([layers[shard][product.rows(shard, halves)] for shard in stored])
+        order = product.order(stored, halves)
+        found = found if order is None else found[order]
+        mine = [part[first : first + 3] for part in (gate, up)]
+        assert torch.equal(found, torch.stack(mine, -1).flatten() if alternating else torch.cat(mine))
+
+
+def test_no_activation_needs_an_operator_that_only_gpus_have() -> None:
+    from gptq_vllm.compat import ApplyMoEActivationConfig, MoEActivation
+
+    hidden = torch.randn(3, 8) * 5
+    gate, up = hidden.chunk(2, -1)
+    config = ApplyMoEActivationConfig(clamp_limit=2.0, alpha=1.5, beta=0.5)
+    limited = gate.clamp(max=2), up.clamp(-2, 2)
+    expected = {
+        MoEActivation.SILU: torch.nn.functional.silu(limited[0]) * limited[1],
+        MoEActivation.SWIGLUOAI_UNINTERLEAVE: limited[0] * torch.sigmoid(1.5 * limited[0]) * (limited[1] + 0.5),
+    }
+    for activation, value in expected.items():
+        torch.testing.assert_close(activate(activation, hidden.clone(), config), value)
+    assert not supported(MoEActivation.SITU)

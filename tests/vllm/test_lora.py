@@ -19,7 +19,7 @@ RANK, ALPHA = 8, 16
 LAYERS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
-def _adapter(folder: Path, model: nn.Module, parents: tuple[str, ...]) -> nn.Module:
+def adapter(folder: Path, model: nn.Module, parents: tuple[str, ...]) -> nn.Module:
     """Write a random adapter for the layers of ``parents``; ``model`` with the adapter added to its weights."""
     merged, tensors = dense(model), {}
     for name, layer in merged.named_modules():
@@ -47,7 +47,7 @@ SETTINGS = {
 @pytest.mark.parametrize("case", SETTINGS)
 def test_an_adapter_adds_its_product(engine: Engine, case: str, tmp_path: Path) -> None:
     plain: Tensor = write(tmp_path / "model", tiny(), QuantizeConfig(**SETTINGS[case]))[0]
-    merged = _adapter(tmp_path / "adapter", load(tmp_path / "model"), ("self_attn", "mlp"))
+    merged = adapter(tmp_path / "adapter", load(tmp_path / "model"), ("self_attn", "mlp"))
     expected = logits(merged)[0]
     options = {"enable_lora": True, "max_lora_rank": RANK}
     found = engine.logprobs(tmp_path / "model", ids()[0], lora=tmp_path / "adapter", **options)

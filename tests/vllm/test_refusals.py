@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gptq_backend import ConfigError
 from tests.transformers.checkpoints import PEERS, rewrite
-from tests.transformers.toy_experts import quantized
 from tests.vllm.engine import Engine, EngineError
 
 LAYER = "model.layers.1.self_attn.k_proj"
@@ -111,16 +110,6 @@ def test_adapters_on_quantized_experts_are_refused(engine: Engine) -> None:
 def test_load_formats_without_a_checkpoints_tensors_are_refused_by_name(engine: Engine, load_format: str) -> None:
     with pytest.raises(EngineError, match=f"--load-format {load_format} does not load a checkpoint's own tensors"):
         engine.logprobs(PEERS / "llama-4-32-sym", [1, 2, 3], load_format=load_format)
-
-
-def test_experts_with_biases_are_refused(engine: Engine, tmp_path: Path) -> None:
-    quantized("gpt_oss", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    yarn = {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
-    config["rope_parameters"] |= yarn  # vLLM knows no other gpt-oss
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(EngineError, match="quantized experts with biases, as gpt-oss has them, are not supported"):
-        engine.logprobs(tmp_path, [3, 4, 5], max_model_len=64)
 
 
 @pytest.mark.slow

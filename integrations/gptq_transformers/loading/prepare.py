@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from gptq_backend.format import (
     TGI_TENSORS,
     Manifest,
     StoredSpec,
+    by_gptqmodel,
     layer_names,
     quantized_modules,
     renamed,
@@ -79,7 +80,7 @@ def prepare_model(
             "quantization_config from it, or fetch the quantized weights"
         )
     layers = layer_names(manifest)
-    replace_fused_experts(model, layers, quantized, halves=_by_gptqmodel(config))
+    replace_fused_experts(model, layers, quantized, halves=by_gptqmodel(config))
     split_layers(model, layers)
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
@@ -152,14 +153,6 @@ def follow_renaming(model: Any, plan: LoadPlan) -> list[Any]:
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     bare = {own.removeprefix(prefix): wanted.removeprefix(prefix) for own, wanted in plan.renaming.items()}
     return [ExpertRenaming({prefix + own: prefix + wanted for own, wanted in bare.items()} | bare | plan.renaming)]
-
-
-def _by_gptqmodel(config: QuantizeConfig) -> bool:
-    """Whether GPTQModel says that it made the checkpoint."""
-    meta = config.extra.get("meta")
-    makers = meta.get("quantizer") if isinstance(meta, Mapping) else None
-    makers = makers if isinstance(makers, list | tuple) else [makers]
-    return any(str(maker).partition(":")[0].lower() == "gptqmodel" for maker in makers)
 
 
 def _other_modules(
