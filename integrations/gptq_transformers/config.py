@@ -12,6 +12,7 @@ import torch
 from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
+from gptq_autoload.stock_config import LOADING
 from gptq_backend import KERNELS, ConfigError, QuantizeConfig, WeightSpec
 from gptq_backend.dialects import ALIASES
 
@@ -25,8 +26,7 @@ _FOREIGN_BACKENDS = frozenset([
     "torch_aten", "torch_fused", "torch_int8", "triton", "trainable", "vllm",
 ])  # fmt: skip
 # How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
-_LOADING = ("backend", "fuse", "quantize_head")
-_NOT_STORED = (*_LOADING, "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
+_NOT_STORED = (*LOADING, "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
 # What a run of quantizing needs and a reader of its result does not.
 _RUN = (
     "batch_size", "block_name_to_quantize", "cache_block_outputs", "model_seqlen", "module_name_preceding_first_block",
@@ -109,11 +109,6 @@ class GPTQConfig(StockGPTQConfig):
         adopted = cls(**copy.deepcopy(values))
         adopted.tokenizer = config.tokenizer
         return adopted
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What ``from_pretrained`` takes from the caller's config, where the checkpoint has one of its own."""
-        chosen = {key: getattr(self, key) for key in _LOADING if getattr(self, key) is not None}
-        return super().get_loading_attributes() | chosen
 
     def require_run(self) -> None:
         """Refuse what an unquantized model cannot be quantized with, before it is loaded.
