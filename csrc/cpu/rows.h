@@ -7,10 +7,11 @@ namespace gptq {
 
 // y = (x - mean) / deviation * (weight + offset) + bias. Not centered: the mean is taken as 0 (RMSNorm).
 struct Norm {
-    const void *weight, *bias;  // [n] of dtype, or null: 1 and 0
+    const void *weight, *bias;  // [size] of dtype, or null: 1 and 0
     Dtype dtype;
     float eps, offset;
     bool centered;
+    int size;  // 0: any
 };
 
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
@@ -41,7 +42,7 @@ struct Attention {
     // Null: row t sees positions up to length - rows + t. Else bytes (0: hidden) or floats of dtype that are added.
     const void* mask;
     bool mask_is_bool;
-    int64_t mask_strides[3];  // of batch, head, row
+    int64_t mask_strides[2];  // of batch, row
     float scale, softcap;  // softcap * tanh(score / softcap), unless 0
 };
 
