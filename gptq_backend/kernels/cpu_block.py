@@ -52,7 +52,9 @@ class Norm:
         size = tensors[0].numel() if tensors else 0
         codes = [_vector_code(each, size, "a norm's weight or bias") for each in tensors] or [0]
         if codes[0] != codes[-1]:
-            raise ValueError(f"a norm's weight is {tensors[0].dtype} and its bias {tensors[-1].dtype}; expected one dtype")
+            raise ValueError(
+                f"a norm's weight is {tensors[0].dtype} and its bias {tensors[-1].dtype}; expected one dtype"
+            )
         return _cpu.Norm(
             _address(self.weight), _address(self.bias), codes[0], self.eps, self.offset, self.centered, size
         )
@@ -280,7 +282,8 @@ def attend(
         )
     if not (keys.dtype == values.dtype == q.dtype and keys.is_cpu and values.is_cpu):
         raise ValueError(
-            f"keys are {_describe(keys)} and values {_describe(values)}; expected the dtype and device of q, {_describe(q)}"
+            f"keys are {_describe(keys)} and values {_describe(values)}; expected the dtype and device of q, "
+            f"{_describe(q)}"
         )
     if not strides[0][3] == strides[1][3] == strides[2][3] == 1:
         raise ValueError(f"q, keys and values have strides {strides}; expected channels side by side (the last is 1)")
@@ -308,7 +311,7 @@ def attend(
     return out
 
 
-# -- checks: what is wrong here would be read past its end --------------------------------------------------------------
+# -- checks: what is wrong here would be read past its end ------------------------------------------------------------
 
 
 def _describe(tensor: Tensor | None) -> str:
