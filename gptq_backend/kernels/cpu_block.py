@@ -167,9 +167,9 @@ class Tail:
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         """x: [..., o's K]; residual: [..., hidden] of the same dtype -> [..., hidden]."""
-        width = self._width
+        width, inner = self._width, self._in_features
         code = _code(residual, width, "residual")
-        if _code(x, self._in_features, "x") != code or x.shape[:-1] != residual.shape[:-1]:
+        if _code(x, inner, "x") != code or x.numel() * width != residual.numel() * inner:
             raise ValueError(
                 f"x is {_describe(x)} and residual {_describe(residual)}; expected as many rows of the same dtype"
             )
@@ -207,20 +207,21 @@ def rotate_(
     Raises:
         ValueError: a tensor has another dtype, device, shape or layout.
     """
-    *lengths, width = x.shape
+    width = x.size(-1) if x.dim() else 1
     dtype = _code(x, width, "x")
     rows = x.numel() // width if width else 0
     dims, positions, code = 0, 1, 0
     if cos is not None:
-        dims = cos.shape[-1]
+        dims = cos.size(-1) if cos.dim() else 1
         code = _code(cos, dims, "cos")
         positions = cos.numel() // dims if dims else 0
         if (
             sin is None
-            or sin.shape != cos.shape
             or sin.dtype != cos.dtype
+            or sin.numel() != cos.numel()
+            or sin.size(-1) != dims
             or not (sin.is_cpu and sin.is_contiguous() and cos.is_contiguous())
-            or positions not in (rows, *lengths[-1:])
+            or (positions != rows and (x.dim() < 2 or positions != x.size(-2)))
         ):
             raise ValueError(
                 f"cos is {_describe(cos)} and sin {_describe(sin)}; expected both contiguous, alike, and with the "
@@ -323,7 +324,7 @@ def _describe(tensor: Tensor | None) -> str:
 def _code(x: Tensor, width: int, name: str) -> int:
     """The code of its dtype, if rows of ``width`` can be read."""
     code = DTYPE_CODES.get(x.dtype)
-    if code is None or not x.is_cpu or x.shape[-1:] != (width,):
+    if code is None or not x.is_cpu or not x.dim() or x.size(-1) != width:
         raise ValueError(
             f"{name} is {_describe(x)}; expected float32, bfloat16 or float16 with a last dimension of {width} on cpu"
         )
@@ -357,21 +358,22 @@ def _check_tail(parts: TailParts) -> None:
 def _mask_strides(mask: Tensor, q: Tensor, length: int) -> tuple[int, int]:
     """Of batch and row."""
     batch, rows = q.shape[:2]
+    shape, strides = mask.shape, mask.stride()
     if (
-        mask.dim() != 4
+        len(shape) != 4
         or mask.dtype not in (torch.bool, q.dtype)
         or not mask.is_cpu
-        or mask.shape[0] not in (1, batch)
-        or mask.shape[1] != 1
-        or mask.shape[2] not in (1, rows)
-        or mask.shape[3] < length
-        or mask.stride(3) != 1
+        or shape[0] not in (1, batch)
+        or shape[1] != 1
+        or shape[2] not in (1, rows)
+        or shape[3] < length
+        or strides[3] != 1
     ):
         raise ValueError(
-            f"the mask is {_describe(mask)} with strides {mask.stride()}; expected bool or {q.dtype} "
+            f"the mask is {_describe(mask)} with strides {strides}; expected bool or {q.dtype} "
             f"[1 or {batch}, 1, 1 or {rows}, >= {length}] with positions side by side, on cpu"
         )
-    return mask.stride(0) if batch > 1 and mask.shape[0] > 1 else 0, mask.stride(2) if mask.shape[2] > 1 else 0
+    return strides[0] if shape[0] > 1 else 0, strides[2] if shape[2] > 1 else 0
 
 
 def _address(tensor: Tensor | None) -> int:
