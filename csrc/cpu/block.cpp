@@ -65,8 +65,8 @@ void add(const Norm* norm, float factor, const Rows& shape, const void* residual
     });
 }
 
-void multiply(const Rows& shape, const void* x, const std::vector<const Linear*>& weights,
-              const std::vector<void*>& ys, int threads) {
+void multiply(const Rows& shape, const void* x, const std::vector<const Linear*>& weights, const std::vector<void*>& ys,
+              int threads) {
     std::vector<Call> calls;
     for (size_t i = 0; i < weights.size(); ++i) {
         const Linear& linear = *weights[i];

@@ -60,8 +60,8 @@ void rotate_rows(int dtype, int rows, int width, uintptr_t x, int heads, const N
     check_size(norm, width / heads);
     if (dims % 2 || dims > width / heads) refuse("dims of cos", dims, "an even number up to", width / heads);
     check_head("dims of cos", dims);
-    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, Pairs(pairs)}, positions, at<void>(cos),
-           at<void>(sin), at<void>(x), threads);
+    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, Pairs(pairs)}, positions,
+           at<void>(cos), at<void>(sin), at<void>(x), threads);
 }
 
 using Strides = std::array<int64_t, 4>;  // the last is 1
@@ -73,8 +73,8 @@ void copy(const Strides& from, int64_t (&to)[N]) {
 
 void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const Strides& q_strides, uintptr_t keys,
                  const Strides& k_strides, uintptr_t values, const Strides& v_strides, uintptr_t mask,
-                 bool mask_is_bool, const std::array<int64_t, 2>& mask_strides, float scale, float softcap, uintptr_t out,
-                 int threads) {
+                 bool mask_is_bool, const std::array<int64_t, 2>& mask_strides, float scale, float softcap,
+                 uintptr_t out, int threads) {
     Attention a{};
     a.q = at<void>(q), a.keys = at<void>(keys), a.values = at<void>(values), a.out = at<void>(out);
     a.dtype = Dtype(dtype);
@@ -86,7 +86,8 @@ void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const 
     std::copy_n(mask_strides.begin(), 2, a.mask_strides);
     a.mask = at<void>(mask), a.mask_is_bool = mask_is_bool;
     a.scale = scale, a.softcap = softcap;
-    if (a.kv_heads <= 0 || a.heads % a.kv_heads) refuse("heads of q", a.heads, "a multiple of those of keys,", a.kv_heads);
+    if (a.kv_heads <= 0 || a.heads % a.kv_heads)
+        refuse("heads of q", a.heads, "a multiple of those of keys,", a.kv_heads);
     check_head("the head size of q", a.head_dim);
     check_head("the head size of values", a.value_dim);
     attend(a, threads);

@@ -130,7 +130,8 @@ bool same(const int32_t* a, const int32_t* b, size_t count) {
 bool share_activations(const Call& a, const Call& b) {
     const Weight &v = a.weight, &w = b.weight;
     return a.x == b.x && a.x_rows == b.x_rows && a.rows == b.rows && a.dtype == b.dtype && a.a8 == b.a8 &&
-           (!a.a8 || v.bits == w.bits) && v.in_features == w.in_features && v.slots == w.slots && v.n_blocks == w.n_blocks && same(v.blocks, w.blocks, size_t(v.n_blocks) * 3) &&
+           (!a.a8 || v.bits == w.bits) && v.in_features == w.in_features && v.slots == w.slots &&
+           v.n_blocks == w.n_blocks && same(v.blocks, w.blocks, size_t(v.n_blocks) * 3) &&
            same(v.perm, w.perm, v.slots);
 }
 

@@ -27,7 +27,7 @@ struct Rotary {
     Pairs pairs;
 };
 
-constexpr int kMaxHead = 512;   // channels of a head
+constexpr int kMaxHead = 512;    // channels of a head
 constexpr int kHeadsAtOnce = 4;  // that share keys and are computed together
 
 // softmax(q @ k.T * scale + mask) @ v of a few query rows per sequence.
@@ -43,13 +43,13 @@ struct Attention {
     const void* mask;
     bool mask_is_bool;
     int64_t mask_strides[2];  // of batch, row
-    float scale, softcap;  // softcap * tanh(score / softcap), unless 0
+    float scale, softcap;     // softcap * tanh(score / softcap), unless 0
 };
 
 // The part of a level that is not products. x, y: one row.
 struct RowKernels {
     void (*normalize)(const Norm&, Dtype, const void* x, void* y, int n);
-    void (*add)(Dtype, const void* a, const void* b, float factor, void* y, int n);  // a + factor * b
+    void (*add)(Dtype, const void* a, const void* b, float factor, void* y, int n);         // a + factor * b
     void (*activate)(Activation, Dtype, const void* gate, const void* up, void* y, int n);  // up may be null
     void (*rotate)(const Rotary&, Dtype, const void* cos, const void* sin, void* head);
     // Heads [head, head + count) of one row; they have the same keys, and count is at most kHeadsAtOnce.

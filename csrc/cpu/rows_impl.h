@@ -187,7 +187,7 @@ void rotate(const Rotary& rotary, Dtype dtype, const void* cos, const void* sin,
     from_float<Isa>(dtype, y, head, n);
 }
 
-// -- attention ---------------------------------------------------------------------------------------------------------
+// -- attention -------------------------------------------------------------------------------------------------------
 
 constexpr int kPositions = 64;  // that are looked at between two corrections of the running maximum
 // Scores up to this one are not seen: below them are -infinity, and the least number that dtypes other than fp16 hold.
@@ -255,7 +255,9 @@ GPTQ_INLINE void soften(Heads& h, int g, int count, int width) {
         h.total[g] *= correction;
         h.largest[g] = largest;
     }
-    for (int p = 0; p < count; ++p) scores[p] = scores[p] <= kHidden ? 0.0f : exponential(scores[p] - largest);  // NaN stays
+    for (int p = 0; p < count; ++p) {  // NaN stays
+        scores[p] = scores[p] <= kHidden ? 0.0f : exponential(scores[p] - largest);
+    }
     for (int p = 0; p < count; ++p) h.total[g] += scores[p];
 }
 

@@ -9,7 +9,7 @@ namespace gptq {
 namespace {
 
 constexpr double kLong = 2e-4;              // seconds; a barrier takes 1e-6, a time slice of the system 1e-3 to 1e-2
-constexpr double kFirst = 0.02, kMost = 1;  // seconds until more threads are tried
+constexpr double kFirst = 0.01, kMost = 1;  // seconds until more threads are tried
 
 std::atomic<int> limit{INT_MAX};  // of threads
 
@@ -40,10 +40,13 @@ int team_size(int threads) {
 
 Watch::~Watch() {
     const double now = omp_get_wtime(), total = now - start_;
-    waited_ += now - since_;
-    // Half as many threads need twice the time that was not waited, so they pay only if more than half was. One or two
-    // tasks are what threads wait for each other anyway.
-    if (waited_ < kLong || waited_ < 0.5 * total || !done_ || waited_ < 2 * (total - waited_) / done_) return;
+    const double put_aside = std::max(0.0, since_ - start_ - waited_ - busy_);
+    const double waited = waited_ + (now - since_);
+    // For one or two tasks threads wait for each other anyway.
+    const bool uneven = !done_ || waited < 2 * (total - waited) / done_;
+    const double lost = put_aside + (uneven ? 0 : waited);
+    // Half as many threads need twice the time that was not lost, so they pay only if more than half was.
+    if (lost < kLong || lost < 0.5 * total) return;
     const std::unique_lock<std::mutex> lock(in_use, std::try_to_lock);
     // Of several regions at a time the first that waited is heard.
     if (!lock || team_ > limit.load(std::memory_order_relaxed)) return;

@@ -27,6 +27,8 @@ def why_not(weight: PreparedWeight, bias: Tensor | None = None) -> str | None:
     """``None``, or why these calls cannot multiply by ``weight``."""
     if _cpu is None or weight.kernel not in (KERNEL, W4A8):
         return f"the kernel {weight.kernel.name} serves it"
+    if not weight.tensors["qweight"].is_cpu:
+        return f"its tensors are on {weight.tensors['qweight'].device}"
     if bias is not None and bias.dtype not in DTYPE_CODES:
         return f"its bias is {bias.dtype}"
     return None
