@@ -27,10 +27,10 @@ char* row_of(void* x, const Rows& shape, int64_t row) {
     return static_cast<char*>(x) + row * shape.width * size_of(shape.dtype);
 }
 
-// Calls each(i) for i < count, on several threads if the `elements` that all touch are worth it.
+// Calls each(i) for i < count, on several threads if the `elements` that all touch are worth it. `each` does not throw.
 template <class Each>
 void share(int count, int64_t elements, int threads, Each each) {
-    const int team = elements < kSerialElements ? 1 : team_size(std::min(threads, count));
+    const int team = count == 1 || elements < kSerialElements ? 1 : team_size(threads);
     if (team <= 1) {
         for (int i = 0; i < count; ++i) each(i);
         return;
@@ -38,29 +38,35 @@ void share(int count, int64_t elements, int threads, Each each) {
     Watch watch(team);
 #pragma omp parallel num_threads(team)
     {
+        int done = 0;
 #pragma omp for schedule(dynamic) nowait
-        for (int i = 0; i < count; ++i) each(i);
-        watch.wait();
+        for (int i = 0; i < count; ++i) {
+            each(i);
+            ++done;
+        }
+        watch.end(done);
     }
 }
 
 void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int threads) {
+    const RowKernels& rows = *level().rows;
     share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
-        level().rows->normalize(norm, shape.dtype, row_of(x, shape, row), row_of(y, shape, row), shape.width);
+        rows.normalize(norm, shape.dtype, row_of(x, shape, row), row_of(y, shape, row), shape.width);
     });
 }
 
 // y = residual + factor * norm(x)
 void add(const Norm* norm, float factor, const Rows& shape, const void* residual, void* x, void* y, int threads) {
+    const RowKernels& rows = *level().rows;
     share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
         char* const from = row_of(x, shape, row);
-        if (norm) level().rows->normalize(*norm, shape.dtype, from, from, shape.width);
-        level().rows->add(shape.dtype, row_of(residual, shape, row), from, factor, row_of(y, shape, row), shape.width);
+        if (norm) rows.normalize(*norm, shape.dtype, from, from, shape.width);
+        rows.add(shape.dtype, row_of(residual, shape, row), from, factor, row_of(y, shape, row), shape.width);
     });
 }
 
-void multiply(const Rows& shape, const void* x, const std::vector<const Linear*>& weights,
-              const std::vector<void*>& ys, int threads) {
+void multiply(const Rows& shape, const void* x, const std::vector<const Linear*>& weights, const std::vector<void*>& ys,
+              int threads) {
     std::vector<Call> calls;
     for (size_t i = 0; i < weights.size(); ++i) {
         const Linear& linear = *weights[i];
@@ -108,14 +114,14 @@ void rotate(const Rows& shape, int heads, const Norm* norm, const Rotary& rotary
             const void* sin, void* x, int threads) {
     const int head_dim = shape.width / heads;
     const Rows angles = {rotary.dtype, 0, rotary.dims};
+    const RowKernels& rows = *level().rows;
     share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
-        const RowKernels& rows = *level().rows;
         const void* const c = row_of(cos, angles, row % positions);
         const void* const s = row_of(sin, angles, row % positions);
         for (int i = 0; i < heads; ++i) {
             char* const head = row_of(x, shape, row) + int64_t(i) * head_dim * size_of(shape.dtype);
             if (norm) rows.normalize(*norm, shape.dtype, head, head, head_dim);
-            rows.rotate(rotary, shape.dtype, c, s, head);
+            if (rotary.dims) rows.rotate(rotary, shape.dtype, c, s, head);
         }
     });
 }
@@ -123,15 +129,17 @@ void rotate(const Rows& shape, int heads, const Norm* norm, const Rotary& rotary
 void attend(const Attention& a, int threads) {
     const int group = a.heads / a.kv_heads, parts = (group + kHeadsAtOnce - 1) / kHeadsAtOnce;
     const int64_t elements = int64_t(a.batch) * a.rows * a.heads * a.length * (a.head_dim + a.value_dim);
+    const RowKernels& rows = *level().rows;
     share(a.batch * a.rows * a.kv_heads * parts, elements, threads, [&](int i) {
         const int part = i % parts, kv = i / parts % a.kv_heads, row = i / parts / a.kv_heads;
         const int head = part * kHeadsAtOnce, count = std::min(kHeadsAtOnce, group - head);
-        level().rows->attend(a, row / a.rows, row % a.rows, kv * group + head, count);
+        rows.attend(a, row / a.rows, row % a.rows, kv * group + head, count);
     });
 }
 
 void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
     const int inner = t.down->weight.in_features;
+    const RowKernels& rows = *level().rows;
     for (int first = 0; first < whole.rows; first += kRowsAtATime) {
         const Rows some = {whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width};
         const Rows attended = {whole.dtype, some.rows, t.o->weight.in_features};
@@ -158,7 +166,7 @@ void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* r
             char* const from = row_of(gate, outputs, row);
             const void* factor = up ? row_of(up, outputs, row) : nullptr;
             if (joined) factor = from + int64_t(inner) * size_of(whole.dtype);
-            level().rows->activate(t.activation, whole.dtype, from, factor, row_of(activated, middle, row), inner);
+            rows.activate(t.activation, whole.dtype, from, factor, row_of(activated, middle, row), inner);
         });
         multiply(middle, activated, {t.down}, {wide}, threads);
         add(t.after_mlp, t.factor, some, h, wide, h, threads);

@@ -1,9 +1,11 @@
-// Python bindings of block.h. Tensors arrive as addresses and sizes; gptq_backend/kernels/cpu_block.py owns the checks.
+// Python bindings of block.h. Tensors arrive as addresses and sizes. gptq_backend/kernels/cpu_block.py checks the
+// tensors; numbers are checked here, where it costs nothing. std::invalid_argument becomes a ValueError.
 #include "block_module.h"
 
 #include <pybind11/stl.h>
 
-#include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "block.h"
 
@@ -27,12 +29,26 @@ Linear linear(uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zer
             a8};
 }
 
-Norm norm(uintptr_t weight, uintptr_t bias, int dtype, float eps, float offset, bool centered) {
-    return {at<void>(weight), at<void>(bias), Dtype(dtype), eps, offset, centered};
+Norm norm(uintptr_t weight, uintptr_t bias, int dtype, float eps, float offset, bool centered, int size) {
+    return {at<void>(weight), at<void>(bias), Dtype(dtype), eps, offset, centered, size};
+}
+
+[[noreturn]] void refuse(const char* what, int found, const char* expected, int limit) {
+    throw std::invalid_argument(std::string(what) + " is " + std::to_string(found) + "; expected " + expected + " " +
+                                std::to_string(limit));
+}
+
+void check_size(const Norm* norm, int size) {
+    if (norm && norm->size && norm->size != size) refuse("the size of a norm", norm->size, "that of its input,", size);
+}
+
+void check_head(const char* what, int channels) {
+    if (channels > kMaxHead) refuse(what, channels, "at most", kMaxHead);
 }
 
 void project_rows(int dtype, int rows, int width, uintptr_t x, const Norm* norm,
                   const std::vector<const Linear*>& weights, const std::vector<uintptr_t>& ys, int threads) {
+    check_size(norm, width);
     std::vector<void*> to;
     for (uintptr_t y : ys) to.push_back(at<void>(y));
     project({Dtype(dtype), rows, width}, at<void>(x), norm, weights, to, threads);
@@ -40,20 +56,25 @@ void project_rows(int dtype, int rows, int width, uintptr_t x, const Norm* norm,
 
 void rotate_rows(int dtype, int rows, int width, uintptr_t x, int heads, const Norm* norm, int angles_dtype, int dims,
                  int pairs, int positions, uintptr_t cos, uintptr_t sin, int threads) {
-    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, Pairs(pairs)}, positions, at<void>(cos),
-           at<void>(sin), at<void>(x), threads);
+    if (heads <= 0 || width % heads) refuse("the number of heads", heads, "a divisor of", width);
+    check_size(norm, width / heads);
+    if (dims % 2 || dims > width / heads) refuse("dims of cos", dims, "an even number up to", width / heads);
+    check_head("dims of cos", dims);
+    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, Pairs(pairs)}, positions,
+           at<void>(cos), at<void>(sin), at<void>(x), threads);
 }
 
-using Strides = std::array<int64_t, 3>;
+using Strides = std::array<int64_t, 4>;  // the last is 1
 
-void copy(const Strides& from, int64_t* to) {
-    std::copy(from.begin(), from.end(), to);
+template <size_t N>
+void copy(const Strides& from, int64_t (&to)[N]) {
+    std::copy_n(from.begin(), N, to);
 }
 
 void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const Strides& q_strides, uintptr_t keys,
                  const Strides& k_strides, uintptr_t values, const Strides& v_strides, uintptr_t mask,
-                 bool mask_is_bool, const Strides& mask_strides, float scale, float softcap, uintptr_t out,
-                 int threads) {
+                 bool mask_is_bool, const std::array<int64_t, 2>& mask_strides, float scale, float softcap,
+                 uintptr_t out, int threads) {
     Attention a{};
     a.q = at<void>(q), a.keys = at<void>(keys), a.values = at<void>(values), a.out = at<void>(out);
     a.dtype = Dtype(dtype);
@@ -62,9 +83,13 @@ void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const 
     copy(q_strides, a.q_strides);
     copy(k_strides, a.k_strides);
     copy(v_strides, a.v_strides);
-    copy(mask_strides, a.mask_strides);
+    std::copy_n(mask_strides.begin(), 2, a.mask_strides);
     a.mask = at<void>(mask), a.mask_is_bool = mask_is_bool;
     a.scale = scale, a.softcap = softcap;
+    if (a.kv_heads <= 0 || a.heads % a.kv_heads)
+        refuse("heads of q", a.heads, "a multiple of those of keys,", a.kv_heads);
+    check_head("the head size of q", a.head_dim);
+    check_head("the head size of values", a.value_dim);
     attend(a, threads);
 }
 

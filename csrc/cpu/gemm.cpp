@@ -112,9 +112,13 @@ void multiply_all(const std::vector<Call>& calls, int threads) {
 #pragma omp barrier
             watch.go_on();
         }
+        int done = 0;
 #pragma omp for schedule(dynamic) nowait
-        for (int task = 0; task < tasks; ++task) multiply(task);
-        watch.wait();
+        for (int task = 0; task < tasks; ++task) {
+            multiply(task);
+            ++done;
+        }
+        watch.end(done);
     }
 }
 
@@ -125,8 +129,9 @@ bool same(const int32_t* a, const int32_t* b, size_t count) {
 // Whether one weight meets the integers that were made for the other.
 bool share_activations(const Call& a, const Call& b) {
     const Weight &v = a.weight, &w = b.weight;
-    return a.x == b.x && a.x_rows == b.x_rows && a.rows == b.rows && a.a8 == b.a8 && (!a.a8 || v.bits == w.bits) &&
-           v.slots == w.slots && v.n_blocks == w.n_blocks && same(v.blocks, w.blocks, size_t(v.n_blocks) * 3) &&
+    return a.x == b.x && a.x_rows == b.x_rows && a.rows == b.rows && a.dtype == b.dtype && a.a8 == b.a8 &&
+           (!a.a8 || v.bits == w.bits) && v.in_features == w.in_features && v.slots == w.slots &&
+           v.n_blocks == w.n_blocks && same(v.blocks, w.blocks, size_t(v.n_blocks) * 3) &&
            same(v.perm, w.perm, v.slots);
 }
 

@@ -7,10 +7,11 @@ namespace gptq {
 
 // y = (x - mean) / deviation * (weight + offset) + bias. Not centered: the mean is taken as 0 (RMSNorm).
 struct Norm {
-    const void *weight, *bias;  // [n] of dtype, or null: 1 and 0
+    const void *weight, *bias;  // [size] of dtype, or null: 1 and 0
     Dtype dtype;
     float eps, offset;
     bool centered;
+    int size;  // 0: any
 };
 
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
@@ -26,7 +27,7 @@ struct Rotary {
     Pairs pairs;
 };
 
-constexpr int kMaxHead = 512;   // channels of a head
+constexpr int kMaxHead = 512;    // channels of a head
 constexpr int kHeadsAtOnce = 4;  // that share keys and are computed together
 
 // softmax(q @ k.T * scale + mask) @ v of a few query rows per sequence.
@@ -41,14 +42,14 @@ struct Attention {
     // Null: row t sees positions up to length - rows + t. Else bytes (0: hidden) or floats of dtype that are added.
     const void* mask;
     bool mask_is_bool;
-    int64_t mask_strides[3];  // of batch, head, row
-    float scale, softcap;  // softcap * tanh(score / softcap), unless 0
+    int64_t mask_strides[2];  // of batch, row
+    float scale, softcap;     // softcap * tanh(score / softcap), unless 0
 };
 
 // The part of a level that is not products. x, y: one row.
 struct RowKernels {
     void (*normalize)(const Norm&, Dtype, const void* x, void* y, int n);
-    void (*add)(Dtype, const void* a, const void* b, float factor, void* y, int n);  // a + factor * b
+    void (*add)(Dtype, const void* a, const void* b, float factor, void* y, int n);         // a + factor * b
     void (*activate)(Activation, Dtype, const void* gate, const void* up, void* y, int n);  // up may be null
     void (*rotate)(const Rotary&, Dtype, const void* cos, const void* sin, void* head);
     // Heads [head, head + count) of one row; they have the same keys, and count is at most kHeadsAtOnce.

@@ -10,9 +10,10 @@ namespace {
 constexpr int kChunk = 512;  // floats on the stack at a time
 constexpr int kWide = 16;    // partial sums side by side
 
-// 2^(x / ln 2) by a polynomial of what is left of the integer power: 2 units in the last place.
+// 2^(x / ln 2) by a polynomial of what is left of the integer power: within 2 units in the last place, over the whole
+// range: what is too small for a float becomes 0, what is too large infinity.
 GPTQ_INLINE float exponential(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    x = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
     const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -22,7 +23,9 @@ GPTQ_INLINE float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * bits_to_float((float_to_bits(shifted) - 0x4b400000u + 127u) << 23);
+    // In two steps, because powers of 2 end before the results do.
+    const int32_t power = int32_t(float_to_bits(shifted) - 0x4b400000u), part = power >> 1;
+    return p * bits_to_float(uint32_t(part + 127) << 23) * bits_to_float(uint32_t(power - part + 127) << 23);
 }
 
 GPTQ_INLINE float sigmoid(float x) {
@@ -30,25 +33,44 @@ GPTQ_INLINE float sigmoid(float x) {
 }
 
 GPTQ_INLINE float hyperbolic_tangent(float x) {
-    return 2.0f * sigmoid(2.0f * x) - 1.0f;
+    const float a = x < 0.0f ? -x : x, square = x * x;
+    const float large = 1.0f - 2.0f / (exponential(2.0f * a) + 1.0f);
+    // Near 0 the difference above would keep no digits (the coefficients are those of Cephes).
+    float p = -5.70498872745e-3f;
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const float y = a > 0.625f ? large : p * square * a + a;
+    return x < 0.0f ? -y : y;
 }
 
-// Abramowitz and Stegun 7.1.26: within 1.5e-7.
-GPTQ_INLINE float error_function(float x) {
-    const float a = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * a);
-    float p = 1.061405429f;
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    const float y = 1.0f - p * t * exponential(-a * a);
-    return x < 0.0f ? -y : y;
+// 1 - erf(a) of a >= 0 by Numerical Recipes' erfcc: within 1.2e-7 of the result itself, however small that is.
+GPTQ_INLINE float complementary_error(float a) {
+    const float t = 1.0f / (1.0f + 0.5f * a);
+    float p = 0.17087277f;
+    p = p * t - 0.82215223f;
+    p = p * t + 1.48851587f;
+    p = p * t - 1.13520398f;
+    p = p * t + 0.27886807f;
+    p = p * t - 0.18628806f;
+    p = p * t + 0.09678418f;
+    p = p * t + 0.37409196f;
+    p = p * t + 1.00002368f;
+    p = p * t - 1.26551223f;
+    return t * exponential(p - a * a);
+}
+
+// x times the normal distribution. Of the two tails the small one is computed, so that no digits cancel.
+GPTQ_INLINE float gelu(float x) {
+    const float tail = 0.5f * complementary_error((x < 0.0f ? -x : x) * 0.707106781f);
+    return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
 template <Activation Kind>
 GPTQ_INLINE float activated(float x) {
     if constexpr (Kind == Activation::silu) return x * sigmoid(x);
-    if constexpr (Kind == Activation::gelu) return 0.5f * x * (1.0f + error_function(x * 0.707106781f));
+    if constexpr (Kind == Activation::gelu) return gelu(x);
     if constexpr (Kind == Activation::gelu_tanh) return x * sigmoid(1.595769122f * (x + 0.044715f * x * x * x));
     const float positive = x > 0.0f ? x : (x == x ? 0.0f : x);  // keeps NaN
     return Kind == Activation::relu ? positive : positive * positive;
@@ -165,9 +187,10 @@ void rotate(const Rotary& rotary, Dtype dtype, const void* cos, const void* sin,
     from_float<Isa>(dtype, y, head, n);
 }
 
-// -- attention ---------------------------------------------------------------------------------------------------------
+// -- attention -------------------------------------------------------------------------------------------------------
 
 constexpr int kPositions = 64;  // that are looked at between two corrections of the running maximum
+// Scores up to this one are not seen: below them are -infinity, and the least number that dtypes other than fp16 hold.
 constexpr float kHidden = -3.0e38f;
 
 // Of up to kHeadsAtOnce heads: what a pass over the positions keeps.
@@ -205,7 +228,7 @@ GPTQ_INLINE bool load_mask(const Attention& a, const void* mask, int first, int 
     int any = 0;
     for (int i = 0; i < count; ++i) {
         any += seen[i];
-        out[i] = seen[i] ? 0.0f : kHidden;
+        out[i] = seen[i] ? 0.0f : -__builtin_inff();
     }
     return any > 0;
 }
@@ -232,7 +255,9 @@ GPTQ_INLINE void soften(Heads& h, int g, int count, int width) {
         h.total[g] *= correction;
         h.largest[g] = largest;
     }
-    for (int p = 0; p < count; ++p) scores[p] = scores[p] <= kHidden ? 0.0f : exponential(scores[p] - largest);  // NaN stays
+    for (int p = 0; p < count; ++p) {  // NaN stays
+        scores[p] = scores[p] <= kHidden ? 0.0f : exponential(scores[p] - largest);
+    }
     for (int p = 0; p < count; ++p) h.total[g] += scores[p];
 }
 
@@ -278,7 +303,7 @@ void attend(const Attention& a, int batch, int row, int head, int heads) {
     for (int first = 0; first < end; first += kPositions) {
         const int count = end - first < kPositions ? end - first : kPositions;
         if (a.mask) {
-            const int64_t at = batch * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2];
+            const int64_t at = batch * a.mask_strides[0] + row * a.mask_strides[1];
             const void* mask = static_cast<const char*>(a.mask) + at * (a.mask_is_bool ? 1 : size);
             if (!load_mask<Isa>(a, mask, first, count, hidden)) continue;
         }
