@@ -220,14 +220,14 @@ def test_a_layer_that_computes_something_else_stays_as_it_is(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As one would whose code we take for another's."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.llama import modeling_llama
 
-    original = LlamaDecoderLayer.forward
+    original = modeling_llama.apply_rotary_pos_emb
 
-    def other(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return original(self, hidden_states, *args, **kwargs) + 0.01 * hidden_states
+    def other(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(q, k + 0.01 * q[:, :1], *args, **kwargs)
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", other)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
     with caplog.at_level(logging.INFO, "gptq_transformers"):
         model = load(folder)
     assert not fused(model)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama import modeling_llama
@@ -70,6 +71,8 @@ def test_a_patched_class_is_heard(folder: Path, name: str, monkeypatch: pytest.M
         assert heard
         assert not runs
         twin = copy.deepcopy(model)  # made from what was patched: it stays with its own code
+        assert not fused(load(folder))  # that one too, though it computes the same
+    runs.clear()
     logits(model)
     assert len(runs) == 2
     logits(twin)
@@ -95,6 +98,17 @@ def test_patched_functions_are_heard(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", telling("sdpa", sdpa_attention_forward))
     logits(load(folder), ids(1))
     assert heard.pop() == "sdpa"
+
+
+@pytest.mark.parametrize("owner", [DynamicCache, DynamicLayer, None], ids=["cache", "layer", "one cache"])
+def test_a_patched_cache_is_heard(folder: Path, owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, heard, cache = load(folder), [], DynamicCache()
+    original = (owner or cache).update
+    monkeypatch.setattr(owner or cache, "update", lambda *args: (heard.append(1), original(*args))[1])
+    with torch.no_grad():
+        for _ in range(3):
+            model(input_ids=ids(1), past_key_values=cache)
+    assert len(heard) == 6
 
 
 @pytest.mark.parametrize("path", ["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "self_attn.k_proj"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 _ROOM = "_gptq_backend_room"
+_UPDATES = DynamicCache.update, DynamicLayer.update  # whoever puts others in their place wants to be called
 
 
 class _Room:
@@ -55,7 +56,12 @@ def _plain_layer(cache: Any, index: int) -> Any:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    return layer if type(layer) is DynamicLayer and layer.get_seq_length() else None
+    if type(layer) is not DynamicLayer or not layer.get_seq_length():
+        return None
+    patched = (
+        "update" in vars(cache) or "update" in vars(layer) or (DynamicCache.update, DynamicLayer.update) != _UPDATES
+    )
+    return None if patched else layer
 
 
 def _with_room(layer: Any, count: int) -> _Room:
