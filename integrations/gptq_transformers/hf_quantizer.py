@@ -140,9 +140,7 @@ class GPTQBackendQuantizer(HfQuantizer):
         if (bits := self.quantization_config.quantize_head) is not None:
             quantize_head(model, bits)
         if self.quantization_config.fuse is not False:
-            from .fused import fuse_layers  # needs all of transformers' modeling, which may be what imports this
-
-            fuse_layers(model)
+            _fuse(model)
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -173,6 +171,13 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     allow_changes(model)
     keep_packed_names(model)
     group_experts(model)
+    _fuse(model)
+
+
+def _fuse(model: Any) -> None:
+    from .fused import fuse_layers  # needs all of transformers' modeling, which may be what imports this
+
+    fuse_layers(model)
 
 
 def _local_folder(caller: dict[str, Any]) -> Path | None:

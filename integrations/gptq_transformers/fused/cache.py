@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 _ROOM = "_gptq_backend_room"
+_UPDATES = DynamicCache.update, DynamicLayer.update  # whoever puts others in their place wants to be called
 
 
-class _Room(NamedTuple):
+class _Room:
     """Longer tensors [B, KV, capacity, D], of whose begin the cache's keys and values are views."""
 
-    keys: Tensor
-    values: Tensor
-    views: tuple[Tensor, Tensor]  # that the cache was given last: any others are not ours to append to
+    def __init__(self, keys: Tensor, values: Tensor, views: tuple[Tensor, Tensor]) -> None:
+        self.keys, self.values = keys, values
+        # Those given out last; behind any others somebody has written. A shallow copy of a cache's layer sees it too.
+        self.views = views
 
 
 def append(cache: Any, keys: Tensor, values: Tensor, index: int, *more: Any) -> tuple[Tensor, Tensor]:
@@ -32,15 +34,21 @@ def append(cache: Any, keys: Tensor, values: Tensor, index: int, *more: Any) -> 
         All of them, [B, KV, S, D].
     """
     layer = _plain_layer(cache, index)
-    if layer is None or keys.shape[0] != layer.keys.shape[0] or keys.dtype != layer.keys.dtype:
+    if layer is None or not _alike(keys, layer.keys) or not _alike(values, layer.values):
         return cache.update(keys, values, index, *more)
     room = _with_room(layer, keys.shape[2])
     first, last = layer.keys.shape[2], layer.keys.shape[2] + keys.shape[2]
     room.keys[:, :, first:last] = keys
     room.values[:, :, first:last] = values
     layer.keys, layer.values = views = room.keys[:, :, :last], room.values[:, :, :last]
-    setattr(layer, _ROOM, room._replace(views=views))
+    room.views = views
+    setattr(layer, _ROOM, room)
     return views
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether they can lie in one tensor, one behind the other."""
+    return a.dtype == b.dtype and a.device == b.device and (*a.shape[:2], a.shape[3]) == (*b.shape[:2], b.shape[3])
 
 
 def _plain_layer(cache: Any, index: int) -> Any:
@@ -48,7 +56,12 @@ def _plain_layer(cache: Any, index: int) -> Any:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    return layer if type(layer) is DynamicLayer and layer.get_seq_length() else None
+    if type(layer) is not DynamicLayer or not layer.get_seq_length():
+        return None
+    patched = (
+        "update" in vars(cache) or "update" in vars(layer) or (DynamicCache.update, DynamicLayer.update) != _UPDATES
+    )
+    return None if patched else layer
 
 
 def _with_room(layer: Any, count: int) -> _Room:

@@ -90,25 +90,41 @@ def find_parts(layer: Any) -> Parts:
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if attention is None or mlp is None:
         raise NoMatch("it has no self_attn and mlp")
+    _check_code(layer)
     names = next((names for names in _NORMS if _has_norms(layer, names)), None)
     if names is None:
         raise NoMatch("its norms have other names")
+    (o,), (down,) = _linears(attention, ("o_proj",)), _linears(mlp, ("down_proj",), ("c_proj",))
+    activation = next((getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name)), None)
     parts = Parts(
-        layer,
-        attention,
-        _linears(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
-        *_linears(attention, ("o_proj",)),
-        _linears(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",), ("c_fc",)),
-        hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
-        *_linears(mlp, ("down_proj",), ("c_proj",)),
-        _activation(next((getattr(mlp, n) for n in ("act_fn", "activation_fn", "act") if hasattr(mlp, n)), None)),
-        tuple(None if name is None else getattr(layer, name) for name in names),
-        (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)),
+        layer=layer,
+        attention=attention,
+        inputs=_linears(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
+        o=o,
+        gate_up=_linears(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",), ("c_fc",)),
+        gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
+        down=down,
+        activation=_activation(activation),
+        norms=tuple(None if name is None else getattr(layer, name) for name in names),
+        head_norms=(getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)),
     )
     _check_children(parts)
+    for linear in parts.linears:
+        linear_of(linear)
     for norm in (*parts.norms, *parts.head_norms):
         norm_of(norm)
     return parts
+
+
+def _check_code(layer: nn.Module) -> None:
+    """A ``forward`` that another package put into a class wants to be called, even if it computes the same."""
+    for kind in {type(module) for module in layer.modules()}:
+        known = {"torch", "transformers", *(each.__module__.partition(".")[0] for each in kind.__mro__)}
+        function: Any = kind.forward
+        while function is not None:
+            if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] not in known:
+                raise NoMatch(f"somebody patched {kind.__name__}.forward")
+            function = getattr(function, "__wrapped__", None)
 
 
 def linear_of(layer: QuantLinear) -> Linear:
@@ -129,7 +145,7 @@ def norm_of(module: Any) -> Norm | None:
     """
     if module is None:
         return None
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     size = None if weight is None else weight.shape[0]
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
     if size is None or not isinstance(eps, float) or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -173,6 +189,9 @@ def _check_children(parts: Parts) -> None:
     """Nothing with weights may be left out."""
     known = {id(module) for module in parts.modules()}
     for parent in (parts.layer, parts.attention, parts.layer.mlp):
+        for name, tensor in (*parent._parameters.items(), *parent._buffers.items()):
+            if tensor is not None:
+                raise NoMatch(f"it has a {name} besides")
         for name, child in parent.named_children():
             if id(child) not in known and next(child.parameters(), None) is not None:
                 raise NoMatch(f"it has a {name} besides")
