@@ -74,6 +74,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "exaone_moe": {**EXPERTS, "num_shared_experts": 1},
     "cohere2_moe": EXPERTS,
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},  # its code asks for the dtype of the router's weight
     # vLLM sorts the channels of its dense q_proj and k_proj while it loads them.
     "llama4_text": {
         "num_local_experts": 4,
