@@ -148,8 +148,8 @@ def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn
 def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | None = None) -> Structure:
     """Blocks and layers of ``model`` that ``config`` selects; the blocks are those of :func:`find_blocks`.
 
-    Routers stay in 16 bits: linear layers that are direct children of a module that also has a child ``experts``. So do
-    Mamba's ``dt_proj``.
+    Routers stay in 16 bits: linear layers that are children of a module that also has a child ``experts``, or that are
+    alone in a child. So do Mamba's ``dt_proj``.
 
     Raises:
         ConfigError: no repeated blocks, no layer left to quantize, one that shares its weight with another, or settings
@@ -256,7 +256,7 @@ def _linear_elements(module: nn.Module) -> int:
 def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple[Target, ...]:
     wanted = config.modules_in_block_to_quantize
     mixtures = [module for module in block.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
-    routers = {child for module in mixtures for child in module.children() if is_linear(child)}
+    routers = {router for module in mixtures for router in _routers(module)}
     experts = {module for mixture in mixtures for module in mixture.get_submodule("experts").modules()}
     found = []
     for name, module in block.named_modules():
@@ -268,6 +268,19 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
         if layer_config is not None:
             found.append(Target(f"{block_name}.{name}", module, layer_config, may_be_idle=module in experts))
     return tuple(found)
+
+
+def _routers(mixture: nn.Module) -> Iterator[nn.Module]:
+    """Linear layers beside the experts, also one alone in a module of its own, which may read its weight.
+
+    Not if that one has as many outputs as inputs, as a shared expert has.
+    """
+    for name, child in mixture.named_children():
+        inside = [module for module in child.modules() if is_linear(module)]
+        if is_linear(child):
+            yield child
+        elif len(inside) == 1 and name != "experts" and len({*dense_weight(inside[0]).shape}) == 2:
+            yield inside[0]
 
 
 def _check_format(target: Target, config: QuantizeConfig) -> None:

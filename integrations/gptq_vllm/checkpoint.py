@@ -29,9 +29,8 @@ from gptq_backend.format import (
 
 from .compat import map_name
 
-ORDER = "g_idx"
-PARTS = ("qweight", "qzeros", "scales", ORDER)
-ORDER_OF_EXPERTS = "weight_g_idx"  # what vLLM's own methods call it in experts
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_ORDER_OF_EXPERTS = "weight_g_idx"  # what vLLM's own methods call it in experts
 _DRAFT = "draft_model."  # what vLLM puts before all names of a draft that is a model by itself
 
 
@@ -111,8 +110,8 @@ class Checkpoint:
             if (wanted := renamed(name, renaming)) != name:
                 self._stored[wanted] = self._stored.pop(name)
                 found = self._before_mappers(stored, wanted)
-            if wanted.startswith(f"{module}.") and found.endswith(f".{ORDER}"):
-                found = found.removesuffix(ORDER) + ORDER_OF_EXPERTS
+            if wanted.startswith(f"{module}.") and found.endswith(".g_idx"):
+                found = found.removesuffix("g_idx") + _ORDER_OF_EXPERTS
             if found != stored:
                 self.renamings[stored] = found
 

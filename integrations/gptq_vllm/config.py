@@ -75,6 +75,8 @@ class GPTQBackendConfig(MethodFacts):
 
     def _renamed(self, key: str) -> str:
         """What the model calls tensor ``key`` of the file. No tensor has new names in two models."""
+        for stored in self._models:
+            stored.current_reload()  # which may bring other names, and begins with a name
         tables = (stored.checkpoint.renamings for stored in self._models)
         return next((table[key] for table in tables if key in table), key)
 

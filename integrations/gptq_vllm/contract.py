@@ -99,7 +99,7 @@ ATTRIBUTES = {
     "RoutedExperts": "ckpt_gate_proj_name ckpt_up_proj_name ckpt_down_proj_name layer_name moe_config activation "
     "swiglu_alpha swiglu_beta swiglu_limit apply_router_weight_on_input expert_map expert_map_manager "
     "local_num_experts global_num_experts",
-    "FusedMoEConfig": "has_bias is_act_and_mul moe_parallel_config",
+    "FusedMoEConfig": "has_bias moe_parallel_config",
     "FusedMoEParallelConfig": "tp_rank tp_size",
     "ApplyMoEActivationConfig": "alpha beta clamp_limit",
     "MoEActivation": "is_gated",

@@ -13,7 +13,6 @@ from gptq_backend import ConfigError
 from gptq_backend.format import ExpertLayout, by_gptqmodel
 from gptq_backend.kernels import Routing
 
-from .checkpoint import ORDER, ORDER_OF_EXPERTS
 from .compat import (
     ApplyMoEActivationConfig,
     FusedMoEMethodBase,
@@ -34,10 +33,9 @@ from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, missing, remove_parameters
 
-
-def _name_of_vllm(product: str, order: str, part: str) -> str:
-    """Of the parameter that vLLM's loaders look for. order: what the g_idx is called there."""
-    return f"{product}_{order if part == ORDER else part}"
+# What vLLM's loaders look for. Most ask for our names, and some of those know a g_idx only as vLLM's own methods call
+# it, see ``place_experts``; loaders of drafts that do not ask bring the file's.
+_NAMES_OF_VLLM = ("w13_{}", "w2_{}", "w13_weight_{}", "w2_weight_{}")
 
 
 def _own_name(expert: int | str, shard: str, part: str) -> str:
@@ -123,9 +121,7 @@ class GPTQMoEMethod(FusedMoEMethodBase):
                     self._keys[name] = (local, shard)
                     self._sets.append((partial(_own_name, expert, shard), partial(self._load, name)))
         if not _loaded_whole(layer):
-            # A loader that renames layers itself, as those of some drafts do, gets the file's names.
-            order = ORDER_OF_EXPERTS if any(map(self.stored.checkpoint.parts, self._keys)) else ORDER
-            self._sets = [(partial(_name_of_vllm, product, order), self._load_of_vllm) for product in ("w13", "w2")]
+            self._sets = [(template.format, self._load_of_vllm) for template in _NAMES_OF_VLLM]
         layers = {name: ExpectedLayer(*sizes[shard]) for name, (_, shard) in self._keys.items()}
         self._placed: dict[tuple[int, str], AnyPiece | None] = {}  # None: of that layer this rank needs nothing
         self._collector = TensorCollector(self.stored, layers, self._place, self._placed.clear, len(self._sets))

@@ -191,6 +191,13 @@ def test_routers_stay_dense_and_shared_experts_do_not() -> None:
     assert sum(".experts." in name for name in found) == 4
 
 
+def test_routers_in_a_module_of_their_own_stay_dense() -> None:
+    """Hunyuan's and DBRX's: their code may ask for the dtype of the weight."""
+    mixture = SparseMlp()
+    mixture.gate = nn.ModuleDict({"wg": nn.Linear(8, 2, bias=False), "norm": nn.LayerNorm(8)})
+    assert names(Model([nn.ModuleDict({"mlp": mixture})])) == names(Model([nn.ModuleDict({"mlp": SparseMlp()})]))
+
+
 def test_attention_that_reads_its_weight_directly_is_left_alone() -> None:
     attention = nn.MultiheadAttention(8, 2)
     assert not is_linear(attention.out_proj)

@@ -74,6 +74,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "exaone_moe": {**EXPERTS, "num_shared_experts": 1},
     "cohere2_moe": EXPERTS,
+    "afmoe": {
+        **EXPERTS,
+        **TWO,
+        **SLIDING,
+        "num_dense_layers": 1,
+        "score_func": "sigmoid",
+        "route_norm": True,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},  # its code asks for the dtype of the router's weight
     # vLLM sorts the channels of its dense q_proj and k_proj while it loads them.
     "llama4_text": {
         "num_local_experts": 4,

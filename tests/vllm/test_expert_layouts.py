@@ -56,6 +56,16 @@ def test_experts_by_any_known_name_give_the_same_logprobs(
     assert distance(engine.logprobs(folder, ids()[0]), expected) < BOUND
 
 
+def test_experts_that_have_other_names_after_a_reload_are_found(
+    engine: Engine, mixtral: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    source, expected = mixtral
+    spelling = ("gate_proj", "up_proj", "down_proj")
+    other = rewritten(source, tmp_path / "other", lambda t: in_mlp(renamed(t, "{n}.{p}", spelling, "mixtral")))
+    for folder in (other, source, other):
+        assert distance(engine.logprobs(source, ids()[0], reload={"path": str(folder)}), expected) < BOUND
+
+
 @pytest.mark.parametrize("layout", ["unknown", "joined"])
 def test_experts_that_vllm_cannot_hold_are_refused(
     engine: Engine, mixtral: tuple[Path, Tensor], layout: str, tmp_path: Path

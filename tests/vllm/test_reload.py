@@ -51,10 +51,16 @@ def test_weights_of_another_folder_and_form_are_loaded(engine: Engine, name: str
     assert distance(engine, first, first, reload={"path": str(CHECKPOINTS / first)}) < 0.02
 
 
-# Where a reload stops: vLLM cannot open a file, this package refuses a tensor, or a layer is not whole.
+# Where a reload stops: vLLM cannot open a file, this package refuses the settings or a tensor, or a layer is not whole.
 def _cut_file(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     file = folder / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _spoil_settings(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    for file in ("config.json", "quantize_config.json"):
+        text = (folder / file).read_text()
+        (folder / file).write_text(text.replace('"bits": ', '"bits": 1'))
 
 
 def _spoil_groups(tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -72,7 +78,13 @@ def _lose_layer(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         del tensors[f"{name}.{part}"]
 
 
-DAMAGES = {"in a file": _cut_file, "at a tensor": _spoil_groups, "at a part": _lose_tensor, "at a layer": _lose_layer}
+DAMAGES = {
+    "in a file": _cut_file,
+    "in the settings": _spoil_settings,
+    "at a tensor": _spoil_groups,
+    "at a part": _lose_tensor,
+    "at a layer": _lose_layer,
+}
 
 
 def damaged(folder: Path, name: str, damage: str) -> Path:
