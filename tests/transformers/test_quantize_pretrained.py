@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     BatchEncoding,
     BlenderbotSmallTokenizer,
-    CTRLTokenizer,
     GPTQConfig,
     LlamaConfig,
 )
@@ -348,7 +347,7 @@ def test_a_tokenizer_that_cannot_be_made_is_one_sentence_or_no_matter(source, sa
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("kind", [BlenderbotSmallTokenizer, CTRLTokenizer])
+@pytest.mark.parametrize("kind", [BlenderbotSmallTokenizer, transformers.CTRLTokenizer])
 def test_a_tokenizer_whose_vocabulary_is_missing_is_no_matter_for_token_ids(source, samples, tmp_path, kind):
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind.__name__}))
     with pytest.raises(CalibrationError, match="no tokenizer could be loaded from"):
