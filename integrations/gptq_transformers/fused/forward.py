@@ -13,7 +13,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gptq_backend.kernels import cpu_block
-from gptq_backend.kernels.cpu_block import Projections, Tail
 
 from .cache import append
 from .match import Parts, linear_of, norm_of
@@ -43,8 +42,8 @@ class Calls:
         self._kept: list[Any] = [tensor.detach() for tensor in self._tensors]
         self._kept += [tensor.detach() for linear in parts.linears for tensor in linear.parameters(recurse=False)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._projections = Projections(norm_of(parts.norms[0]), [linear_of(each) for each in parts.inputs])
-        self._tail = Tail(parts.tail())
+        self._projections = cpu_block.Projections(norm_of(parts.norms[0]), [linear_of(each) for each in parts.inputs])
+        self._tail = cpu_block.Tail(parts.tail())
         norms = [norm_of(norm) for norm in parts.head_norms]
         self._kept += norms
         self._head_norms = [

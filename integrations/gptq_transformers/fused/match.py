@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from gptq_backend import QuantLinear
 from gptq_backend.kernels import cpu_block
-from gptq_backend.kernels.cpu_block import Linear, Norm, TailParts
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -65,10 +64,10 @@ class Parts:
         yield from (self.attention, self.layer.mlp, *self.linears)
         yield from (norm for norm in (*self.norms, *self.head_norms) if norm is not None)
 
-    def tail(self) -> TailParts:
+    def tail(self) -> cpu_block.TailParts:
         """For the fused call."""
         _, after_attention, before_mlp, after_mlp = (norm_of(norm) for norm in self.norms)
-        return TailParts(
+        return cpu_block.TailParts(
             linear_of(self.o),
             tuple(map(linear_of, self.gate_up)),
             linear_of(self.down),
@@ -127,17 +126,17 @@ def _check_code(layer: nn.Module) -> None:
             function = getattr(function, "__wrapped__", None)
 
 
-def linear_of(layer: QuantLinear) -> Linear:
+def linear_of(layer: QuantLinear) -> cpu_block.Linear:
     """For the fused calls."""
     weight, bias = layer.prepared, layer.bias
     if weight is None:
         raise NoMatch(f"{layer.name} is not prepared")
     if (why := cpu_block.why_not(weight, bias)) is not None:
         raise NoMatch(f"of {layer.name}, {why}")
-    return Linear(weight, bias)
+    return cpu_block.Linear(weight, bias)
 
 
-def norm_of(module: Any) -> Norm | None:
+def norm_of(module: Any) -> cpu_block.Norm | None:
     """What ``module`` computes, found by trying.
 
     Raises:
@@ -158,7 +157,7 @@ def norm_of(module: Any) -> Norm | None:
             deviation = ((x - mean).square().mean(-1, keepdim=True) + eps).sqrt()
             y = (x - mean) / deviation * (weight.float() + offset) + (0.0 if bias is None else bias.float())
             if torch.allclose(y, wanted.float(), rtol=1e-4, atol=1e-4):
-                return Norm(weight.detach(), None if bias is None else bias.detach(), eps, offset, centered)
+                return cpu_block.Norm(weight.detach(), None if bias is None else bias.detach(), eps, offset, centered)
     raise NoMatch(f"{type(module).__name__} computes something else than a norm")
 
 
