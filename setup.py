@@ -141,11 +141,21 @@ def cuda_extensions() -> list[Pybind11Extension]:
     ]
 
 
-sources = ["module.cpp", "gemm.cpp", "repack.cpp", "torch_op.cpp", "level_generic.cpp", *(LEVELS if X86 else [])]
+PORTABLE = [
+    "module.cpp",
+    "block_module.cpp",
+    "block.cpp",
+    "gemm.cpp",
+    "repack.cpp",
+    "team.cpp",
+    "torch_op.cpp",
+    "level_generic.cpp",
+]
+sources = [*PORTABLE, *(LEVELS if X86 else [])]
 cpu = Pybind11Extension(
     "gptq_backend._cpu",
     [f"csrc/cpu/{name}" for name in sources],
-    depends=[f"csrc/cpu/{name}" for name in ("gemm.h", "kernel.h", "kernel_impl.h", "isa_x86.h", "torch_op.h")],
+    depends=[str(path) for path in sorted(Path("csrc/cpu").glob("*.h"))],
     cxx_std=17,
     extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *EXTRA],
     extra_link_args=["-fopenmp", *EXTRA],

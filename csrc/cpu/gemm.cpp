@@ -6,9 +6,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
+
+#include "scratch.h"
+#include "team.h"
 
 namespace gptq {
 namespace {
@@ -39,26 +40,6 @@ const Level* choose() {
     }
     throw std::runtime_error(std::string("GPTQ_BACKEND_CPU_LEVEL=") + wanted + ": this CPU offers " + names);
 }
-
-// Scratch that a thread keeps from call to call.
-template <class T>
-class Scratch {
-  public:
-    T* reserve(size_t count) {
-        if (count > size_) {
-            data_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
-            size_ = count;
-        }
-        return data_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-    };
-    std::unique_ptr<T, Free> data_;
-    size_t size_ = 0;
-};
 
 // Activations of this many rows become integers before they are multiplied: a few MB, and the weights' traffic per row
 // is negligible.
@@ -112,49 +93,73 @@ void multiply_all(const std::vector<Call>& calls, int threads) {
         const int m0 = task % cut.row_tasks * cut.row_step, s0 = task / cut.row_tasks * cut.strip_step;
         isa.multiply(c, m0, std::min(m0 + cut.row_step, c.rows), s0, std::min(s0 + cut.strip_step, c.weight.strips()));
     };
-    const bool serial = threads == 1 || work < kSerialWork;
+    const int team = work < kSerialWork ? 1 : team_size(threads);
     // A few rows take microseconds, like the barrier that sharing them would need.
-    if (serial || few) {
+    if (team == 1 || few) {
         for (int row = 0; row < rows; ++row) quantize(row);
     }
-    if (serial) {
+    if (team == 1) {
         for (int task = 0; task < tasks; ++task) multiply(task);
         return;
     }
-#pragma omp parallel num_threads(threads)
+    Watch watch(team);
+#pragma omp parallel num_threads(team)
     {
         if (!few) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int row = 0; row < rows; ++row) quantize(row);
+            watch.wait();
+#pragma omp barrier
+            watch.go_on();
         }
+        int done = 0;
 #pragma omp for schedule(dynamic) nowait
-        for (int task = 0; task < tasks; ++task) multiply(task);
+        for (int task = 0; task < tasks; ++task) {
+            multiply(task);
+            ++done;
+        }
+        watch.end(done);
     }
+}
+
+bool same(const int32_t* a, const int32_t* b, size_t count) {
+    return a == b || (a && b && !std::memcmp(a, b, count * sizeof(int32_t)));
 }
 
 // Whether one weight meets the integers that were made for the other.
 bool share_activations(const Call& a, const Call& b) {
-    return a.x_rows == b.x_rows && a.rows == b.rows && !a.weight.perm && !b.weight.perm;
+    const Weight &v = a.weight, &w = b.weight;
+    return a.x == b.x && a.x_rows == b.x_rows && a.rows == b.rows && a.dtype == b.dtype && a.a8 == b.a8 &&
+           (!a.a8 || v.bits == w.bits) && v.in_features == w.in_features && v.slots == w.slots &&
+           v.n_blocks == w.n_blocks && same(v.blocks, w.blocks, size_t(v.n_blocks) * 3) &&
+           same(v.perm, w.perm, v.slots);
 }
 
-// Gives the calls, of which a weight differs from another in its values only, room for their activations.
+// Gives the calls room for their activations, and runs them.
 void run(std::vector<Call>& calls, int threads) {
     thread_local Scratch<uint32_t> lanes;
     thread_local Scratch<float> scales;
     thread_local Scratch<int32_t> sums;
-    const size_t stride = calls[0].lane_stride(), blocks = calls[0].weight.n_blocks;
-    size_t rows = 0, next = 0;
-    for (const Call& c : calls) rows += size_t(c.rows) * c.planes;
-    uint32_t* const all_lanes = lanes.reserve(rows * stride);
-    float* const all_scales = scales.reserve(rows * blocks);
-    int32_t* const all_sums = sums.reserve(rows * blocks);
+    struct Place {
+        size_t lanes, blocks;
+    } next = {0, 0}, place = next;
+    std::vector<Place> places;
     for (size_t i = 0; i < calls.size(); ++i) {
-        Call& c = calls[i];
-        if (i && share_activations(calls[i - 1], c)) next -= size_t(c.rows) * c.planes;
-        c.lanes = all_lanes + next * stride;
-        c.x_scales = all_scales + next * blocks;
-        c.x_sums = all_sums + next * blocks;
-        next += size_t(c.rows) * c.planes;
+        const Call& c = calls[i];
+        if (!i || !share_activations(calls[i - 1], c)) {
+            const size_t rows = size_t(c.rows) * c.planes;
+            place = next;
+            next = {next.lanes + rows * c.lane_stride(), next.blocks + rows * c.weight.n_blocks};
+        }
+        places.push_back(place);
+    }
+    uint32_t* const all_lanes = lanes.reserve(next.lanes);
+    float* const all_scales = scales.reserve(next.blocks);
+    int32_t* const all_sums = sums.reserve(next.blocks);
+    for (size_t i = 0; i < calls.size(); ++i) {
+        calls[i].lanes = all_lanes + places[i].lanes;
+        calls[i].x_scales = all_scales + places[i].blocks;
+        calls[i].x_sums = all_sums + places[i].blocks;
     }
     multiply_all(calls, threads);
 }
@@ -195,17 +200,18 @@ const Level& level() {
     return *chosen;
 }
 
-void gemm(Call c, int threads) {
-    c.planes = planes(c);
-    const int all = c.rows, size = size_of(c.dtype);
-    const void* x = c.x;
-    char* y = static_cast<char*>(c.y);
+void gemm(const std::vector<Call>& calls, int threads) {
+    const int all = calls[0].rows;
     for (int m = 0; m < all; m += kRowsAtATime) {
-        c.rows = std::min(kRowsAtATime, all - m);
-        c.x = after(x, size_t(m) * c.weight.in_features * size);
-        c.y = y + size_t(m) * c.weight.out_features * size;
-        std::vector<Call> one = {c};
-        run(one, threads);
+        std::vector<Call> some = calls;
+        for (Call& c : some) {
+            const int size = size_of(c.dtype);
+            c.planes = planes(c);
+            c.rows = std::min(kRowsAtATime, all - m);
+            c.x = after(c.x, size_t(m) * c.weight.in_features * size);
+            c.y = static_cast<char*>(c.y) + size_t(m) * c.weight.out_features * size;
+        }
+        run(some, threads);
     }
 }
 

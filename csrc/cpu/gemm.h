@@ -14,8 +14,9 @@ std::vector<std::string> levels();
 // name that does not exist or that this CPU lacks.
 const Level& level();
 
-// Fills in the workspace of `call` and computes y on `threads` threads.
-void gemm(Call call, int threads);
+// Fills in the workspaces of calls with as many rows each, and computes their y on `threads` threads, as if they were
+// one. Neighbours with the same x and layout share the integers that x becomes.
+void gemm(const std::vector<Call>& calls, int threads);
 
 // The experts of a layer: `parts` weights for each, as tensors with a leading dimension [parts][count].
 struct Experts {

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kernel_impl.h"
+#include "rows_impl.h"
 
 namespace gptq {
 namespace {

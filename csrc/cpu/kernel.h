@@ -51,6 +51,8 @@ struct Call {
     size_t lane_stride() const { return weight.slots / (a8 ? 4 : 2) + 16; }
 };
 
+struct RowKernels;  // rows.h
+
 // The code that depends on the instruction set.
 struct Level {
     const char* name;
@@ -58,6 +60,7 @@ struct Level {
     void (*quantize)(const Call&, int row);
     // Rows [m0, m1) x strips [s0, s1) of y; at most kRowTask rows and kStripTask strips.
     void (*multiply)(const Call&, int m0, int m1, int s0, int s1);
+    const RowKernels* rows;
 };
 
 constexpr int kRowTask = 48;   // times planes

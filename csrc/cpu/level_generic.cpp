@@ -1,5 +1,5 @@
 // Any CPU: the compiler lowers the vector types to what the baseline has. Same geometry as AVX-512.
-#include "kernel_impl.h"
+#include "rows_impl.h"
 
 namespace gptq {
 namespace {
@@ -45,6 +45,6 @@ struct Generic {
 
 }  // namespace
 
-const Level level_generic = {"generic", quantize<Generic>, multiply<Generic>};
+const Level level_generic = {"generic", quantize<Generic>, multiply<Generic>, &row_kernels<Generic>};
 
 }  // namespace gptq

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "block_module.h"
 #include "gemm.h"
 #include "torch_op.h"
 
@@ -42,7 +43,7 @@ void gemm(uintptr_t x, int dtype, int rows, uintptr_t words, uintptr_t scales, i
     call.y = at<void>(y);
     call.a8 = a8;
     if constexpr (sizeof...(Experts) == 0) {
-        gptq::gemm(call, threads);
+        gptq::gemm({call}, threads);
     } else {
         gptq::moe_gemm(call, gptq::Experts{experts...}, threads);
     }
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("pack", &repack<gptq::pack>, release);
     m.def("unpack", &repack<gptq::unpack>, release);
     m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { gptq::advise_huge_pages(at<void>(data), bytes); });
+    gptq::bind_blocks(m);
     m.def("torch_functions", &gptq::torch_functions);
     m.def("register_with_torch", &gptq::register_with_torch);
     m.def(

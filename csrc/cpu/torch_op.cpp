@@ -188,7 +188,7 @@ Owned multiply(const Arguments& in) {
     call.y = Tensor(reinterpret_cast<Value>(y.get())).data;
     uint32_t threads;
     check(torch.torch_get_num_threads(&threads));
-    gemm(call, int(threads));
+    gemm({call}, int(threads));
     return y;
 }
 

@@ -1,11 +1,12 @@
 """Multiplying by a packed weight: one table of kernels, one folder or file per kind of device."""
 
+from . import cpu_block
 from .expert_routing import Routing
 from .experts import Grouped, one_by_one, why_not_groupable
 from .interface import ExpertKernel, Kernel, PreparedWeight
 from .table import EXPERT_KERNELS, KERNELS, expert_kernel, fastest, kernel_report, select_kernel
 
 __all__ = [
-    "EXPERT_KERNELS", "KERNELS", "ExpertKernel", "Grouped", "Kernel", "PreparedWeight", "Routing", "expert_kernel",
-    "fastest", "kernel_report", "one_by_one", "select_kernel", "why_not_groupable",
+    "EXPERT_KERNELS", "KERNELS", "ExpertKernel", "Grouped", "Kernel", "PreparedWeight", "Routing", "cpu_block",
+    "expert_kernel", "fastest", "kernel_report", "one_by_one", "select_kernel", "why_not_groupable",
 ]  # fmt: skip

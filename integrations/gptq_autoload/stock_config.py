@@ -7,14 +7,16 @@ import importlib.util
 import sys
 from typing import Any
 
+LOADING = ("backend", "fuse", "quantize_head")  # how to load, which no checkpoint says
+
 
 def relax_config(config_class: Any) -> None:
     """Let ``config_class`` keep arguments that it does not know, and take module lists without optimum. Idempotent.
 
-    transformers' ``GPTQConfig`` drops ``lm_head`` or ``dynamic`` silently, and asks for the version of optimum as soon
-    as ``modules_in_block_to_quantize`` is given.
+    transformers' ``GPTQConfig`` drops ``lm_head`` or ``dynamic`` silently, asks for the version of optimum as soon as
+    ``modules_in_block_to_quantize`` is given, and forgets how to load what has a config of its own.
     """
-    original = config_class.__init__
+    original, loading = config_class.__init__, config_class.get_loading_attributes
     if hasattr(original, "__wrapped__"):
         return
 
@@ -28,7 +30,12 @@ def relax_config(config_class: Any) -> None:
             if key not in passed or not hasattr(self, key):
                 setattr(self, key, value)
 
-    config_class.__init__ = __init__
+    @functools.wraps(loading)
+    def get_loading_attributes(self: Any) -> dict[str, Any]:
+        chosen = {key: value for key in LOADING if (value := getattr(self, key, None)) is not None}
+        return {**loading(self), **chosen}
+
+    config_class.__init__, config_class.get_loading_attributes = __init__, get_loading_attributes
 
 
 def is_missing(name: str) -> bool:

@@ -80,6 +80,9 @@ def bench_model(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="What both compute in: bf16, fp16 or fp32.")] = "bf16",
     backend: Annotated[str | None, typer.Option(help="Row of the kernel table. Default: the fastest.")] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Round the head of MODEL to 8 or 4 bits. Default: as it is.", show_default=False)
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too, beside eager.")] = False,
     profiled: Annotated[bool, typer.Option("--profile", help="Say where the time goes.")] = False,
@@ -108,8 +111,11 @@ def bench_model(
         result = measure_machine(where, console, say)
         with console.status("generating", spinner="line"):
             loaded = [
-                (path, models.load_model(path, name, device, backend, trust_remote_code=trust_remote_code))
-                for path in paths
+                (
+                    path,
+                    models.load_model(path, name, device, backend, head_bits=bits, trust_remote_code=trust_remote_code),
+                )
+                for path, bits in zip(paths, (head_bits, None))
             ]
             rows = bench.run(loaded, batch, prompt, new_tokens, repeats, compiled)
             result["rows"] = [dataclasses.asdict(row) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from gptq_backend import GPTQError, QuantLinear
 from gptq_backend.bench import quartiles, synchronize
 from gptq_transformers.experts.expert_list import ExpertList
+from gptq_transformers.fused.forward import FusedForward
 
 from .models import model_limits
 
@@ -53,12 +55,14 @@ class _Runner:
         model: Any = self.model
         watch = _Stopwatch(prompt.device)
         options: dict[str, Any] = {} if self.compiled is None else {"cache_implementation": "static"}
+        settings = copy.deepcopy(model.generation_config)
+        settings.eos_token_id = None  # min_new_tokens would do, but costs as much as two layers of a small model
         with _forward(model, self.compiled), torch.no_grad():
             watch.tick()
             model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                min_new_tokens=new_tokens,
+                generation_config=settings,
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -174,8 +178,8 @@ def random_prompt(model: nn.Module, batch: int, prompt: int, new_tokens: int) ->
 def profile(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, dict[str, Any]]:
     """Where the time of one eager ``generate`` goes: ``{phase: {kind: {share, ms_per_step, calls_per_step}}}``.
 
-    Kinds are QuantLinear, Linear (``lm_head`` among them), ExpertList with all that is inside, and rest. Looking costs
-    about a microsecond a call. prompt: int [B, T].
+    Kinds are QuantLinear, Linear (``lm_head`` among them), ExpertList and decoder layers that run in few calls with all
+    that is inside, and rest. Looking costs about a microsecond a call. prompt: int [B, T].
     """
     spans: list[tuple[str, float, float]] = []
     device = prompt.device
@@ -194,16 +198,24 @@ def profile(model: nn.Module, prompt: Tensor, new_tokens: int) -> dict[str, dict
     runner = _Runner("", model)
     runner.generate(prompt, 2)
     with contextlib.ExitStack() as stack:
-        experts = [module for module in model.modules() if isinstance(module, ExpertList)]
-        inside = {child for each in experts for child in each.modules() if child is not each}
-        for module in model.modules():
-            kinds = (QuantLinear, nn.Linear, ExpertList)
-            kind = next((each.__name__ for each in kinds if isinstance(module, each)), None)
+        kinds = {module: _kind(module) for module in model.modules()}
+        whole = [module for module, kind in kinds.items() if kind in _WITH_ALL_INSIDE]
+        inside = {child for each in whole for child in each.modules() if child is not each}
+        for module, kind in kinds.items():
             if kind is not None and module not in inside:
                 stack.enter_context(_forward(module, watched(kind, module.forward)))
         start, first, *_, last = runner.generate(prompt, new_tokens)
     phases = {"prefill": (start, first, 1), "decode": (first, last, new_tokens - 1)}
     return {phase: _shares(spans, *limits) for phase, limits in phases.items()}
+
+
+_WITH_ALL_INSIDE = (ExpertList.__name__, "fused layer")
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(vars(module).get("forward"), FusedForward):
+        return "fused layer"
+    return next((each.__name__ for each in (QuantLinear, nn.Linear, ExpertList) if isinstance(module, each)), None)
 
 
 def _shares(spans: Sequence[tuple[str, float, float]], start: float, end: float, steps: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def load_model(
     device: str = "cpu",
     backend: str | None = None,
     *,
+    head_bits: int | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A language model to evaluate, quantized or not.
@@ -35,6 +36,7 @@ def load_model(
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as stored); None is float32 on a CPU, where 16-bit
             matrix products are slow or inexact, and ``auto`` elsewhere.
         backend: row of the kernel table for a quantized model.
+        head_bits: to round its output embedding to.
 
     Raises:
         GPTQError: no such model or device, the model cannot be loaded, or it does not predict the next token.
@@ -55,8 +57,9 @@ def load_model(
     with load_errors(path), warnings.catch_warnings():
         if not is_quantized(path):
             return from_pretrained(class_of(config, path, trust_remote_code), path, **options).eval()
-        if backend is not None:
-            options["quantization_config"] = GPTQConfig(bits=4, backend=backend)  # of which only backend is used
+        if backend is not None or head_bits is not None:
+            # of which only what is not stored is used
+            options["quantization_config"] = GPTQConfig(bits=4, backend=backend, quantize_head=head_bits)
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         return from_quantized(path, **options).eval()
 

@@ -88,6 +88,9 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
     for name, layer in layers.items():
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ConfigError(f"{name}: its weights are offloaded; load the model without offloading to dequantize it")
+    from .fused import remove_fused  # needs all of transformers' modeling, which may be what imports this
+
+    remove_fused(model)
     old = model.dtype
     classes = _classes_of_a_new_model(model)
     for module in model.modules():

@@ -12,6 +12,7 @@ import torch
 from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
+from gptq_autoload.stock_config import LOADING
 from gptq_backend import KERNELS, ConfigError, QuantizeConfig, WeightSpec
 from gptq_backend.dialects import ALIASES
 
@@ -25,7 +26,7 @@ _FOREIGN_BACKENDS = frozenset([
     "torch_aten", "torch_fused", "torch_int8", "triton", "trainable", "vllm",
 ])  # fmt: skip
 # How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
-_NOT_STORED = ("backend", "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
+_NOT_STORED = (*LOADING, "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
 # What a run of quantizing needs and a reader of its result does not.
 _RUN = (
     "batch_size", "block_name_to_quantize", "cache_block_outputs", "model_seqlen", "module_name_preceding_first_block",
@@ -50,6 +51,8 @@ class GPTQConfig(StockGPTQConfig):
         bits, tokenizer, dataset, ...: as in transformers' ``GPTQConfig``.
         backend: row of the kernel table ("reference", "cpu", ...), or "auto". Names of other projects' kernels
             ("marlin", "exllama_v2") are taken as "auto", with a warning.
+        fuse: whether decoder layers may run in few calls on a CPU, see :func:`fused.fuse_layers`; True by default.
+        quantize_head: 8 or 4 rounds the output embedding to so many bits when the model is loaded; None leaves it.
         **kwargs: every other key of a ``quantization_config`` (``dynamic``, ``lm_head``, ``static_groups``,
             ``pack_dtype``, ``meta``, ...); kept as attributes and written back.
 
@@ -79,6 +82,7 @@ class GPTQConfig(StockGPTQConfig):
             backend=kwargs.pop("backend", None),
         )
         self.tokenizer, self.dataset = tokenizer, dataset
+        self.fuse, self.quantize_head = kwargs.pop("fuse", None), kwargs.pop("quantize_head", None)
         self.checkpoint_format = read.checkpoint_format
         for key, value in kwargs.items():
             if not hasattr(type(self), key) and key not in _RUN and key not in ("format", "quant_method"):

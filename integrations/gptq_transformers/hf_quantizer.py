@@ -19,6 +19,7 @@ from .changes import allow_changes, dequantize
 from .config import GPTQConfig
 from .experts.conversions import drop_fused_conversions, keep_packed_names
 from .experts.unfuse import group_experts
+from .head import quantize_head
 from .loading.checkpoint_names import checkpoint_names
 from .loading.checks import check_loaded
 from .loading.finish import finish_model
@@ -136,6 +137,10 @@ class GPTQBackendQuantizer(HfQuantizer):
         # This object stays with the model, also in copies and pickles: nothing of the loading belongs there.
         self._plan, self._loading, self._renamings = None, None, []
         model.config.quantization_config = self.quantization_config
+        if (bits := self.quantization_config.quantize_head) is not None:
+            quantize_head(model, bits)
+        if self.quantization_config.fuse is not False:
+            _fuse(model)
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -166,6 +171,13 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     allow_changes(model)
     keep_packed_names(model)
     group_experts(model)
+    _fuse(model)
+
+
+def _fuse(model: Any) -> None:
+    from .fused import fuse_layers  # needs all of transformers' modeling, which may be what imports this
+
+    fuse_layers(model)
 
 
 def _local_folder(caller: dict[str, Any]) -> Path | None:

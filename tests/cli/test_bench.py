@@ -277,7 +277,7 @@ def test_model_reports_both_models_both_phases_and_where_the_time_goes() -> None
     assert [row["ratio"] for row in rows[2:]] == [1.0, 1.0]
     for phases in found["profile"].values():
         for kinds in phases.values():
-            assert kinds["QuantLinear"]["calls_per_step"] == 14
+            assert kinds["fused layer"]["calls_per_step"] == 2
             assert kinds["Linear"]["calls_per_step"] == 1
             assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1)
     assert {"QuantLinear", "nn.Linear"} < set(found["call_overhead_us"])
@@ -289,8 +289,18 @@ def test_looking_leaves_the_model_as_it_was() -> None:
 
     model = load_model(CHECKPOINTS / "llama-4-32-sym")
     prompt = bench_model.random_prompt(model, 1, 4, 3)
+    before = [vars(module).get("forward") for module in model.modules()]
     bench_model.profile(model, prompt, 3)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert [vars(module).get("forward") for module in model.modules()] == before
+
+
+def test_the_head_is_rounded_where_that_is_asked_for() -> None:
+    sizes = ["--prompt", "6", "--new-tokens", "4", "--repeats", "1", "--head-bits", "8"]
+    result = _bench("model", CHECKPOINTS / "llama-4-32-sym", *sizes, "--profile", "--json", "-")
+    assert result.exit_code == 0, result.output
+    for kinds in json.loads(result.stdout)["profile"][str(CHECKPOINTS / "llama-4-32-sym")].values():
+        assert kinds["QuantLinear"]["calls_per_step"] == 1
+        assert "Linear" not in kinds
 
 
 @pytest.mark.skipif(VERSION_4, reason="transformers 4 keeps the experts apart, and nothing is grouped")

@@ -21,6 +21,7 @@ from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, error, exact, native, prepared
 
 ROOT = Path(__file__).parents[2]
+BLOCK_TESTS = [str(Path(__file__).with_name(name)) for name in ("test_cpu_block.py", "test_cpu_block_calls.py")]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
 
 
@@ -332,8 +333,9 @@ sys.path.insert(0, {str(tmp_path)!r} + "/gptq_backend")
 import torch, _cpu
 sys.modules["gptq_backend._cpu"] = _cpu
 import pytest
-tests = "any_shape or int8_act or undone or not_finite or operator_in_cpp"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", tests]))
+files = [{__file__!r}, *{BLOCK_TESTS!r}]
+tests = "any_shape or int8_act or undone or not_finite or operator_in_cpp or exact or nan or refused or empty"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", f"({{tests}}) and not lower"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -107,7 +107,8 @@ def test_offloading_ends_with_the_run(tmp_path: Path) -> None:
     by_call(model)
     by_call(plain)
     assert not hooked(model)
-    assert torch.equal(logits(model), logits(plain))
+    # What was offloaded runs module by module, the other in few calls where that is possible.
+    assert distance(logits(model), logits(plain)) < 1e-6
 
 
 def test_one_device_to_compute_on_is_refused_for_a_model_on_several() -> None:

@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     BatchEncoding,
     BlenderbotSmallTokenizer,
-    CTRLTokenizer,
     GPTQConfig,
     LlamaConfig,
 )
@@ -27,6 +26,7 @@ from gptq_backend import CalibrationError, CheckpointError, ConfigError, Quantiz
 from gptq_transformers import calibration_input, from_quantized, quantize
 from gptq_transformers.quantize_pretrained import _progress_folder
 from tests.toy import listener
+from tests.transformers.checkpoints import distance
 
 CONFIG = QuantizeConfig(group_size=32)
 
@@ -80,7 +80,7 @@ def test_what_is_written_loads_and_agrees(source, samples, tmp_path):
     model, report = quantize(source, CONFIG, samples, output=tmp_path / "out")
     assert len(report.layers) == 21
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert torch.equal(logits(again), logits(model))
+    assert distance(logits(again), logits(model)) < 1e-5
 
 
 def test_blocks_kept_in_16_bits_are_named_for_other_readers(source, samples, tmp_path):
@@ -135,7 +135,7 @@ def test_settings_and_weights_under_autogptq_names_are_found(source, samples, tm
     (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
     loaded = from_quantized(folder, dtype="auto")
     assert loaded.config._name_or_path == str(folder)
-    assert torch.equal(logits(loaded), logits(model))
+    assert distance(logits(loaded), logits(model)) < 1e-5
 
 
 def _under_old_names(folder, shards=1, suffix=".safetensors", index=False):
@@ -163,7 +163,7 @@ def _under_old_names(folder, shards=1, suffix=".safetensors", index=False):
 def test_old_names_are_found_whole_and_in_shards(source, samples, tmp_path, shards, suffix, index):
     model, _ = quantize(source, CONFIG, samples, output=tmp_path / "out")
     _under_old_names(tmp_path / "out", shards, suffix, index)
-    assert torch.equal(logits(from_quantized(tmp_path / "out", dtype="auto")), logits(model))
+    assert distance(logits(from_quantized(tmp_path / "out", dtype="auto")), logits(model)) < 1e-5
 
 
 def test_weights_of_old_names_may_stay_on_disk(source, samples, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_weights_of_old_names_may_stay_on_disk(source, samples, tmp_path, monkey
 def test_from_quantized_loads_settings_that_plain_loading_does_not_take_for_gptq(source, tmp_path, method):
     model, _ = quantize(source, CONFIG, None, output=tmp_path / "out")
     _set_method(tmp_path / "out", method)
-    assert torch.equal(logits(from_quantized(tmp_path / "out", dtype="auto")), logits(model))
+    assert distance(logits(from_quantized(tmp_path / "out", dtype="auto")), logits(model)) < 1e-5
 
 
 def test_another_method_is_refused(source, tmp_path):
@@ -347,7 +347,7 @@ def test_a_tokenizer_that_cannot_be_made_is_one_sentence_or_no_matter(source, sa
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("kind", [BlenderbotSmallTokenizer, CTRLTokenizer])
+@pytest.mark.parametrize("kind", [BlenderbotSmallTokenizer, transformers.CTRLTokenizer])
 def test_a_tokenizer_whose_vocabulary_is_missing_is_no_matter_for_token_ids(source, samples, tmp_path, kind):
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind.__name__}))
     with pytest.raises(CalibrationError, match="no tokenizer could be loaded from"):

@@ -278,7 +278,7 @@ def test_an_emptied_model_takes_a_state_dict(model_type: str, tmp_path: Path) ->
     model.load_state_dict(state)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    assert torch.equal(logits(model), expected)
+    assert distance(logits(model), expected) < 1e-6  # the first call prepares, and runs module by module
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -13,6 +13,7 @@ from gptq_backend.format.files import checkpoint_files
 from gptq_backend.format.headers import read_manifest, read_tensor
 from gptq_transformers import quantize, streaming
 from tests.toy import listener
+from tests.transformers.checkpoints import distance
 from tests.transformers.test_quantize_pretrained import logits, samples, source
 
 __all__ = ["samples", "source"]  # fixtures
@@ -59,7 +60,8 @@ def test_shards_are_written_on_the_way_and_hold_the_same(
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(read_tensor(info).nbytes for info in manifests[0].values())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert torch.equal(logits(again), logits(model))
+    # The streamed one runs module by module, the other in few calls where that is possible.
+    assert distance(logits(again), logits(model)) < 1e-6
 
 
 def test_written_blocks_take_no_memory_of_their_own(source, samples, tmp_path, monkeypatch):

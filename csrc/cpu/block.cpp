@@ -1,0 +1,176 @@
+// Runs the steps of a decoder layer one after the other, each shared among threads.
+#include "block.h"
+
+#include <algorithm>
+
+#include "gemm.h"
+#include "scratch.h"
+#include "team.h"
+
+namespace gptq {
+namespace {
+
+// Rows that go through all steps before the next: a few MB of activations, and the weights' traffic is negligible.
+constexpr int kRowsAtATime = 480;
+// Below this many elements waking a second thread costs more than it saves.
+constexpr int64_t kSerialElements = 1 << 15;
+
+int size_of(Dtype dtype) {
+    return dtype == Dtype::f32 ? 4 : 2;
+}
+
+const char* row_of(const void* x, const Rows& shape, int64_t row) {
+    return static_cast<const char*>(x) + row * shape.width * size_of(shape.dtype);
+}
+
+char* row_of(void* x, const Rows& shape, int64_t row) {
+    return static_cast<char*>(x) + row * shape.width * size_of(shape.dtype);
+}
+
+// Calls each(i) for i < count, on several threads if the `elements` that all touch are worth it. `each` does not throw.
+template <class Each>
+void share(int count, int64_t elements, int threads, Each each) {
+    const int team = count == 1 || elements < kSerialElements ? 1 : team_size(threads);
+    if (team <= 1) {
+        for (int i = 0; i < count; ++i) each(i);
+        return;
+    }
+    Watch watch(team);
+#pragma omp parallel num_threads(team)
+    {
+        int done = 0;
+#pragma omp for schedule(dynamic) nowait
+        for (int i = 0; i < count; ++i) {
+            each(i);
+            ++done;
+        }
+        watch.end(done);
+    }
+}
+
+void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int threads) {
+    const RowKernels& rows = *level().rows;
+    share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
+        rows.normalize(norm, shape.dtype, row_of(x, shape, row), row_of(y, shape, row), shape.width);
+    });
+}
+
+// y = residual + factor * norm(x)
+void add(const Norm* norm, float factor, const Rows& shape, const void* residual, void* x, void* y, int threads) {
+    const RowKernels& rows = *level().rows;
+    share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
+        char* const from = row_of(x, shape, row);
+        if (norm) rows.normalize(*norm, shape.dtype, from, from, shape.width);
+        rows.add(shape.dtype, row_of(residual, shape, row), from, factor, row_of(y, shape, row), shape.width);
+    });
+}
+
+void multiply(const Rows& shape, const void* x, const std::vector<const Linear*>& weights, const std::vector<void*>& ys,
+              int threads) {
+    std::vector<Call> calls;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        const Linear& linear = *weights[i];
+        Call call{};
+        call.weight = linear.weight;
+        call.x = x;
+        call.dtype = shape.dtype;
+        call.rows = shape.rows;
+        call.bias = linear.bias;
+        call.bias_dtype = linear.bias_dtype;
+        call.y = ys[i];
+        call.a8 = linear.a8;
+        calls.push_back(call);
+    }
+    gemm(calls, threads);
+}
+
+// Memory that a thread keeps for the activations between two steps.
+void* scratch(int which, const Rows& shape) {
+    thread_local Scratch<char> kept[4];
+    return kept[which].reserve(size_t(shape.rows) * shape.width * size_of(shape.dtype));
+}
+
+}  // namespace
+
+void project(const Rows& shape, const void* x, const Norm* norm, const std::vector<const Linear*>& weights,
+             const std::vector<void*>& ys, int threads) {
+    for (int first = 0; first < shape.rows; first += kRowsAtATime) {
+        const Rows some = {shape.dtype, std::min(kRowsAtATime, shape.rows - first), shape.width};
+        const void* from = row_of(x, shape, first);
+        if (norm) {
+            void* const normed = scratch(0, some);
+            normalize(*norm, some, from, normed, threads);
+            from = normed;
+        }
+        std::vector<void*> to;
+        for (size_t i = 0; i < ys.size(); ++i) {
+            to.push_back(row_of(ys[i], {shape.dtype, 0, weights[i]->weight.out_features}, first));
+        }
+        multiply(some, from, weights, to, threads);
+    }
+}
+
+void rotate(const Rows& shape, int heads, const Norm* norm, const Rotary& rotary, int positions, const void* cos,
+            const void* sin, void* x, int threads) {
+    const int head_dim = shape.width / heads;
+    const Rows angles = {rotary.dtype, 0, rotary.dims};
+    const RowKernels& rows = *level().rows;
+    share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
+        const void* const c = row_of(cos, angles, row % positions);
+        const void* const s = row_of(sin, angles, row % positions);
+        for (int i = 0; i < heads; ++i) {
+            char* const head = row_of(x, shape, row) + int64_t(i) * head_dim * size_of(shape.dtype);
+            if (norm) rows.normalize(*norm, shape.dtype, head, head, head_dim);
+            if (rotary.dims) rows.rotate(rotary, shape.dtype, c, s, head);
+        }
+    });
+}
+
+void attend(const Attention& a, int threads) {
+    const int group = a.heads / a.kv_heads, parts = (group + kHeadsAtOnce - 1) / kHeadsAtOnce;
+    const int64_t elements = int64_t(a.batch) * a.rows * a.heads * a.length * (a.head_dim + a.value_dim);
+    const RowKernels& rows = *level().rows;
+    share(a.batch * a.rows * a.kv_heads * parts, elements, threads, [&](int i) {
+        const int part = i % parts, kv = i / parts % a.kv_heads, row = i / parts / a.kv_heads;
+        const int head = part * kHeadsAtOnce, count = std::min(kHeadsAtOnce, group - head);
+        rows.attend(a, row / a.rows, row % a.rows, kv * group + head, count);
+    });
+}
+
+void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
+    const int inner = t.down->weight.in_features;
+    const RowKernels& rows = *level().rows;
+    for (int first = 0; first < whole.rows; first += kRowsAtATime) {
+        const Rows some = {whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width};
+        const Rows attended = {whole.dtype, some.rows, t.o->weight.in_features};
+        const Rows middle = {whole.dtype, some.rows, inner};
+        void* const wide = scratch(0, some);
+        void* const normed = scratch(1, some);
+        char* const h = row_of(y, whole, first);
+        multiply(attended, row_of(x, attended, first), {t.o}, {wide}, threads);
+        add(t.after_attention, t.factor, some, row_of(residual, whole, first), wide, h, threads);
+        const void* in = h;
+        if (t.before_mlp) {
+            normalize(*t.before_mlp, some, h, normed, threads);
+            in = normed;
+        }
+        const bool joined = t.gated && t.gate_up.size() == 1;
+        const Rows outputs = {whole.dtype, some.rows, joined ? 2 * inner : inner};
+        void* const gate = scratch(2, outputs);
+        void* const up = t.gated && !joined ? scratch(3, outputs) : nullptr;
+        std::vector<void*> to = {gate};
+        if (up) to.push_back(up);
+        multiply(some, in, t.gate_up, to, threads);
+        void* const activated = joined ? scratch(3, middle) : gate;
+        share(some.rows, int64_t(some.rows) * inner, threads, [&](int row) {
+            char* const from = row_of(gate, outputs, row);
+            const void* factor = up ? row_of(up, outputs, row) : nullptr;
+            if (joined) factor = from + int64_t(inner) * size_of(whole.dtype);
+            rows.activate(t.activation, whole.dtype, from, factor, row_of(activated, middle, row), inner);
+        });
+        multiply(middle, activated, {t.down}, {wide}, threads);
+        add(t.after_mlp, t.factor, some, h, wide, h, threads);
+    }
+}
+
+}  // namespace gptq

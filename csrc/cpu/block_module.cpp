@@ -1,0 +1,120 @@
+// Python bindings of block.h. Tensors arrive as addresses and sizes. gptq_backend/kernels/cpu_block.py checks the
+// tensors; numbers are checked here, where it costs nothing. std::invalid_argument becomes a ValueError.
+#include "block_module.h"
+
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "block.h"
+
+namespace py = pybind11;
+
+namespace gptq {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Linear linear(uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros, uintptr_t perm, uintptr_t blocks,
+              int bits, int in_features, int out_features, int slots, int groups, int n_blocks, uintptr_t bias,
+              int bias_dtype, bool a8) {
+    return {{at<uint32_t>(words), at<void>(scales), at<uint8_t>(zeros), at<int32_t>(perm), at<int32_t>(blocks),
+             Dtype(scales_dtype), bits, in_features, out_features, slots, groups, n_blocks},
+            at<void>(bias),
+            Dtype(bias_dtype),
+            a8};
+}
+
+Norm norm(uintptr_t weight, uintptr_t bias, int dtype, float eps, float offset, bool centered, int size) {
+    return {at<void>(weight), at<void>(bias), Dtype(dtype), eps, offset, centered, size};
+}
+
+[[noreturn]] void refuse(const char* what, int found, const char* expected, int limit) {
+    throw std::invalid_argument(std::string(what) + " is " + std::to_string(found) + "; expected " + expected + " " +
+                                std::to_string(limit));
+}
+
+void check_size(const Norm* norm, int size) {
+    if (norm && norm->size && norm->size != size) refuse("the size of a norm", norm->size, "that of its input,", size);
+}
+
+void check_head(const char* what, int channels) {
+    if (channels > kMaxHead) refuse(what, channels, "at most", kMaxHead);
+}
+
+void project_rows(int dtype, int rows, int width, uintptr_t x, const Norm* norm,
+                  const std::vector<const Linear*>& weights, const std::vector<uintptr_t>& ys, int threads) {
+    check_size(norm, width);
+    std::vector<void*> to;
+    for (uintptr_t y : ys) to.push_back(at<void>(y));
+    project({Dtype(dtype), rows, width}, at<void>(x), norm, weights, to, threads);
+}
+
+void rotate_rows(int dtype, int rows, int width, uintptr_t x, int heads, const Norm* norm, int angles_dtype, int dims,
+                 int pairs, int positions, uintptr_t cos, uintptr_t sin, int threads) {
+    if (heads <= 0 || width % heads) refuse("the number of heads", heads, "a divisor of", width);
+    check_size(norm, width / heads);
+    if (dims % 2 || dims > width / heads) refuse("dims of cos", dims, "an even number up to", width / heads);
+    check_head("dims of cos", dims);
+    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, Pairs(pairs)}, positions,
+           at<void>(cos), at<void>(sin), at<void>(x), threads);
+}
+
+using Strides = std::array<int64_t, 4>;  // the last is 1
+
+template <size_t N>
+void copy(const Strides& from, int64_t (&to)[N]) {
+    std::copy_n(from.begin(), N, to);
+}
+
+void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const Strides& q_strides, uintptr_t keys,
+                 const Strides& k_strides, uintptr_t values, const Strides& v_strides, uintptr_t mask,
+                 bool mask_is_bool, const std::array<int64_t, 2>& mask_strides, float scale, float softcap,
+                 uintptr_t out, int threads) {
+    Attention a{};
+    a.q = at<void>(q), a.keys = at<void>(keys), a.values = at<void>(values), a.out = at<void>(out);
+    a.dtype = Dtype(dtype);
+    a.batch = sizes[0], a.rows = sizes[1], a.heads = sizes[2], a.kv_heads = sizes[3];
+    a.head_dim = sizes[4], a.value_dim = sizes[5], a.length = sizes[6];
+    copy(q_strides, a.q_strides);
+    copy(k_strides, a.k_strides);
+    copy(v_strides, a.v_strides);
+    std::copy_n(mask_strides.begin(), 2, a.mask_strides);
+    a.mask = at<void>(mask), a.mask_is_bool = mask_is_bool;
+    a.scale = scale, a.softcap = softcap;
+    if (a.kv_heads <= 0 || a.heads % a.kv_heads)
+        refuse("heads of q", a.heads, "a multiple of those of keys,", a.kv_heads);
+    check_head("the head size of q", a.head_dim);
+    check_head("the head size of values", a.value_dim);
+    attend(a, threads);
+}
+
+void finish_rows(const Tail& tail, int dtype, int rows, int width, uintptr_t x, uintptr_t residual, uintptr_t y,
+                 int threads) {
+    finish_layer(tail, {Dtype(dtype), rows, width}, at<void>(x), at<void>(residual), at<void>(y), threads);
+}
+
+Tail tail(const Linear* o, const Norm* after_attention, const Norm* before_mlp, const Norm* after_mlp,
+          const std::vector<const Linear*>& gate_up, bool gated, int activation, const Linear* down, float factor) {
+    return {o, after_attention, before_mlp, after_mlp, gate_up, gated, Activation(activation), down, factor};
+}
+
+}  // namespace
+
+void bind_blocks(py::module_& m) {
+    const py::call_guard<py::gil_scoped_release> release;
+    py::class_<Linear>(m, "Linear").def(py::init(&linear));
+    py::class_<Norm>(m, "Norm").def(py::init(&norm));
+    // The parts are kept by the caller.
+    py::class_<Tail>(m, "Tail").def(py::init(&tail));
+    m.def("project", &project_rows, release);
+    m.def("rotate", &rotate_rows, release);
+    m.def("attend", &attend_rows, release);
+    m.def("finish_layer", &finish_rows, release);
+}
+
+}  // namespace gptq

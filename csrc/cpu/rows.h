@@ -1,0 +1,59 @@
+// What a decoder layer does to rows of activations between its products. Computed in float32, stored in the dtype.
+#pragma once
+
+#include "kernel.h"
+
+namespace gptq {
+
+// y = (x - mean) / deviation * (weight + offset) + bias. Not centered: the mean is taken as 0 (RMSNorm).
+struct Norm {
+    const void *weight, *bias;  // [size] of dtype, or null: 1 and 0
+    Dtype dtype;
+    float eps, offset;
+    bool centered;
+    int size;  // 0: any
+};
+
+enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
+
+// Which channels of a head turn together, and where their angle lies among the `dims` of a row of cosines and sines:
+// those half of `dims` apart (LLaMA), or neighbours, with an angle for each channel (GPT-J) or for each pair (GLM).
+enum class Pairs : int { halves, neighbours, neighbours_by_pair };
+
+// The first `dims` channels of a head turn; the others stay.
+struct Rotary {
+    Dtype dtype;
+    int dims;
+    Pairs pairs;
+};
+
+constexpr int kMaxHead = 512;    // channels of a head
+constexpr int kHeadsAtOnce = 4;  // that share keys and are computed together
+
+// softmax(q @ k.T * scale + mask) @ v of a few query rows per sequence.
+struct Attention {
+    const void *q, *keys, *values;  // of dtype; channels of a head lie side by side
+    void* out;                      // [batch][rows][heads][value_dim]
+    Dtype dtype;
+    int batch, rows, heads, kv_heads, head_dim, value_dim, length;
+    int64_t q_strides[3];  // in elements, of batch, row, head
+    int64_t k_strides[3];  // of batch, head, position
+    int64_t v_strides[3];
+    // Null: row t sees positions up to length - rows + t. Else bytes (0: hidden) or floats of dtype that are added.
+    const void* mask;
+    bool mask_is_bool;
+    int64_t mask_strides[2];  // of batch, row
+    float scale, softcap;     // softcap * tanh(score / softcap), unless 0
+};
+
+// The part of a level that is not products. x, y: one row.
+struct RowKernels {
+    void (*normalize)(const Norm&, Dtype, const void* x, void* y, int n);
+    void (*add)(Dtype, const void* a, const void* b, float factor, void* y, int n);         // a + factor * b
+    void (*activate)(Activation, Dtype, const void* gate, const void* up, void* y, int n);  // up may be null
+    void (*rotate)(const Rotary&, Dtype, const void* cos, const void* sin, void* head);
+    // Heads [head, head + count) of one row; they have the same keys, and count is at most kHeadsAtOnce.
+    void (*attend)(const Attention&, int batch, int row, int head, int count);
+};
+
+}  // namespace gptq

@@ -1,0 +1,182 @@
+"""Lets decoder layers run in few calls, after comparing the result with the layer's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from gptq_backend.kernels import cpu_block
+
+from .forward import FusedForward
+from .match import NoMatch, Parts, find_parts
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "GPTQ_BACKEND_FUSE"
+_TOKENS = 5  # of the comparison's prompt, longer than one row and no multiple of anything
+_LIMIT = 1e-4  # relative difference in float32
+
+
+def fuse_layers(model: Any) -> int:
+    """Replace the ``forward`` of the decoder layers that it can run in few calls -> how many.
+
+    A layer is taken if its parts are known, and if two calls with a cache give, in float32, what its own code gives.
+    Others stay as they are, and one line of the log says why. Nothing else of the model changes, nor does the state of
+    random numbers.
+    """
+    if os.environ.get(VARIABLE, "1") in ("0", "false"):
+        return 0
+    reasons: dict[str, list[str]] = {}
+    found: list[Parts] = []
+    for layer in [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]:
+        with _refusing(layer, reasons):
+            if "forward" in vars(layer):
+                raise NoMatch("something else runs it already")
+            found.append(find_parts(layer))
+    inputs = _inputs(model, [parts.layer for parts in found]) if found else []
+    admitted: dict[Any, str | None] = {}  # the pairs of layers that are alike
+    count = 0
+    for parts, given in zip(found, inputs):
+        with _refusing(parts.layer, reasons):
+            kind = _kind(parts)
+            if kind not in admitted:
+                admitted[kind] = _pairs(parts, given)
+            parts.layer.forward = FusedForward(parts, admitted[kind])
+            count += 1
+    for why, names in reasons.items():
+        logger.info(f"gptq-backend: {len(names)} {names[0]} run module by module: {why}")
+    if count:
+        logger.info(f"gptq-backend: {count} decoder layers run in few calls ({VARIABLE}=0 turns that off)")
+    return count
+
+
+def remove_fused(model: nn.Module) -> None:
+    """Undo :func:`fuse_layers`: the layers run their own code, and nothing keeps their modules alive."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), FusedForward):
+            del module.forward
+
+
+@contextmanager
+def _refusing(layer: nn.Module, reasons: dict[str, list[str]]) -> Iterator[None]:
+    """Note why ``layer`` stays as it is. No model fails to load because its code or values are unusual."""
+    try:
+        yield
+    except NoMatch as why:
+        reasons.setdefault(str(why), []).append(type(layer).__name__)
+    except Exception as error:
+        why_not = f"trying it failed ({type(error).__name__}: {error})"
+        reasons.setdefault(why_not, []).append(type(layer).__name__)
+
+
+def _kind(parts: Parts) -> tuple[Any, ...]:
+    """Layers with the same need one comparison."""
+    facts: list[Any] = [(each.in_features, each.out_features, each.bias is None) for each in parts.linears]
+    facts += [type(module) for module in parts.layer.modules()]
+    for module in (parts.layer, parts.attention, parts.layer.mlp):
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None)))}
+        plain.pop("layer_idx", None)
+        facts.append(tuple(sorted(plain.items())))
+    return (*facts, parts.activation)
+
+
+def _inputs(model: Any, layers: list[Any]) -> list[dict[str, Any]]:
+    """What each layer is called with, from a short prompt that these layers let pass; nothing where that failed."""
+    seen: list[dict[str, Any]] = [{} for _ in layers]
+
+    def note(index: int) -> Any:
+        def forward(hidden_states: Tensor, *arguments: Any, **kwargs: Any) -> Tensor:
+            seen[index] = {"hidden_states": hidden_states, **kwargs}
+            return hidden_states
+
+        return forward
+
+    inner = getattr(model, "base_model", model)  # without the head
+    prompt = torch.arange(1, _TOKENS + 1)[None]
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = note(index)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inner(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True)
+    except Exception as error:  # whatever the model wants more than tokens
+        logger.info(f"gptq-backend: a prompt to see what layers are called with failed ({error})")
+    finally:
+        for layer in layers:
+            del layer.forward
+    return seen
+
+
+def _pairs(parts: Parts, inputs: dict[str, Any]) -> str | None:
+    """Which channels must turn together for the fused calls to give what the layer gives.
+
+    Raises:
+        NoMatch: none does.
+    """
+    if "hidden_states" not in inputs:
+        raise NoMatch("a short prompt does not reach it")
+    worst = float("inf")
+    for pairs in (*cpu_block.PAIRS, None):
+        difference = _difference(parts, FusedForward(parts, pairs), inputs)
+        if difference < _LIMIT:
+            return pairs
+        worst = min(worst, difference)
+    raise NoMatch(f"it computes something else than the fused calls (relative difference {worst:.1e})")
+
+
+def _difference(parts: Parts, fused: FusedForward, inputs: dict[str, Any]) -> float:
+    """Largest relative difference between the two in a prompt and one token more, in float32.
+
+    The residual is left out, the cache is compared as well, and scores are scaled to be about 1: with what is small
+    beside something else, nothing would be shown.
+    """
+    layer, attention = parts.layer, parts.attention
+    given = {name: _float(value) for name, value in inputs.items()}
+    width = given.pop("hidden_states").shape[-1]
+    x = torch.randn(2, _TOKENS + 1, width, generator=torch.Generator().manual_seed(0))
+    steps = (x[:, :_TOKENS], given), (x[:, _TOKENS:], _one_more(given))
+    results: list[list[Tensor]] = []
+    scaling = attention.scaling
+    with torch.no_grad():
+        calls = [fused.serves(hidden, step) for hidden, step in steps]
+        if calls[0] is None or calls[1] is None:
+            raise NoMatch(
+                f"it is being trained, its modules have hooks, or it is called with more ({', '.join(given)})"
+            )
+        try:
+            attention.scaling = 1.0 / calls[0].typical_score(*steps[0])
+            for run in (type(layer).forward.__get__(layer), calls[0].run):
+                cache = DynamicCache()
+                found = [run(hidden, **step | {"past_key_values": cache}) - hidden for hidden, step in steps]
+                held = cache.layers[attention.layer_idx]
+                results.append([*found, held.keys, held.values])
+        finally:
+            attention.scaling = scaling
+    return max(float((a - b).norm() / a.norm()) for a, b in zip(*results))
+
+
+def _one_more(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for one token after those."""
+    step = given | {"attention_mask": None}
+    if given.get("position_embeddings") is not None:
+        step["position_embeddings"] = tuple(each[:, -1:].contiguous() for each in given["position_embeddings"])
+    for name in ("position_ids", "cache_position"):
+        if isinstance(ids := given.get(name), Tensor):
+            step[name] = ids[..., -1:] + 1
+    return step
+
+
+def _float(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_float(each) for each in value)
+    return value

@@ -1,0 +1,85 @@
+"""Appends a few tokens to transformers' growing cache without copying what it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+_ROOM = "_gptq_backend_room"
+_UPDATES = DynamicCache.update, DynamicLayer.update  # whoever puts others in their place wants to be called
+
+
+class _Room:
+    """Longer tensors [B, KV, capacity, D], of whose begin the cache's keys and values are views."""
+
+    def __init__(self, keys: Tensor, values: Tensor, views: tuple[Tensor, Tensor]) -> None:
+        self.keys, self.values = keys, values
+        # Those given out last; behind any others somebody has written. A shallow copy of a cache's layer sees it too.
+        self.views = views
+
+
+def append(cache: Any, keys: Tensor, values: Tensor, index: int, *more: Any) -> tuple[Tensor, Tensor]:
+    """``cache.update(keys, values, index, *more)``.
+
+    transformers' own cache copies all keys and values for every token. Here those of one layer lie in tensors with
+    room for more; what was handed out before stays as it is, as only what lies behind it is written to.
+
+    Args:
+        keys, values: [B, KV, T, D].
+
+    Returns:
+        All of them, [B, KV, S, D].
+    """
+    layer = _plain_layer(cache, index)
+    if layer is None or not _alike(keys, layer.keys) or not _alike(values, layer.values):
+        return cache.update(keys, values, index, *more)
+    room = _with_room(layer, keys.shape[2])
+    first, last = layer.keys.shape[2], layer.keys.shape[2] + keys.shape[2]
+    room.keys[:, :, first:last] = keys
+    room.values[:, :, first:last] = values
+    layer.keys, layer.values = views = room.keys[:, :, :last], room.values[:, :, :last]
+    room.views = views
+    setattr(layer, _ROOM, room)
+    return views
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether they can lie in one tensor, one behind the other."""
+    return a.dtype == b.dtype and a.device == b.device and (*a.shape[:2], a.shape[3]) == (*b.shape[:2], b.shape[3])
+
+
+def _plain_layer(cache: Any, index: int) -> Any:
+    """The layer ``index`` if it only grows and holds something already, else None."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    if type(layer) is not DynamicLayer or not layer.get_seq_length():
+        return None
+    patched = (
+        "update" in vars(cache) or "update" in vars(layer) or (DynamicCache.update, DynamicLayer.update) != _UPDATES
+    )
+    return None if patched else layer
+
+
+def _with_room(layer: Any, count: int) -> _Room:
+    """The room behind the layer's tensors; new where there is none, too little, or somebody else set the tensors."""
+    room = getattr(layer, _ROOM, None)
+    length = layer.keys.shape[2]
+    if (
+        room is not None
+        and layer.keys is room.views[0]
+        and layer.values is room.views[1]
+        and length + count <= room.keys.shape[2]
+        and room.keys.is_inference() == torch.is_inference_mode_enabled()
+    ):
+        return room
+    capacity = length + count + max(64, length // 4)
+    longer = []
+    for tensor in (layer.keys, layer.values):
+        buffer = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))
+        buffer[:, :, :length] = tensor
+        longer.append(buffer)
+    return _Room(longer[0], longer[1], (layer.keys, layer.values))

@@ -1,0 +1,95 @@
+"""Tells whether anything inside a decoder layer was hooked, replaced, patched or set since it was admitted."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from itertools import chain, repeat
+from operator import is_
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from .match import Parts
+
+# Read in each call, or no concern of the calls.
+_LIVE = frozenset(("scaling", "layer_idx", "training"))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "forward")
+_EPSILONS = ("variance_epsilon", "eps")
+
+_Place = tuple[dict[str, Any], str, Any]  # a dictionary, a key in it, and what lay there
+
+
+class Watch:
+    """What a layer was when it was made.
+
+    This is on the way of every call. So all that may change is looked up in one pass, without loops of our own.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        layer = parts.layer
+        self._children: list[_Place] = [
+            (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
+        ]
+        places = [*self._children, *_settings(parts), *_functions(layer)]
+        self._dicts, self._keys, self._values = zip(*places)
+        self._modules = list(layer.modules())
+        self._types = [type(module) for module in self._modules]
+        self._classes = list(dict.fromkeys(self._types))
+        self._forwards = [each.forward for each in self._classes]
+        served = {id(module) for module in (*parts.linears, *parts.norms, *parts.head_norms)}
+        flags = [(module, name) for module in self._modules[1:] for name in _HOOKS]  # the layer's own hooks are called
+        flags += [(module, "training") for module in self._modules if id(module) not in served]
+        self._states = [module.__dict__ for module, _ in flags]
+        self._flags = [name for _, name in flags]
+
+    def untouched(self) -> bool:
+        """Whether it is what it was, and nobody listens."""
+        return (
+            self.unchanged()
+            and not any(map(dict.get, self._states, self._flags))
+            and not nn_module._global_forward_hooks
+            and not nn_module._global_forward_pre_hooks
+        )
+
+    def unchanged(self) -> bool:
+        return (
+            all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
+            and all(map(is_, map(getattr, self._classes, repeat("forward")), self._forwards))
+            and all(map(is_, map(type, self._modules), self._types))
+        )
+
+    def replaced(self) -> bool:
+        """Whether a module has gone; then nothing here should keep it alive."""
+        return any(place.get(name) is not child for place, name, child in self._children)
+
+    def code(self) -> list[tuple[str, str]]:
+        """Names of the code that the layer runs, which another process can compare."""
+        functions = [value for value in self._values if isinstance(value, FunctionType)]
+        return [(each.__module__, each.__qualname__) for each in chain(self._forwards, functions)]
+
+
+def _settings(parts: Parts) -> Iterator[_Place]:
+    """Plain attributes that the modules' code may read."""
+    for module in (parts.layer, parts.attention, parts.layer.mlp):
+        state = module.__dict__
+        for name in state.keys() - _LIVE:
+            if not name.startswith("_"):
+                yield state, name, state[name]
+    for norm in (*parts.norms, *parts.head_norms):
+        if norm is not None:
+            yield from ((norm.__dict__, name, norm.__dict__.get(name)) for name in _EPSILONS)
+
+
+def _functions(layer: nn.Module) -> Iterator[_Place]:
+    """Functions that the classes' code calls by name, such as the one that applies rotary angles."""
+    for each in dict.fromkeys(type(module) for module in layer.modules()):
+        function = inspect.unwrap(each.forward)
+        scope = getattr(function, "__globals__", {})
+        for name in getattr(getattr(function, "__code__", None), "co_names", ()):
+            if isinstance(scope.get(name), FunctionType):
+                yield scope, name, scope[name]
+    scope = vars(nn.functional)
+    yield scope, "scaled_dot_product_attention", scope["scaled_dot_product_attention"]
