@@ -10,14 +10,8 @@
 namespace gptq {
 namespace {
 
-// Rows that go through all steps before the next: a few MB of activations, and the weights' traffic is negligible.
-constexpr int kRowsAtATime = 480;
 // Below this many elements waking a second thread costs more than it saves.
 constexpr int64_t kSerialElements = 1 << 15;
-
-int size_of(Dtype dtype) {
-    return dtype == Dtype::f32 ? 4 : 2;
-}
 
 const char* row_of(const void* x, const Rows& shape, int64_t row) {
     return static_cast<const char*>(x) + row * shape.width * size_of(shape.dtype);

@@ -41,9 +41,6 @@ const Level* choose() {
     throw std::runtime_error(std::string("GPTQ_BACKEND_CPU_LEVEL=") + wanted + ": this CPU offers " + names);
 }
 
-// Activations of this many rows become integers before they are multiplied: a few MB, and the weights' traffic per row
-// is negligible.
-constexpr int kRowsAtATime = 480;
 // Below this many multiplications waking a second thread costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
@@ -170,10 +167,6 @@ int planes(const Call& c) {
 
 const void* after(const void* p, size_t bytes) {
     return p ? static_cast<const char*>(p) + bytes : nullptr;
-}
-
-int size_of(Dtype dtype) {
-    return dtype == Dtype::f32 ? 4 : 2;
 }
 
 // Number i of a stack of weights.

@@ -8,6 +8,14 @@
 
 namespace gptq {
 
+// Activations of this many rows go through all steps before the next: a few MB, and the weights' traffic per row is
+// negligible.
+constexpr int kRowsAtATime = 480;
+
+inline int size_of(Dtype dtype) {
+    return dtype == Dtype::f32 ? 4 : 2;
+}
+
 // Levels that this CPU runs, slowest first.
 std::vector<std::string> levels();
 // The one in use: the last of levels(), or the one that GPTQ_BACKEND_CPU_LEVEL names. Throws std::runtime_error for a

@@ -39,9 +39,7 @@ class Row:
     us: float | None = None  # median time of a call
     spread: tuple[float, float] | None = None  # first and third quartile of it
     timed_calls: int = 0  # how many calls are behind it
-    gbps: float | None = (
-        None  # what has to be read (codes and 16-bit scales; the dense weight for F.linear) over ``us``
-    )
+    gbps: float | None = None  # what has to be read (codes, 16-bit scales; F.linear: the dense weight) over ``us``
     roof_us: float | None = None  # the longer of reading that at full bandwidth, and 2*M*N*K operations at the peak
     roof_share: float | None = None  # roof_us / us
     ratio_bf16: float | None = None  # speed in units of F.linear's, which runs in ``dtype``

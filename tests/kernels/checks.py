@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +15,7 @@ from gptq_backend import Kernel, PackedWeight, QuantizedWeight
 from gptq_backend.format import encode, read_packed
 from gptq_backend.kernels import PreparedWeight, cpu
 
+ROOT = Path(__file__).parents[2]
 native = pytest.mark.skipif(cpu._cpu is None, reason="the native extension was not built")
 # Norm-relative, against float64. 16-bit results carry the rounding of their own dtype.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -44,3 +50,16 @@ def assert_same_packed(found: PackedWeight, expected: PackedWeight) -> None:
     assert torch.equal(found.zeros[used], expected.zeros[used])
     assert (found.g_idx is None) == (expected.g_idx is None)
     assert found.g_idx is None or torch.equal(found.g_idx, expected.g_idx)
+
+
+def assert_passes_at(level: str, *arguments: str) -> None:
+    """Run pytest at a lower level of the CPU kernels: it is chosen once per process, and this one runs the highest."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        env=os.environ | {"GPTQ_BACKEND_CPU_LEVEL": level},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout

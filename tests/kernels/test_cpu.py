@@ -18,9 +18,8 @@ from gptq_backend.format import encode
 from gptq_backend.kernels import cpu
 from gptq_backend.kernels import table as kernels
 from tests.format.test_stored_tensors import random_weight
-from tests.kernels.checks import LIMITS, error, exact, native, prepared
+from tests.kernels.checks import LIMITS, ROOT, assert_passes_at, error, exact, native, prepared
 
-ROOT = Path(__file__).parents[2]
 BLOCK_TESTS = [str(Path(__file__).with_name(name)) for name in ("test_cpu_block.py", "test_cpu_block_calls.py")]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
 
@@ -58,17 +57,8 @@ def test_any_shape_any_format(
 @pytest.mark.skipif(FORCED is not None, reason="this is the run that such a test starts")
 @pytest.mark.parametrize("level", cpu._cpu.levels()[:-1] if cpu._cpu else [])
 def test_lower_instruction_sets_are_as_exact(level: str) -> None:
-    """The level is chosen once per process; this one has already run the highest."""
     test = "test_any_shape_any_format or test_int8 or test_not_finite"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", test],
-        env=os.environ | {"GPTQ_BACKEND_CPU_LEVEL": level},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    assert_passes_at(level, __file__, "-k", test)
 
 
 @native

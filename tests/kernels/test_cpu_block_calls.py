@@ -16,9 +16,8 @@ import torch
 from gptq_backend.kernels import cpu, cpu_block, reference
 from gptq_backend.kernels.cpu_block import Linear, Norm, Projections, Tail, TailParts
 from tests.format.test_stored_tensors import random_weight
-from tests.kernels.checks import native, prepared
+from tests.kernels.checks import ROOT, assert_passes_at, native, prepared
 
-ROOT = Path(__file__).parents[2]
 pytestmark = native
 
 
@@ -30,17 +29,8 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("level", cpu._cpu.levels()[:-1] if cpu._cpu else [])
 def test_lower_instruction_sets_are_as_exact(level: str) -> None:
-    """The level is chosen once per process; this one has already run the highest."""
     file = str(Path(__file__).with_name("test_cpu_block.py"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-        env=os.environ | {"GPTQ_BACKEND_CPU_LEVEL": level},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    assert_passes_at(level, file)
 
 
 def linear(columns: int = 64, outputs: int = 64, bias: torch.Tensor | None = None) -> Linear:

@@ -22,7 +22,7 @@ PEERS = Path(__file__).parents[1] / "data" / "checkpoints"
 NAMES = sorted(path.name for path in PEERS.iterdir() if path.is_dir())
 VERSION_4 = transformers.__version__.startswith("4.")
 VOCABULARY = 259
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -80,7 +80,7 @@ def tiny(model_type: str = "llama", **changes: Any) -> nn.Module:
     else:
         extra = {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "mixtral" else {}
         model_type = {"gemma3": "gemma3_text"}.get(model_type, model_type)
-        sizes = {key: value for key, value in {**_SIZES, **extra, **changes}.items() if value is not ...}
+        sizes = {key: value for key, value in {**SIZES, **extra, **changes}.items() if value is not ...}
         config = AutoConfig.for_model(model_type, **sizes)
     return AutoModelForCausalLM.from_config(config).eval()
 

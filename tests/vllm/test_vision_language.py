@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from gptq_backend import QuantizeConfig
-from tests.transformers.checkpoints import VOCABULARY, ids, write
+from tests.transformers.checkpoints import SIZES, VOCABULARY, ids, write
 from tests.vllm.engine import Engine
 from tests.vllm.test_architectures import DELTA, EXPERTS, SHARED
 from tests.vllm.test_offline import BOUND, distance
@@ -21,19 +21,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="vLLM's classes import torchvision"),
 ]
 
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY + 8,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TEXT: dict[str, Any] = {**SIZES, "vocab_size": VOCABULARY + 8}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0}
 SPATIAL = {**TEXT, "rope_parameters": ROPE}
 IMAGE = VOCABULARY
