@@ -17,7 +17,7 @@ std::atomic<int> limit{INT_MAX};  // of threads
 // Whoever finds the rest in use leaves it alone, and goes on.
 std::mutex in_use;
 double lost_lately = 0, spent_lately = 0;  // seconds in regions, the older ones counting less
-int former = 1;  // the limit before it was last raised
+int former = 1;                            // the limit before it was last raised
 double raised_at = 0, raise_at = 0, pause = kFirst;
 
 // Doubles far from what the caller may use, and halves the distance near it.

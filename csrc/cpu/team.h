@@ -10,7 +10,8 @@ namespace gptq {
 //
 // A region ends when its last thread does. One that the system has put aside, in favour of another process, holds up
 // all for milliseconds, in regions of microseconds. Whoever lost more than half of its time lately goes on with half as
-// many. After a pause more are tried, step by step; a step that was in vain is taken back, and the next pause is longer.
+// many. After a pause more are tried, step by step; a step that was in vain is taken back, and the next pause is
+// longer.
 //
 // Callers pass the number of threads that they may use, not that of their tasks: libgomp ends the threads that a region
 // does without, and starts them again for the next one.
