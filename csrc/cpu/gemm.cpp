@@ -44,6 +44,11 @@ const Level* choose() {
 // Below this many multiplications waking a second thread costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
+// Rows of a task, whose activations should stay in a core's cache while strips pass by.
+constexpr int kRowTask = 24;
+// A thread makes integers of so few rows sooner than threads meet at a barrier.
+constexpr int kFewRows = 4;
+
 // How a call is cut into tasks, and the numbers of its first task and first row among those of all calls.
 struct Cut {
     int row_step, row_tasks, strip_step, first_task, first_row;
@@ -66,16 +71,15 @@ void multiply_all(const std::vector<Call>& calls, int threads) {
     for (size_t i = 0; i < calls.size(); ++i) {
         const Call& c = calls[i];
         const int strips = c.weight.strips();
-        const bool fused = c.rows * c.planes <= kMaxFused;
-        const int row_step = fused ? c.rows : kRowTask, row_tasks = (c.rows + row_step - 1) / row_step;
+        const int row_step = std::min(c.rows, kRowTask), row_tasks = (c.rows + row_step - 1) / row_step;
         // Strips of a task: enough tasks that no thread waits long for another's last one.
-        int step = fused ? 8 : kStripTask;
+        int step = 8;
         while (step > 1 && int64_t(calls.size()) * row_tasks * (strips / step) < 8 * int64_t(threads)) step /= 2;
         cuts.push_back({row_step, row_tasks, step, tasks, rows});
         tasks += row_tasks * ((strips + step - 1) / step);
         if (!i || c.lanes != calls[i - 1].lanes) rows += c.rows;
         work += int64_t(c.rows) * c.weight.slots * c.weight.out_features;
-        few = few && rows * c.planes <= kMaxFused;
+        few = few && rows * c.planes <= kFewRows;
     }
     const auto quantize = [&](int row) {
         const int i = find(cuts, &Cut::first_row, row);
@@ -91,7 +95,6 @@ void multiply_all(const std::vector<Call>& calls, int threads) {
         isa.multiply(c, m0, std::min(m0 + cut.row_step, c.rows), s0, std::min(s0 + cut.strip_step, c.weight.strips()));
     };
     const int team = work < kSerialWork ? 1 : team_size(threads);
-    // A few rows take microseconds, like the barrier that sharing them would need.
     if (team == 1 || few) {
         for (int row = 0; row < rows; ++row) quantize(row);
     }

@@ -33,13 +33,15 @@ struct F16C {
 };
 
 struct Wide256 : F16C {
-    static constexpr int lanes = 8, row_tile = 6, strip_tile = 1;
+    static constexpr int lanes = 8, rows = 4, strips = 1;
+    static constexpr bool pairs = false;
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;
 };
 
 struct Wide512 : F16C {
-    static constexpr int lanes = 16, row_tile = 6, strip_tile = 4;
+    static constexpr int lanes = 16, rows = 8, strips = 2;
+    static constexpr bool pairs = false;
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;
 };
@@ -50,14 +52,16 @@ template <class Isa>
 struct Madd : Isa {
     using typename Isa::I;
     using typename Isa::U;
+    static constexpr bool pairs = true;
 
+    static GPTQ_INLINE I widen(I sums) { return Isa::madd(U(sums), Vectors<Isa::lanes>::splat(0x00010001u)); }
     template <Dot Kind>
     static GPTQ_INLINE I dot(I sum, U codes, U x) {
         const auto times = [](U pairs, uint32_t factor) {
             return Isa::madd(pairs, Vectors<Isa::lanes>::splat(factor << 16 | factor));
         };
         if constexpr (Kind == Dot::i16) return in_order(sum + Isa::madd(codes, x));
-        if constexpr (Kind == Dot::i8_nibbles) return in_order(sum + times(Isa::maddubs(codes, x), 1));
+        if constexpr (Kind == Dot::i8_nibbles) return in_order(I(Isa::add16(U(sum), Isa::maddubs(codes, x))));
         // 255 * 127 * 2 does not fit 16 bits: nibble by nibble.
         const U low = Isa::maddubs(codes & 0x0f0f0f0fu, x), high = Isa::maddubs((codes >> 4) & 0x0f0f0f0fu, x);
         return in_order(sum + times(low, 1) + times(high, 16));

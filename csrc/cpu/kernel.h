@@ -11,7 +11,6 @@ namespace gptq {
 
 constexpr int kStrip = 16;      // output channels side by side in one vector
 constexpr int kMaxBlock = 128;  // input channels that share one activation scale, at most: int32 sums cannot overflow
-constexpr int kMaxFused = 4;    // activation rows up to which codes are unpacked in registers
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
@@ -58,13 +57,10 @@ struct Level {
     const char* name;
     // Activations of one row -> lanes, x_scales, x_sums.
     void (*quantize)(const Call&, int row);
-    // Rows [m0, m1) x strips [s0, s1) of y; at most kRowTask rows and kStripTask strips.
+    // Rows [m0, m1) x strips [s0, s1) of y.
     void (*multiply)(const Call&, int m0, int m1, int s0, int s1);
     const RowKernels* rows;
 };
-
-constexpr int kRowTask = 48;   // times planes
-constexpr int kStripTask = 4;  // when more rows than kMaxFused
 
 extern const Level level_generic;
 #ifdef __x86_64__

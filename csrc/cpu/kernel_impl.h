@@ -2,8 +2,9 @@
 //
 //     struct Isa {
 //         static constexpr int lanes;         // int32 per register
-//         static constexpr int row_tile;      // activation rows x
-//         static constexpr int strip_tile;    // strips of accumulators that fit the register file
+//         static constexpr int rows, strips;  // accumulators that fit the register file
+//         static constexpr bool pairs;        // whether dot sums Dot::i8_nibbles to two int16 per lane
+//         I widen(I sums);                    // these two, added up, if so
 //         template <Dot> I dot(I sum, U codes, U x);  // sum + the products of one lane
 //         void half_to_float(const uint16_t* in, float* out, int n);
 //         void float_to_half(const float* in, uint16_t* out, int n);
@@ -49,6 +50,8 @@ struct Codes {
     static constexpr int run = Bits == 3 ? 32 : 32 / Bits;
     static constexpr int per_lane = A8 ? 4 : 2;
     static constexpr int steps = run / per_lane;
+    // Channels whose products of codes below 16 and int8 sum to an int16, two by two: 2 * 8 * 15 * 127 < 2^15.
+    static constexpr int pairs = 8 * per_lane;
     static constexpr Dot dot = !A8 ? Dot::i16 : (Bits == 8 ? Dot::i8 : Dot::i8_nibbles);
     // 3-bit planes are joined to 4-bit fields first: words 0 and 1 give one word of even and one of odd fields each.
     static constexpr int width = Bits == 3 ? 4 : Bits;
@@ -293,34 +296,37 @@ GPTQ_INLINE void finish(const Call& c, int m, int strip, const float* sums, int 
                     n);
 }
 
-// -- few rows: unpack in registers, every code word is read once ---------------------------------------------------
+// -- products --------------------------------------------------------------------------------------------------------
 
-template <class Isa, int Bits, bool A8, int Rows>
-void fused(const Call& c, int m0, int strip) {
+// Rows x Strips tiles of y. Codes are unpacked in registers, and used for all rows at once.
+template <class Isa, int Bits, bool A8, int Rows, int Strips>
+void multiply_tile(const Call& c, int m0, int strip) {
     using Vec = Vectors<Isa::lanes>;
     using U = typename Vec::U;
     using I = typename Vec::I;
     using F = typename Vec::F;
     using C = Codes<Bits, A8>;
-    constexpr int V = kStrip / Isa::lanes;
+    constexpr int Per = kStrip / Isa::lanes, V = Strips * Per;  // vectors of a strip, and of all
     // Chains of dependent sums: enough of them to hide the latency of dot.
     constexpr int Chains = Rows * V >= 8 ? 1 : (Rows * V >= 4 ? 2 : 4);
     constexpr int Splits = Chains < C::steps ? Chains : C::steps;
     constexpr bool InPlace = C::has_places(Splits);
+    // Where dot yields sums of int16, these are widened before they overflow.
+    constexpr bool Pairs = Isa::pairs && C::dot == Dot::i8_nibbles;
     const Weight& w = c.weight;
     const int row0 = m0 * c.planes;
-    const size_t stride = c.lane_stride();
+    const size_t stride = c.lane_stride(), strip_words = size_t(w.slots / 32) * Bits * kStrip;
     F y[Rows][V] = {};
     for (int b = 0; b < w.n_blocks; ++b) {
         const int k0 = w.blocks[3 * b], k1 = w.blocks[3 * b + 1], group = w.blocks[3 * b + 2];
         I sums[Splits][Rows][V] = {};
         if (w.zeros) {
-            alignas(64) int32_t zeros[kStrip];
-            load_zeros(w, strip, group, zeros);
+            alignas(64) int32_t zeros[Strips][kStrip];
+            GPTQ_UNROLL for (int s = 0; s < Strips; ++s) load_zeros(w, strip + s, group, zeros[s]);
             GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
                 const int32_t sum = -c.x_sums[size_t(row0 + r) * w.n_blocks + b];
                 GPTQ_UNROLL for (int v = 0; v < V; ++v) {
-                    sums[0][r][v] = Vec::template load<I>(zeros + v * Isa::lanes) * sum;
+                    sums[0][r][v] = Vec::template load<I>(&zeros[0][v * Isa::lanes]) * sum;
                 }
             }
         } else {
@@ -331,199 +337,92 @@ void fused(const Call& c, int m0, int strip) {
         }
         const uint32_t* words = words_at<Bits>(w, strip, k0);
         const uint32_t* x = c.lanes + row0 * stride + k0 / C::per_lane;
-        for (int k = k0; k < k1; k += C::run) {
-            U word[V][C::words];
-            GPTQ_UNROLL for (int i = 0; i < C::words; ++i) {
-                __builtin_prefetch(words + (i + 128) * kStrip);  // 8 KB ahead: measured best
-                GPTQ_UNROLL for (int v = 0; v < V; ++v) {
-                    word[v][i] = Vec::template load<U>(words + i * kStrip + v * Isa::lanes);
+        for (int k = k0; k < k1;) {
+            I pairs[Splits][Rows][V] = {};
+            I(&into)[Splits][Rows][V] = Pairs ? pairs : sums;
+            const int end = Pairs && k1 - k > C::pairs ? k + C::pairs : k1;
+            for (; k < end; k += C::run) {
+                U word[V][C::words];
+                GPTQ_UNROLL for (int i = 0; i < C::words; ++i) {
+                    GPTQ_UNROLL for (int s = 0; s < Strips; ++s) {
+                        const uint32_t* const from = words + s * strip_words + i * kStrip;
+                        __builtin_prefetch(from + 128 * kStrip);  // 8 KB ahead: measured best
+                        GPTQ_UNROLL for (int v = 0; v < Per; ++v) {
+                            word[s * Per + v][i] = Vec::template load<U>(from + v * Isa::lanes);
+                        }
+                    }
                 }
-            }
-            GPTQ_UNROLL for (int j = 0; j < C::steps; ++j) {
-                U codes[V];
-                GPTQ_UNROLL for (int v = 0; v < V; ++v) {
-                    codes[v] = InPlace ? C::step_in_place(word[v], j) : C::step(word[v], j);
-                }
-                GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
-                    const U lanes = Vec::splat(x[r * stride + j]);
+                GPTQ_UNROLL for (int j = 0; j < C::steps; ++j) {
+                    U codes[V];
                     GPTQ_UNROLL for (int v = 0; v < V; ++v) {
-                        I& sum = sums[j % Splits][r][v];
-                        sum = Isa::template dot<C::dot>(sum, codes[v], lanes);
+                        codes[v] = InPlace ? C::step_in_place(word[v], j) : C::step(word[v], j);
+                    }
+                    GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
+                        const U lanes = Vec::splat(x[r * stride + j]);
+                        GPTQ_UNROLL for (int v = 0; v < V; ++v) {
+                            I& sum = into[j % Splits][r][v];
+                            sum = Isa::template dot<C::dot>(sum, codes[v], lanes);
+                        }
+                    }
+                }
+                words += C::words * kStrip;
+                x += C::steps;
+            }
+            if constexpr (Pairs) {
+                GPTQ_UNROLL for (int s = 0; s < Splits; ++s) {
+                    GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
+                        GPTQ_UNROLL for (int v = 0; v < V; ++v) sums[0][r][v] += Isa::widen(pairs[s][r][v]);
                     }
                 }
             }
-            words += C::words * kStrip;
-            x += C::steps;
         }
-        alignas(64) float scales[kStrip];
-        load_scales<Isa>(w, strip, group, scales);
+        alignas(64) float scales[Strips][kStrip];
+        GPTQ_UNROLL for (int s = 0; s < Strips; ++s) load_scales<Isa>(w, strip + s, group, scales[s]);
         GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
             const float x_scale = c.x_scales[size_t(row0 + r) * w.n_blocks + b];
             GPTQ_UNROLL for (int v = 0; v < V; ++v) {
                 I sum = sums[0][r][v];
-                GPTQ_UNROLL for (int s = 1; s < Splits; ++s) sum += sums[s][r][v] >> (InPlace ? C::place(s) : 0);
-                const F scale = Vec::template load<F>(scales + v * Isa::lanes) * x_scale;
+                GPTQ_UNROLL for (int s = 1; s < (Pairs ? 1 : Splits); ++s) sum +=
+                    sums[s][r][v] >> (InPlace ? C::place(s) : 0);
+                const F scale = Vec::template load<F>(&scales[0][v * Isa::lanes]) * x_scale;
                 y[r][v] += __builtin_convertvector(sum, F) * scale;
             }
         }
     }
-    alignas(64) float out[Rows][kStrip];
+    alignas(64) float out[Rows][Strips * kStrip];
     GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
         GPTQ_UNROLL for (int v = 0; v < V; ++v) Vec::store(&out[r][v * Isa::lanes], y[r][v]);
     }
-    for (int r = 0; r < Rows; r += c.planes) finish<Isa>(c, m0 + r / c.planes, strip, out[r], kStrip);
-}
-
-// -- many rows: unpack a block of a few strips into the L1 cache, then multiply it with every row --------------------
-
-constexpr int kSteps = kMaxBlock / 2;
-constexpr int kRows = kRowTask * 2;
-
-struct Panel {
-    alignas(64) uint32_t codes[kStripTask][kSteps][kStrip];
-    alignas(64) int32_t zeros[kStripTask][kStrip];
-    alignas(64) float scales[kStripTask][kStrip];
-    alignas(64) float y[kRows][kStripTask * kStrip];
-};
-
-template <class Isa, int Bits, bool A8>
-GPTQ_INLINE void unpack(const Weight& w, int strip, int b, uint32_t (*out)[kStrip]) {
-    using Vec = Vectors<Isa::lanes>;
-    using C = Codes<Bits, A8>;
-    const int k0 = w.blocks[3 * b], k1 = w.blocks[3 * b + 1];
-    const uint32_t* words = words_at<Bits>(w, strip, k0);
-    for (int k = k0; k < k1; k += C::run, words += C::words * kStrip, out += C::steps) {
-        GPTQ_UNROLL for (int lane = 0; lane < kStrip; lane += Isa::lanes) {
-            typename Vec::U word[C::words];
-            GPTQ_UNROLL for (int i = 0; i < C::words; ++i) {
-                word[i] = Vec::template load<typename Vec::U>(words + i * kStrip + lane);
-            }
-            GPTQ_UNROLL for (int j = 0; j < C::steps; ++j) Vec::store(&out[j][lane], C::step(word, j));
+    for (int r = 0; r < Rows; r += c.planes) {
+        for (int s = 0; s < Strips; ++s) {
+            finish<Isa>(c, m0 + r / c.planes, strip + s, out[r] + s * kStrip, Strips * kStrip);
         }
     }
 }
 
-// Rows x Strips of y += one block. x: lanes of the first row.
-template <class Isa, Dot Kind, int Rows, int Strips>
-void tile(const Call& c, const Panel& p, int row0, int row, int strip, int b, float (*y)[kStripTask * kStrip]) {
-    using Vec = Vectors<Isa::lanes>;
-    using U = typename Vec::U;
-    using I = typename Vec::I;
-    using F = typename Vec::F;
-    constexpr int V = kStrip / Isa::lanes;
-    constexpr int per_lane = Kind == Dot::i16 ? 2 : 4;
-    const Weight& w = c.weight;
-    const size_t stride = c.lane_stride();
-    const int k0 = w.blocks[3 * b], steps = (w.blocks[3 * b + 1] - k0) / per_lane;
-    const uint32_t* x = c.lanes + (row0 + row) * stride + k0 / per_lane;
-    const size_t at = size_t(row0 + row) * w.n_blocks + b;
-    I sums[Rows][Strips][V];
-    GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
-        const int32_t sum = -c.x_sums[at + size_t(r) * w.n_blocks];
-        GPTQ_UNROLL for (int s = 0; s < Strips; ++s) {
-            GPTQ_UNROLL for (int v = 0; v < V; ++v) {
-                sums[r][s][v] = Vec::template load<I>(&p.zeros[strip + s][v * Isa::lanes]) * sum;
-            }
-        }
+// `rows` rows (with planes), at most Rows.
+template <class Isa, int Bits, bool A8, int Rows>
+GPTQ_INLINE void multiply_rows(const Call& c, int m0, int rows, int s0, int s1) {
+    if constexpr (Rows > 1) {
+        if (rows < Rows) return multiply_rows<Isa, Bits, A8, Rows - 1>(c, m0, rows, s0, s1);
     }
-    for (int j = 0; j < steps; ++j) {
-        U codes[Strips][V];
-        GPTQ_UNROLL for (int s = 0; s < Strips; ++s) {
-            GPTQ_UNROLL for (int v = 0; v < V; ++v) {
-                codes[s][v] = Vec::template load<U>(&p.codes[strip + s][j][v * Isa::lanes]);
-            }
-        }
-        GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
-            const U lanes = Vec::splat(x[r * stride + j]);
-            GPTQ_UNROLL for (int s = 0; s < Strips; ++s) {
-                GPTQ_UNROLL for (int v = 0; v < V; ++v) {
-                    I& sum = sums[r][s][v];
-                    sum = Isa::template dot<Kind>(sum, codes[s][v], lanes);
-                }
-            }
-        }
+    int s = s0;
+    if constexpr (Rows > Isa::rows / 2 && Isa::strips > 1) {
+        for (; s + Isa::strips <= s1; s += Isa::strips) multiply_tile<Isa, Bits, A8, Rows, Isa::strips>(c, m0, s);
     }
-    GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
-        const float x_scale = c.x_scales[at + size_t(r) * w.n_blocks];
-        GPTQ_UNROLL for (int s = 0; s < Strips; ++s) {
-            GPTQ_UNROLL for (int v = 0; v < V; ++v) {
-                float* out = &y[r][(strip + s) * kStrip + v * Isa::lanes];
-                const F scale = Vec::template load<F>(&p.scales[strip + s][v * Isa::lanes]) * x_scale;
-                Vec::store(out, Vec::template load<F>(out) + __builtin_convertvector(sums[r][s][v], F) * scale);
-            }
-        }
-    }
-}
-
-template <class Isa, Dot Kind, int Rows>
-GPTQ_INLINE void row_of_tiles(const Call& c, Panel& p, int row0, int row, int strips, int b) {
-    int s = 0;
-    for (; s + Isa::strip_tile <= strips; s += Isa::strip_tile) {
-        tile<Isa, Kind, Rows, Isa::strip_tile>(c, p, row0, row, s, b, p.y + row);
-    }
-    if constexpr (Isa::strip_tile > 1) {
-        for (; s < strips; ++s) tile<Isa, Kind, Rows, 1>(c, p, row0, row, s, b, p.y + row);
-    }
-}
-
-template <class Isa, Dot Kind, int Rows>
-GPTQ_INLINE void last_rows(const Call& c, Panel& p, int row0, int row, int rows, int strips, int b) {
-    if constexpr (Rows > 0) {
-        if (rows == Rows) return row_of_tiles<Isa, Kind, Rows>(c, p, row0, row, strips, b);
-        last_rows<Isa, Kind, Rows - 1>(c, p, row0, row, rows, strips, b);
-    }
-}
-
-template <class Isa, int Bits, bool A8>
-void panel(const Call& c, int m0, int m1, int s0, int s1) {
-    constexpr Dot Kind = Codes<Bits, A8>::dot;
-    Panel p;
-    const Weight& w = c.weight;
-    const int row0 = m0 * c.planes, rows = (m1 - m0) * c.planes, strips = s1 - s0;
-    __builtin_memset(p.y, 0, sizeof(p.y[0]) * rows);
-    for (int b = 0; b < w.n_blocks; ++b) {
-        const int group = w.blocks[3 * b + 2];
-        for (int s = 0; s < strips; ++s) {
-            unpack<Isa, Bits, A8>(w, s0 + s, b, p.codes[s]);
-            load_scales<Isa>(w, s0 + s, group, p.scales[s]);
-            if (w.zeros) {
-                load_zeros(w, s0 + s, group, p.zeros[s]);
-            } else {
-                for (int i = 0; i < kStrip; ++i) p.zeros[s][i] = 1 << (Bits - 1);
-            }
-        }
-        int row = 0;
-        for (; row + Isa::row_tile <= rows; row += Isa::row_tile) {
-            row_of_tiles<Isa, Kind, Isa::row_tile>(c, p, row0, row, strips, b);
-        }
-        last_rows<Isa, Kind, Isa::row_tile - 1>(c, p, row0, row, rows - row, strips, b);
-    }
-    for (int m = m0; m < m1; ++m) {
-        const int row = (m - m0) * c.planes;
-        for (int s = 0; s < strips; ++s) {
-            finish<Isa>(c, m, s0 + s, &p.y[row][s * kStrip], kStripTask * kStrip);
-        }
-    }
+    for (; s < s1; ++s) multiply_tile<Isa, Bits, A8, Rows, 1>(c, m0, s);
 }
 
 template <class Isa, int Bits, bool A8>
 void multiply_as(const Call& c, int m0, int m1, int s0, int s1) {
-    const int rows = (m1 - m0) * c.planes;
-    if (rows > kMaxFused) return panel<Isa, Bits, A8>(c, m0, m1, s0, s1);
-    for (int s = s0; s < s1; ++s) {
-        switch (rows) {
-            case 1:
-                fused<Isa, Bits, A8, 1>(c, m0, s);
-                break;
-            case 2:
-                fused<Isa, Bits, A8, 2>(c, m0, s);
-                break;
-            case 3:
-                fused<Isa, Bits, A8, 3>(c, m0, s);
-                break;
-            case 4:
-                fused<Isa, Bits, A8, 4>(c, m0, s);
-                break;
+    // As few groups of rows as registers allow, of about one size.
+    const int most = Isa::rows / c.planes, groups = (m1 - m0 + most - 1) / most;
+    for (int s = s0; s < s1; s += Isa::strips) {
+        const int end = s + Isa::strips < s1 ? s + Isa::strips : s1;
+        for (int i = 0, m = m0; i < groups; ++i) {
+            const int rows = (m1 - m) / (groups - i);
+            multiply_rows<Isa, Bits, A8, Isa::rows>(c, m, rows * c.planes, s, end);
+            m += rows;
         }
     }
 }

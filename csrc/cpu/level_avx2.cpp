@@ -6,6 +6,7 @@ namespace {
 struct Avx2 : Wide256 {
     static GPTQ_INLINE I madd(U a, U b) { return I(_mm256_madd_epi16(__m256i(a), __m256i(b))); }
     static GPTQ_INLINE U maddubs(U a, U b) { return U(_mm256_maddubs_epi16(__m256i(a), __m256i(b))); }
+    static GPTQ_INLINE U add16(U a, U b) { return U(_mm256_add_epi16(__m256i(a), __m256i(b))); }
 };
 
 }  // namespace

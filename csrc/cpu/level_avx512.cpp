@@ -6,6 +6,7 @@ namespace {
 struct Avx512 : Wide512 {
     static GPTQ_INLINE I madd(U a, U b) { return I(_mm512_madd_epi16(__m512i(a), __m512i(b))); }
     static GPTQ_INLINE U maddubs(U a, U b) { return U(_mm512_maddubs_epi16(__m512i(a), __m512i(b))); }
+    static GPTQ_INLINE U add16(U a, U b) { return U(_mm512_add_epi16(__m512i(a), __m512i(b))); }
 };
 
 }  // namespace

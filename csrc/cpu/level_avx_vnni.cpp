@@ -4,6 +4,8 @@ namespace gptq {
 namespace {
 
 struct AvxVnni : Wide256 {
+    static constexpr int rows = 6;
+
     template <Dot Kind>
     static GPTQ_INLINE I dot(I sum, U codes, U x) {
         if constexpr (Kind == Dot::i16) return I(_mm256_dpwssd_avx_epi32(__m256i(sum), __m256i(codes), __m256i(x)));

@@ -5,7 +5,8 @@ namespace gptq {
 namespace {
 
 struct Generic {
-    static constexpr int lanes = 16, row_tile = 2, strip_tile = 1;
+    static constexpr int lanes = 16, rows = 4, strips = 1;
+    static constexpr bool pairs = false;
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;
 
