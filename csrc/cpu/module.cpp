@@ -5,6 +5,7 @@
 
 #include "block_module.h"
 #include "gemm.h"
+#include "places_module.h"
 #include "torch_op.h"
 
 namespace py = pybind11;
@@ -73,6 +74,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("unpack", &repack<gptq::unpack>, release);
     m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { gptq::advise_huge_pages(at<void>(data), bytes); });
     gptq::bind_blocks(m);
+    gptq::bind_places(m);
     m.def("torch_functions", &gptq::torch_functions);
     m.def("register_with_torch", &gptq::register_with_torch);
     m.def(

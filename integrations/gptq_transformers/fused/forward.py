@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from operator import is_
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gptq_backend.kernels import cpu_block
+from gptq_backend.kernels import cpu_block, places
 
 from .cache import append
 from .match import Parts, linear_of, norm_of
@@ -35,8 +34,7 @@ class Calls:
         self._heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
         self._head_dim, self._width = attention.head_dim, parts.inputs[0].in_features
         self._softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
-        places = _weights(parts)
-        self._dicts, self._keys, self._values = zip(*places)
+        self._dicts, self._keys, self._values = zip(*_weights(parts))
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         # Kept, so that an address is never one of freed memory, whatever is done to a parameter.
         self._kept: list[Any] = [tensor.detach() for tensor in self._tensors]
@@ -53,7 +51,7 @@ class Calls:
 
     def outdated(self) -> bool:
         return (
-            not all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
+            not places.unchanged(self._dicts, self._keys, self._values)
             or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
         )
 
@@ -201,15 +199,15 @@ class FusedForward:
 
 def _weights(parts: Parts) -> list[tuple[dict[str, Any], str, Any]]:
     """Where the parameters lie whose addresses the calls hold, and what lies there."""
-    places: list[tuple[dict[str, Any], str, Any]] = []
+    found: list[tuple[dict[str, Any], str, Any]] = []
     for linear in parts.linears:
         held = linear._parameters
-        places += [(linear.__dict__, "changes", linear.changes), (linear.__dict__, "_parameters", held)]
-        places += [(held, name, held.get(name)) for name in ("qweight", "bias")]
+        found += [(linear.__dict__, "changes", linear.changes), (linear.__dict__, "_parameters", held)]
+        found += [(held, name, held.get(name)) for name in ("qweight", "bias")]
     for norm in (*parts.norms, *parts.head_norms):
         if norm is not None:
-            places += [(norm._parameters, name, norm._parameters.get(name)) for name in ("weight", "bias")]
-    return places
+            found += [(norm._parameters, name, norm._parameters.get(name)) for name in ("weight", "bias")]
+    return found
 
 
 def _served_angles(angles: Any, x: Tensor, head_dim: int) -> bool:

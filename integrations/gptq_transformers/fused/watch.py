@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from gptq_backend.kernels import places
+
 from .match import Parts
 
 # Read in each call, or no concern of the calls.
@@ -25,7 +27,7 @@ _Place = tuple[dict[str, Any], str, Any]  # a dictionary, a key in it, and what 
 class Watch:
     """What a layer was when it was made.
 
-    This is on the way of every call. So all that may change is looked up in one pass, without loops of our own.
+    This is on the way of every call. So all that may change is looked up in one pass, without loops in Python.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -33,8 +35,8 @@ class Watch:
         self._children: list[_Place] = [
             (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
         ]
-        places = [*self._children, *_settings(parts), *_functions(layer)]
-        self._dicts, self._keys, self._values = zip(*places)
+        watched = [*self._children, *_settings(parts), *_functions(layer)]
+        self._dicts, self._keys, self._values = zip(*watched)
         self._modules = list(layer.modules())
         self._types = [type(module) for module in self._modules]
         self._classes = list(dict.fromkeys(self._types))
@@ -42,21 +44,21 @@ class Watch:
         served = {id(module) for module in (*parts.linears, *parts.norms, *parts.head_norms)}
         flags = [(module, name) for module in self._modules[1:] for name in _HOOKS]  # the layer's own hooks are called
         flags += [(module, "training") for module in self._modules if id(module) not in served]
-        self._states = [module.__dict__ for module, _ in flags]
-        self._flags = [name for _, name in flags]
+        self._states = tuple(module.__dict__ for module, _ in flags)
+        self._flags = tuple(name for _, name in flags)
 
     def untouched(self) -> bool:
         """Whether it is what it was, and nobody listens."""
         return (
             self.unchanged()
-            and not any(map(dict.get, self._states, self._flags))
+            and places.empty(self._states, self._flags)
             and not nn_module._global_forward_hooks
             and not nn_module._global_forward_pre_hooks
         )
 
     def unchanged(self) -> bool:
         return (
-            all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
+            places.unchanged(self._dicts, self._keys, self._values)
             and all(map(is_, map(getattr, self._classes, repeat("forward")), self._forwards))
             and all(map(is_, map(type, self._modules), self._types))
         )

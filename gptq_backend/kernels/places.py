@@ -1,0 +1,17 @@
+"""Do many entries of dictionaries hold what they held?  Looked up in C++ (csrc/cpu/places_module.cpp)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .cpu import _cpu
+
+
+def unchanged(dicts: tuple[dict[str, Any], ...], keys: tuple[str, ...], values: tuple[Any, ...]) -> bool:
+    """``all(d.get(key) is value for ...)``."""
+    return _cpu.unchanged(dicts, keys, values)
+
+
+def empty(dicts: tuple[dict[str, Any], ...], keys: tuple[str, ...]) -> bool:
+    """``not any(d.get(key) for ...)``."""
+    return _cpu.empty(dicts, keys)
