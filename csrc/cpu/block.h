@@ -46,4 +46,39 @@ struct Tail {
 // shape: of y and residual. x: [rows][o's in_features].
 void finish_layer(const Tail&, const Rows& shape, const void* x, const void* residual, void* y, int threads);
 
+// A whole decoder layer: y = Tail(attention(rotated norm(x) @ q, k, v), x).
+struct Layer {
+    const Norm* before_attention;
+    std::vector<const Linear*> inputs;  // q, k and v, or one with the outputs of all
+    const Norm* head_norms[2];          // of q and k: as wide as a head or as all of them; or null
+    bool turns;                         // by the angles of the step
+    Pairs pairs;
+    int heads, kv_heads, head_dim;
+    float scale, softcap;
+    const Tail* tail;
+};
+
+// A layer's keys and values, [batch][kv_heads][capacity][head_dim], of which `length` positions are in use.
+struct KeysAndValues {
+    void *keys, *values;
+    int length, capacity;
+};
+
+// One step of `batch` sequences, [batch][positions] rows.
+struct Step {
+    Dtype dtype;
+    int batch, positions, width;
+    const void *cos, *sin;  // [angle_rows][dims] of angles_dtype; angle_rows: positions, or batch * positions
+    Dtype angles_dtype;
+    int angle_rows, dims;
+    const void* mask;  // as in Attention
+    bool mask_is_bool;
+    int64_t mask_strides[2];
+};
+
+// Runs layers one after the other. Each writes its keys and values behind those in use, and its result to
+// ys[layer] [batch][positions][width], which the next one reads. Nothing is written but these.
+void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
+                const void* x, void* ys, int threads);
+
 }  // namespace gptq

@@ -4,6 +4,8 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -103,6 +105,65 @@ Tail tail(const Linear* o, const Norm* after_attention, const Norm* before_mlp, 
     return {o, after_attention, before_mlp, after_mlp, gate_up, gated, Activation(activation), down, factor};
 }
 
+Layer layer(const Norm* before_attention, const std::vector<const Linear*>& inputs, const Norm* q_norm,
+            const Norm* k_norm, int pairs, int heads, int kv_heads, int head_dim, float scale, float softcap,
+            const Tail* tail) {
+    if (kv_heads <= 0 || heads <= 0 || heads % kv_heads) refuse("heads", heads, "a multiple of kv_heads,", kv_heads);
+    check_head("head_dim", head_dim);
+    const int q = heads * head_dim, kv = kv_heads * head_dim;
+    const std::vector<int> parts = {q, kv, kv}, joined = {q + 2 * kv};
+    std::vector<int> found;
+    for (const Linear* each : inputs) found.push_back(each->weight.out_features);
+    if (found != parts && found != joined) {
+        refuse("the outputs of q, k and v or of all", found.empty() ? 0 : found[0], "those of heads,", q);
+    }
+    if (tail->o->weight.in_features != q) refuse("inputs of o", tail->o->weight.in_features, "heads * head_dim,", q);
+    const int width = tail->o->weight.out_features;
+    if (inputs[0]->weight.in_features != width) {
+        refuse("inputs of q, k and v", inputs[0]->weight.in_features, "outputs of o,", width);
+    }
+    check_size(before_attention, width);
+    if (q_norm && q_norm->size != q) check_size(q_norm, head_dim);
+    if (k_norm && k_norm->size != kv) check_size(k_norm, head_dim);
+    return {before_attention, inputs, {q_norm, k_norm}, pairs >= 0, Pairs(std::max(pairs, 0)), heads, kv_heads,
+            head_dim,         scale,  softcap,          tail};
+}
+
+// (keys, values, length, capacity)
+using CacheNumbers = std::tuple<uintptr_t, uintptr_t, int, int>;
+
+void run(const std::vector<const Layer*>& layers, const std::vector<CacheNumbers>& numbers, int dtype,
+         const std::array<int, 3>& shape, uintptr_t x, const std::array<uintptr_t, 2>& angles, int angles_dtype,
+         int angle_rows, int dims, uintptr_t mask, bool mask_is_bool, const std::array<int64_t, 2>& mask_strides,
+         uintptr_t ys, int threads) {
+    Step step{};
+    step.dtype = Dtype(dtype);
+    step.batch = shape[0], step.positions = shape[1], step.width = shape[2];
+    step.cos = at<void>(angles[0]), step.sin = at<void>(angles[1]), step.angles_dtype = Dtype(angles_dtype);
+    step.angle_rows = angle_rows, step.dims = dims;
+    step.mask = at<void>(mask), step.mask_is_bool = mask_is_bool;
+    std::copy_n(mask_strides.begin(), 2, step.mask_strides);
+    if (numbers.size() != layers.size()) refuse("caches", numbers.size(), "one for each layer,", layers.size());
+    std::vector<KeysAndValues> caches;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto [keys, values, length, capacity] = numbers[i];
+        if (length + step.positions > capacity) refuse("capacity", capacity, "at least", length + step.positions);
+        caches.push_back({at<void>(keys), at<void>(values), length, capacity});
+        const Layer& layer = *layers[i];
+        if (layer.tail->o->weight.out_features != step.width) {
+            refuse("the width of a layer", layer.tail->o->weight.out_features, "that of x,", step.width);
+        }
+        if (layer.turns && (dims <= 0 || dims % 2 || dims > layer.head_dim)) {
+            refuse("dims of cos", dims, "an even number up to", layer.head_dim);
+        }
+    }
+    run_layers(layers, caches, step, at<void>(x), at<void>(ys), threads);
+}
+
+bool same_bytes(uintptr_t a, uintptr_t b, size_t bytes) {
+    return !std::memcmp(at<void>(a), at<void>(b), bytes);
+}
+
 }  // namespace
 
 void bind_blocks(py::module_& m) {
@@ -115,6 +176,9 @@ void bind_blocks(py::module_& m) {
     m.def("rotate", &rotate_rows, release);
     m.def("attend", &attend_rows, release);
     m.def("finish_layer", &finish_rows, release);
+    py::class_<Layer>(m, "Layer").def(py::init(&layer));
+    m.def("run_layers", &run, release);
+    m.def("same_bytes", &same_bytes);
 }
 
 }  // namespace gptq

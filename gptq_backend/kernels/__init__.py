@@ -1,6 +1,6 @@
 """Multiplying by a packed weight: one table of kernels, one folder or file per kind of device."""
 
-from . import cpu_block, places
+from . import cpu_block, cpu_layers, places
 from .expert_routing import Routing
 from .experts import Grouped, one_by_one, why_not_groupable
 from .interface import ExpertKernel, Kernel, PreparedWeight
@@ -8,5 +8,6 @@ from .table import EXPERT_KERNELS, KERNELS, expert_kernel, fastest, kernel_repor
 
 __all__ = [
     "EXPERT_KERNELS", "KERNELS", "ExpertKernel", "Grouped", "Kernel", "PreparedWeight", "Routing", "cpu_block",
-    "expert_kernel", "fastest", "kernel_report", "one_by_one", "places", "select_kernel", "why_not_groupable",
+    "cpu_layers", "expert_kernel", "fastest", "kernel_report", "one_by_one", "places", "select_kernel",
+    "why_not_groupable",
 ]  # fmt: skip

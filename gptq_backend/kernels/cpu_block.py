@@ -114,6 +114,11 @@ class Projections:
         self._widths = [linear.out_features for linear in linears]
         self._in_features = linears[0].in_features
 
+    @property
+    def native(self) -> tuple[Any, list[Any]]:
+        """The norm and the weights."""
+        return self._norm, self._linears
+
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x: 16 bits or float32 [..., K] on a CPU -> [..., N] of each in the dtype of x."""
         width = self._in_features
@@ -165,7 +170,7 @@ class Tail:
         _, _, o, gate_up, down = self._kept
         kind = ACTIVATIONS[parts.activation]
         self._in_features, self._width = parts.o.in_features, parts.o.out_features
-        self._native = _cpu.Tail(o, *norms, gate_up, parts.gated, kind, down, parts.factor)
+        self.native = _cpu.Tail(o, *norms, gate_up, parts.gated, kind, down, parts.factor)
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         """x: [..., o's K]; residual: [..., hidden] of the same dtype -> [..., hidden]."""
@@ -178,7 +183,7 @@ class Tail:
         x, residual = x.contiguous(), residual.contiguous()
         y = torch.empty_like(residual)
         _cpu.finish_layer(
-            self._native,
+            self.native,
             code,
             residual.numel() // width,
             width,

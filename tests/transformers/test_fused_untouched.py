@@ -23,7 +23,7 @@ from transformers.models.llama import modeling_llama
 
 from gptq_backend import QuantizeConfig, QuantLinear, quantize_model
 from gptq_transformers.fused import fuse_layers, match
-from gptq_transformers.fused.forward import Calls
+from gptq_transformers.fused.calls import Calls
 from gptq_transformers.hf_quantizer import attach
 from tests.kernels.checks import native
 from tests.transformers.checkpoints import VERSION_4, distance, ids, load, logits, tiny, write

@@ -8,17 +8,53 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from gptq_backend.kernels import cpu_layers
+
 _ROOM = "_gptq_backend_room"
 _UPDATES = DynamicCache.update, DynamicLayer.update  # whoever puts others in their place wants to be called
 
 
-class _Room:
+class Room:
     """Longer tensors [B, KV, capacity, D], of whose begin the cache's keys and values are views."""
 
     def __init__(self, keys: Tensor, values: Tensor, views: tuple[Tensor, Tensor]) -> None:
         self.keys, self.values = keys, values
         # Those given out last; behind any others somebody has written. A shallow copy of a cache's layer sees it too.
         self.views = views
+        same = keys.shape == values.shape and keys.dtype == values.dtype
+        self._place = cpu_layers.Room(keys, values) if same and keys.is_cpu else None
+
+    @property
+    def place(self) -> cpu_layers.Room:
+        """For calls that write into it; ask ``fits`` first."""
+        assert self._place is not None
+        return self._place
+
+    def fits(self, layer: cpu_layers.Layer, x: Tensor) -> bool:
+        """Whether such a call for x [B, T, H] can."""
+        return self._place is not None and self._place.fits(layer, x)
+
+    def serves(self, layer: Any, count: int) -> bool:
+        """Whether ``count`` more positions fit, and nobody else set the layer's tensors."""
+        return (
+            layer.keys is self.views[0]
+            and layer.values is self.views[1]
+            and layer.keys.shape[2] + count <= self.keys.shape[2]
+            and self.keys.is_inference() == torch.is_inference_mode_enabled()
+        )
+
+    def give(self, layer: Any, length: int) -> tuple[Tensor, Tensor]:
+        """Let the layer see ``length`` positions -> its keys and values."""
+        layer.keys, layer.values = self.views = self.keys[:, :, :length], self.values[:, :, :length]
+        setattr(layer, _ROOM, self)
+        return self.views
+
+
+def room_of(cache: Any, index: int, count: int) -> tuple[Any, Room] | None:
+    """The cache's layer ``index`` and the room that it has for ``count`` more positions, if it has."""
+    layer = _plain_layer(cache, index)
+    room = getattr(layer, _ROOM, None)
+    return (layer, room) if room is not None and room.serves(layer, count) else None
 
 
 def append(cache: Any, keys: Tensor, values: Tensor, index: int, *more: Any) -> tuple[Tensor, Tensor]:
@@ -40,10 +76,7 @@ def append(cache: Any, keys: Tensor, values: Tensor, index: int, *more: Any) -> 
     first, last = layer.keys.shape[2], layer.keys.shape[2] + keys.shape[2]
     room.keys[:, :, first:last] = keys
     room.values[:, :, first:last] = values
-    layer.keys, layer.values = views = room.keys[:, :, :last], room.values[:, :, :last]
-    room.views = views
-    setattr(layer, _ROOM, room)
-    return views
+    return room.give(layer, last)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -64,22 +97,16 @@ def _plain_layer(cache: Any, index: int) -> Any:
     return None if patched else layer
 
 
-def _with_room(layer: Any, count: int) -> _Room:
+def _with_room(layer: Any, count: int) -> Room:
     """The room behind the layer's tensors; new where there is none, too little, or somebody else set the tensors."""
     room = getattr(layer, _ROOM, None)
-    length = layer.keys.shape[2]
-    if (
-        room is not None
-        and layer.keys is room.views[0]
-        and layer.values is room.views[1]
-        and length + count <= room.keys.shape[2]
-        and room.keys.is_inference() == torch.is_inference_mode_enabled()
-    ):
+    if room is not None and room.serves(layer, count):
         return room
+    length = layer.keys.shape[2]
     capacity = length + count + max(64, length // 4)
     longer = []
     for tensor in (layer.keys, layer.values):
         buffer = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))
         buffer[:, :, :length] = tensor
         longer.append(buffer)
-    return _Room(longer[0], longer[1], (layer.keys, layer.values))
+    return Room(longer[0], longer[1], (layer.keys, layer.values))

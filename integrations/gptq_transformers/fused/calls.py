@@ -1,0 +1,226 @@
+"""The calls that compute a decoder layer: projections, cache, attention, and all that follows."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gptq_backend.kernels import cpu_block, cpu_layers, places
+
+from .cache import append
+from .match import Parts, linear_of, norm_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FEW_ROWS = 8  # of queries, up to which our attention is faster than torch's
+
+
+class Calls:
+    """The fused calls of a layer. They hold addresses; whoever uses them asks first whether these are outdated."""
+
+    def __init__(self, parts: Parts, pairs: str | None) -> None:
+        self.parts, self.pairs, attention = parts, pairs, parts.attention
+        self._heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
+        self._head_dim, self._width = attention.head_dim, parts.inputs[0].in_features
+        self._softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
+        self._dicts, self._keys, self._values = zip(*_weights(parts))
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        # Kept, so that an address is never one of freed memory, whatever is done to a parameter.
+        self._kept: list[Any] = [tensor.detach() for tensor in self._tensors]
+        self._kept += [tensor.detach() for linear in parts.linears for tensor in linear.parameters(recurse=False)]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._projections = cpu_block.Projections(norm_of(parts.norms[0]), [linear_of(each) for each in parts.inputs])
+        self._tail = cpu_block.Tail(parts.tail())
+        self._layer: tuple[tuple[float, float], cpu_layers.Layer] | None = None
+        norms = [norm_of(norm) for norm in parts.head_norms]
+        self._kept += norms
+        self._head_norms = [
+            (None, True) if norm is None else (norm.native, norm.weight.numel() == self._head_dim)  # type: ignore[union-attr]
+            for norm in norms
+        ]
+
+    def outdated(self) -> bool:
+        return (
+            not places.unchanged(self._dicts, self._keys, self._values)
+            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+        )
+
+    @property
+    def index(self) -> int:
+        """Of the layer in a cache."""
+        return self.parts.attention.layer_idx
+
+    def fit(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the shapes are those that are read; the layer's own code says what is wrong with others."""
+        if x.dim() != 3 or x.shape[2] != self._width or x.numel() == 0:
+            return False
+        if self.pairs is None:
+            return True
+        return _served_angles(kwargs.get("position_embeddings"), x, self._head_dim)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states: float [B, T, H] -> [B, T, H]."""
+        q, keys, values = self._project(hidden_states, position_embeddings)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if past_key_values is not None:
+            extra = () if cache_position is None else ({"cache_position": cache_position},)
+            keys, values = append(past_key_values, keys, values, self.parts.attention.layer_idx, *extra)
+        return self._tail(self._attend(q, keys, values, attention_mask, kwargs), hidden_states)
+
+    def _project(self, x: Tensor, angles: Any) -> list[Tensor]:
+        """q, k and v: [B, T, heads, D]."""
+        found = self._projections(x)
+        if len(found) == 1:
+            widths = [heads * self._head_dim for heads in (*self._heads, self._heads[1])]
+            found = [part.contiguous() for part in found[0].split(widths, dim=-1)]
+        cos, sin = angles if self.pairs else (None, None)
+        for part, heads, (native, per_head) in zip(found, self._heads, self._head_norms):
+            if native is not None and not per_head:
+                cpu_block.rotate_(part, 1, norm=native)
+                native = None
+            cpu_block.rotate_(part, heads, cos, sin, native, self.pairs or "halves")
+        return [part.unflatten(-1, (-1, self._head_dim)) for part in found]
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+        """q: [B, T, heads, D]; keys, values: [B, KV, S, D] -> [B, T, heads * D]."""
+        attention = self.parts.attention
+        function, ours, softcap = self._attention()
+        if ours and q.shape[1] <= _FEW_ROWS and _served_cache(q, keys, values):
+            batch, rows, *_ = q.shape
+            if _served_mask(mask, q, batch, rows, keys.shape[2]):
+                return cpu_block.attend(q, keys, values, mask, attention.scaling, softcap)
+        if hasattr(attention, "sliding_window"):
+            kwargs["sliding_window"] = attention.sliding_window
+        if self._softcap:
+            kwargs["softcap"] = self._softcap
+        out, _ = function(
+            attention, q.transpose(1, 2), keys, values, mask, dropout=0.0, scaling=attention.scaling, **kwargs
+        )
+        return out.reshape(*out.shape[:2], -1)
+
+    def _attention(self) -> tuple[Any, bool, float]:
+        """transformers' function, whether ours can take its place, and the cap of scores that it applies."""
+        attention = self.parts.attention
+        eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, eager)
+        # transformers' other functions leave the cap out
+        return function, function is eager or function is sdpa_attention_forward, self._softcap * (function is eager)
+
+    def begin(self, x: Tensor, given: tuple[Any, ...], length: int) -> Beginning | None:
+        """What layers that run in one call with this one must have in common; None where there can be none.
+
+        Args:
+            length: positions in the cache.
+        """
+        mask, angles, _ = given
+        batch, rows, _ = x.shape
+        _, ours, softcap = self._attention()
+        if not ours or rows > _FEW_ROWS or not _served_mask(mask, x, batch, rows, length + rows):
+            return None
+        served = angles is not None and _served_angles(angles, x, self._head_dim)
+        return Beginning(self, softcap, angles if served else None)
+
+    def joined(self, beginning: Beginning) -> cpu_layers.Layer | None:
+        """The whole layer for one call, if it can be run with the one that begins."""
+        attention, first = self.parts.attention, beginning.first
+        same = attention.config is first.parts.attention.config and type(attention) is type(first.parts.attention)
+        if not same or self._width != first._width or self._head_dim != first._head_dim or self.outdated():
+            return None
+        if self.pairs is not None and beginning.angles is None:
+            return None
+        key = attention.scaling, beginning.softcap
+        if self._layer is None or self._layer[0] != key:
+            norms = [native for native, _ in self._head_norms]
+            layer = cpu_layers.Layer(
+                self._projections, norms, self.pairs, *self._heads, self._head_dim, *key, tail=self._tail
+            )
+            self._layer = key, layer
+        return self._layer[1]
+
+    def typical_score(self, x: Tensor, kwargs: dict[str, Any]) -> float:
+        """Root mean square of the products of queries and keys, before they are scaled."""
+        q, k, _ = self._project(x, kwargs.get("position_embeddings"))
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        return float((q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).square().mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the first of several layers knows.
+
+    Args:
+        softcap: of scores.
+        angles: cos and sin, where they can be read.
+    """
+
+    first: Calls
+    softcap: float
+    angles: Any
+
+
+def _weights(parts: Parts) -> list[tuple[dict[str, Any], str, Any]]:
+    """Where the parameters lie whose addresses the calls hold, and what lies there."""
+    found: list[tuple[dict[str, Any], str, Any]] = []
+    for linear in parts.linears:
+        held = linear._parameters
+        found += [(linear.__dict__, "changes", linear.changes), (linear.__dict__, "_parameters", held)]
+        found += [(held, name, held.get(name)) for name in ("qweight", "bias")]
+    for norm in (*parts.norms, *parts.head_norms):
+        if norm is not None:
+            found += [(norm._parameters, name, norm._parameters.get(name)) for name in ("weight", "bias")]
+    return found
+
+
+def _served_angles(angles: Any, x: Tensor, head_dim: int) -> bool:
+    if type(angles) is not tuple or len(angles) != 2:
+        return False
+    cos, sin = angles
+    if type(cos) is not Tensor or type(sin) is not Tensor or cos.dtype not in DTYPES or cos.dtype is not sin.dtype:
+        return False
+    shape = cos.shape
+    if len(shape) != 3 or sin.shape != shape or not (cos.is_cpu and sin.is_cpu):
+        return False
+    fits = shape[0] in (1, x.shape[0]) and shape[1] == x.shape[1] and shape[2] <= head_dim
+    return fits and cos.is_contiguous() and sin.is_contiguous()
+
+
+def _served_cache(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether our attention reads the cache."""
+    if type(keys) is not Tensor or type(values) is not Tensor or not (keys.is_cpu and values.is_cpu):
+        return False
+    if keys.stride(-1) != 1 or values.stride(-1) != 1 or not keys.dtype == values.dtype == q.dtype:
+        return False
+    batch, _, heads, head_dim = q.shape
+    if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != head_dim or heads % keys.shape[1]:
+        return False
+    return head_dim <= cpu_block.MAX_HEAD
+
+
+def _served_mask(mask: Any, x: Tensor, batch: int, rows: int, length: int) -> bool:
+    """Whether our attention reads the mask, and knows what is meant where there is none."""
+    if mask is None:
+        return rows == 1
+    return (
+        type(mask) is Tensor
+        and mask.is_cpu
+        and mask.dtype in (torch.bool, x.dtype)
+        and mask.dim() == 4
+        and mask.shape[0] in (1, batch)
+        and mask.shape[1] == 1
+        and mask.shape[2] in (1, rows)
+        and mask.shape[3] >= length
+        and mask.stride(3) == 1
+    )
