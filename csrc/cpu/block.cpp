@@ -3,15 +3,17 @@
 
 #include <algorithm>
 
+#include "crew.h"
 #include "gemm.h"
 #include "scratch.h"
-#include "team.h"
 
 namespace gptq {
 namespace {
 
-// Below this many elements waking a second thread costs more than it saves.
-constexpr int64_t kSerialElements = 1 << 15;
+// Below this many elements waking a second thread costs more than it saves; and telling one that stands by.
+constexpr int64_t kSerialElements = 1 << 15, kSharedElements = 1 << 13;
+// Above this many multiplications of each product threads stand by for all that follows the attention.
+constexpr int64_t kStandByWork = 1 << 17;
 
 const char* row_of(const void* x, const Rows& shape, int64_t row) {
     return static_cast<const char*>(x) + row * shape.width * size_of(shape.dtype);
@@ -21,30 +23,19 @@ char* row_of(void* x, const Rows& shape, int64_t row) {
     return static_cast<char*>(x) + row * shape.width * size_of(shape.dtype);
 }
 
-// Calls each(i) for i < count, on several threads if the `elements` that all touch are worth it. `each` does not throw.
+// share() with as many threads as the `elements` that all touch are worth.
 template <class Each>
-void share(int count, int64_t elements, int threads, Each each) {
-    const int team = count == 1 || elements < kSerialElements ? 1 : team_size(threads);
-    if (team <= 1) {
-        for (int i = 0; i < count; ++i) each(i);
-        return;
-    }
-    Watch watch(team);
-#pragma omp parallel num_threads(team)
-    {
-        int done = 0;
-#pragma omp for schedule(dynamic) nowait
-        for (int i = 0; i < count; ++i) {
-            each(i);
-            ++done;
-        }
-        watch.end(done);
+void share_elements(int count, int64_t elements, int threads, Each each) {
+    if (count > 1 && elements >= (Crew::current() ? kSharedElements : kSerialElements)) {
+        Crew::with(threads, [&] { share(count, true, each); });
+    } else {
+        share(count, false, each);
     }
 }
 
 void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int threads) {
     const RowKernels& rows = *level().rows;
-    share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
+    share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
         rows.normalize(norm, shape.dtype, row_of(x, shape, row), row_of(y, shape, row), shape.width);
     });
 }
@@ -52,7 +43,7 @@ void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int 
 // y = residual + factor * norm(x)
 void add(const Norm* norm, float factor, const Rows& shape, const void* residual, void* x, void* y, int threads) {
     const RowKernels& rows = *level().rows;
-    share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
+    share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
         char* const from = row_of(x, shape, row);
         if (norm) rows.normalize(*norm, shape.dtype, from, from, shape.width);
         rows.add(shape.dtype, row_of(residual, shape, row), from, factor, row_of(y, shape, row), shape.width);
@@ -109,7 +100,7 @@ void rotate(const Rows& shape, int heads, const Norm* norm, const Rotary& rotary
     const int head_dim = shape.width / heads;
     const Rows angles = {rotary.dtype, 0, rotary.dims};
     const RowKernels& rows = *level().rows;
-    share(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
+    share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
         const void* const c = row_of(cos, angles, row % positions);
         const void* const s = row_of(sin, angles, row % positions);
         for (int i = 0; i < heads; ++i) {
@@ -124,14 +115,16 @@ void attend(const Attention& a, int threads) {
     const int group = a.heads / a.kv_heads, parts = (group + kHeadsAtOnce - 1) / kHeadsAtOnce;
     const int64_t elements = int64_t(a.batch) * a.rows * a.heads * a.length * (a.head_dim + a.value_dim);
     const RowKernels& rows = *level().rows;
-    share(a.batch * a.rows * a.kv_heads * parts, elements, threads, [&](int i) {
+    share_elements(a.batch * a.rows * a.kv_heads * parts, elements, threads, [&](int i) {
         const int part = i % parts, kv = i / parts % a.kv_heads, row = i / parts / a.kv_heads;
         const int head = part * kHeadsAtOnce, count = std::min(kHeadsAtOnce, group - head);
         rows.attend(a, row / a.rows, row % a.rows, kv * group + head, count);
     });
 }
 
-void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
+namespace {
+
+void finish(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
     const int inner = t.down->weight.in_features;
     const RowKernels& rows = *level().rows;
     for (int first = 0; first < whole.rows; first += kRowsAtATime) {
@@ -156,7 +149,7 @@ void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* r
         if (up) to.push_back(up);
         multiply(some, in, t.gate_up, to, threads);
         void* const activated = joined ? scratch(3, middle) : gate;
-        share(some.rows, int64_t(some.rows) * inner, threads, [&](int row) {
+        share_elements(some.rows, int64_t(some.rows) * inner, threads, [&](int row) {
             char* const from = row_of(gate, outputs, row);
             const void* factor = up ? row_of(up, outputs, row) : nullptr;
             if (joined) factor = from + int64_t(inner) * size_of(whole.dtype);
@@ -164,6 +157,17 @@ void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* r
         });
         multiply(middle, activated, {t.down}, {wide}, threads);
         add(t.after_mlp, t.factor, some, h, wide, h, threads);
+    }
+}
+
+}  // namespace
+
+void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
+    const int64_t work = int64_t(whole.rows) * whole.width * t.down->weight.in_features;
+    if (work >= kStandByWork) {
+        Crew::with(threads, [&] { finish(t, whole, x, residual, y, threads); });
+    } else {
+        finish(t, whole, x, residual, y, threads);
     }
 }
 

@@ -8,8 +8,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "crew.h"
 #include "scratch.h"
-#include "team.h"
 
 namespace gptq {
 namespace {
@@ -41,12 +41,11 @@ const Level* choose() {
     throw std::runtime_error(std::string("GPTQ_BACKEND_CPU_LEVEL=") + wanted + ": this CPU offers " + names);
 }
 
-// Below this many multiplications waking a second thread costs more than it saves.
-constexpr int64_t kSerialWork = 1 << 17;
+// Below this many multiplications waking a second thread costs more than it saves; and telling one that stands by.
+constexpr int64_t kSerialWork = 1 << 17, kSharedWork = 1 << 15;
 
 // Rows of a task, whose activations should stay in a core's cache while strips pass by.
 constexpr int kRowTask = 24;
-// A thread makes integers of so few rows sooner than threads meet at a barrier.
 constexpr int kFewRows = 4;
 
 // How a call is cut into tasks, and the numbers of its first task and first row among those of all calls.
@@ -94,31 +93,17 @@ void multiply_all(const std::vector<Call>& calls, int threads) {
         const int m0 = task % cut.row_tasks * cut.row_step, s0 = task / cut.row_tasks * cut.strip_step;
         isa.multiply(c, m0, std::min(m0 + cut.row_step, c.rows), s0, std::min(s0 + cut.strip_step, c.weight.strips()));
     };
-    const int team = work < kSerialWork ? 1 : team_size(threads);
-    if (team == 1 || few) {
-        for (int row = 0; row < rows; ++row) quantize(row);
-    }
-    if (team == 1) {
-        for (int task = 0; task < tasks; ++task) multiply(task);
-        return;
-    }
-    Watch watch(team);
-#pragma omp parallel num_threads(team)
-    {
-        if (!few) {
-#pragma omp for schedule(static) nowait
-            for (int row = 0; row < rows; ++row) quantize(row);
-            watch.wait();
-#pragma omp barrier
-            watch.go_on();
-        }
-        int done = 0;
-#pragma omp for schedule(dynamic) nowait
-        for (int task = 0; task < tasks; ++task) {
-            multiply(task);
-            ++done;
-        }
-        watch.end(done);
+    // A thread makes integers of a few rows sooner than threads find together.
+    for (int row = 0; few && row < rows; ++row) quantize(row);
+    const bool worth = work >= (Crew::current() ? kSharedWork : kSerialWork);
+    const auto all = [&] {
+        if (!few) share(rows, worth, quantize);
+        share(tasks, worth, multiply);
+    };
+    if (worth) {
+        Crew::with(threads, all);
+    } else {
+        all();
     }
 }
 

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "block.h"
+#include "crew.h"
 #include "gemm.h"
 #include "scratch.h"
 
@@ -82,8 +83,10 @@ void attend_cache(const Layer& layer, const Step& step, const KeysAndValues& cac
 
 }  // namespace
 
-void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
-                const void* x, void* ys, int threads) {
+namespace {
+
+void run(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
+         const void* x, void* ys, int threads) {
     const Rows shape = {step.dtype, step.batch * step.positions, step.width};
     char* y = static_cast<char*>(ys);
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -103,6 +106,13 @@ void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysA
         x = y;
         y += int64_t(shape.rows) * shape.width * size_of(shape.dtype);
     }
+}
+
+}  // namespace
+
+void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
+                const void* x, void* ys, int threads) {
+    Crew::with(threads, [&] { run(layers, caches, step, x, ys, threads); });
 }
 
 }  // namespace gptq

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <climits>
 #include <mutex>
+#include <thread>
 
 namespace gptq {
 namespace {
@@ -38,6 +39,10 @@ int team_size(int threads) {
     raise_at = now + pause;
     limit.store(raised(most, threads), std::memory_order_relaxed);
     return raised(most, threads);
+}
+
+void give_way() {
+    std::this_thread::yield();
 }
 
 Watch::~Watch() {

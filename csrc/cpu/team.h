@@ -17,21 +17,19 @@ namespace gptq {
 // does without, and starts them again for the next one.
 int team_size(int threads);
 
+// Gives the core to another thread.
+void give_way();
+
 // Measures what a region loses: how long its first thread waits for the others, or is put aside itself, be it for one
 // of the others that waits for it.
 class Watch {
   public:
     explicit Watch(int team) : team_(team), start_(omp_get_wtime()), busy_(thread_seconds()) {}
-    // Called by every thread: around a barrier, ...
-    void wait() {
-        if (omp_get_thread_num() == 0) since_ = omp_get_wtime();
-    }
-    void go_on() {
-        if (omp_get_thread_num() == 0) waited_ += omp_get_wtime() - since_;
-    }
-    // ... and before the end of the region, with the number of tasks that this thread has done.
+    // Called by the first thread: around a wait for the others, ...
+    void wait() { since_ = omp_get_wtime(); }
+    void go_on() { waited_ += omp_get_wtime() - since_; }
+    // ... and before the end of the region, with the number of tasks that were done.
     void end(int done) {
-        if (omp_get_thread_num() != 0) return;
         since_ = omp_get_wtime();
         busy_ = thread_seconds() - busy_;
         done_ = done;
