@@ -33,8 +33,24 @@ def seen_as_linear(model: nn.Module) -> Iterator[None]:
     """Inside, ``isinstance(layer, nn.Linear)`` holds for the quantized layers of ``model``, and nothing else changes.
 
     peft asks this of every layer in some forty places. Afterwards each layer has its own class again, also those that
-    peft has copied in between.
+    peft has copied in between. Nor does the model look quantized: peft would ask for gptqmodel, or refuse.
     """
+    with unmarked(model), _other_classes(model):
+        yield
+
+
+@contextmanager
+def unmarked(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` does not say ``quantization_method: gptq``."""
+    marks = {key: vars(model).pop(key) for key in ("quantization_method",) if key in vars(model)}
+    try:
+        yield
+    finally:
+        vars(model).update(marks)
+
+
+@contextmanager
+def _other_classes(model: nn.Module) -> Iterator[None]:
     outermost = not any(isinstance(module, _View) for module in model.modules())
     for module in model.modules():
         if isinstance(module, QuantLinear) and not isinstance(module, _View):

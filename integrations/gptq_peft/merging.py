@@ -13,11 +13,12 @@ from torch import nn
 from gptq_backend import ConfigError, QuantLinear
 from gptq_backend.module_moves import offloading_hook
 
-from .quantized import adapted_layers, base_of
+from .linear_view import unmarked
+from .quantized import adapted_layers, base_of, is_loaded
 
 
-def merge_onto_dense(original: Any, tuner: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-    """Around a tuner's ``_unload_and_optionally_merge``.
+def merge_onto_dense(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around a tuner's ``_unload_and_optionally_merge``, which is to merge.
 
     Layers under adapters become ``nn.Linear`` in the dtype that a dense layer would have; others stay quantized. If
     none does, the model forgets that it was quantized.
@@ -25,20 +26,16 @@ def merge_onto_dense(original: Any, tuner: Any, merge: bool = True, *args: Any, 
     Raises:
         ConfigError: weights are offloaded; nothing was changed.
     """
-    adapted = [*adapted_layers(tuner)]
-    if not merge or not adapted:
-        return original(tuner, merge, *args, **kwargs)
-    for _, layer in adapted:
-        _check_present(layer)
-    known = getattr(tuner.model, "is_quantized", False)  # else the layers were put there by hand
-    if known:
+    tuner_layers = [tuner_layer for tuner_layer, _ in adapted_layers(tuner)]  # no layer, which is freed when merged
+    _check_present(tuner)
+    loaded = is_loaded(tuner.model)  # else the layers were put there by hand
+    if loaded:
         from gptq_transformers.changes import let_go, settle
 
         let_go(tuner.model)
-    with _unmarked(tuner.model), _dense_merges([each for each, _ in adapted]):
-        del adapted, layer  # each is freed when it is merged
-        model = original(tuner, merge, *args, **kwargs)
-    if known:
+    with unmarked(tuner.model), _dense_merges(tuner_layers):
+        model = original(tuner, True, *args, **kwargs)
+    if loaded:
         settle(model)
     return model
 
@@ -56,21 +53,13 @@ def refuse_merging_in_place(tuner: Any) -> None:
         )
 
 
-def _check_present(layer: QuantLinear) -> None:
-    if offloading_hook(layer) is not None or any(parameter.is_meta for parameter in layer.parameters()):
-        raise ConfigError(
-            f"{layer.name}: its weights are offloaded; load the model without offloading to merge an adapter into it"
-        )
-
-
-@contextmanager
-def _unmarked(model: Any) -> Iterator[None]:
-    """peft refuses to merge into a model that says ``quantization_method: gptq``."""
-    marks = {key: vars(model).pop(key) for key in ("quantization_method",) if key in vars(model)}
-    try:
-        yield
-    finally:
-        vars(model).update(marks)
+def _check_present(tuner: Any) -> None:
+    for _, layer in adapted_layers(tuner):
+        if offloading_hook(layer) is not None or any(parameter.is_meta for parameter in layer.parameters()):
+            raise ConfigError(
+                f"{layer.name}: its weights are offloaded; load the model without offloading to merge an adapter into "
+                "it"
+            )
 
 
 @contextmanager

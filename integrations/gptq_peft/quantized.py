@@ -16,6 +16,16 @@ def base_of(tuner_layer: Any) -> QuantLinear | None:
     return base if isinstance(base, QuantLinear) else None
 
 
+def has_quantized(model: nn.Module) -> bool:
+    """Whether any layer of ``model`` is quantized."""
+    return any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def is_loaded(model: Any) -> bool:
+    """Whether gptq_transformers has loaded or quantized ``model``, hence is imported."""
+    return bool(getattr(model, "is_quantized", False))
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[Any, QuantLinear]]:
     """Tuner layers of ``model`` with the quantized layers at their bottoms."""
     from peft.tuners.tuners_utils import BaseTunerLayer

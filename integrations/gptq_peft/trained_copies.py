@@ -1,9 +1,8 @@
-"""``modules_to_save``: what is trained as a whole, beside the adapters, is a dense copy of the quantized layer."""
+"""``modules_to_save``: what is trained as a whole, beside the adapters, is a dense copy of the quantized layers."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from torch import nn
 
@@ -11,16 +10,8 @@ from gptq_backend import QuantLinear
 from gptq_backend.model import replace_module
 
 
-def put_dense_copy(original: Any, wrapper: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    """Around ``ModulesToSaveWrapper.update``: peft's own copy would have packed integers, which have no gradients."""
-    module = wrapper.original_module
-    quantized = any(isinstance(each, QuantLinear) for each in module.modules())
-    if quantized and adapter_name not in wrapper.modules_to_save:
-        wrapper.modules_to_save[adapter_name] = _dense_copy(module)
-    original(wrapper, adapter_name, *args, **kwargs)
-
-
-def _dense_copy(module: nn.Module) -> nn.Module:
+def dense_copy(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` in which quantized layers are dense, in the dtype that dense ones would have."""
     if isinstance(module, QuantLinear):
         return module.dequantize(module.compute_dtype)
     dense = copy.deepcopy(module)

@@ -1,20 +1,13 @@
-"""Which methods of peft are replaced, and by what: everything that touches peft's own classes is in this file."""
+"""Which methods of peft are replaced. Nothing else in this package changes what is peft's."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-from .linear_view import seen_as_linear
-from .merging import merge_onto_dense, refuse_merging_in_place
-from .quantized import base_of
-from .trained_copies import put_dense_copy
-
 _adapted: set[type] = set()
-
-# (the original, its self, *its arguments, **its arguments) -> its result
-_Around = Callable[..., Any]
 
 
 def adapt_tuners() -> None:
@@ -25,47 +18,35 @@ def adapt_tuners() -> None:
     if BaseTuner in _adapted:
         return
     replaced: list[tuple[type, str, Any]] = [
-        (BaseTuner, "__init__", _wrapped(BaseTuner.__init__, _new_tuner)),
-        (BaseTuner, "inject_adapter", _wrapped(BaseTuner.inject_adapter, _inject)),
-        (BaseTuner, "merge_adapter", _wrapped(BaseTuner.merge_adapter, _merge_adapter)),
-        (BaseTunerLayer, "weight", property(_wrapped(BaseTunerLayer.weight.fget, _weight))),
-        (ModulesToSaveWrapper, "update", _wrapped(ModulesToSaveWrapper.update, put_dense_copy)),
+        (BaseTuner, "__init__", _replaced(BaseTuner.__init__, "put_on")),
+        (BaseTuner, "inject_adapter", _replaced(BaseTuner.inject_adapter, "put_on")),
+        (BaseTuner, "merge_adapter", _replaced(BaseTuner.merge_adapter, "merge_in_place")),
+        (BaseTunerLayer, "weight", property(_replaced(BaseTunerLayer.weight.fget, "weight_of"))),
+        (ModulesToSaveWrapper, "update", _replaced(ModulesToSaveWrapper.update, "put_trained_copy")),
     ]
     unload = "_unload_and_optionally_merge"
     owners = [tuner for tuner in _family(BaseTuner) if unload in vars(tuner)]  # peft < 0.18: each has its own
-    replaced += [(tuner, unload, _wrapped(vars(tuner)[unload], merge_onto_dense)) for tuner in owners]
+    replaced += [(tuner, unload, _replaced(vars(tuner)[unload], "unload")) for tuner in owners]
     for owner, name, value in replaced:
         setattr(owner, name, value)
     _adapted.add(BaseTuner)
 
 
-def _wrapped(original: Any, around: _Around) -> Any:
+def _replaced(original: Any, name: str) -> Any:
+    """A method that hands itself and its arguments to the function ``name`` of ``replacements.py``.
+
+    That file imports the core, whose import may be going on when peft is adapted. Without it there is no layer of ours.
+    """
+
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(original, self, *args, **kwargs)
+        if "gptq_backend" not in sys.modules:
+            return original(self, *args, **kwargs)
+        from . import replacements
+
+        return getattr(replacements, name)(original, self, *args, **kwargs)
 
     return method
-
-
-def _new_tuner(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    with seen_as_linear(model):
-        original(self, model, *args, **kwargs)
-
-
-def _inject(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    with seen_as_linear(model):
-        return original(self, model, *args, **kwargs)
-
-
-def _merge_adapter(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    refuse_merging_in_place(self)
-    return original(self, *args, **kwargs)
-
-
-def _weight(original: Any, self: Any) -> Any:
-    """peft gives the packed words, to whose dtype T5 would cast its activations."""
-    layer = base_of(self)
-    return original(self) if layer is None else layer.weight
 
 
 def _family(base: Any) -> Iterator[Any]:

@@ -89,6 +89,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ConfigError(f"{name}: its weights are offloaded; load the model without offloading to dequantize it")
     old = model.dtype
+    adapted = getattr(model, "peft_config", None) is not None  # then adapters alone are trained
     let_go(model)
     with keeping_hooks(model):
         for name in [*layers]:
@@ -97,8 +98,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
             if dtype is not None and own == old:
                 own = dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
             dense = layer.dequantize(own)
-            if name.endswith(".base_layer"):  # of an adapter (PEFT), which alone is trained
-                dense.requires_grad_(False)
+            dense.requires_grad_(not adapted)
             replace_module(model, name, dense)
     if dtype is not None:
         # Others, and buffers such as rotary frequencies, have their dtype on purpose.
