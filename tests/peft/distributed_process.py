@@ -22,6 +22,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from gptq_backend import ConfigError, QuantLinear
+
 STEPS, BATCH, RATE = 4, 4, 1e-2
 
 
@@ -40,16 +42,17 @@ def accelerated(folder: str, adapter: Path, sharded: bool = False) -> list[float
     """The loop of accelerate's documentation, and the adapter saved at its end."""
     accelerator = Accelerator(cpu=True)
     if sharded:  # accelerate would leave FSDP out on CPUs, without a word
-        wrapping = {
-            "auto_wrap_policy": "transformer_based_wrap",
-            "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"],
-        }
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **wrapping)
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
         accelerator.state.distributed_type = DistributedType.FSDP
     model = model_with_adapter(folder)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=RATE)
     model, optimizer = accelerator.prepare(model, optimizer)
-    assert not sharded or all(hasattr(each, "device_mesh") for each in model.parameters())
+    if sharded:
+        check_shards(model)
     model.train()
     losses = []
     for batch in batches():
@@ -64,6 +67,18 @@ def accelerated(folder: str, adapter: Path, sharded: bool = False) -> list[float
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(adapter, state_dict=state)
     return losses
+
+
+def check_shards(model: nn.Module) -> None:
+    """Parameters are cut, packed words too; to ask for those of one layer is refused, where a kernel would crash."""
+    assert all(hasattr(each, "device_mesh") for each in model.parameters())
+    layer = next(module for module in model.modules() if isinstance(module, QuantLinear))
+    try:
+        layer.quantized_weight()
+    except ConfigError as error:
+        assert "is sharded over processes (FSDP)" in str(error)
+    else:
+        raise AssertionError("nothing was said")
 
 
 def trainer(folder: str, adapter: Path) -> list[float]:

@@ -15,9 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerFast
 
+from tests.transformers.checkpoints import VERSION_4, distance, load, logits
+
+if VERSION_4:
+    pytest.skip("the accelerate that is installed wants another huggingface_hub", allow_module_level=True)
+
 from tests.peft import distributed_process
 from tests.peft.distributed_process import WAYS
-from tests.transformers.checkpoints import distance, load, logits
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -47,10 +51,8 @@ def test_two_processes_give_the_losses_and_the_adapter_of_one(
     expected = WAYS["Trainer" if way == "Trainer" else "accelerate"](str(checkpoint()), tmp_path)
     assert len(found) == distributed_process.STEPS
     assert found == pytest.approx(expected, abs=1e-3)
-    one, two = (
-        logits(PeftModel.from_pretrained(load(checkpoint()), folder).eval())
-        for folder in (tmp_path, two_processes / way)
-    )
+    folders = tmp_path, two_processes / way
+    one, two = (logits(PeftModel.from_pretrained(load(checkpoint()), folder).eval()) for folder in folders)
     assert distance(two, one) < 1e-3
     assert distance(one, logits(load(checkpoint()))) > 0.01
 
