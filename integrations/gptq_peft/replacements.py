@@ -46,3 +46,12 @@ def put_trained_copy(original: Any, wrapper: Any, adapter_name: str, *args: Any,
     if adapter_name not in wrapper.modules_to_save and has_quantized(wrapper.original_module):
         wrapper.modules_to_save[adapter_name] = dense_copy(wrapper.original_module)
     original(wrapper, adapter_name, *args, **kwargs)
+
+
+def switch_trained_copy(original: Any, wrapper: Any, enabled: bool) -> None:
+    """``ModulesToSaveWrapper.enable_adapters``; peft < 0.18 lets the module below be trained while the copy is off."""
+    if enabled or not has_quantized(wrapper.original_module):
+        original(wrapper, enabled)
+        return
+    wrapper._disable_adapters = True
+    wrapper.modules_to_save.requires_grad_(False)

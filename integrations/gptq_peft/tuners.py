@@ -22,7 +22,11 @@ def adapt_tuners() -> None:
         (BaseTuner, "inject_adapter", _replaced(BaseTuner.inject_adapter, "put_on")),
         (BaseTuner, "merge_adapter", _replaced(BaseTuner.merge_adapter, "merge_in_place")),
         (BaseTunerLayer, "weight", property(_replaced(BaseTunerLayer.weight.fget, "weight_of"))),
-        (ModulesToSaveWrapper, "update", _replaced(ModulesToSaveWrapper.update, "put_trained_copy")),
+    ]
+    copies = {"update": "put_trained_copy", "enable_adapters": "switch_trained_copy"}
+    replaced += [
+        (ModulesToSaveWrapper, name, _replaced(getattr(ModulesToSaveWrapper, name), ours))
+        for name, ours in copies.items()
     ]
     unload = "_unload_and_optionally_merge"
     owners = [tuner for tuner in _family(BaseTuner) if unload in vars(tuner)]  # peft < 0.18: each has its own
