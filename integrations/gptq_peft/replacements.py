@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from gptq_backend import ConfigError
 
 from .linear_view import seen_as_linear
 from .merging import merge_onto_dense, refuse_merging_in_place
@@ -14,12 +17,22 @@ def put_on(original: Any, tuner: Any, model: Any, *args: Any, **kwargs: Any) -> 
     """``BaseTuner.__init__`` and ``inject_adapter``, which look for layers to put adapters on."""
     if not has_quantized(model):
         return original(tuner, model, *args, **kwargs)
+    _refuse_qalora(vars(tuner).get("peft_config") or {})
     if is_loaded(model):
         from .experts import keep_experts_apart
 
         keep_experts_apart()
     with seen_as_linear(model):
         return original(tuner, model, *args, **kwargs)
+
+
+def _refuse_qalora(configs: Mapping[str, Any]) -> None:
+    for config in configs.values():
+        if getattr(config, "use_qalora", False):
+            raise ConfigError(
+                "use_qalora=True works with gptqmodel's layers only, and peft would ignore it here without a word; "
+                "leave it out"
+            )
 
 
 def merge_in_place(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> Any:

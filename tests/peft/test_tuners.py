@@ -138,6 +138,13 @@ def test_initializations_that_change_the_base_are_refused(how: str, checkpoint: 
         peft.get_peft_model(load(checkpoint()), config)
 
 
+def test_what_peft_would_ignore_is_refused(checkpoint: Callable[..., Path]) -> None:
+    if "use_qalora" not in peft.LoraConfig.__dataclass_fields__:
+        pytest.skip(f"peft {peft.__version__} has none")
+    with pytest.raises(ConfigError, match="use_qalora=True works with gptqmodel's layers only"):
+        peft.get_peft_model(load(checkpoint()), peft.LoraConfig(**LORA, use_qalora=True, **CAUSAL))
+
+
 def test_layers_have_their_class_again_after_adapters_were_put_on(checkpoint: Callable[..., Path]) -> None:
     model = peft.get_peft_model(load(checkpoint()), configuration("LoRA"))
     assert quantized(model)
