@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all their set-up in .venv; Python 3.10 or newer with venv is all they need.
 #
 #   make demo       quantize a small real model, load it in a fresh process, compare before and after
-#   make test       the default suite with vLLM, then tests/transformers and tests/cli again under transformers 4.57
+#   make test       the default suite with vLLM, then tests/{transformers,peft,cli} again under transformers 4.57
 #   make test-all   with the slow tests (the newest vLLM on PyPI among them), and both under the newest 5.x too
 #   make lint       ruff, mypy, clang-format
 #   make test-gpu   on a machine with an NVIDIA GPU and nvcc: build in place, then the tests that need the GPU
@@ -24,6 +24,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST := $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+ON_TRANSFORMERS := tests/transformers tests/peft tests/cli
 OVERLAYS := $(CURDIR)/$(VENV)/overlays
 export PYTHONPATH :=
 # Prints results as they come, also into a pipe.
@@ -40,12 +41,12 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57
 	$(PYTEST)
-	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) tests/transformers tests/cli
+	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) $(ON_TRANSFORMERS)
 
 test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.23
 	$(PYTEST) -m ""
-	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" tests/transformers tests/cli
-	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" tests/transformers tests/cli
+	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" $(ON_TRANSFORMERS)
+	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" $(ON_TRANSFORMERS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -99,11 +100,12 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install --quiet "gptq-backend[dev]" "$(TRANSFORMERS)"
 	touch $@
 
-# Other versions of transformers, each in a folder that goes first on PYTHONPATH.
+# Other versions of transformers, each in a folder that goes first on PYTHONPATH; with 4.57 the peft of its time.
 $(VENV)/.overlay-4.57: Makefile | $(VENV)/.torch
 	rm -rf $(OVERLAYS)/4.57
 	$(PIP) install --quiet requests # huggingface_hub 0.36 needs it, later ones do not
-	$(PIP) install --quiet --no-deps --target $(OVERLAYS)/4.57 transformers==4.57.6 huggingface_hub==0.36.0 tokenizers==0.22.1
+	$(PIP) install --quiet --no-deps --target $(OVERLAYS)/4.57 transformers==4.57.6 huggingface_hub==0.36.0 \
+		tokenizers==0.22.1 peft==0.17.1
 	touch $@
 
 $(VENV)/.overlay-5.23: Makefile | $(VENV)/.torch

@@ -94,6 +94,14 @@ class LazyWeight(Tensor):
     def __setitem__(self, *_: Any) -> None:  # else the slice would be of the dense copy, and the change lost
         self._refuse()
 
+    @property
+    def data(self) -> LazyWeight:
+        return self._again()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:  # torch would give it to this object, and the layer would not know
+        self._refuse()
+
     def _refuse(self) -> NoReturn:
         raise ConfigError(
             f"{self._name}.weight is quantized and cannot be written to; replace the layer by its dequantize(), "

@@ -16,7 +16,7 @@ from .format.weight import QuantizedWeight, WeightSpec
 from .kernels.interface import Kernel, PreparedWeight, Tensors
 from .kernels.table import select_kernel
 from .lazy_weight import LazyWeight
-from .module_moves import changing_layout, effect, offloading_hook
+from .module_moves import changing_layout, check_whole, effect, is_sharded, offloading_hook
 from .timing import timed
 
 # What a prepared layer keeps of the checkpoint beside the kernel's tensors: small, and the way back is exact.
@@ -350,8 +350,10 @@ class QuantLinear(nn.Module):
                 item.original_devices = {key: home for key, value in self._parameters.items() if value is not None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for key, tensor in self._stored().items():
-            destination[prefix + key] = tensor
+        if is_sharded(self._served[1]["qweight"]):  # by FSDP, which looks for the parameters that it cut
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        destination.update({prefix + key: tensor for key, tensor in self._stored().items()})
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -384,6 +386,7 @@ class QuantLinear(nn.Module):
 
 def _stored(spec: StoredSpec, weight: PreparedWeight | None, parameters: Mapping[str, Any]) -> Tensors:
     """The checkpoint's tensors, bit for bit, bias excluded."""
+    check_whole(parameters["qweight"])
     if weight is None:
         return _without_bias(parameters)
     held = _without_bias(parameters)

@@ -1,4 +1,4 @@
-"""What others do to modules: functions that move or cast their tensors, and accelerate's offloading."""
+"""What others do to modules: functions that move or cast their tensors, accelerate's offloading, FSDP's shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .errors import ConfigError
 
 # Held while tensors change their layout, as several threads may call a layer for the first time at once. One for all
 # layers, since a lock of each could not be copied with it; the forward pass of a prepared layer does not take it: it
@@ -39,6 +41,20 @@ def effect(fn: Callable[[Tensor], Tensor], home: torch.device) -> tuple[torch.de
     cast = result.dtype != probe.dtype
     keeps = not result.is_meta and (cast or result.tolist() == before)
     return result.device, keeps, probe.is_cpu and probe.is_shared()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process holds a part, as FSDP makes them."""
+    return hasattr(tensor, "device_mesh")
+
+
+def check_whole(tensor: Tensor) -> None:
+    """Raise a ConfigError if it is sharded: a kernel would read memory of other processes."""
+    if is_sharded(tensor):
+        raise ConfigError(
+            "a quantized layer is sharded over processes (FSDP), and its stored tensors need all shards; save the "
+            "adapter alone, and take the base model from the folder that it was loaded from"
+        )
 
 
 def offloading_hook(module: nn.Module) -> Any:

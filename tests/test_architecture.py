@@ -45,6 +45,7 @@ ROOMS = {
 # What each package beside the core may import of the others.
 PACKAGES = {
     "gptq_autoload": set(),
+    "gptq_peft": {"gptq_autoload", "gptq_transformers"},
     "gptq_transformers": {"gptq_autoload"},
     "gptq_vllm": set(),
     "gptq_cli": {"gptq_transformers"},

@@ -178,6 +178,7 @@ WRITES: dict[str, Callable[[QuantLinear], Any]] = {
     "copy_": lambda q: q.weight.copy_(torch.zeros(32, 64)),
     "init": lambda q: nn.init.xavier_uniform_(q.weight),
     "setitem": lambda q: q.weight.__setitem__(slice(3), 0),
+    "data": lambda q: setattr(q.weight, "data", torch.zeros(32, 64)),
     "add_": lambda q: q.weight.data.add_(1),
     "out": lambda q: torch.add(torch.ones(32, 64).half(), 1, out=q.weight),
     "in a list": lambda q: torch._foreach_mul_([q.weight], 2.0),

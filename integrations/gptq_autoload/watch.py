@@ -23,7 +23,7 @@ def watch(names: Iterable[str], act: Callable[[ModuleType], None]) -> None:
         module = sys.modules.get(name)
         if module is None:
             waiting = True
-        elif _initializing(module):
+        elif is_initializing(module):
             module.__class__ = _Watched
         else:
             act(module)
@@ -36,7 +36,7 @@ class _Watched(ModuleType):
 
     def __getattribute__(self, name: str) -> Any:
         get = super().__getattribute__
-        if name != "__spec__" and not _initializing(self):
+        if name != "__spec__" and not is_initializing(self):
             self.__class__ = ModuleType  # type: ignore[assignment]
             _acts[self.__name__](self)
         return get(name)
@@ -74,5 +74,6 @@ class _Loader:
         self.loader.exec_module(module)
 
 
-def _initializing(module: ModuleType) -> bool:
+def is_initializing(module: ModuleType) -> bool:
+    """Whether its import is still going on."""
     return bool(getattr(module.__spec__, "_initializing", False))

@@ -18,10 +18,12 @@ def register() -> None:
     """Put our config and quantizer in the place of transformers' own for ``quant_method: gptq``. Idempotent.
 
     transformers has two dictionaries and no entry points; its ``register_*`` functions refuse names that exist.
+    peft is adapted when it is imported.
     """
     from transformers.quantizers import auto
     from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 
+    from gptq_autoload import watch_peft
     from gptq_autoload.stock_config import relax_config
 
     from .config import GPTQConfig
@@ -30,6 +32,7 @@ def register() -> None:
     relax_config(StockGPTQConfig)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
     auto.AUTO_QUANTIZER_MAPPING["gptq"] = GPTQBackendQuantizer
+    watch_peft()
 
 
 def __getattr__(name: str) -> Any:

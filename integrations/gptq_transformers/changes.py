@@ -88,14 +88,9 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
     for name, layer in layers.items():
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ConfigError(f"{name}: its weights are offloaded; load the model without offloading to dequantize it")
-    from .fused import remove_fused  # needs all of transformers' modeling, which may be what imports this
-
-    remove_fused(model)
     old = model.dtype
-    classes = _classes_of_a_new_model(model)
-    for module in model.modules():
-        if isinstance(module, ExpertList):
-            module.ungroup()  # its stacks would stay, and with them all that was replaced
+    adapted = getattr(model, "peft_config", None) is not None  # then adapters alone are trained
+    let_go(model)
     with keeping_hooks(model):
         for name in [*layers]:
             layer = layers.pop(name)  # each is freed in turn
@@ -103,15 +98,41 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
             if dtype is not None and own == old:
                 own = dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
             dense = layer.dequantize(own)
-            wanted = classes.get(name, nn.Linear)
-            replace_module(model, name, _as_conv1d(dense, wanted) if wanted.__name__ == "Conv1D" else dense)
-        join_layers(model)
-    forbid_changes(model)
+            dense.requires_grad_(not adapted)
+            replace_module(model, name, dense)
     if dtype is not None:
         # Others, and buffers such as rotary frequencies, have their dtype on purpose.
         for name, parameter in model.named_parameters():
             if parameter.dtype == old:
                 parameter.data = parameter.data.to(dtype_of_parameter(model, name, dtype))
+    settle(model)
+
+
+def let_go(model: nn.Module) -> None:
+    """Before quantized layers are replaced: nothing else keeps them and what they hold alive."""
+    from .fused import remove_fused  # needs all of transformers' modeling, which may be what imports this
+
+    remove_fused(model)
+    for module in model.modules():
+        if isinstance(module, ExpertList):
+            module.ungroup()
+
+
+def settle(model: Any) -> None:
+    """After quantized layers were replaced by ``nn.Linear``: the classes and names of an ordinary model.
+
+    Without any quantized layer the model forgets that it was quantized.
+    """
+    classes = _classes_of_a_new_model(model)
+    with keeping_hooks(model):
+        for name, module in [*model.named_modules()]:
+            wanted = classes.get(name, nn.Linear)
+            if type(module) is nn.Linear and wanted.__name__ == "Conv1D":
+                replace_module(model, name, _as_conv1d(module, wanted))
+        join_layers(model)
+    if any(quant_linears(model)):
+        return
+    forbid_changes(model)
     for holder, key in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),
@@ -133,7 +154,7 @@ def _as_conv1d(linear: nn.Linear, conv1d: Any) -> nn.Module:
     """The same product as transformers' ``Conv1D``, which stores the weight transposed and always has a bias."""
     with torch.device("meta"):
         conv: nn.Module = conv1d(linear.out_features, linear.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous(), linear.weight.requires_grad)
     bias = linear.bias
     conv.bias = nn.Parameter(torch.zeros(linear.out_features).to(conv.weight)) if bias is None else bias
     return conv

@@ -16,7 +16,7 @@ from .watch import Watch
 # A layer that is asked for more serves as it always did.
 _KNOWN = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "cache_position",
-     "output_attentions")
+     "output_attentions", "output_hidden_states")
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ class FusedForward:
             or torch._C._are_functorch_transforms_active()
         ):
             return None
-        if not _KNOWN.issuperset(kwargs) or kwargs.get("output_attentions"):
+        if not _KNOWN.issuperset(kwargs) or kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             return None
         calls = self._current_calls()
         return calls if calls is not None and calls.fit(x, kwargs) else None

@@ -48,29 +48,55 @@ class Watch:
         self._flags = tuple(name for _, name in flags)
 
     def untouched(self) -> bool:
-        """Whether it is what it was, and nobody listens."""
+        """Whether it computes what it did, and nobody listens."""
         return (
-            self.unchanged()
+            (self._in_place() or self._behind_disabled_adapters())
+            and self._same_code()
             and places.empty(self._states, self._flags)
             and not nn_module._global_forward_hooks
             and not nn_module._global_forward_pre_hooks
         )
 
     def unchanged(self) -> bool:
-        return (
-            places.unchanged(self._dicts, self._keys, self._values)
-            and all(map(is_, map(getattr, self._classes, repeat("forward")), self._forwards))
-            and all(map(is_, map(type, self._modules), self._types))
-        )
+        """Whether it is what it was."""
+        return self._in_place() and self._same_code()
 
     def replaced(self) -> bool:
-        """Whether a module has gone; then nothing here should keep it alive."""
-        return any(place.get(name) is not child for place, name, child in self._children)
+        """Whether a module has gone; then nothing here should keep it alive. Inside another, an adapter, it has not."""
+        for place, name, child in self._children:
+            found = place.get(name)
+            if found is not child and (found is None or all(each is not child for each in found.modules())):
+                return True
+        return False
+
+    def _in_place(self) -> bool:
+        return places.unchanged(self._dicts, self._keys, self._values)
+
+    def _behind_disabled_adapters(self) -> bool:
+        """Whether all that differs is that modules lie in adapters (PEFT) that are switched off."""
+        return all(
+            place.get(name) is value or (isinstance(value, nn.Module) and _passes_to(place.get(name), value))
+            for place, name, value in zip(self._dicts, self._keys, self._values)
+        )
+
+    def _same_code(self) -> bool:
+        return all(map(is_, map(getattr, self._classes, repeat("forward")), self._forwards)) and all(
+            map(is_, map(type, self._modules), self._types)
+        )
 
     def code(self) -> list[tuple[str, str]]:
         """Names of the code that the layer runs, which another process can compare."""
         functions = [value for value in self._values if isinstance(value, FunctionType)]
         return [(each.__module__, each.__qualname__) for each in chain(self._forwards, functions)]
+
+
+def _passes_to(module: Any, inner: nn.Module) -> bool:
+    """Whether a call of ``module`` is one of ``inner``: what is around it are adapters (PEFT) that are switched off."""
+    while module is not inner:
+        if not getattr(module, "disable_adapters", False) or any(map(vars(module).get, _HOOKS)):
+            return False
+        module = module._modules.get("base_layer", module._modules.get("original_module"))
+    return True
 
 
 def _settings(parts: Parts) -> Iterator[_Place]:

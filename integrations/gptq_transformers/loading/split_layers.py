@@ -70,12 +70,14 @@ def split_layers(model: nn.Module, layers: Collection[str]) -> list[str]:
 
 
 def join_layers(model: nn.Module) -> None:
-    """Undo :func:`split_layers` in a model whose parts are dense again, so that it has its own names."""
+    """Undo :func:`split_layers` where all parts are dense again, so that the model has its own names."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, JoinedParts):
             continue
         (parent,) = module._parent
         parts: list[Any] = [parent.get_submodule(part) for part in module.parts]
+        if any(type(part) is not nn.Linear for part in parts):
+            continue
         weight = torch.cat([part.weight.detach() for part in parts])
         biases = [part.bias for part in parts]
         joined = nn.Linear(weight.shape[1], weight.shape[0], biases[0] is not None, device="meta")
