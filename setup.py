@@ -146,6 +146,7 @@ PORTABLE = [
     "block_module.cpp",
     "block.cpp",
     "gemm.cpp",
+    "gradient.cpp",
     "repack.cpp",
     "team.cpp",
     "torch_op.cpp",

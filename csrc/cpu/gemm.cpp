@@ -41,9 +41,6 @@ const Level* choose() {
     throw std::runtime_error(std::string("GPTQ_BACKEND_CPU_LEVEL=") + wanted + ": this CPU offers " + names);
 }
 
-// Below this many multiplications waking a second thread costs more than it saves.
-constexpr int64_t kSerialWork = 1 << 17;
-
 // How a call is cut into tasks, and the numbers of its first task and first row among those of all calls.
 struct Cut {
     int row_step, row_tasks, strip_step, first_task, first_row;

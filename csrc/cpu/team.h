@@ -4,7 +4,12 @@
 #include <omp.h>
 #include <time.h>
 
+#include <cstdint>
+
 namespace gptq {
+
+// Below this many multiplications waking a second thread costs more than it saves.
+constexpr int64_t kSerialWork = 1 << 17;
 
 // Threads that are worth asking for now, of those that the caller may use.
 //
