@@ -9,14 +9,26 @@
 #include "team.h"
 
 namespace gptq {
+namespace {
+
+// So many tasks that no thread waits long for another's last one, but not of fewer rows: each unpacks its codes anew.
+constexpr int kTasksPerThread = 4, kFewestRows = 24;
+
+}  // namespace
 
 void gradient(const GradientCall& c, int threads) {
     const Level& isa = level();
-    const int row_tasks = (c.rows + kGradientRows - 1) / kGradientRows, tasks = row_tasks * c.weight.n_blocks;
+    const int blocks = c.weight.n_blocks;
+    int step = kGradientRows, row_tasks = (c.rows + step - 1) / step;
+    while (step > kFewestRows && row_tasks * blocks < kTasksPerThread * threads) {
+        step /= 2;
+        row_tasks = (c.rows + step - 1) / step;
+    }
+    const int tasks = row_tasks * blocks;
     const auto multiply = [&](int task) {
         // Neighbouring tasks share rows, which take more bytes than the words of a block.
-        const int m0 = task / c.weight.n_blocks * kGradientRows;
-        isa.gradient(c, m0, std::min(m0 + kGradientRows, c.rows), task % c.weight.n_blocks);
+        const int m0 = task / blocks * step;
+        isa.gradient(c, m0, std::min(m0 + step, c.rows), task % blocks);
     };
     const int64_t work = int64_t(c.rows) * c.weight.slots * c.weight.out_features;
     const int team = work < kSerialWork ? 1 : team_size(threads);

@@ -16,6 +16,8 @@ constexpr int kColumnStride = kPairs * kStrip + 16;  // not 2^n bytes: columns w
 
 // A block of slots x up to kMaxBlock output channels x the rows of a task.
 struct GradientPanel {
+    // Paired words of a strip. Those behind the block's last one, which fill its last column, are left as they are.
+    alignas(64) uint32_t words[kMaxBlock / 4][kStrip];
     alignas(64) uint32_t codes[kColumns][kColumnStride];       // [pair][16 slots], zeros subtracted
     alignas(64) int16_t y_grad[2 * kGradientRows][kMaxBlock];  // planes are neighbours
     alignas(64) float y_scales[2 * kGradientRows];             // of these integers
@@ -25,32 +27,28 @@ struct GradientPanel {
 
 // -- codes -------------------------------------------------------------------------------------------------------
 
-// The shift that brings the code of slot `i` of a word to the lower end of its half of the word, or to its plane's.
+// Where the code of slot `i` of a word lies in its half of the word; of 3 bits, the two low bits.
 template <int Bits>
 constexpr int shift_of(int i) {
     return i / 2 * (Bits == 3 ? 2 : Bits);
 }
-constexpr int high_shift_of(int i) {  // of 3 bits: where the third bit lies in word 2, before the number of the word
+// The third bit lies here in the run's last word, behind the bits of as many words as come before it in the run.
+constexpr int high_shift_of(int i) {
     return i / 2 % 4 * 2 + i / 2 / 4 * 8;
 }
 
-// Words of 16 output channels -> of each pair of channels (n, n+1) two words: the lower halves, which hold the even
-// slots, of n and n+1, and the upper halves, which hold the odd slots. Repeated over a register they are the words from
-// which lanes of consecutive slots take their codes.
-GPTQ_INLINE void paired(const uint32_t* words, uint32_t* out) {
-    typedef uint16_t Halves __attribute__((vector_size(kStrip * 4)));
-    Halves in, swapped;
-    __builtin_memcpy(&in, words, sizeof in);
-    GPTQ_UNROLL for (int i = 0; i < kStrip * 2; i += 4) {
-        swapped[i] = in[i];
-        swapped[i + 1] = in[i + 2];
-        swapped[i + 2] = in[i + 1];
-        swapped[i + 3] = in[i + 3];
-    }
-    __builtin_memcpy(out, &swapped, sizeof swapped);
+// Words of 16 output channels -> for each pair of channels (n, n+1) the lower halves of n and n+1 as one word, which
+// hold the even slots, and the upper halves as another, which hold the odd slots. Repeated over a register these two
+// are the words from which lanes of consecutive slots take their codes.
+GPTQ_INLINE void pair_up(const uint32_t* words, uint32_t* out) {
+    typedef uint64_t Wide __attribute__((vector_size(kStrip * 4)));
+    Wide both;
+    __builtin_memcpy(&both, words, sizeof both);
+    both = (both & 0xffff00000000ffffu) | ((both >> 16) & 0xffff0000u) | ((both << 16) & 0x0000ffff00000000u);
+    __builtin_memcpy(out, &both, sizeof both);
 }
 
-// A register that repeats 8 bytes.
+// A register that repeats two words.
 template <class U>
 GPTQ_INLINE U repeat(const uint32_t* two) {
     typedef uint64_t Wide __attribute__((vector_size(sizeof(U))));
@@ -59,37 +57,34 @@ GPTQ_INLINE U repeat(const uint32_t* two) {
     return U(both - Wide{});
 }
 
-// One column of one strip: 16 slots, of which `count` are there, from word `words` on.
+// 16 slots of a strip: [pair][16 slots]. words: paired, the first of these slots'; number: of the 3-bit word in its
+// run.
 template <class Isa, int Bits>
-GPTQ_INLINE void unpack_column(const uint32_t* words, int first, int count, const uint32_t* zeros, uint32_t* out) {
+GPTQ_INLINE void unpack_column(const uint32_t (*words)[kStrip], int number, const uint32_t* zeros, uint32_t* out) {
     using Vec = Vectors<Isa::lanes>;
     using U = typename Vec::U;
     using I = typename Vec::I;
     typedef uint16_t Halves __attribute__((vector_size(sizeof(U))));
-    constexpr int run = Bits == 3 ? 16 : 32 / Bits;                     // slots of a word
-    constexpr int used = kStrip / run;                                  // words of a column
-    constexpr int share = Isa::lanes / run > 1 ? Isa::lanes / run : 1;  // of a register
+    constexpr int run = Bits == 3 ? 16 : 32 / Bits;  // slots of a word
     constexpr uint32_t mask = 0x00010001u * ((1u << (Bits == 3 ? 2 : Bits)) - 1);
-    alignas(64) uint32_t pairs[used][kStrip], high[kStrip];
-    // What is behind the block's last word belongs to others, or to nobody: its first word again will do.
-    GPTQ_UNROLL for (int i = 0; i < used; ++i) paired(words + (i * run < count ? i * kStrip : 0), pairs[i]);
-    if constexpr (Bits == 3) paired(words + (2 - first) * kStrip, high);
     GPTQ_UNROLL for (int lane = 0; lane < kStrip; lane += Isa::lanes) {
-        U shifts, high_shifts, word_of;
+        U shifts, high_shifts, word;
         GPTQ_UNROLL for (int i = 0; i < Isa::lanes; ++i) {
             shifts[i] = shift_of<Bits>((lane + i) % run);
             high_shifts[i] = high_shift_of((lane + i) % run);
-            word_of[i] = i / run;
+            word[i] = i / run;
         }
-        high_shifts += first;
-        for (int p = 0; p < kStrip / 2; ++p) {
-            U from = repeat<U>(&pairs[lane / run][2 * p]);
-            GPTQ_UNROLL for (int i = 1; i < share; ++i) {
-                const I here = word_of >= uint32_t(i);
-                from = here ? repeat<U>(&pairs[lane / run + i][2 * p]) : from;
+        high_shifts += number;
+        GPTQ_UNROLL for (int p = 0; p < kStrip / 2; ++p) {
+            U from = repeat<U>(&words[lane / run][2 * p]);
+            GPTQ_UNROLL for (int i = 1; i * run < Isa::lanes; ++i) {
+                const I here = word >= uint32_t(i);
+                from = here ? repeat<U>(&words[lane / run + i][2 * p]) : from;
             }
             U codes = (from >> shifts) & mask;
-            if constexpr (Bits == 3) codes |= ((repeat<U>(&high[2 * p]) >> high_shifts) & 0x00010001u) << 2;
+            if constexpr (Bits == 3) {
+                codes |= ((repeat<U>(&words[2 - number][2 * p]) >> high_shifts) & 0x00010001u) << 2;
+            }
             Vec::store(out + p * kStrip + lane, U(Halves(codes) - Halves(Vec::splat(zeros[p]))));
         }
     }
@@ -107,16 +102,16 @@ GPTQ_INLINE void unpack_strip(const Weight& w, int strip, int b, GradientPanel& 
         for (int i = 0; i < kStrip / 2; ++i) zeros[i] = 0x00010001u << (Bits - 1);
     }
     const uint32_t* words = words_at<Bits>(w, strip, k0);
+    const size_t next = size_t(w.slots) * Bits / 32 * kStrip;
+    const int count = (k1 - k0) * Bits / 32;
+    for (int i = 0; i < count; ++i) {
+        __builtin_prefetch(words + next + i * kStrip);  // of the next strip: too far for the hardware to foresee
+        pair_up(words + i * kStrip, p.words[i]);
+    }
     uint32_t* out = p.codes[0] + pair * kStrip;
-    for (int k = k0; k < k1; k += kStrip, out += kColumnStride) {
-        if constexpr (Bits == 3) {
-            const int first = (k - k0) / kStrip % 2;  // of the two words of a run
-            unpack_column<Isa, Bits>(words + first * kStrip, first, k1 - k, zeros, out);
-            words += first * 3 * kStrip;
-        } else {
-            unpack_column<Isa, Bits>(words, 0, k1 - k, zeros, out);
-            words += kStrip * Bits / 32 * kStrip;
-        }
+    for (int k = 0; k < k1 - k0; k += kStrip, out += kColumnStride) {
+        const int number = Bits == 3 ? k / kStrip % 2 : 0;
+        unpack_column<Isa, Bits>(p.words + (Bits == 3 ? k / 32 * 3 + number : k * Bits / 32), number, zeros, out);
     }
 }
 
@@ -151,15 +146,14 @@ GPTQ_INLINE void quantize_gradient(const GradientCall& c, int m, int n0, int n, 
     const float inverse = bits_to_float(uint32_t(14 - exponent + 127) << 23);
     units[0] = unit;
     for (int i = 0; i < padded; ++i) {
-        int32_t v = round_to_int(d[i] * inverse);
-        v = v > 32767 ? 32767 : v;
-        v = v < -32767 ? -32767 : v;
-        q[i] = int16_t(v);
-        d[i] = d[i] * inverse - float(v);
+        const int32_t v = round_to_int(d[i] * inverse);
+        q[i] = int16_t(v < 32767 ? v : 32767);
     }
     if (planes == 1) return;
     units[1] = unit * (1.0f / 32768);
-    for (int i = 0; i < padded; ++i) q[kMaxBlock + i] = int16_t(round_to_int(d[i] * 32768.0f));
+    for (int i = 0; i < padded; ++i) {
+        q[kMaxBlock + i] = int16_t(round_to_int((d[i] * inverse - float(q[i])) * 32768.0f));
+    }
 }
 
 // -- products ----------------------------------------------------------------------------------------------------
@@ -204,13 +198,11 @@ void gradient_tile(GradientPanel& p, int planes, int pairs, int row, int column)
 
 template <class Isa, int Rows>
 GPTQ_INLINE void row_of_gradient_tiles(GradientPanel& p, int planes, int pairs, int row, int columns) {
+    constexpr int most = Isa::strip_tile, half = most > 1 ? most / 2 : 1;
     int s = 0;
-    for (; s + Isa::strip_tile <= columns; s += Isa::strip_tile) {
-        gradient_tile<Isa, Rows, Isa::strip_tile>(p, planes, pairs, row, s);
-    }
-    if constexpr (Isa::strip_tile > 1) {
-        for (; s < columns; ++s) gradient_tile<Isa, Rows, 1>(p, planes, pairs, row, s);
-    }
+    for (; s + most <= columns; s += most) gradient_tile<Isa, Rows, most>(p, planes, pairs, row, s);
+    for (; s + half <= columns; s += half) gradient_tile<Isa, Rows, half>(p, planes, pairs, row, s);
+    for (; s < columns; ++s) gradient_tile<Isa, Rows, 1>(p, planes, pairs, row, s);
 }
 
 template <class Isa, int Rows>

@@ -27,8 +27,9 @@ def define_operators(
     """Register the operators of a kernel, with all that torch wants of them -> ``op`` and ``dequantize`` of its row.
 
     ``gptq_backend::{prefix}gemm`` has gradients with respect to x and bias (the quantized weight is not trainable), by
-    ``gptq_backend::{prefix}gradient`` where there is one, else by ``gptq_backend::{prefix}dequantize``. ``gptq_backend::{prefix}gemm_inference`` is the same product without them:
-    torch calls Python twice more for an operator whose gradients are defined in Python, in compiled graphs too.
+    ``gptq_backend::{prefix}gradient`` where there is one, else by ``gptq_backend::{prefix}dequantize``.
+    ``gptq_backend::{prefix}gemm_inference`` is the same product without them: torch calls Python twice more for an
+    operator whose gradients are defined in Python, in compiled graphs too.
 
     Args:
         prefix: of the operators' names.
