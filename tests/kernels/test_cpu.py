@@ -209,7 +209,7 @@ def test_gradients_are_those_of_the_dense_layer(bits: int, act_order: bool) -> N
     layer(x).backward(grad)
     assert x.grad is not None
     assert layer.bias.grad is not None
-    torch.testing.assert_close(x.grad, grad @ weight.dequantize())
+    assert error(x.grad, grad.double() @ weight.dequantize(torch.float64)) < LIMITS[torch.float32]
     torch.testing.assert_close(layer.bias.grad, grad.sum(0))
 
 
