@@ -162,6 +162,8 @@ def _import_peft() -> Any:
 
 
 def _read_files(folder: Path) -> Manifest:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; expected that of an adapter as peft's save_pretrained writes it")
     if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
         lacks = _WEIGHTS if (folder / _CONFIG).is_file() else _CONFIG
         raise CheckpointError(
