@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gptq_backend.model import held_out_windows
+from gptq_backend.model import held_out_windows, tokenize
 from gptq_backend.output_folder import check_spared
 from gptq_transformers.auto_calibration import packaged_texts
 from gptq_transformers.calibration_input import load_tokenizer
@@ -129,10 +129,11 @@ class Merge:
         if found.choice is not None:
             return list(found.choice.held_out[: self.kld_windows])
         tokenizer = load_tokenizer(self.out, True, self.trust_remote_code)
-        window = dict(self.source.window)
-        if texts is None or texts == "auto":
-            texts, window["samples"] = own or list(packaged_texts().values()), 0
-        windows = held_out_windows(texts, tokenizer, **window, count=self.kld_windows)
+        if self.source.calibration is None:
+            windows = tokenize(own or list(packaged_texts().values()), tokenizer, self.source.window["seqlen"])
+            windows = windows[:: -(-len(windows) // self.kld_windows)]  # evenly spread
+        else:
+            windows = held_out_windows(texts, tokenizer, **self.source.window, count=self.kld_windows)
         if not windows or len(windows[0]) < 2:
             logger.warning("no window of text was left to measure the KL divergence on")
             return []

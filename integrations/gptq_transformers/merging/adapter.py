@@ -109,7 +109,7 @@ class Adapter:
                 f"peft cannot merge the adapter in {self.folder} into {name}: {first_line(error)}"
             ) from error
         base = tuned.get_base_layer()
-        return base.weight.detach(), None if base.bias is None else base.bias.detach()
+        return base.weight.detach(), None if bias is None else base.bias.detach()
 
     def _layer(self, name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if any("lora_embedding_" in key for key in self._tuned[name]):
