@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "gemm.h"
+#include "scratch.h"
 #include "team.h"
 
 namespace gptq {
@@ -26,9 +27,10 @@ void gradient(const GradientCall& c, int threads) {
     }
     const int tasks = row_tasks * blocks;
     const auto multiply = [&](int task) {
+        thread_local Scratch<GradientPanel> panel;  // too large for the stack of some systems' threads
         // Neighbouring tasks share rows, which take more bytes than the words of a block.
         const int m0 = task / blocks * step;
-        isa.gradient(c, m0, std::min(m0 + step, c.rows), task % blocks);
+        isa.gradient(c, m0, std::min(m0 + step, c.rows), task % blocks, *panel.reserve(1));
     };
     const int64_t work = int64_t(c.rows) * c.weight.slots * c.weight.out_features;
     const int team = work < kSerialWork ? 1 : team_size(threads);

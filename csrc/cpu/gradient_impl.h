@@ -10,21 +10,6 @@
 namespace gptq {
 namespace {
 
-constexpr int kPairs = kMaxBlock / 2;                // of output channels, which are summed in int32
-constexpr int kColumns = kMaxBlock / kStrip;         // of 16 slots
-constexpr int kColumnStride = kPairs * kStrip + 16;  // not 2^n bytes: columns would evict each other from the L1 cache
-
-// A block of slots x up to kMaxBlock output channels x the rows of a task.
-struct GradientPanel {
-    // Paired words of a strip. Those behind the block's last one, which fill its last column, are left as they are.
-    alignas(64) uint32_t words[kMaxBlock / 4][kStrip];
-    alignas(64) uint32_t codes[kColumns][kColumnStride];       // [pair][16 slots], zeros subtracted
-    alignas(64) int16_t y_grad[2 * kGradientRows][kMaxBlock];  // planes are neighbours
-    alignas(64) float y_scales[2 * kGradientRows];             // of these integers
-    alignas(64) float scales[kMaxBlock];                       // of the weight, by output channel
-    alignas(64) float x_grad[kGradientRows][kColumns * kStrip];
-};
-
 // -- codes -------------------------------------------------------------------------------------------------------
 
 // Where the code of slot `i` of a word lies in its half of the word; of 3 bits, the two low bits.
@@ -241,8 +226,7 @@ GPTQ_INLINE void finish_gradient(const GradientCall& c, int m, int k0, int k1, c
 }
 
 template <class Isa, int Bits>
-void gradient_bits(const GradientCall& c, int m0, int m1, int b) {
-    GradientPanel p;
+void gradient_bits(const GradientCall& c, int m0, int m1, int b, GradientPanel& p) {
     const Weight& w = c.weight;
     const int planes = c.planes(), rows = (m1 - m0) * planes, strips = w.strips();
     const int k0 = w.blocks[3 * b], k1 = w.blocks[3 * b + 1], group = w.blocks[3 * b + 2];
@@ -267,16 +251,16 @@ void gradient_bits(const GradientCall& c, int m0, int m1, int b) {
 }
 
 template <class Isa>
-void gradient(const GradientCall& c, int m0, int m1, int b) {
+void gradient(const GradientCall& c, int m0, int m1, int b, GradientPanel& p) {
     switch (c.weight.bits) {
         case 2:
-            return gradient_bits<Isa, 2>(c, m0, m1, b);
+            return gradient_bits<Isa, 2>(c, m0, m1, b, p);
         case 3:
-            return gradient_bits<Isa, 3>(c, m0, m1, b);
+            return gradient_bits<Isa, 3>(c, m0, m1, b, p);
         case 4:
-            return gradient_bits<Isa, 4>(c, m0, m1, b);
+            return gradient_bits<Isa, 4>(c, m0, m1, b, p);
         case 8:
-            return gradient_bits<Isa, 8>(c, m0, m1, b);
+            return gradient_bits<Isa, 8>(c, m0, m1, b, p);
     }
 }
 

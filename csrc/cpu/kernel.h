@@ -53,6 +53,7 @@ struct Call {
 
 struct RowKernels;    // rows.h
 struct GradientCall;  // gradient.h
+struct GradientPanel;
 
 // The code that depends on the instruction set.
 struct Level {
@@ -62,7 +63,7 @@ struct Level {
     // Rows [m0, m1) x strips [s0, s1) of y; at most kRowTask rows and kStripTask strips.
     void (*multiply)(const Call&, int m0, int m1, int s0, int s1);
     // Rows [m0, m1) of x's gradient in the channels of a block; at most kGradientRows rows.
-    void (*gradient)(const GradientCall&, int m0, int m1, int block);
+    void (*gradient)(const GradientCall&, int m0, int m1, int block, GradientPanel&);
     const RowKernels* rows;
 };
 

@@ -1,8 +1,9 @@
 """Time and memory of the gradient with respect to x of a 4-bit layer on a CPU, beside what it is compared with.
 
-    python docs/benchmarks/backward.py [--threads N] [--seconds S] [--json FILE]
+    python docs/benchmarks/backward.py [--shape NxK ...] [--threads N] [--seconds S] [--json FILE]
 
 Candidates take turns, and the fastest of the rounds is printed, because other work of a shared machine only ever adds.
+What FILE holds from earlier runs counts as earlier rounds.
 Memory is what the process's peak grows by during one call, the result of that call included.
 """
 
@@ -18,29 +19,41 @@ from typing import Any
 
 import torch
 
-from gptq_backend.bench import DTYPES, Candidate, Problem, Weight, describe_machine, interleave, products, quartiles
+from gptq_backend.bench import DTYPES, Candidate, Problem, Weight, describe_machine, interleave, products
 from gptq_backend.locks import write_text
 
-SHAPES = [(576, 576), (1536, 576), (2048, 2048), (5632, 2048)]  # N, K
+SHAPES = ["576x576", "1536x576", "2048x2048", "5632x2048"]  # N, K
 ROWS = [1, 16, 256, 2048]
 CPU = torch.device("cpu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.3, help="per candidate")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = []
-    for (outputs, inputs), dtype, count in itertools.product(SHAPES, ("bf16", "fp32"), ROWS):
-        rows.append(measure(outputs, inputs, dtype, count, arguments.seconds))
-        print(line(rows[-1]), flush=True)
+    rows = {}
+    if arguments.json and arguments.json.exists():
+        rows = {key(row): row for row in json.loads(arguments.json.read_text())["rows"]}
+    for shape, dtype, count in itertools.product(arguments.shape, ("bf16", "fp32"), ROWS):
+        outputs, inputs = map(int, shape.split("x"))
+        row = measure(outputs, inputs, dtype, count, arguments.seconds)
+        for name, time in rows.get(key(row), row)["us"].items():
+            row["us"][name] = min(time, row["us"][name])
+        rows[key(row)] = row
+        print(line(row), flush=True)
     if arguments.json:
         command = f"python docs/benchmarks/backward.py --threads {arguments.threads} --seconds {arguments.seconds}"
         machine = describe_machine(CPU, command)
-        write_text(arguments.json, json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+        write_text(arguments.json, json.dumps({"machine": machine, "rows": [*rows.values()]}, indent=2) + "\n")
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What was measured."""
+    return tuple(row[name] for name in ("N", "K", "dtype", "M"))
 
 
 def measure(outputs: int, inputs: int, dtype: str, count: int, seconds: float) -> dict[str, Any]:
@@ -63,9 +76,7 @@ def measure(outputs: int, inputs: int, dtype: str, count: int, seconds: float) -
         interleave(candidates, seconds, CPU)
         memory = {name: grown_by(call) for name, call in calls.items()}
     times = {one.name: min(one.samples) * 1e6 for one in candidates}
-    medians = {one.name: quartiles(one.samples)[1] * 1e6 for one in candidates}
-    shape = {"N": outputs, "K": inputs, "M": count, "dtype": dtype}
-    return shape | {"us": times, "median_us": medians, "bytes": memory}
+    return {"N": outputs, "K": inputs, "M": count, "dtype": dtype, "us": times, "bytes": memory}
 
 
 def grown_by(call: Callable[[], object]) -> int:
