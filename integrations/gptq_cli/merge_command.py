@@ -95,7 +95,7 @@ class Merge:
         }
 
     def _compare(self, found: MergeReport, texts: Any, own: Any) -> dict[str, Any] | None:
-        """KL divergences from the model with the adapter on top, of the result and of plain rounding.
+        """KL divergences from the model with the adapter on top: of the result, of plain rounding, and of no adapter.
 
         None, with a warning, where there is none to measure, or if it fails: the checkpoint is complete.
         """
@@ -108,16 +108,14 @@ class Merge:
                 return None
             arguments = self.model, self.adapter, getattr(torch, dtype), self.trust_remote_code
             reference = with_adapter(*arguments).to(self.device)
-            load = {"dtype": dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
-            merged = evaluate.evaluate(models.load_model(self.out, **load), windows, reference)  # type: ignore[arg-type]
-            plain = None
+            load: dict[str, Any] = {"dtype": dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
+            merged = evaluate.evaluate(models.load_model(self.out, **load), windows, reference)
+            others: dict[str, Any] = {"plain_rounding": None, "without_adapter": None}
             if self.to == "gptq" and found.layers:
-                plain = evaluate.evaluate(plainly_rounded(*arguments).to(self.device), windows, reference)
-            return {
-                "dtype": dtype,
-                **dataclasses.asdict(merged),
-                "plain_rounding": None if plain is None else dataclasses.asdict(plain),
-            }
+                rivals = plainly_rounded(*arguments).to(self.device), models.load_model(self.model, **load)
+                compared = [evaluate.evaluate(rival, windows, reference) for rival in rivals]
+                others = dict(zip(others, map(dataclasses.asdict, compared)))
+            return {"dtype": dtype, **dataclasses.asdict(merged), **others}
         except Exception as error:
             if (reason := terminal.explain(error)) is None:
                 raise
@@ -169,5 +167,6 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         text = f"KL divergence from the model with the adapter on top {with_error(result['kld'], result['kld_stderr'])}"
         if (plain := result["plain_rounding"]) is not None:
             text += f"; plain rounding: {with_error(plain['kld'], plain['kld_stderr'])}"
+            text += f"; without the adapter: {with_error(result['without_adapter']['kld'], None)}"
         found.append(f"{text} ({result['windows']} windows that were not calibrated on)")
     return found

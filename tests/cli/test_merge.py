@@ -38,6 +38,7 @@ def test_a_gptq_result_is_compared_with_the_adapter_on_top(
     assert sorted(layer["name"] for layer in found["layers"]) == sorted(LAYERS)
     assert 0 < found["evaluation"]["kld"] < 0.1
     assert 0 < found["evaluation"]["plain_rounding"]["kld"] < 0.1
+    assert 0 < found["evaluation"]["without_adapter"]["kld"] < 0.1
     assert run("inspect", tmp_path / "out").exit_code == 0
 
 
