@@ -146,6 +146,7 @@ PORTABLE = [
     "block_module.cpp",
     "block.cpp",
     "gemm.cpp",
+    "gradient.cpp",
     "layers.cpp",
     "places_module.cpp",
     "repack.cpp",

@@ -15,6 +15,9 @@
 
 namespace gptq {
 
+// Below this many multiplications waking a second thread costs more than it saves; and telling one that stands by.
+constexpr int64_t kSerialWork = 1 << 17, kSharedWork = 1 << 15;
+
 class Crew {
   public:
     // The crew whose first thread the caller is, or null.

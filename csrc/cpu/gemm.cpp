@@ -41,9 +41,6 @@ const Level* choose() {
     throw std::runtime_error(std::string("GPTQ_BACKEND_CPU_LEVEL=") + wanted + ": this CPU offers " + names);
 }
 
-// Below this many multiplications waking a second thread costs more than it saves; and telling one that stands by.
-constexpr int64_t kSerialWork = 1 << 17, kSharedWork = 1 << 15;
-
 // Rows of a task, whose activations should stay in a core's cache while strips pass by.
 constexpr int kRowTask = 24;
 constexpr int kFewRows = 4;

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "gradient_impl.h"
 #include "rows_impl.h"
 
 namespace gptq {

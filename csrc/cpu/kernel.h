@@ -50,7 +50,9 @@ struct Call {
     size_t lane_stride() const { return weight.slots / (a8 ? 4 : 2) + 16; }
 };
 
-struct RowKernels;  // rows.h
+struct RowKernels;    // rows.h
+struct GradientCall;  // gradient.h
+struct GradientPanel;
 
 // The code that depends on the instruction set.
 struct Level {
@@ -59,6 +61,8 @@ struct Level {
     void (*quantize)(const Call&, int row);
     // Rows [m0, m1) x strips [s0, s1) of y.
     void (*multiply)(const Call&, int m0, int m1, int s0, int s1);
+    // Rows [m0, m1) of x's gradient in the channels of a block; at most kGradientRows rows.
+    void (*gradient)(const GradientCall&, int m0, int m1, int block, GradientPanel&);
     const RowKernels* rows;
 };
 

@@ -1,4 +1,5 @@
 // Any CPU: the compiler lowers the vector types to what the baseline has. Same geometry as AVX-512.
+#include "gradient_impl.h"
 #include "rows_impl.h"
 
 namespace gptq {
@@ -14,8 +15,9 @@ struct Generic {
     static I dot(I sum, U codes, U x) {
         constexpr int width = Kind == Dot::i16 ? 16 : 8;
         for (int shift = 0; shift < 32; shift += width) {
-            const I code = I((codes >> shift) & ((1u << width) - 1));
-            sum += code * (I(x << (32 - width - shift)) >> (32 - width));
+            const auto with_sign = [shift](U v) { return I(v << (32 - width - shift)) >> (32 - width); };
+            const I code = Kind == Dot::i16 ? with_sign(codes) : I((codes >> shift) & ((1u << width) - 1));
+            sum += code * with_sign(x);
         }
         return sum;
     }
@@ -46,6 +48,6 @@ struct Generic {
 
 }  // namespace
 
-const Level level_generic = {"generic", quantize<Generic>, multiply<Generic>, &row_kernels<Generic>};
+const Level level_generic = {"generic", quantize<Generic>, multiply<Generic>, gradient<Generic>, &row_kernels<Generic>};
 
 }  // namespace gptq

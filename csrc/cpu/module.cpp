@@ -5,6 +5,7 @@
 
 #include "block_module.h"
 #include "gemm.h"
+#include "gradient.h"
 #include "places_module.h"
 #include "torch_op.h"
 
@@ -18,24 +19,31 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+gptq::Weight weight_at(uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros, uintptr_t perm,
+                       uintptr_t blocks, int bits, int in_features, int out_features, int slots, int groups,
+                       int n_blocks) {
+    return {at<uint32_t>(words),
+            at<void>(scales),
+            at<uint8_t>(zeros),
+            at<int32_t>(perm),
+            at<int32_t>(blocks),
+            Dtype(scales_dtype),
+            bits,
+            in_features,
+            out_features,
+            slots,
+            groups,
+            n_blocks};
+}
+
 // Experts: none, or the members of gptq::Experts.
 template <class... Experts>
 void gemm(uintptr_t x, int dtype, int rows, uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros,
           uintptr_t perm, uintptr_t blocks, int bits, int in_features, int out_features, int slots, int groups,
           int n_blocks, uintptr_t bias, int bias_dtype, uintptr_t y, bool a8, int threads, Experts... experts) {
     gptq::Call call{};
-    call.weight = {at<uint32_t>(words),
-                   at<void>(scales),
-                   at<uint8_t>(zeros),
-                   at<int32_t>(perm),
-                   at<int32_t>(blocks),
-                   Dtype(scales_dtype),
-                   bits,
-                   in_features,
-                   out_features,
-                   slots,
-                   groups,
-                   n_blocks};
+    call.weight = weight_at(words, scales, scales_dtype, zeros, perm, blocks, bits, in_features, out_features, slots,
+                            groups, n_blocks);
     call.x = at<void>(x);
     call.dtype = Dtype(dtype);
     call.rows = rows;
@@ -48,6 +56,14 @@ void gemm(uintptr_t x, int dtype, int rows, uintptr_t words, uintptr_t scales, i
     } else {
         gptq::moe_gemm(call, gptq::Experts{experts...}, threads);
     }
+}
+
+void gradient(uintptr_t y_grad, int dtype, int rows, uintptr_t words, uintptr_t scales, int scales_dtype,
+              uintptr_t zeros, uintptr_t perm, uintptr_t blocks, int bits, int in_features, int out_features, int slots,
+              int groups, int n_blocks, uintptr_t x_grad, int threads) {
+    const gptq::Weight weight = weight_at(words, scales, scales_dtype, zeros, perm, blocks, bits, in_features,
+                                          out_features, slots, groups, n_blocks);
+    gptq::gradient({weight, at<void>(y_grad), at<void>(x_grad), Dtype(dtype), rows}, threads);
 }
 
 template <void (*Function)(const gptq::Repack&, int)>
@@ -70,6 +86,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("level", [] { return gptq::level().name; });
     m.def("gemm", &gemm<>, release);
     m.def("moe_gemm", &gemm<uintptr_t, int, int, int, int>, release);
+    m.def("gradient", &gradient, release);
     m.def("pack", &repack<gptq::pack>, release);
     m.def("unpack", &repack<gptq::unpack>, release);
     m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { gptq::advise_huge_pages(at<void>(data), bytes); });

@@ -190,17 +190,36 @@ def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
     return y
 
 
-def _multiply(
-    function: Any, x: Tensor, rows: int, layout: WeightFields, bias: Tensor | None, y: Tensor, *more: int
-) -> None:
-    qweight, scales, zeros, perm, blocks, in_features, out_features, bits, a8 = layout
-    if bias is not None:
-        bias = (bias if bias.dtype in DTYPE_CODES else bias.float()).contiguous()
-    x = x.contiguous()
-    function(
-        x.data_ptr(),
-        DTYPE_CODES[x.dtype],
+def gradient(y_grad: Tensor, *layout: Any) -> Tensor:
+    """``y_grad @ W``, the gradient of x. y_grad: float [..., N] -> [..., K] in its dtype; float64 goes through the
+    dense weight. Activations that are int8 in the product count as what they were before.
+
+    Raises:
+        ValueError: see ``check_input`` and ``check_prepared``.
+    """
+    w = WeightFields(*layout)
+    check_prepared(w.qweight)
+    check_input(y_grad, w.qweight.device, w.out_features, w.in_features, None)
+    if y_grad.dtype not in DTYPE_CODES:
+        return y_grad @ dequantize(*w, y_grad.dtype).t()
+    x_grad = y_grad.new_empty((*y_grad.shape[:-1], w.in_features))
+    y_grad = y_grad.contiguous()
+    rows = y_grad.numel() // w.out_features
+    _cpu.gradient(
+        y_grad.data_ptr(),
+        DTYPE_CODES[y_grad.dtype],
         rows,
+        *_addresses(w),
+        x_grad.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return x_grad
+
+
+def _addresses(layout: WeightFields) -> tuple[int, ...]:
+    """What C++ takes for a weight."""
+    qweight, scales, zeros, perm, blocks, in_features, out_features, bits, _ = layout
+    return (
         qweight.data_ptr(),
         scales.data_ptr(),
         DTYPE_CODES[scales.dtype],
@@ -213,10 +232,24 @@ def _multiply(
         qweight.shape[-2] * 32 // bits,
         scales.shape[-2],
         blocks.shape[-2],
+    )
+
+
+def _multiply(
+    function: Any, x: Tensor, rows: int, layout: WeightFields, bias: Tensor | None, y: Tensor, *more: int
+) -> None:
+    if bias is not None:
+        bias = (bias if bias.dtype in DTYPE_CODES else bias.float()).contiguous()
+    x = x.contiguous()
+    function(
+        x.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        rows,
+        *_addresses(layout),
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPE_CODES[bias.dtype],
         y.data_ptr(),
-        a8,
+        layout.a8,
         torch.get_num_threads(),
         *more,
     )
@@ -262,6 +295,7 @@ _OPERATORS = define_operators(
     gemm,
     dequantize,
     dispatch="CPU",
+    gradient=gradient,
     register_inference=(lambda name: _cpu.register_with_torch(name, _FUNCTIONS)) if _FUNCTIONS else None,
 )
 _moe_op = define_grouped(

@@ -21,13 +21,15 @@ def define_operators(
     dequantize: Callable[..., Tensor],
     dispatch: str = "CompositeExplicitAutograd",
     by_output: bool = False,
+    gradient: Callable[..., Tensor] | None = None,
     register_inference: Callable[[str], None] | None = None,
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Register the operators of a kernel, with all that torch wants of them -> ``op`` and ``dequantize`` of its row.
 
     ``gptq_backend::{prefix}gemm`` has gradients with respect to x and bias (the quantized weight is not trainable), by
-    ``gptq_backend::{prefix}dequantize``. ``gptq_backend::{prefix}gemm_inference`` is the same product without them:
-    torch calls Python twice more for an operator whose gradients are defined in Python, in compiled graphs too.
+    ``gptq_backend::{prefix}gradient`` where there is one, else by ``gptq_backend::{prefix}dequantize``.
+    ``gptq_backend::{prefix}gemm_inference`` is the same product without them: torch calls Python twice more for an
+    operator whose gradients are defined in Python, in compiled graphs too.
 
     Args:
         prefix: of the operators' names.
@@ -36,6 +38,7 @@ def define_operators(
         dequantize: ``(*layout, dtype) -> [K, N]``, the transpose of ``nn.Linear.weight``.
         dispatch: key that both are registered for.
         by_output: the result of ``dequantize`` lies in memory as [N, K].
+        gradient: ``(y_grad [..., N], *layout) -> x_grad [..., K]`` in the dtype of y_grad.
         register_inference: gives the operator of that name another implementation than ``gemm``.
     """
     for name in ("gemm", "gemm_inference"):
@@ -50,7 +53,13 @@ def define_operators(
     _register_fakes(prefix, layout, by_output)
     packets = torch.ops.gptq_backend
     dense = getattr(packets, f"{prefix}dequantize")
-    _register_gradients(prefix, dense)
+    if gradient is None:
+        _register_gradients(prefix, lambda grad, *weight: grad @ dense(*weight, grad.dtype).t())
+    else:
+        _LIBRARY.define(f"{prefix}gradient(Tensor y_grad, {layout.schema}) -> Tensor")
+        _LIBRARY.impl(f"{prefix}gradient", gradient, dispatch)
+        _register_gradient_operator(prefix, layout)
+        _register_gradients(prefix, getattr(packets, f"{prefix}gradient"))
     with_gradients = getattr(packets, f"{prefix}gemm").default
     without = getattr(packets, f"{prefix}gemm_inference").default
 
@@ -80,26 +89,53 @@ def _register_fakes(prefix: str, layout: Layout, by_output: bool) -> None:
     torch.library.register_fake(f"gptq_backend::{prefix}dequantize", fake_dequantize, lib=_LIBRARY)
 
 
-def _register_gradients(prefix: str, dense: Callable[..., Tensor]) -> None:
-    """Of ``gemm``, with respect to x and bias."""
+def _register_gradients(prefix: str, gradient: Callable[..., Tensor]) -> None:
+    """Of ``gemm``, with respect to x and bias. gradient: through operators, so that it can be traced."""
 
     def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        _, *weight, bias = inputs
-        ctx.save_for_backward(*(each for each in weight if isinstance(each, Tensor)))
-        ctx.weight = [None if isinstance(each, Tensor) else [each] for each in weight]
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        _save_weight(ctx, inputs[1:-1])
+        ctx.bias_dtype = None if inputs[-1] is None else inputs[-1].dtype
 
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            tensors = iter(ctx.saved_tensors)
-            weight = [next(tensors) if each is None else each[0] for each in ctx.weight]
-            grad_x = grad @ dense(*weight, grad.dtype).t()  # through the operator, so that it can be traced
+        weight = _saved_weight(ctx)
+        grad_x = gradient(grad, *weight) if ctx.needs_input_grad[0] else None
+        grad_bias = None
         if ctx.needs_input_grad[-1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return (grad_x, *[None] * len(ctx.weight), grad_bias)
+        return (grad_x, *[None] * len(weight), grad_bias)
 
     torch.library.register_autograd(f"gptq_backend::{prefix}gemm", backward, setup_context=save, lib=_LIBRARY)
+
+
+def _register_gradient_operator(prefix: str, layout: Layout) -> None:
+    """Fake and gradient of ``gradient``, whose own gradient is the product."""
+
+    def fake(y_grad: Tensor, *arguments: Any) -> Tensor:
+        weight = layout.fields(*arguments)
+        check_input(y_grad, weight.qweight.device, weight.out_features, weight.in_features, None)
+        return y_grad.new_empty((*y_grad.shape[:-1], weight.in_features))
+
+    def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        _save_weight(ctx, inputs[1:])
+
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        weight = _saved_weight(ctx)
+        gemm = getattr(torch.ops.gptq_backend, f"{prefix}gemm")
+        return (gemm(grad, *weight, None), *[None] * len(weight))
+
+    name = f"gptq_backend::{prefix}gradient"
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    torch.library.register_autograd(name, backward, setup_context=save, lib=_LIBRARY)
+
+
+def _save_weight(ctx, weight) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*(each for each in weight if isinstance(each, Tensor)))
+    ctx.weight = [None if isinstance(each, Tensor) else [each] for each in weight]
+
+
+def _saved_weight(ctx) -> list[Any]:  # type: ignore[no-untyped-def]
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if each is None else each[0] for each in ctx.weight]
 
 
 def define_grouped(

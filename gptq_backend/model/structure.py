@@ -250,7 +250,10 @@ def _distance(start: str, name: str) -> tuple[int, int]:
 
 
 def _linear_elements(module: nn.Module) -> int:
-    return sum(dense_weight(child).numel() for child in module.modules() if is_linear(child))
+    """Of linear layers, those that are quantized already included."""
+    dense = sum(dense_weight(child).numel() for child in module.modules() if is_linear(child))
+    quantized: Any = [child for child in module.modules() if "qweight" in child._parameters]
+    return dense + sum(child.in_features * child.out_features for child in quantized)
 
 
 def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple[Target, ...]:

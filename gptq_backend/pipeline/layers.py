@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.gptq import quantize_weight
+from ..algorithm.requantize import round_changed
 from ..config import QuantizeConfig
 from ..format.weight import QuantizedWeight
 from ..linear import QuantLinear
@@ -30,7 +31,7 @@ class Layers:
     """The layers of one run, those that are quantized already, and the report of them."""
 
     def __init__(self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events) -> None:
-        self.model, self.backend, self.events = model, options.backend, events
+        self.model, self.backend, self.events, self.before = model, options.backend, events, options.before
         self.structure, self.placement = find_structure(model, config, options.block_name), Placement(options.device)
         self.done: dict[nn.Module, QuantLinear] = {}  # by the dense module
         self.joint = JointRounding()
@@ -48,15 +49,18 @@ class Layers:
         start = time.perf_counter()
         weight = dense_weight(target.module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if source is None:
-            input_facts: dict[str, Any] = {}
-            layer = quantize_weight(weight, None, target.config, name=target.name)
-        else:
+        input_facts: dict[str, Any] = {}
+        shared, tokens, rounded = None, 1, None
+        if source is not None:
             factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
-            rounded = self.joint.take(target, weight, source.factor)
-            layer = quantize_weight(weight, source.factor, target.config, tokens, name=target.name, rounded=rounded)
+            shared, rounded = source.factor, self.joint.take(target, weight, source.factor)
+        layer = quantize_weight(weight, shared, target.config, tokens, target.name, rounded)
+        if (before := self.before(target.name)) is not None:
+            rounded = round_changed(weight, before.to(weight.device), target.config)
+            again = quantize_weight(weight, shared, target.config, tokens, target.name, rounded)
+            layer = min(layer, again, key=lambda each: each.loss)
         self.store(target, layer.weight)
         entry = LayerReport(
             name=target.name,

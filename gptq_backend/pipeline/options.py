@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..format.weight import QuantizedWeight
 from .report import LayerReport
+
+
+def _never_quantized(name: str) -> QuantizedWeight | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,15 @@ class RunOptions:
         backend: kernel of the resulting layers; None chooses the fastest that fits.
         device: where to compute, e.g. ``cuda``: blocks are moved there for their turn and back; a distillation moves
             both models there as a whole. None computes where the weights are.
+        before: what a layer was, by its name, if its weight is one that was quantized before and then changed: the
+            result begins there if that is better than to begin anew.
     """
 
     batch_size: int | None = None
     block_name: str | None = None
     backend: str | None = None
     device: torch.device | str | None = None
+    before: Callable[[str], QuantizedWeight | None] = _never_quantized
 
 
 class Events:

@@ -1,4 +1,4 @@
-"""The command line: ``gptq-backend quantize``, ``eval``, ``inspect`` and ``bench``. See docs/cli.md.
+"""The command line: ``gptq-backend quantize``, ``merge``, ``eval``, ``inspect`` and ``bench``. See docs/cli.md.
 
 Commands import what they work with when they run: torch and transformers take seconds, help and wrong usage none.
 """
@@ -105,6 +105,64 @@ def _check_usage(out: str, settings: dict[str, Any], calibration: str | None, te
             "--quality best, --block-epochs and --distill-epochs train on calibration text, and --rtn has none; pass "
             "--calibration FILE instead of --rtn, or leave them out"
         )
+
+
+class Target(str, Enum):
+    """What an adapter is merged into."""
+
+    gptq = "gptq"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@app.command()
+def merge(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub name of a GPTQ checkpoint.", show_default=False)
+    ],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter as peft saves it.", show_default=False)
+    ],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)
+    ],
+    to: Annotated[Target, typer.Option(help="GPTQ again, as each layer is now, or a dense checkpoint.")] = Target.gptq,
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="FILE|auto|none", help="Text to calibrate on, as for quantize; none rounds to nearest."),
+    ] = "auto",
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text like what the model will read, for auto; or to compare on, for none."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")] = 64,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
+    block_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="List of blocks. Default: the language model's.")
+    ] = None,
+    kld_windows: Annotated[
+        int, typer.Option(min=0, help="Compare with MODEL and ADAPTER on so many windows not calibrated on.")
+    ] = 4,
+    device: Annotated[str, typer.Option(help="Where to compute, a block at a time, e.g. cpu or cuda:0.")] = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")] = False,
+    json_target: Json = None,
+) -> None:
+    """Merge ADAPTER into the quantized MODEL, and write the folder OUT."""
+    if not out:  # an unset variable of the shell; Path("") would be the current folder
+        raise typer.BadParameter("OUT is empty; name the folder to write")
+    rounds = to is Target.gptq and calibration != "none"
+    if rounds and text is not None and calibration != "auto":
+        raise typer.BadParameter("--text goes with --calibration auto or none")
+    from .merge_command import Merge
+    from .quantize_command import Source
+
+    source = Source(calibration if rounds else None, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
+    options = {"batch_size": batch_size, "block_name": block_name, "overwrite": overwrite}
+    work = Merge(model, adapter, Path(out), to.value, source, kld_windows, device, trust_remote_code)
+    work.run(options, json_target)
 
 
 @app.command("eval")

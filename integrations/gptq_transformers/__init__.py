@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["GPTQConfig", "from_quantized", "quantize", "register"]
+__all__ = ["GPTQConfig", "from_quantized", "merge_adapter", "quantize", "register"]
 
 _LAZY = {
     "GPTQConfig": "config",
     "attach": "hf_quantizer",
     "from_quantized": "load_quantized",
+    "merge_adapter": "merging",
     "quantize": "quantize_pretrained",
 }
 

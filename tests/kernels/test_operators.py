@@ -10,6 +10,7 @@ from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import native, prepared
 
 SERVING = [kernel for kernel in KERNELS if kernel.supports(WeightSpec(90, 33, 4, 30, 3), torch.device("cpu")) is None]
+NAMES = ("gemm", "gemm_inference", "dequantize", "gradient")
 # Checked where their devices are, or are emulated.
 ELSEWHERE = {
     "cpu_moe_gemm": "tests/kernels/test_experts.py",
@@ -41,10 +42,13 @@ def test_operators_pass_opcheck(kernel: Kernel, sym: bool, act_order: bool) -> N
     torch.library.opcheck(inference, (torch.randn(5, 90), *layout, torch.randn(33)))
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(getattr(operators, f"{prefix(kernel)}dequantize").default, (*layout, dtype))
+    if hasattr(operators, f"{prefix(kernel)}gradient"):
+        y_grad = torch.randn(2, 1, 33, requires_grad=True)
+        torch.library.opcheck(getattr(operators, f"{prefix(kernel)}gradient").default, (y_grad, *layout))
 
 
 @native
 def test_no_operator_goes_unchecked() -> None:
     names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gptq_back")}
-    checked = {f"{prefix(row)}{name}" for row in SERVING for name in ("gemm", "gemm_inference", "dequantize")}
+    checked = {f"{prefix(row)}{name}" for row in SERVING for name in NAMES}
     assert names <= checked | set(ELSEWHERE)
