@@ -183,7 +183,7 @@ void gradient_tile(GradientPanel& p, int planes, int pairs, int row, int column)
 
 template <class Isa, int Rows>
 GPTQ_INLINE void row_of_gradient_tiles(GradientPanel& p, int planes, int pairs, int row, int columns) {
-    constexpr int most = Isa::strip_tile, half = most > 1 ? most / 2 : 1;
+    constexpr int most = Isa::gradient_columns, half = most > 1 ? most / 2 : 1;
     int s = 0;
     for (; s + most <= columns; s += most) gradient_tile<Isa, Rows, most>(p, planes, pairs, row, s);
     for (; s + half <= columns; s += half) gradient_tile<Isa, Rows, half>(p, planes, pairs, row, s);
@@ -242,10 +242,10 @@ void gradient_bits(const GradientCall& c, int m0, int m1, int b, GradientPanel& 
         }
         for (int m = m0; m < m1; ++m) quantize_gradient<Isa>(c, m, n0, n, p, m - m0);
         int row = 0;
-        for (; row + Isa::row_tile <= rows; row += Isa::row_tile) {
-            row_of_gradient_tiles<Isa, Isa::row_tile>(p, planes, pairs, row, columns);
+        for (; row + Isa::gradient_rows <= rows; row += Isa::gradient_rows) {
+            row_of_gradient_tiles<Isa, Isa::gradient_rows>(p, planes, pairs, row, columns);
         }
-        last_gradient_rows<Isa, Isa::row_tile - 1>(p, planes, pairs, row, rows - row, columns);
+        last_gradient_rows<Isa, Isa::gradient_rows - 1>(p, planes, pairs, row, rows - row, columns);
     }
     for (int m = m0; m < m1; ++m) finish_gradient<Isa>(c, m, k0, k1, p.x_grad[m - m0]);
 }

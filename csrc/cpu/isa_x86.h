@@ -34,14 +34,14 @@ struct F16C {
 };
 
 struct Wide256 : F16C {
-    static constexpr int lanes = 8, rows = 4, strips = 1;
+    static constexpr int lanes = 8, rows = 4, strips = 1, gradient_rows = 6, gradient_columns = 1;
     static constexpr bool pairs = false;
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;
 };
 
 struct Wide512 : F16C {
-    static constexpr int lanes = 16, rows = 8, strips = 2;
+    static constexpr int lanes = 16, rows = 8, strips = 2, gradient_rows = 6, gradient_columns = 4;
     static constexpr bool pairs = false;
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;

@@ -3,6 +3,7 @@
 //     struct Isa {
 //         static constexpr int lanes;         // int32 per register
 //         static constexpr int rows, strips;  // accumulators that fit the register file
+//         static constexpr int gradient_rows, gradient_columns;  // those of gradient_impl.h, in strips too
 //         static constexpr bool pairs;        // whether dot sums Dot::i8_nibbles to two int16 per lane
 //         I widen(I sums);                    // these two, added up, if so
 //         template <Dot> I dot(I sum, U codes, U x);  // sum + the products of one lane

@@ -6,7 +6,7 @@ namespace gptq {
 namespace {
 
 struct Generic {
-    static constexpr int lanes = 16, rows = 4, strips = 1;
+    static constexpr int lanes = 16, rows = 4, strips = 1, gradient_rows = 2, gradient_columns = 1;
     static constexpr bool pairs = false;
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;
