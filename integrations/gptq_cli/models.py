@@ -74,8 +74,9 @@ def require_model(path: str | Path) -> None:
         if not (folder / "config.json").is_file():
             if (folder / "adapter_config.json").is_file():
                 raise GPTQError(
-                    f"{path} holds an adapter (adapter_config.json) but no model; merge it into its base model (peft: "
-                    "merge_and_unload(), then save_pretrained), and pass that folder"
+                    f"{path} holds an adapter (adapter_config.json) but no model; merge it into its base model "
+                    "(gptq-backend merge; a dense one by peft's merge_and_unload() and save_pretrained), and pass that "
+                    "folder"
                 )
             if files := sorted(folder.glob("*.gguf")):
                 raise GPTQError(_convert_gguf(files[0]))
