@@ -20,7 +20,7 @@ from gptq_backend.kernels import table as kernels
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, ROOT, assert_passes_at, error, exact, native, prepared
 
-OTHERS = ("test_cpu_gradient.py", "test_cpu_block.py", "test_cpu_block_calls.py")
+OTHERS = ("test_cpu_gradient.py", "test_cpu_block.py", "test_cpu_block_calls.py", "test_cpu_layers.py")
 SANITIZED = [str(Path(__file__).with_name(name)) for name in OTHERS]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
 
@@ -326,7 +326,7 @@ sys.modules["gptq_backend._cpu"] = _cpu
 import pytest
 files = [{__file__!r}, *{SANITIZED!r}]
 tests = "any_shape or every_code or int8_act or undone or not_finite or operator_in_cpp or exact or nan or refused"
-tests += " or empty"
+tests += " or empty or one_call"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", f"({{tests}}) and not lower"]))
 """
     done = subprocess.run(
