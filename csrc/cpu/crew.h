@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #include "team.h"
@@ -47,18 +48,23 @@ class Crew {
     }
 
     // Calls body() while further threads stand by, `threads` in all; on the caller's own if those are one, or if they
-    // stand by already.
+    // stand by already. What body() throws arrives at the caller: no exception may leave a parallel region.
     template <class Body>
     static void with(int threads, Body body) {
         const int size = current() ? 1 : team_size(threads);
         if (size == 1) return body();
         Watch watch(size);
         Crew crew(size, watch);
+        std::exception_ptr error;
 #pragma omp parallel num_threads(size)
         {
             if (omp_get_thread_num() == 0) {
                 current() = &crew;
-                body();
+                try {
+                    body();
+                } catch (...) {
+                    error = std::current_exception();
+                }
                 current() = nullptr;
                 crew.ended_.store(true);
                 watch.end(crew.jobs());
@@ -66,6 +72,7 @@ class Crew {
                 crew.stand_by(omp_get_thread_num());
             }
         }
+        if (error) std::rethrow_exception(error);
     }
 
   private:

@@ -169,12 +169,21 @@ for again in range(3):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_level_that_the_machine_lacks_is_an_error_and_no_crash() -> None:
-    code = """
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cpu_block.rotate_(torch.ones(999, 640), 10, norm=cpu_block.Norm(None).native)",
+        "cpu_block.Tail(cpu_block.TailParts(part, (part, part), part, 'silu'))(x, x)",
+    ],
+)
+def test_a_level_that_the_machine_lacks_is_an_error_and_no_crash(call: str) -> None:
+    code = f"""
 import torch
 torch.set_num_threads(2)
 from gptq_backend.kernels import cpu_block
-cpu_block.rotate_(torch.ones(999, 640), 10, norm=cpu_block.Norm(None).native)
+from tests.kernels.test_cpu_block import Dense
+part, x = Dense(4, 512, 512, 0).linear, torch.ones(2, 512)
+{call}
 """
     done = python(code, GPTQ_BACKEND_CPU_LEVEL="altivec")
     assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import threading
@@ -211,3 +212,82 @@ def test_hidden_states_can_be_saved_and_loaded(folder: Path) -> None:
     loaded = torch.load(buffer, weights_only=True)
     assert len(loaded) == LAYERS + 1
     assert all(torch.equal(a, b) for a, b in zip(loaded, states))
+
+
+@pytest.mark.parametrize("kind", ["keys", "mask", "angles"])
+def test_a_hook_that_writes_in_place_within_a_step_is_heard(folder: Path, kind: str) -> None:
+    model = load(folder)
+    plain, results = stock(model), []
+    for each in (model, plain):
+        cache, found = DynamicCache(), []
+
+        def write(_: nn.Module, args: Any, kwargs: Any, cache: DynamicCache = cache) -> None:
+            if len(cache.layers) == LAYERS:
+                keys = cache.layers[3].keys[:, :, :1]
+                mask, angles = kwargs["attention_mask"][..., :1], kwargs["position_embeddings"][0]
+                {"keys": keys.neg_, "mask": mask.zero_, "angles": angles.zero_}[kind]()
+
+        each.model.layers[1].register_forward_pre_hook(write, with_kwargs=True)
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[0, 0] = 0  # or there would be none
+        with torch.no_grad():
+            for at in range(6):
+                token, seen = ids(6)[:, at, None], mask[:, : at + 1]
+                found.append(each(input_ids=token, attention_mask=seen, past_key_values=cache).logits[1:])
+        results.append(torch.cat(found, dim=1))
+    assert distance(*results) < 1e-5
+
+
+def test_layers_that_share_keys_and_values_do_not_overwrite_each_other(folder: Path) -> None:
+    model = load(folder)
+    results = []
+    for each in (model, stock(model)):
+        each.model.layers[3].self_attn.layer_idx = 2
+        cache = DynamicCache()
+        with torch.no_grad():
+            found = [each(input_ids=token[:, None], past_key_values=cache).logits for token in ids(6).T]
+        results.append(torch.cat(found, dim=1))
+    assert distance(*results) < 1e-5
+
+
+def test_shallow_copies_of_a_cache_may_be_continued_in_threads(folder: Path) -> None:
+    """Also in the midst of a step."""
+    model = load(folder)
+    results = []
+    for each in (model, stock(model)):
+        cache = begun(each)
+        branch = copy.copy(cache)
+        branch.layers = [copy.copy(layer) for layer in cache.layers]
+
+        def go_on(each: Any = each, branch: DynamicCache = branch) -> None:
+            with torch.no_grad():
+                each(input_ids=ids(2)[:, 1:], past_key_values=branch)
+
+        threads = [threading.Thread(target=go_on)]
+
+        def meanwhile(*_: Any, threads: list[threading.Thread] = threads) -> None:
+            if threads:
+                thread = threads.pop()
+                thread.start()
+                thread.join()
+
+        hook = each.model.layers[1].register_forward_hook(meanwhile)
+        first = step(each, cache)
+        hook.remove()
+        results.append(torch.cat([first, step(each, cache), step(each, branch)], dim=1))
+    assert distance(*results) < 1e-5
+
+
+def test_gradients_may_begin_at_what_a_layer_gave(folder: Path, runs: list[int]) -> None:
+    model = load(folder)
+    cache, found = begun(model), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *args: found.append(args[-1]))
+    step(model, cache)
+    assert runs[-1] == LAYERS
+    factor = torch.ones(1, requires_grad=True)
+    loss = (found[3] * factor).sum()
+    found[1].add_(1)
+    found[2].add_(found[2].clone() * factor)
+    (loss + found[2].sum()).backward()
+    assert factor.grad is not None

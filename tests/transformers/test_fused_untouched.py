@@ -167,6 +167,20 @@ def test_parameters_that_are_swapped_for_a_call_are_read(folder: Path) -> None:
     assert distance(logits(model), before) < 1e-6
 
 
+def test_scales_that_are_swapped_or_set_are_read(folder: Path) -> None:
+    model = load(folder)
+    plain = stock(model)
+    name = "model.layers.0.mlp.up_proj.scales"
+    before, scales = logits(model), model.get_parameter(name).detach() * 2
+    with torch.no_grad():
+        swapped = [torch.func.functional_call(each, {name: scales}, (ids(),)).logits for each in (model, plain)]
+    for each in (model, plain):
+        each.get_parameter(name).data = scales
+    assert distance(*swapped) < 1e-5
+    assert distance(logits(model), logits(plain)) < 1e-5
+    assert distance(logits(model), before) > 1e-3
+
+
 def test_inputs_of_wrong_shapes_are_refused_by_the_layers_own_code(folder: Path) -> None:
     """They would be read past their end."""
     model = load(folder)

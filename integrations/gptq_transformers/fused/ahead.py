@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from gptq_backend.kernels import cpu_layers
 from .cache import Room, room_of
 from .calls import Calls
 
+_version = attrgetter("_version")
 _GIVEN = "attention_mask", "position_embeddings", "past_key_values"
 
 
@@ -81,25 +82,40 @@ _latest = _Latest()
 class _Run:
     """Layers that ran in one call."""
 
-    def __init__(self, calls: list[Calls], held: list[tuple[Any, Room]], results: cpu_layers.Results) -> None:
+    def __init__(
+        self, calls: list[Calls], held: list[tuple[Any, Room]], read: list[Tensor], results: cpu_layers.Results
+    ) -> None:
         self.calls, self._held, self._results = calls, held, results
         self._views = [(layer.keys, layer.values) for layer, _ in held]
+        counted = not any(map(Tensor.is_inference, (results.ys, *read)))  # what is written to those, nobody counts
+        self._watched = [(*views, *read) if counted else () for views in self._views]
+        self._versions = list(map(_versions, self._watched))
         self._length = held[0][0].keys.shape[2] + results.ys.shape[2]
 
     def unseen(self, index: int, x: Tensor) -> bool:
-        """Whether ``x`` and the cache are still what layer ``index`` was computed with."""
+        """Whether ``x``, the cache, the mask and the angles are still what layer ``index`` was computed with."""
         layer, views = self._held[index][0], self._views[index]
-        return layer.keys is views[0] and layer.values is views[1] and self._results.intact(index - 1, x)
+        return (
+            layer.keys is views[0]
+            and layer.values is views[1]
+            and _versions(self._watched[index]) == self._versions[index]
+            and self._results.intact(index - 1, x)
+        )
 
     def give(self, index: int, link: Link, given: tuple[Any, ...]) -> Tensor:
         layer, room = self._held[index]
         room.give(layer, self._length)
-        y = self._results.ys[index]
+        y = self._results.ys[index].data  # for autograd it has nothing to do with what the other layers gave
         if index + 1 < len(self.calls):
             _latest.note(y, link, given, self, index + 1)
         else:
             _latest.note(y, link, given)
         return y
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
+    """Numbers that grow whenever somebody writes into a tensor."""
+    return list(map(_version, tensors))
 
 
 def given_of(kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -141,11 +157,15 @@ def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor 
     chain: list[Calls] = []
     layers: list[cpu_layers.Layer] = []
     held: list[tuple[Any, Room]] = []
+    written: set[int] = set()
     follower: Link | None = own
     while follower is not None and (each := follower.calls) is not None and each not in chain:
         found, layer = room_of(cache, each.index, x.shape[1]), each.joined(beginning)
         if found is None or layer is None or found[0].keys.shape[2] != length or not found[1].fits(layer, x):
             break
+        if id(found[0]) in written:  # both would write to the same place
+            break
+        written.add(id(found[0]))
         chain.append(each)
         layers.append(layer)
         held.append(found)
@@ -154,7 +174,8 @@ def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor 
         return None
     rooms = [room.place for _, room in held]
     results = cpu_layers.run_layers(layers, rooms, [length] * len(chain), x, beginning.angles, mask)
-    return _Run(chain, held, results).give(0, own, given)
+    read = [each for each in (mask, *(beginning.angles or ())) if each is not None]
+    return _Run(chain, held, read, results).give(0, own, given)
 
 
 def note(own: Link, y: Tensor, given: tuple[Any, ...]) -> None:

@@ -19,8 +19,10 @@ class Room:
 
     def __init__(self, keys: Tensor, values: Tensor, views: tuple[Tensor, Tensor]) -> None:
         self.keys, self.values = keys, values
-        # Those given out last; behind any others somebody has written. A shallow copy of a cache's layer sees it too.
-        self.views = views
+        self.views = views  # those given out last; behind any others somebody has written
+        self._owner = (
+            0  # id() of the cache's layer that may write; a shallow copy of it, in another thread too, may not
+        )
         same = keys.shape == values.shape and keys.dtype == values.dtype
         self._place = cpu_layers.Room(keys, values) if same and keys.is_cpu else None
 
@@ -37,7 +39,8 @@ class Room:
     def serves(self, layer: Any, count: int) -> bool:
         """Whether ``count`` more positions fit, and nobody else set the layer's tensors."""
         return (
-            layer.keys is self.views[0]
+            self._owner == id(layer)
+            and layer.keys is self.views[0]
             and layer.values is self.views[1]
             and layer.keys.shape[2] + count <= self.keys.shape[2]
             and self.keys.is_inference() == torch.is_inference_mode_enabled()
@@ -46,6 +49,7 @@ class Room:
     def give(self, layer: Any, length: int) -> tuple[Tensor, Tensor]:
         """Let the layer see ``length`` positions -> its keys and values."""
         layer.keys, layer.values = self.views = self.keys[:, :, :length], self.values[:, :, :length]
+        self._owner = id(layer)
         setattr(layer, _ROOM, self)
         return self.views
 

@@ -177,7 +177,7 @@ def _weights(parts: Parts) -> list[tuple[dict[str, Any], str, Any]]:
     for linear in parts.linears:
         held = linear._parameters
         found += [(linear.__dict__, "changes", linear.changes), (linear.__dict__, "_parameters", held)]
-        found += [(held, name, held.get(name)) for name in ("qweight", "bias")]
+        found += [(held, name, held.get(name)) for name in ("qweight", "scales", "zeros", "bias")]
     for norm in (*parts.norms, *parts.head_norms):
         if norm is not None:
             found += [(norm._parameters, name, norm._parameters.get(name)) for name in ("weight", "bias")]
