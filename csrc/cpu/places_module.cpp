@@ -53,7 +53,8 @@ bool empty(const py::tuple& dicts, const py::tuple& keys) {
     check(dicts, keys);
     prefetch(dicts);
     for (size_t i = 0; i < dicts.size(); ++i) {
-        const int truth = PyObject_IsTrue(find(dicts, keys, i));
+        const auto found = py::reinterpret_borrow<py::object>(find(dicts, keys, i));  // code of its own may drop it
+        const int truth = PyObject_IsTrue(found.ptr());
         if (truth < 0) throw py::error_already_set();
         if (truth) return false;
     }

@@ -112,6 +112,8 @@ def run_layers(
     code = _code(x, x.size(-1), "x")
     if x.dim() != 3 or not all(room.fits(layer, x) for room, layer in zip(rooms, layers)):
         raise ValueError(f"x is {_describe(x)}; expected [B, T, H] with the batch and dtype of all keys and values")
+    if len(set(map(id, rooms))) != len(rooms):
+        raise ValueError("two layers have the same room; expected one for each, as both would write to the same place")
     batch, positions, width = x.shape
     x = x.contiguous()
     numbers = [room.at(length) for room, length in zip(rooms, lengths, strict=True)]

@@ -161,6 +161,12 @@ def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
         call()
 
 
+def test_one_room_for_two_layers_is_refused() -> None:
+    layers = [random_parts(i, False, None, "none", 0.0).layer() for i in range(2)]
+    with pytest.raises(ValueError, match="two layers have the same room"):
+        run_layers(layers, rooms(1, 1, torch.float32) * 2, [3, 3], torch.randn(1, 1, 64))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
