@@ -7,6 +7,7 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # else trl, imported in one test, silences vLLM in later ones
 
 import hypothesis
 import pytest

@@ -56,10 +56,10 @@ class Layers:
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
             shared, rounded = source.factor, self.joint.take(target, weight, source.factor)
-        layer = quantize_weight(weight, shared, target.config, tokens, target.name, rounded)
+        layer = quantize_weight(weight, shared, target.config, tokens, name=target.name, rounded=rounded)
         if (before := self.before(target.name)) is not None:
             rounded = round_changed(weight, before.to(weight.device), target.config)
-            again = quantize_weight(weight, shared, target.config, tokens, target.name, rounded)
+            again = quantize_weight(weight, shared, target.config, tokens, name=target.name, rounded=rounded)
             layer = min(layer, again, key=lambda each: each.loss)
         self.store(target, layer.weight)
         entry = LayerReport(
