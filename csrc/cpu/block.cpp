@@ -12,8 +12,6 @@ namespace {
 
 // Below this many elements waking a second thread costs more than it saves; and telling one that stands by.
 constexpr int64_t kSerialElements = 1 << 15, kSharedElements = 1 << 13;
-// Above this many multiplications of each product threads stand by for all that follows the attention.
-constexpr int64_t kStandByWork = 1 << 17;
 
 const char* row_of(const void* x, const Rows& shape, int64_t row) {
     return static_cast<const char*>(x) + row * shape.width * size_of(shape.dtype);
@@ -26,11 +24,8 @@ char* row_of(void* x, const Rows& shape, int64_t row) {
 // share() with as many threads as the `elements` that all touch are worth.
 template <class Each>
 void share_elements(int count, int64_t elements, int threads, Each each) {
-    if (count > 1 && elements >= (Crew::current() ? kSharedElements : kSerialElements)) {
-        Crew::with(threads, [&] { share(count, true, each); });
-    } else {
-        share(count, false, each);
-    }
+    const bool worth = count > 1 && elements >= (Crew::current() ? kSharedElements : kSerialElements);
+    Crew::with(threads, worth, [&] { share(count, worth, each); });
 }
 
 void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int threads) {
@@ -164,11 +159,7 @@ void finish(const Tail& t, const Rows& whole, const void* x, const void* residua
 
 void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
     const int64_t work = int64_t(whole.rows) * whole.width * t.down->weight.in_features;
-    if (work >= kStandByWork) {
-        Crew::with(threads, [&] { finish(t, whole, x, residual, y, threads); });
-    } else {
-        finish(t, whole, x, residual, y, threads);
-    }
+    Crew::with(threads, work >= kSerialWork, [&] { finish(t, whole, x, residual, y, threads); });
 }
 
 }  // namespace gptq

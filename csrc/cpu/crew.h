@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <thread>
 #include <vector>
 
 #include "team.h"
@@ -26,8 +27,6 @@ class Crew {
         thread_local Crew* crew = nullptr;
         return crew;
     }
-
-    int size() const { return size_; }
 
     // By the first thread: each(i) for i < count, by every thread that comes in time.
     template <class Each>
@@ -47,11 +46,12 @@ class Crew {
         watch_.go_on();
     }
 
-    // Calls body() while further threads stand by, `threads` in all; on the caller's own if those are one, or if they
-    // stand by already. What body() throws arrives at the caller: no exception may leave a parallel region.
+    // Calls body() while further threads stand by, `threads` in all; on the caller's own if those are one, if they
+    // stand by already, or if it is not worth more. What body() throws arrives at the caller: no exception may leave a
+    // parallel region.
     template <class Body>
-    static void with(int threads, Body body) {
-        const int size = current() ? 1 : team_size(threads);
+    static void with(int threads, bool worth, Body body) {
+        const int size = current() || !worth ? 1 : team_size(threads);
         if (size == 1) return body();
         Watch watch(size);
         Crew crew(size, watch);
@@ -100,7 +100,7 @@ class Crew {
             __builtin_ia32_pause();
 #endif
         } else {
-            give_way();  // perhaps to the thread that is waited for
+            std::this_thread::yield();  // perhaps to the thread that is waited for
         }
     }
 

@@ -97,11 +97,7 @@ void multiply_all(const std::vector<Call>& calls, int threads) {
         if (!few) share(rows, worth, quantize);
         share(tasks, worth, multiply);
     };
-    if (worth) {
-        Crew::with(threads, all);
-    } else {
-        all();
-    }
+    Crew::with(threads, worth, all);
 }
 
 bool same(const int32_t* a, const int32_t* b, size_t count) {

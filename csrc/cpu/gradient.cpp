@@ -31,11 +31,7 @@ void gradient(const GradientCall& c, int threads) {
         isa.gradient(c, m0, std::min(m0 + step, c.rows), task % blocks, *panel.reserve(1));
     };
     const int64_t work = int64_t(c.rows) * c.weight.slots * c.weight.out_features;
-    if (work < kSerialWork) {
-        share(tasks, false, multiply);
-    } else {
-        Crew::with(threads, [&] { share(tasks, true, multiply); });
-    }
+    Crew::with(threads, work >= kSerialWork, [&] { share(tasks, true, multiply); });
 }
 
 }  // namespace gptq

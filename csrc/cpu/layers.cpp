@@ -112,7 +112,7 @@ void run(const std::vector<const Layer*>& layers, const std::vector<KeysAndValue
 
 void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
                 const void* x, void* ys, int threads) {
-    Crew::with(threads, [&] { run(layers, caches, step, x, ys, threads); });
+    Crew::with(threads, true, [&] { run(layers, caches, step, x, ys, threads); });
 }
 
 }  // namespace gptq

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <climits>
 #include <mutex>
-#include <thread>
 
 namespace gptq {
 namespace {
@@ -39,10 +38,6 @@ int team_size(int threads) {
     raise_at = now + pause;
     limit.store(raised(most, threads), std::memory_order_relaxed);
     return raised(most, threads);
-}
-
-void give_way() {
-    std::this_thread::yield();
 }
 
 Watch::~Watch() {

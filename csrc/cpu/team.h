@@ -17,9 +17,6 @@ namespace gptq {
 // does without, and starts them again for the next one.
 int team_size(int threads);
 
-// Gives the core to another thread.
-void give_way();
-
 // Measures what a region loses: how long its first thread waits for the others, or is put aside itself, be it for one
 // of the others that waits for it.
 class Watch {

@@ -13,7 +13,20 @@ import typer
 
 from . import bench_commands as bench
 from .command_group import CommandGroup
-from .options import Device, Json, TrustRemoteCode, names_in_core, with_settings
+from .options import (
+    BatchSize,
+    BlockDevice,
+    Device,
+    Json,
+    Out,
+    Overwrite,
+    Samples,
+    Seed,
+    Seqlen,
+    TrustRemoteCode,
+    names_in_core,
+    with_settings,
+)  # fmt: skip
 
 app = typer.Typer(name="gptq-backend", cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
@@ -50,9 +63,7 @@ def quantize(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub name of the original model.", show_default=False)
     ],
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)
-    ],
+    out: Out,
     settings: dict[str, Any],
     calibration: Annotated[
         str | None,
@@ -65,19 +76,19 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="For --calibration auto: text like what the model will read.")
     ] = None,
     rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest, without calibration.")] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")] = 64,
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
+    samples: Samples = 64,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
     block_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="List of blocks to quantize. Default: the language model's.")
     ] = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
     ] = 4,
-    device: Annotated[str, typer.Option(help="Where to compute, a block at a time, e.g. cpu or cuda:0.")] = "cpu",
+    device: BlockDevice = "cpu",
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")] = False,
+    overwrite: Overwrite = False,
     json_target: Json = None,
 ) -> None:
     """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
@@ -89,10 +100,14 @@ def quantize(
     run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, json_target)
 
 
-def _check_usage(out: str, settings: dict[str, Any], calibration: str | None, text: Path | None, rtn: bool) -> None:
-    """Raises BadParameter for options of ``quantize`` that do not go together."""
+def _check_out(out: str) -> None:
     if not out:  # an unset variable of the shell; Path("") would be the current folder
         raise typer.BadParameter("OUT is empty; name the folder to write")
+
+
+def _check_usage(out: str, settings: dict[str, Any], calibration: str | None, text: Path | None, rtn: bool) -> None:
+    """Raises BadParameter for options of ``quantize`` that do not go together."""
+    _check_out(out)
     if (calibration is None) != rtn:
         raise typer.BadParameter(
             "pass either --calibration FILE (GPTQ; some 100 kB of text like what the model will read), --calibration "
@@ -123,9 +138,7 @@ def merge(
     adapter: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter as peft saves it.", show_default=False)
     ],
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)
-    ],
+    out: Out,
     to: Annotated[Target, typer.Option(help="GPTQ again, as each layer is now, or a dense checkpoint.")] = Target.gptq,
     calibration: Annotated[
         str,
@@ -135,24 +148,23 @@ def merge(
         Path | None,
         typer.Option(metavar="FILE", help="Text like what the model will read, for auto; or to compare on, for none."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")] = 64,
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")] = None,
+    samples: Samples = 64,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
     block_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="List of blocks. Default: the language model's.")
     ] = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL and ADAPTER on so many windows not calibrated on.")
     ] = 4,
-    device: Annotated[str, typer.Option(help="Where to compute, a block at a time, e.g. cpu or cuda:0.")] = "cpu",
+    device: BlockDevice = "cpu",
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")] = False,
+    overwrite: Overwrite = False,
     json_target: Json = None,
 ) -> None:
     """Merge ADAPTER into the quantized MODEL, and write the folder OUT."""
-    if not out:  # an unset variable of the shell; Path("") would be the current folder
-        raise typer.BadParameter("OUT is empty; name the folder to write")
+    _check_out(out)
     rounds = to is Target.gptq and calibration != "none"
     if rounds and text is not None and calibration != "auto":
         raise typer.BadParameter("--text goes with --calibration auto or none")

@@ -22,6 +22,13 @@ Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda:0.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Never done unasked.")
 ]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")]
+Seqlen = Annotated[int, typer.Option(min=1, help="Tokens per window.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")]
+BlockDevice = Annotated[str, typer.Option(help="Where to compute, a block at a time, e.g. cpu or cuda:0.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")]
 
 _MAKE_ENUM: Any = Enum  # called with names that type checkers cannot know

@@ -159,11 +159,11 @@ def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor 
     held: list[tuple[Any, Room]] = []
     written: set[int] = set()
     follower: Link | None = own
-    while follower is not None and (each := follower.calls) is not None and each not in chain:
+    while follower is not None and (each := follower.calls) is not None:
         found, layer = room_of(cache, each.index, x.shape[1]), each.joined(beginning)
         if found is None or layer is None or found[0].keys.shape[2] != length or not found[1].fits(layer, x):
             break
-        if id(found[0]) in written:  # both would write to the same place
+        if id(found[0]) in written:  # both would write to the same place; or a circle of layers
             break
         written.add(id(found[0]))
         chain.append(each)

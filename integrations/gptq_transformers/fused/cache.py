@@ -20,9 +20,8 @@ class Room:
     def __init__(self, keys: Tensor, values: Tensor, views: tuple[Tensor, Tensor]) -> None:
         self.keys, self.values = keys, values
         self.views = views  # those given out last; behind any others somebody has written
-        self._owner = (
-            0  # id() of the cache's layer that may write; a shallow copy of it, in another thread too, may not
-        )
+        # id() of the cache's layer that may write; a shallow copy of it, in another thread too, may not.
+        self._owner = 0
         same = keys.shape == values.shape and keys.dtype == values.dtype
         self._place = cpu_layers.Room(keys, values) if same and keys.is_cpu else None
 

@@ -91,8 +91,12 @@ class Base:
         """The quantized layers that the adapter changes, in the order of the file."""
         return [name for name in quantized_modules(self.manifest) if name in adapter.layers]
 
+    def dense_names(self, adapter: Adapter) -> list[str]:
+        """Tensors that are not quantized and that the adapter changes."""
+        return [*adapter.replaced, *(f"{layer}.weight" for layer in adapter.layers if layer not in self.specs)]
+
     def dense_changes(self, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that are not quantized and that the adapter changes, in their stored dtype."""
+        """Those, in their stored dtype."""
         for name, info in adapter.replaced.items():
             yield name, read_tensor(info).to(self.manifest[name].dtype)
         for layer in adapter.layers:

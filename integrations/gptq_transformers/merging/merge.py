@@ -94,12 +94,13 @@ def merge_adapter(
     options = RunOptions(batch_size, block_name, None, device)
     with atomic_folder(output, overwrite) as folder:
         writer = _Writer(base, learned, folder)
-        report = MergeReport([], [name for name, _ in base.dense_changes(learned)])
+        report = MergeReport([], base.dense_names(learned))
         if (dtype := TARGETS[to]) is not None:
             writer.write_dense(dtype)
         elif calibration is None:
-            for name in base.touched(learned):
-                report.layers.append(writer.round(name, events or Events(), len(base.touched(learned))))
+            touched = base.touched(learned)
+            for name in touched:
+                report.layers.append(writer.round(name, events or Events(), len(touched)))
         else:
             found = given(calibration)
             if tokenizer is None and is_text(found):
