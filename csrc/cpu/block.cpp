@@ -2,6 +2,7 @@
 #include "block.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "crew.h"
 #include "gemm.h"
@@ -119,30 +120,38 @@ void attend(const Attention& a, int threads) {
 
 namespace {
 
+// Of as many rows as are done at a time.
+void finish_attention_rows(const Output& out, const Rows& shape, const void* x, const void* residual, void* h, void* n,
+                           int threads) {
+    multiply({shape.dtype, shape.rows, out.o->weight.in_features}, x, {out.o}, {n}, threads);
+    add(out.after_attention, out.factor, shape, residual, n, h, threads);
+    const void* const from = out.parallel ? residual : h;
+    if (out.before_mlp) {
+        normalize(*out.before_mlp, shape, from, n, threads);
+    } else {
+        std::memcpy(n, from, int64_t(shape.rows) * shape.width * size_of(shape.dtype));
+    }
+}
+
 void finish(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
     const int inner = t.down->weight.in_features;
     const RowKernels& rows = *level().rows;
     for (int first = 0; first < whole.rows; first += kRowsAtATime) {
         const Rows some = {whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width};
-        const Rows attended = {whole.dtype, some.rows, t.o->weight.in_features};
+        const Rows attended = {whole.dtype, some.rows, t.output.o->weight.in_features};
         const Rows middle = {whole.dtype, some.rows, inner};
         void* const wide = scratch(0, some);
         void* const normed = scratch(1, some);
         char* const h = row_of(y, whole, first);
-        multiply(attended, row_of(x, attended, first), {t.o}, {wide}, threads);
-        add(t.after_attention, t.factor, some, row_of(residual, whole, first), wide, h, threads);
-        const void* in = h;
-        if (t.before_mlp) {
-            normalize(*t.before_mlp, some, h, normed, threads);
-            in = normed;
-        }
+        finish_attention_rows(t.output, some, row_of(x, attended, first), row_of(residual, whole, first), h, normed,
+                              threads);
         const bool joined = t.gated && t.gate_up.size() == 1;
         const Rows outputs = {whole.dtype, some.rows, joined ? 2 * inner : inner};
         void* const gate = scratch(2, outputs);
         void* const up = t.gated && !joined ? scratch(3, outputs) : nullptr;
         std::vector<void*> to = {gate};
         if (up) to.push_back(up);
-        multiply(some, in, t.gate_up, to, threads);
+        multiply(some, normed, t.gate_up, to, threads);
         void* const activated = joined ? scratch(3, middle) : gate;
         share_elements(some.rows, int64_t(some.rows) * inner, threads, [&](int row) {
             char* const from = row_of(gate, outputs, row);
@@ -151,11 +160,24 @@ void finish(const Tail& t, const Rows& whole, const void* x, const void* residua
             rows.activate(t.activation, whole.dtype, from, factor, row_of(activated, middle, row), inner);
         });
         multiply(middle, activated, {t.down}, {wide}, threads);
-        add(t.after_mlp, t.factor, some, h, wide, h, threads);
+        add(t.after_mlp, t.output.factor, some, h, wide, h, threads);
     }
 }
 
 }  // namespace
+
+void finish_attention(const Output& out, const Rows& whole, const void* x, const void* residual, void* h, void* n,
+                      int threads) {
+    const Rows attended = {whole.dtype, 0, out.o->weight.in_features};
+    const int64_t work = int64_t(whole.rows) * whole.width * attended.width;
+    Crew::with(threads, work >= kSerialWork, [&] {
+        for (int first = 0; first < whole.rows; first += kRowsAtATime) {
+            const Rows some = {whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width};
+            finish_attention_rows(out, some, row_of(x, attended, first), row_of(residual, whole, first),
+                                  row_of(h, whole, first), row_of(n, whole, first), threads);
+        }
+    });
+}
 
 void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
     const int64_t work = int64_t(whole.rows) * whole.width * t.down->weight.in_features;

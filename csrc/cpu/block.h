@@ -32,16 +32,26 @@ void rotate(const Rows& shape, int heads, const Norm* norm, const Rotary& rotary
 
 void attend(const Attention&, int threads);
 
-// What follows the attention: h = residual + factor * after_attention(o(x)), then
-// y = h + factor * after_mlp(down(activation(gate(n)) * up(n))) with n = before_mlp(h). Norms may be null.
-struct Tail {
+// What follows the attention: h = residual + factor * after_attention(o(x)), and n = before_mlp(h), the MLP's input; or
+// before_mlp(residual) where MLP and attention read the same. Norms may be null.
+struct Output {
     const Linear* o;
-    const Norm *after_attention, *before_mlp, *after_mlp;
+    const Norm *after_attention, *before_mlp;
+    float factor;
+    bool parallel;  // whether the MLP reads what the attention read
+};
+// shape: of h, n and residual. x: [rows][o's in_features].
+void finish_attention(const Output&, const Rows& shape, const void* x, const void* residual, void* h, void* n,
+                      int threads);
+
+// All that follows the attention: y = h + factor * after_mlp(down(activation(gate(n)) * up(n))), with h and n of Output.
+struct Tail {
+    Output output;
     std::vector<const Linear*> gate_up;  // gate and up; or one weight with the outputs of both, unless gated is false
     bool gated;
     Activation activation;
     const Linear* down;
-    float factor;
+    const Norm* after_mlp;  // or null
 };
 // shape: of y and residual. x: [rows][o's in_features].
 void finish_layer(const Tail&, const Rows& shape, const void* x, const void* residual, void* y, int threads);

@@ -76,7 +76,7 @@ void copy(const Strides& from, int64_t (&to)[N]) {
 void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const Strides& q_strides, uintptr_t keys,
                  const Strides& k_strides, uintptr_t values, const Strides& v_strides, uintptr_t mask,
                  bool mask_is_bool, const std::array<int64_t, 2>& mask_strides, float scale, float softcap,
-                 uintptr_t out, int threads) {
+                 uintptr_t sinks, int sinks_dtype, uintptr_t out, int threads) {
     Attention a{};
     a.q = at<void>(q), a.keys = at<void>(keys), a.values = at<void>(values), a.out = at<void>(out);
     a.dtype = Dtype(dtype);
@@ -88,6 +88,7 @@ void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const 
     std::copy_n(mask_strides.begin(), 2, a.mask_strides);
     a.mask = at<void>(mask), a.mask_is_bool = mask_is_bool;
     a.scale = scale, a.softcap = softcap;
+    a.sinks = at<void>(sinks), a.sinks_dtype = Dtype(sinks_dtype);
     if (a.kv_heads <= 0 || a.heads % a.kv_heads)
         refuse("heads of q", a.heads, "a multiple of those of keys,", a.kv_heads);
     check_head("the head size of q", a.head_dim);
@@ -100,9 +101,19 @@ void finish_rows(const Tail& tail, int dtype, int rows, int width, uintptr_t x, 
     finish_layer(tail, {Dtype(dtype), rows, width}, at<void>(x), at<void>(residual), at<void>(y), threads);
 }
 
-Tail tail(const Linear* o, const Norm* after_attention, const Norm* before_mlp, const Norm* after_mlp,
-          const std::vector<const Linear*>& gate_up, bool gated, int activation, const Linear* down, float factor) {
-    return {o, after_attention, before_mlp, after_mlp, gate_up, gated, Activation(activation), down, factor};
+Output output(const Linear* o, const Norm* after_attention, const Norm* before_mlp, float factor, bool parallel) {
+    return {o, after_attention, before_mlp, factor, parallel};
+}
+
+void finish_attention_rows(const Output& output, int dtype, int rows, int width, uintptr_t x, uintptr_t residual,
+                           uintptr_t h, uintptr_t n, int threads) {
+    finish_attention(output, {Dtype(dtype), rows, width}, at<void>(x), at<void>(residual), at<void>(h), at<void>(n),
+                     threads);
+}
+
+Tail tail(const Output& output, const std::vector<const Linear*>& gate_up, bool gated, int activation,
+          const Linear* down, const Norm* after_mlp) {
+    return {output, gate_up, gated, Activation(activation), down, after_mlp};
 }
 
 Layer layer(const Norm* before_attention, const std::vector<const Linear*>& inputs, const Norm* q_norm,
@@ -117,8 +128,9 @@ Layer layer(const Norm* before_attention, const std::vector<const Linear*>& inpu
     if (found != parts && found != joined) {
         refuse("the outputs of q, k and v or of all", found.empty() ? 0 : found[0], "those of heads,", q);
     }
-    if (tail->o->weight.in_features != q) refuse("inputs of o", tail->o->weight.in_features, "heads * head_dim,", q);
-    const int width = tail->o->weight.out_features;
+    const Weight& o = tail->output.o->weight;
+    if (o.in_features != q) refuse("inputs of o", o.in_features, "heads * head_dim,", q);
+    const int width = o.out_features;
     if (inputs[0]->weight.in_features != width) {
         refuse("inputs of q, k and v", inputs[0]->weight.in_features, "outputs of o,", width);
     }
@@ -150,9 +162,8 @@ void run(const std::vector<const Layer*>& layers, const std::vector<CacheNumbers
         if (length + step.positions > capacity) refuse("capacity", capacity, "at least", length + step.positions);
         caches.push_back({at<void>(keys), at<void>(values), length, capacity});
         const Layer& layer = *layers[i];
-        if (layer.tail->o->weight.out_features != step.width) {
-            refuse("the width of a layer", layer.tail->o->weight.out_features, "that of x,", step.width);
-        }
+        const int width = layer.tail->output.o->weight.out_features;
+        if (width != step.width) refuse("the width of a layer", width, "that of x,", step.width);
         if (layer.turns && (dims <= 0 || dims % 2 || dims > layer.head_dim)) {
             refuse("dims of cos", dims, "an even number up to", layer.head_dim);
         }
@@ -171,10 +182,12 @@ void bind_blocks(py::module_& m) {
     py::class_<Linear>(m, "Linear").def(py::init(&linear));
     py::class_<Norm>(m, "Norm").def(py::init(&norm));
     // The parts are kept by the caller.
+    py::class_<Output>(m, "Output").def(py::init(&output));
     py::class_<Tail>(m, "Tail").def(py::init(&tail));
     m.def("project", &project_rows, release);
     m.def("rotate", &rotate_rows, release);
     m.def("attend", &attend_rows, release);
+    m.def("finish_attention", &finish_attention_rows, release);
     m.def("finish_layer", &finish_rows, release);
     py::class_<Layer>(m, "Layer").def(py::init(&layer));
     m.def("run_layers", &run, release);

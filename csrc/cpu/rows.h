@@ -44,6 +44,8 @@ struct Attention {
     bool mask_is_bool;
     int64_t mask_strides[2];  // of batch, row
     float scale, softcap;     // softcap * tanh(score / softcap), unless 0
+    const void* sinks;        // [heads] of sinks_dtype: the score of a position without a value; or null
+    Dtype sinks_dtype;
 };
 
 // The part of a level that is not products. x, y: one row.

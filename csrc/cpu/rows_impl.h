@@ -293,6 +293,10 @@ void attend(const Attention& a, int batch, int row, int head, int heads) {
         for (int i = 0; i < v_width; ++i) h.sums[g][i] = 0.0f;
         h.largest[g] = kHidden;
         h.total[g] = 0.0f;
+        if (a.sinks) {
+            to_float<Isa>(a.sinks_dtype, element(a.sinks, a.sinks_dtype, head + g), &h.largest[g], 1);
+            h.total[g] = 1.0f;  // e to the power of its score less the largest
+        }
     }
     const char* keys = static_cast<const char*>(element(a.keys, a.dtype, batch * a.k_strides[0] + kv * a.k_strides[1]));
     const char* values =

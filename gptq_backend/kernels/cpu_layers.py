@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .cpu import _cpu
-from .cpu_block import PAIRS, Projections, Tail, _address, _code, _describe, _mask_strides
+from .cpu_attention import PAIRS, mask_strides
+from .cpu_block import Projections, Tail
+from .cpu_tensors import address, describe, dtype_code
 from .devices import DTYPE_CODES
 
 
@@ -53,12 +55,12 @@ class Room:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape != values.shape or keys.dim() != 4 or not (keys.is_contiguous() and values.is_contiguous()):
             raise ValueError(
-                f"keys are {_describe(keys)} and values {_describe(values)}; expected two contiguous tensors "
+                f"keys are {describe(keys)} and values {describe(values)}; expected two contiguous tensors "
                 "[B, KV, capacity, D] of one shape"
             )
         if keys.dtype != values.dtype or not (keys.is_cpu and values.is_cpu):
             raise ValueError(
-                f"keys are {_describe(keys)} and values {_describe(values)}; expected both in one dtype on cpu"
+                f"keys are {describe(keys)} and values {describe(values)}; expected both in one dtype on cpu"
             )
         self.keys, self.values = keys, values
         self._kind = keys.dtype, keys.shape[0], (keys.shape[1], keys.shape[3])
@@ -109,9 +111,9 @@ def run_layers(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    code = _code(x, x.size(-1), "x")
+    code = dtype_code(x, x.size(-1), "x")
     if x.dim() != 3 or not all(room.fits(layer, x) for room, layer in zip(rooms, layers)):
-        raise ValueError(f"x is {_describe(x)}; expected [B, T, H] with the batch and dtype of all keys and values")
+        raise ValueError(f"x is {describe(x)}; expected [B, T, H] with the batch and dtype of all keys and values")
     if len(set(map(id, rooms))) != len(rooms):
         raise ValueError("two layers have the same room; expected one for each, as both would write to the same place")
     batch, positions, width = x.shape
@@ -120,7 +122,7 @@ def run_layers(
     (cos, sin), angle_rows, dims, angles_code = _angles(angles, x)
     strides = (0, 0)
     if mask is not None:
-        strides = _mask_strides(mask, x, max(lengths) + positions)
+        strides = mask_strides(mask, x, max(lengths) + positions)
     ys = x.new_empty((len(layers), batch, positions, width))
     _cpu.run_layers(
         [layer.native for layer in layers],
@@ -132,7 +134,7 @@ def run_layers(
         angles_code,
         angle_rows,
         dims,
-        _address(mask),
+        address(mask),
         mask is not None and mask.dtype == torch.bool,
         strides,
         ys.data_ptr(),
@@ -157,7 +159,7 @@ def _angles(angles: tuple[Tensor, Tensor] | None, x: Tensor) -> tuple[tuple[int,
         or not (cos.is_cpu and sin.is_cpu and cos.is_contiguous() and sin.is_contiguous())
     ):
         raise ValueError(
-            f"cos is {_describe(cos)} and sin {_describe(sin)}; expected both contiguous, alike, and "
+            f"cos is {describe(cos)} and sin {describe(sin)}; expected both contiguous, alike, and "
             f"[1 or {x.shape[0]}, {x.shape[1]}, dims] on cpu"
         )
     return (cos.data_ptr(), sin.data_ptr()), shape[0] * shape[1], shape[2], DTYPE_CODES[cos.dtype]

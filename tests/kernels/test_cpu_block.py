@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_backend import QuantizedWeight
-from gptq_backend.kernels import cpu, cpu_block
-from gptq_backend.kernels.cpu_block import Linear, Norm, Projections, Tail, TailParts
+from gptq_backend.kernels import cpu, cpu_attention, cpu_block
+from gptq_backend.kernels.cpu_block import Linear, Norm, Output, OutputParts, Projections, Tail, TailParts
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, error, native, prepared
 
@@ -114,7 +114,7 @@ def test_projections_are_exact(
     heads=st.integers(1, 5),
     head_dim=st.sampled_from([2, 3, 16, 30, 64, 128, 512]),
     part=st.sampled_from([0, 0.5, 1]),
-    pairs=st.sampled_from(list(cpu_block.PAIRS)),
+    pairs=st.sampled_from(list(cpu_attention.PAIRS)),
     shared=st.booleans(),
     dtype=dtypes,
     angles_dtype=dtypes,
@@ -137,13 +137,15 @@ def test_rotating_is_exact(
     expected[..., first] = given_x[..., first] * c[..., first] - given_x[..., second] * s[..., first]
     expected[..., second] = given_x[..., second] * c[..., second] + given_x[..., first] * s[..., second]
     native_norm = None if norm is None else norm.native
-    y = cpu_block.rotate_(x, heads, *((cos, sin) if dims else (None, None)), native_norm, pairs)
+    y = cpu_attention.rotate_(x, heads, *((cos, sin) if dims else (None, None)), native_norm, pairs)
     assert y is x
     assert_close(y.unflatten(-1, (heads, head_dim)), expected, steps=2)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """In float64, with the tensors as ``cpu_block.attend`` takes them."""
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None = None
+) -> Tensor:
+    """In float64, with the tensors as ``cpu_attention.attend`` takes them."""
     q, k, v = (each.double() for each in (q.transpose(1, 2), k, v))
     k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
     scores = q @ k.transpose(-1, -2) * scale
@@ -157,6 +159,9 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))
     scores = scores + mask.double()
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)], -1)
+        v = torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
     hidden = (scores == float("-inf")).all(-1, keepdim=True)
     weights = torch.where(hidden, 0, scores.masked_fill(hidden, 0).softmax(-1))
     return (weights @ v).transpose(1, 2).flatten(2)
@@ -186,13 +191,27 @@ orders = st.sampled_from(["contiguous", "transposed", "part of more", "part of c
     length=st.sampled_from([1, 2, 8, 63, 64, 65, 127, 128, 129, 200]),
     mask_kind=st.sampled_from(["none", "bool", "float", "row alone", "longer"]),
     softcap=st.sampled_from([0.0, 0.5, 30.0]),
+    sinks_dtype=st.sampled_from([None, torch.float32, torch.bfloat16]),
     q_order=orders,
     k_order=orders,
     v_order=orders,
     dtype=dtypes,
 )
 def test_attention_is_exact(
-    batch, rows, kv_heads, group, head_dim, value_dim, length, mask_kind, softcap, q_order, k_order, v_order, dtype
+    batch,
+    rows,
+    kv_heads,
+    group,
+    head_dim,
+    value_dim,
+    length,
+    mask_kind,
+    softcap,
+    sinks_dtype,
+    q_order,
+    k_order,
+    v_order,
+    dtype,
 ) -> None:
     torch.manual_seed(length + head_dim)
     q = in_memory(torch.randn(batch, rows, kv_heads * group, head_dim).to(dtype), q_order)
@@ -208,8 +227,9 @@ def test_attention_is_exact(
         if mask_kind == "float":
             mask = torch.randn(mask.shape).masked_fill(~mask, float("-inf")).to(dtype)
     scale = head_dim**-0.5
-    y = cpu_block.attend(q, k, v, mask, scale, softcap)
-    assert_close(y, attended(q, k, v, mask, scale, softcap), steps=2)
+    sinks = None if sinks_dtype is None else (2 * torch.randn(kv_heads * group)).to(sinks_dtype)
+    y = cpu_attention.attend(q, k, v, mask, scale, softcap, sinks)
+    assert_close(y, attended(q, k, v, mask, scale, softcap, sinks), steps=2)
 
 
 @given(
@@ -223,10 +243,11 @@ def test_attention_is_exact(
     inner=st.integers(16, 150),
     rows=st.sampled_from([0, 1, 2, 5, 30, 481]),
     factor=st.sampled_from([1.0, 0.22]),
+    parallel=st.booleans(),
     dtype=dtypes,
 )
 def test_the_tail_is_exact(
-    activation, mlp, bits, act_order, norm_kinds, attended, hidden, inner, rows, factor, dtype
+    activation, mlp, bits, act_order, norm_kinds, attended, hidden, inner, rows, factor, parallel, dtype
 ) -> None:
     torch.manual_seed(rows)
     o = Dense(bits[0], attended, hidden, bias=True)
@@ -236,9 +257,8 @@ def test_the_tail_is_exact(
     ]
     down = Dense(bits[3], inner, hidden, act_order=act_order)
     norms = [random_norm(kind, hidden, torch.float32) for kind in norm_kinds]
-    parts = TailParts(
-        o.linear, tuple(each.linear for each in gate_up), down.linear, activation, mlp != "plain", *norms, factor
-    )
+    output = OutputParts(o.linear, *norms[:2], factor, parallel)
+    parts = TailParts(output, tuple(each.linear for each in gate_up), down.linear, activation, mlp != "plain", norms[2])
     x, residual = torch.randn(rows, attended).to(dtype), torch.randn(rows, hidden).to(dtype)
 
     def rounded(y: Tensor) -> Tensor:
@@ -246,7 +266,10 @@ def test_the_tail_is_exact(
 
     h = rounded(o(x.double()))
     h = rounded(residual.double() + factor * rounded(normalized(norms[0], h)))
-    n = rounded(normalized(norms[1], h))
+    n = rounded(normalized(norms[1], residual.double() if parallel else h))
+    found = Output(output)(x, residual)
+    assert_close(found[0], h, steps=3 if dtype != torch.float32 else 8)
+    assert_close(found[1], n, steps=3 if dtype != torch.float32 else 8)
     products = rounded(torch.cat([each(n) for each in gate_up], -1))
     middle = REFERENCES[activation](products[:, :inner])
     if mlp != "plain":
@@ -268,7 +291,7 @@ def activated(activation: str, values: Tensor) -> Tensor:
         g_idx = torch.zeros(len(codes), dtype=torch.int32)
         return Linear(prepared(QuantizedWeight(codes, ones, (ones * 8).to(torch.uint8), g_idx, 4), cpu.KERNEL))
 
-    parts = TailParts(weight([0], [0]), (weight([1, 0]),), weight([0], [1]), activation, gated=False)
+    parts = TailParts(OutputParts(weight([0], [0])), (weight([1, 0]),), weight([0], [1]), activation, gated=False)
     residual = torch.stack([values, torch.zeros_like(values)], -1)
     return Tail(parts)(torch.zeros(len(values), 1), residual)[:, 1]
 
@@ -311,7 +334,9 @@ def test_nan_reaches_its_own_row_only(rows: int, dtype: torch.dtype) -> None:
         assert torch.equal(calls(bad)[0][other], calls(x)[0][other])
         assert calls(bad)[0][1].isnan().all()
         for activation in cpu_block.ACTIVATIONS:
-            tail = Tail(TailParts(layer.linear, (inner.linear,), layer.linear, activation, before_mlp=norm))
+            tail = Tail(
+                TailParts(OutputParts(layer.linear, before_mlp=norm), (inner.linear,), layer.linear, activation)
+            )
             for arguments in ((bad, x), (x, bad)):
                 y = tail(*arguments)
                 assert torch.equal(y[other], tail(x, x)[other])
@@ -323,9 +348,9 @@ def test_nan_reaches_its_own_row_only(rows: int, dtype: torch.dtype) -> None:
 def test_nan_that_attention_sees_is_not_lost(where: str, softcap: float) -> None:
     tensors = {"q": torch.randn(1, 2, 4, 16), "keys": torch.randn(1, 2, 70, 16), "values": torch.randn(1, 2, 70, 16)}
     tensors["mask"] = torch.zeros(1, 1, 2, 70)
-    clean = cpu_block.attend(*tensors.values(), 0.25, softcap)
+    clean = cpu_attention.attend(*tensors.values(), 0.25, softcap)
     tensors[where][(0, 1, 0, 3) if where != "mask" else (0, 0, 1, 66)] = float("nan")
-    y = cpu_block.attend(*tensors.values(), 0.25, softcap)
+    y = cpu_attention.attend(*tensors.values(), 0.25, softcap)
     spoiled = {
         "q": y[0, 1, :16],
         "keys": y[0, :, 32:],
@@ -346,7 +371,7 @@ def test_a_row_that_sees_nothing_is_zero(kind: str) -> None:
     if kind != "bool":
         low = float("-inf") if kind == "-inf" else torch.finfo(torch.float32).min
         mask = torch.zeros(mask.shape).masked_fill(~mask, low)
-    y = cpu_block.attend(q, k, v, mask, 0.25)
+    y = cpu_attention.attend(q, k, v, mask, 0.25)
     assert (y[0, 1] == 0).all()
     seen = mask if kind == "bool" else mask == 0
     assert_close(y, attended(q, k, v, seen, 0.25, 0.0))

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from gptq_backend.kernels import cpu, cpu_block, reference
-from gptq_backend.kernels.cpu_block import Linear, Norm, Projections, Tail, TailParts
+from gptq_backend.kernels import cpu, cpu_attention, reference
+from gptq_backend.kernels.cpu_block import Linear, Norm, OutputParts, Projections, Tail, TailParts
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import ROOT, assert_passes_at, native, prepared
 
@@ -38,16 +38,16 @@ def linear(columns: int = 64, outputs: int = 64, bias: torch.Tensor | None = Non
 
 
 def tail(**changes: Any) -> Tail:
-    parts = TailParts(linear(), (linear(), linear()), linear(), "silu")
+    parts = TailParts(OutputParts(linear()), (linear(), linear()), linear(), "silu")
     return Tail(dataclasses.replace(parts, **changes))
 
 
 def attend(q=(1, 2, 4, 16), keys=(1, 2, 9, 16), values=(1, 2, 9, 16), mask=None, dtype=torch.float32) -> None:
-    cpu_block.attend(torch.ones(q), torch.ones(keys, dtype=dtype), torch.ones(values), mask, 1.0)
+    cpu_attention.attend(torch.ones(q), torch.ones(keys, dtype=dtype), torch.ones(values), mask, 1.0)
 
 
 def rotate(x=(1, 3, 64), heads=4, cos=(1, 3, 16), sin=None, norm=None) -> None:
-    cpu_block.rotate_(torch.ones(x), heads, torch.ones(cos), torch.ones(sin or cos), norm)
+    cpu_attention.rotate_(torch.ones(x), heads, torch.ones(cos), torch.ones(sin or cos), norm)
 
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
@@ -82,6 +82,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "gate without up": (lambda: tail(gate_up=(linear(),)), "gate_up and down map"),
     "a narrow down": (lambda: tail(down=linear(64, 32)), "gate_up and down map"),
     "a short norm of the tail": (lambda: tail(after_mlp=Norm(torch.ones(63))), "last dimension of 64"),
+    "a short norm before the MLP": (
+        lambda: tail(output=OutputParts(linear(), before_mlp=Norm(torch.ones(63)))),
+        "last dimension of 64",
+    ),
     "rows of two numbers": (lambda: tail()(torch.ones(2, 64), torch.ones(3, 64)), "expected as many rows"),
     "rows of two dtypes": (lambda: tail()(torch.ones(2, 64), torch.ones(2, 64).half()), "expected as many rows"),
     "a narrow residual": (lambda: tail()(torch.ones(2, 64), torch.ones(2, 32)), "residual is .* dimension of 64"),
@@ -92,8 +96,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "too wide for the stack": (lambda: rotate((1, 3, 1024), 1, (1, 3, 514)), "at most 512"),
     "few positions": (lambda: rotate(cos=(1, 2, 16)), "the positions of x"),
     "another sin": (lambda: rotate(sin=(1, 3, 14)), "the positions of x"),
-    "no sin": (lambda: cpu_block.rotate_(torch.ones(3, 64), 4, torch.ones(3, 16)), "sin None"),
-    "x in pieces": (lambda: cpu_block.rotate_(torch.ones(3, 128)[:, ::2], 4), "expected it to be contiguous"),
+    "no sin": (lambda: cpu_attention.rotate_(torch.ones(3, 64), 4, torch.ones(3, 16)), "sin None"),
+    "x in pieces": (lambda: cpu_attention.rotate_(torch.ones(3, 128)[:, ::2], 4), "expected it to be contiguous"),
     "a wide head norm": (lambda: rotate(norm=Norm(torch.ones(64)).native), "size of a norm is 64"),
     "q of three dimensions": (lambda: attend(q=(2, 4, 16)), "expected four dimensions"),
     "heads without keys": (lambda: attend(keys=(1, 3, 9, 16), values=(1, 3, 9, 16)), "heads of q is 4"),
@@ -120,7 +124,7 @@ def test_what_cannot_be_read_is_refused(call: Callable[[], object], message: str
 def test_channels_apart_are_refused_by_attention() -> None:
     ones = torch.ones(1, 2, 9, 32)[..., ::2]
     with pytest.raises(ValueError, match="expected channels side by side"):
-        cpu_block.attend(torch.ones(1, 2, 4, 16), ones, ones, None, 1.0)
+        cpu_attention.attend(torch.ones(1, 2, 4, 16), ones, ones, None, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,10 +146,14 @@ def test_weights_in_one_call_give_what_each_gives_alone(rows: int, dtype: torch.
 def test_empty_batches_are_served() -> None:
     assert Projections(Norm(torch.ones(64)), [linear()])(torch.ones(2, 0, 64))[0].shape == (2, 0, 64)
     assert tail()(torch.ones(0, 64), torch.ones(0, 64)).shape == (0, 64)
-    assert cpu_block.rotate_(torch.ones(0, 3, 64), 4, torch.ones(1, 3, 16), torch.ones(1, 3, 16)).shape == (0, 3, 64)
+    assert cpu_attention.rotate_(torch.ones(0, 3, 64), 4, torch.ones(1, 3, 16), torch.ones(1, 3, 16)).shape == (
+        0,
+        3,
+        64,
+    )
     q, empty = torch.ones(1, 2, 4, 16), torch.ones(1, 2, 0, 16)
-    assert (cpu_block.attend(q, empty, empty, None, 1.0) == 0).all()
-    assert cpu_block.attend(q[:0], empty[:0], empty[:0], None, 1.0).shape == (0, 2, 64)
+    assert (cpu_attention.attend(q, empty, empty, None, 1.0) == 0).all()
+    assert cpu_attention.attend(q[:0], empty[:0], empty[:0], None, 1.0).shape == (0, 2, 64)
 
 
 def test_threads_do_not_change_the_result() -> None:
@@ -156,11 +164,12 @@ torch.manual_seed(0)
 x, q = torch.randn(500, 64), torch.randn(2, 8, 8, 64)
 k, v = torch.randn(2, 2, 2, 300, 64)
 norm = Norm(torch.randn(64))
-project, last = Projections(norm, [linear(), linear(64, 96)]), tail(before_mlp=norm, after_mlp=norm)
+project = Projections(norm, [linear(), linear(64, 96)])
+last = tail(output=OutputParts(linear(), before_mlp=norm), after_mlp=norm)
 def run(threads):
     torch.set_num_threads(threads)
-    turned = cpu_block.rotate_(x.repeat(4, 1), 4, *torch.ones(2, 2000, 16))
-    return [*project(x), last(x, x), cpu_block.attend(q, k, v, None, 0.125), turned]
+    turned = cpu_attention.rotate_(x.repeat(4, 1), 4, *torch.ones(2, 2000, 16))
+    return [*project(x), last(x, x), cpu_attention.attend(q, k, v, None, 0.125), turned]
 one = run(1)
 for again in range(3):
     assert all(map(torch.equal, one, run(2)))
@@ -172,15 +181,15 @@ for again in range(3):
 @pytest.mark.parametrize(
     "call",
     [
-        "cpu_block.rotate_(torch.ones(999, 640), 10, norm=cpu_block.Norm(None).native)",
-        "cpu_block.Tail(cpu_block.TailParts(part, (part, part), part, 'silu'))(x, x)",
+        "cpu_attention.rotate_(torch.ones(999, 640), 10, norm=cpu_block.Norm(None).native)",
+        "cpu_block.Tail(cpu_block.TailParts(cpu_block.OutputParts(part), (part, part), part, 'silu'))(x, x)",
     ],
 )
 def test_a_level_that_the_machine_lacks_is_an_error_and_no_crash(call: str) -> None:
     code = f"""
 import torch
 torch.set_num_threads(2)
-from gptq_backend.kernels import cpu_block
+from gptq_backend.kernels import cpu_attention, cpu_block
 from tests.kernels.test_cpu_block import Dense
 part, x = Dense(4, 512, 512, 0).linear, torch.ones(2, 512)
 {call}

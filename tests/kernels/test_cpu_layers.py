@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptq_backend.kernels import cpu_block
-from gptq_backend.kernels.cpu_block import PAIRS, Norm, Projections, Tail, TailParts
+from gptq_backend.kernels import cpu_attention
+from gptq_backend.kernels.cpu_attention import PAIRS
+from gptq_backend.kernels.cpu_block import Norm, OutputParts, Projections, Tail, TailParts
 from gptq_backend.kernels.cpu_layers import Layer, Room, run_layers
 from tests.kernels.checks import LIMITS, native
 from tests.kernels.test_cpu_block import Dense, random_norm
@@ -47,16 +48,16 @@ class Parts:
         for part, heads, norm in zip(found, (self.heads, self.kv_heads), self.head_norms):
             native_norm = None if norm is None else norm.native
             if norm is not None and norm.weight is not None and norm.weight.numel() != self.head_dim:
-                cpu_block.rotate_(part, 1, norm=native_norm)
+                cpu_attention.rotate_(part, 1, norm=native_norm)
                 native_norm = None
             cos, sin = angles if self.pairs else (None, None)
-            cpu_block.rotate_(part, heads, cos, sin, native_norm, self.pairs or "halves")
+            cpu_attention.rotate_(part, heads, cos, sin, native_norm, self.pairs or "halves")
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in found)
         last = length + x.shape[1]
         room.keys[:, :, length:last] = k.transpose(1, 2)
         room.values[:, :, length:last] = v.transpose(1, 2)
         keys, values = room.keys[:, :, :last], room.values[:, :, :last]
-        return self.tail(cpu_block.attend(q, keys, values, mask, 0.3, self.softcap), x)
+        return self.tail(cpu_attention.attend(q, keys, values, mask, 0.3, self.softcap), x)
 
 
 def random_parts(seed: int, joined: bool, pairs: str | None, norms: str, softcap: float) -> Parts:
@@ -69,7 +70,7 @@ def random_parts(seed: int, joined: bool, pairs: str | None, norms: str, softcap
         None if norms == "none" else Norm(torch.randn(count * head_dim if wide else head_dim)) for count in (4, 2)
     ]
     o, gate, up = (Dense(4, hidden, size, seed + 5 + i).linear for i, size in enumerate((hidden, inner, inner)))
-    parts = TailParts(o, (gate, up), Dense(8, inner, hidden, seed).linear, "silu", before_mlp=Norm(None))
+    parts = TailParts(OutputParts(o, before_mlp=Norm(None)), (gate, up), Dense(8, inner, hidden, seed).linear, "silu")
     projections = Projections(random_norm("rms", hidden, torch.float32), inputs)
     return Parts(projections, tuple(head_norms), pairs, heads, kv_heads, head_dim, softcap, Tail(parts))  # type: ignore[arg-type]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from gptq_backend.kernels import cpu_block
+from gptq_backend.kernels import cpu_attention
 
 from .forward import FusedForward
-from .match import NoMatch, Parts, find_parts
+from .match import NoMatch, Parts, find_parts, mlp_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def fuse_layers(model: Any) -> int:
         return 0
     reasons: dict[str, list[str]] = {}
     found: list[Parts] = []
-    for layer in [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]:
+    for layer in [module for module in model.modules() if hasattr(module, "self_attn") and mlp_of(module)]:
         with _refusing(layer, reasons):
             if "forward" in vars(layer):
                 raise NoMatch("something else runs it already")
@@ -81,11 +81,11 @@ def _kind(parts: Parts) -> tuple[Any, ...]:
     """Layers with the same need one comparison."""
     facts: list[Any] = [(each.in_features, each.out_features, each.bias is None) for each in parts.linears]
     facts += [type(module) for module in parts.layer.modules()]
-    for module in (parts.layer, parts.attention, parts.layer.mlp):
+    for module in (parts.layer, parts.attention, parts.mlp):
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None)))}
         plain.pop("layer_idx", None)
         facts.append(tuple(sorted(plain.items())))
-    return (*facts, parts.activation)
+    return (*facts, parts.known_mlp and parts.known_mlp.activation)
 
 
 def _inputs(model: Any, layers: list[Any]) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def _pairs(parts: Parts, inputs: dict[str, Any]) -> str | None:
     if "hidden_states" not in inputs:
         raise NoMatch("a short prompt does not reach it")
     worst = float("inf")
-    for pairs in (*cpu_block.PAIRS, None):
+    for pairs in (*cpu_attention.PAIRS, None):
         difference = _difference(parts, FusedForward(parts, pairs), inputs)
         if difference < _LIMIT:
             return pairs
@@ -145,7 +145,7 @@ def _difference(parts: Parts, fused: FusedForward, inputs: dict[str, Any]) -> fl
     steps = (x[:, :_TOKENS], given), (x[:, _TOKENS:], _one_more(given))
     results: list[list[Tensor]] = []
     scaling = attention.scaling
-    with torch.no_grad():
+    with torch.no_grad(), _short_mlp(parts):
         calls = [fused.serves(hidden, step) for hidden, step in steps]
         if calls[0] is None or calls[1] is None:
             raise NoMatch(
@@ -161,6 +161,30 @@ def _difference(parts: Parts, fused: FusedForward, inputs: dict[str, Any]) -> fl
         finally:
             attention.scaling = scaling
     return max(float((a - b).norm() / a.norm()) for a, b in zip(*results))
+
+
+@contextmanager
+def _short_mlp(parts: Parts) -> Iterator[None]:
+    """Let an MLP that is called as it is return something simple, in the form of what it returns.
+
+    A mixture has routers in 16 bits, whose choice would hang on the last bit.
+    """
+    mlp = parts.mlp
+    if parts.known_mlp is not None:
+        yield
+        return
+    dtype = next((each.dtype for each in mlp.parameters() if each.is_floating_point()), torch.float32)
+    own = type(mlp).forward.__get__(mlp)
+
+    def forward(x: Tensor, *arguments: Any, **kwargs: Any) -> Any:
+        y = own(x.to(dtype), *arguments, **kwargs)
+        return (x.tanh(), *y[1:]) if isinstance(y, tuple) else x.tanh()
+
+    mlp.forward = forward
+    try:
+        yield
+    finally:
+        del mlp.forward
 
 
 def _one_more(given: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gptq_backend.kernels import cpu_block, cpu_layers, places
+from gptq_backend.kernels import cpu_attention, cpu_block, cpu_layers, places
 
 from .cache import append
-from .match import Parts, linear_of, norm_of
+from .match import SINKS, Parts, linear_of, norm_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 8  # of queries, up to which our attention is faster than torch's
@@ -27,6 +27,7 @@ class Calls:
         self.parts, self.pairs, attention = parts, pairs, parts.attention
         self._heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
         self._head_dim, self._width = attention.head_dim, parts.inputs[0].in_features
+        self._sinks = attention._parameters.get(SINKS)
         self._softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
         self._dicts, self._keys, self._values = zip(*_weights(parts))
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
@@ -35,7 +36,9 @@ class Calls:
         self._kept += [tensor.detach() for linear in parts.linears for tensor in linear.parameters(recurse=False)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._projections = cpu_block.Projections(norm_of(parts.norms[0]), [linear_of(each) for each in parts.inputs])
-        self._tail = cpu_block.Tail(parts.tail())
+        tail = parts.tail()
+        self._output = cpu_block.Output(parts.output()) if tail is None else None
+        self._tail = None if tail is None else cpu_block.Tail(tail)
         self._layer: tuple[tuple[float, float], cpu_layers.Layer] | None = None
         norms = [norm_of(norm) for norm in parts.head_norms]
         self._kept += norms
@@ -78,7 +81,20 @@ class Calls:
         if past_key_values is not None:
             extra = () if cache_position is None else ({"cache_position": cache_position},)
             keys, values = append(past_key_values, keys, values, self.parts.attention.layer_idx, *extra)
-        return self._tail(self._attend(q, keys, values, attention_mask, kwargs), hidden_states)
+        attended = self._attend(q, keys, values, attention_mask, kwargs)
+        if self._tail is not None:
+            return self._tail(attended, hidden_states)
+        return self._call_mlp(*self._output(attended, hidden_states))  # type: ignore[misc]
+
+    def _call_mlp(self, h: Tensor, n: Tensor) -> Tensor:
+        """h, n: see :class:`cpu_block.OutputParts`."""
+        parts = self.parts
+        y = parts.mlp(n)
+        if isinstance(y, tuple):  # with the logits of a router
+            y = y[0]
+        if parts.norms[3] is not None:
+            y = parts.norms[3](y)
+        return torch.add(h, y, alpha=parts.factor)
 
     def _project(self, x: Tensor, angles: Any) -> list[Tensor]:
         """q, k and v: [B, T, heads, D]."""
@@ -89,9 +105,9 @@ class Calls:
         cos, sin = angles if self.pairs else (None, None)
         for part, heads, (native, per_head) in zip(found, self._heads, self._head_norms):
             if native is not None and not per_head:
-                cpu_block.rotate_(part, 1, norm=native)
+                cpu_attention.rotate_(part, 1, norm=native)
                 native = None
-            cpu_block.rotate_(part, heads, cos, sin, native, self.pairs or "halves")
+            cpu_attention.rotate_(part, heads, cos, sin, native, self.pairs or "halves")
         return [part.unflatten(-1, (-1, self._head_dim)) for part in found]
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -101,11 +117,13 @@ class Calls:
         if ours and q.shape[1] <= _FEW_ROWS and _served_cache(q, keys, values):
             batch, rows, *_ = q.shape
             if _served_mask(mask, q, batch, rows, keys.shape[2]):
-                return cpu_block.attend(q, keys, values, mask, attention.scaling, softcap)
+                return cpu_attention.attend(q, keys, values, mask, attention.scaling, softcap, self._sinks)
         if hasattr(attention, "sliding_window"):
             kwargs["sliding_window"] = attention.sliding_window
         if self._softcap:
             kwargs["softcap"] = self._softcap
+        if self._sinks is not None:
+            kwargs["s_aux"] = self._sinks
         out, _ = function(
             attention, q.transpose(1, 2), keys, values, mask, dropout=0.0, scaling=attention.scaling, **kwargs
         )
@@ -116,8 +134,8 @@ class Calls:
         attention = self.parts.attention
         eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, eager)
-        # transformers' other functions leave the cap out
-        return function, function is eager or function is sdpa_attention_forward, self._softcap * (function is eager)
+        ours = function is eager or (function is sdpa_attention_forward and self._sinks is None)
+        return function, ours, self._softcap * (function is eager)  # transformers' other functions leave the cap out
 
     def begin(self, x: Tensor, given: tuple[Any, ...], length: int) -> Beginning | None:
         """What layers that run in one call with this one must have in common; None where there can be none.
@@ -136,6 +154,8 @@ class Calls:
     def joined(self, beginning: Beginning) -> cpu_layers.Layer | None:
         """The whole layer for one call, if it can be run with the one that begins."""
         attention, first = self.parts.attention, beginning.first
+        if self._tail is None or self._sinks is not None:
+            return None
         same = attention.config is first.parts.attention.config and type(attention) is type(first.parts.attention)
         if not same or self._width != first._width or self._head_dim != first._head_dim or self.outdated():
             return None
@@ -178,6 +198,7 @@ def _weights(parts: Parts) -> list[tuple[dict[str, Any], str, Any]]:
         held = linear._parameters
         found += [(linear.__dict__, "changes", linear.changes), (linear.__dict__, "_parameters", held)]
         found += [(held, name, held.get(name)) for name in ("qweight", "scales", "zeros", "bias")]
+    found.append((parts.attention._parameters, SINKS, parts.attention._parameters.get(SINKS)))
     for norm in (*parts.norms, *parts.head_norms):
         if norm is not None:
             found += [(norm._parameters, name, norm._parameters.get(name)) for name in ("weight", "bias")]
@@ -206,7 +227,7 @@ def _served_cache(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     batch, _, heads, head_dim = q.shape
     if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != head_dim or heads % keys.shape[1]:
         return False
-    return head_dim <= cpu_block.MAX_HEAD
+    return head_dim <= cpu_attention.MAX_HEAD
 
 
 def _served_mask(mask: Any, x: Tensor, batch: int, rows: int, length: int) -> bool:

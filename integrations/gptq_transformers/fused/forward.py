@@ -13,19 +13,19 @@ from .calls import DTYPES, Calls
 from .match import Parts
 from .watch import Watch
 
-# A layer that is asked for more serves as it always did.
+# A layer that is called with more, or asked for more, serves as it always did.
+_MORE = "output_attentions", "output_hidden_states", "output_router_logits"
 _KNOWN = frozenset(
-    ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "cache_position",
-     "output_attentions", "output_hidden_states")
-)  # fmt: skip
+    ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "cache_position", *_MORE)
+)
 
 
 class FusedForward:
     """Takes the place of a decoder layer's ``forward``; hands to it whatever it cannot serve.
 
     Args:
-        pairs: see :class:`Calls`: which channels rotary angles turn together, of ``cpu_block.PAIRS``; None for a layer
-            without positions.
+        pairs: which channels rotary angles turn together, of ``cpu_attention.PAIRS``; None for a layer without
+            positions.
     """
 
     def __init__(self, parts: Parts, pairs: str | None) -> None:
@@ -65,7 +65,7 @@ class FusedForward:
             or torch._C._are_functorch_transforms_active()
         ):
             return None
-        if not _KNOWN.issuperset(kwargs) or kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+        if not _KNOWN.issuperset(kwargs) or any(map(kwargs.get, _MORE)):
             return None
         calls = self._current_calls()
         return calls if calls is not None and calls.fit(x, kwargs) else None

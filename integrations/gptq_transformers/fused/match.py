@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
     "relu_squared": lambda x: nn.functional.relu(x).square(),
 }
-# Where a layer has its norms: (before the attention, after it, before the MLP, after it).
+SINKS = "sinks"  # of an attention: for each head the score of a position without a value
+MLPS = ("mlp", "feed_forward", "block_sparse_moe")  # what layers call it
+# Where a layer has its norms: (before the attention, after it, before the MLP, after it). One alone is before
+# both, which read the same.
 _NORMS = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
     ("input_layernorm", None, "post_attention_layernorm", None),
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    ("input_layernorm", None, "input_layernorm", None),
 )
 
 
@@ -33,51 +37,76 @@ class NoMatch(Exception):
 
 
 @dataclass(frozen=True)
+class MLP:
+    """What a quantized MLP consists of.
+
+    Args:
+        gate_up: gate and up, one module with the outputs of both, or up alone.
+        gated: whether there is a gate.
+    """
+
+    gate_up: tuple[QuantLinear, ...]
+    gated: bool
+    down: QuantLinear
+    activation: str
+
+
+@dataclass(frozen=True)
 class Parts:
     """The modules of a decoder layer.
 
     Args:
+        mlp: the module that follows the attention.
         inputs: q, k and v, or one module with the outputs of all.
-        gate_up: gate and up, one module with the outputs of both, or up alone.
-        gated: whether there is a gate.
+        known_mlp: what ``mlp`` consists of; None: it is called as it is, such as a mixture of experts.
         norms: before the attention, after it, before the MLP, after it.
         head_norms: of q and k; per head, or over all heads where they are as wide.
     """
 
     layer: Any
     attention: Any
+    mlp: Any
     inputs: tuple[QuantLinear, ...]
     o: QuantLinear
-    gate_up: tuple[QuantLinear, ...]
-    gated: bool
-    down: QuantLinear
-    activation: str
+    known_mlp: MLP | None
     norms: tuple[Any, ...]
     head_norms: tuple[Any, Any]
 
     @property
     def linears(self) -> tuple[QuantLinear, ...]:
-        return (*self.inputs, self.o, *self.gate_up, self.down)
+        mlp = self.known_mlp
+        return (*self.inputs, self.o, *(() if mlp is None else (*mlp.gate_up, mlp.down)))
 
-    def modules(self) -> Iterator[nn.Module]:
-        """All whose hooks or replacement would go unheard."""
-        yield from (self.attention, self.layer.mlp, *self.linears)
-        yield from (norm for norm in (*self.norms, *self.head_norms) if norm is not None)
+    @property
+    def parents(self) -> tuple[nn.Module, ...]:
+        """Those whose code is not run."""
+        return (self.layer, self.attention, *(() if self.known_mlp is None else (self.mlp,)))
 
-    def tail(self) -> cpu_block.TailParts:
+    def modules(self) -> list[nn.Module]:
+        """All whose hooks, code or replacement would go unheard; the layer is the first."""
+        inner = [module for parent in self.parents[1:] for module in parent.modules()]
+        norms = [norm for norm in (*self.norms, *self.head_norms) if norm is not None]
+        return list(dict.fromkeys((self.layer, *inner, *self.linears, *norms)))
+
+    @property
+    def factor(self) -> float:
+        """Of what is added to the residual."""
+        return float(getattr(self.layer, "residual_multiplier", 1.0))
+
+    def output(self) -> cpu_block.OutputParts:
         """For the fused call."""
-        _, after_attention, before_mlp, after_mlp = (norm_of(norm) for norm in self.norms)
-        return cpu_block.TailParts(
-            linear_of(self.o),
-            tuple(map(linear_of, self.gate_up)),
-            linear_of(self.down),
-            self.activation,
-            self.gated,
-            after_attention=after_attention,
-            before_mlp=before_mlp,
-            after_mlp=after_mlp,
-            factor=float(getattr(self.layer, "residual_multiplier", 1.0)),
-        )
+        before_attention, after_attention, before_mlp, _ = self.norms
+        parallel = before_mlp is not None and before_mlp is before_attention
+        norms = norm_of(after_attention), norm_of(before_mlp)
+        return cpu_block.OutputParts(linear_of(self.o), *norms, self.factor, parallel)
+
+    def tail(self) -> cpu_block.TailParts | None:
+        """For the fused call, if there can be one for all that follows the attention."""
+        mlp = self.known_mlp
+        if mlp is None:
+            return None
+        gate_up, down = tuple(map(linear_of, mlp.gate_up)), linear_of(mlp.down)
+        return cpu_block.TailParts(self.output(), gate_up, down, mlp.activation, mlp.gated, norm_of(self.norms[3]))
 
 
 def find_parts(layer: Any) -> Parts:
@@ -86,27 +115,24 @@ def find_parts(layer: Any) -> Parts:
     Raises:
         NoMatch: it has others, or they are not quantized for these calls.
     """
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    attention, mlp = getattr(layer, "self_attn", None), mlp_of(layer)
     if attention is None or mlp is None:
         raise NoMatch("it has no self_attn and mlp")
-    _check_code(layer)
     names = next((names for names in _NORMS if _has_norms(layer, names)), None)
     if names is None:
         raise NoMatch("its norms have other names")
-    (o,), (down,) = _linears(attention, ("o_proj",)), _linears(mlp, ("down_proj",), ("c_proj",))
-    activation = next((getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name)), None)
+    (o,) = _linears(attention, ("o_proj",), ("dense",))
     parts = Parts(
         layer=layer,
         attention=attention,
+        mlp=mlp,
         inputs=_linears(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
         o=o,
-        gate_up=_linears(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",), ("c_fc",)),
-        gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
-        down=down,
-        activation=_activation(activation),
+        known_mlp=_known_mlp(mlp),
         norms=tuple(None if name is None else getattr(layer, name) for name in names),
         head_norms=(getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)),
     )
+    _check_code(parts)
     _check_children(parts)
     for linear in parts.linears:
         linear_of(linear)
@@ -115,9 +141,34 @@ def find_parts(layer: Any) -> Parts:
     return parts
 
 
-def _check_code(layer: nn.Module) -> None:
+def mlp_of(layer: Any) -> Any:
+    """The module behind the attention, or None."""
+    return next((getattr(layer, name) for name in MLPS if hasattr(layer, name)), None)
+
+
+def _known_mlp(module: Any) -> MLP | None:
+    """Its parts, if they are all quantized, and the activation is known."""
+    try:
+        (down,) = _linears(module, ("down_proj",), ("c_proj",), ("fc2",))
+        gate_up = _linears(module, ("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",), ("c_fc",), ("fc1",))
+        names = "act_fn", "activation_fn", "act"
+        activation = _activation(next((getattr(module, name) for name in names if hasattr(module, name)), None))
+    except NoMatch:
+        return None
+    gated = hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")
+    mlp = MLP(gate_up, gated, down, activation)
+    return mlp if {id(each) for each in (*gate_up, down)} == _with_weights(module) else None
+
+
+def _with_weights(module: nn.Module) -> set[int]:
+    """``id`` of the modules inside that hold a tensor themselves."""
+    inside = ((each, *each._parameters.values(), *each._buffers.values()) for each in module.modules())
+    return {id(each) for each, *tensors in inside if any(tensor is not None for tensor in tensors)}
+
+
+def _check_code(parts: Parts) -> None:
     """A ``forward`` that another package put into a class wants to be called, even if it computes the same."""
-    for kind in {type(module) for module in layer.modules()}:
+    for kind in {type(module) for module in parts.modules()}:
         known = {"torch", "transformers", *(each.__module__.partition(".")[0] for each in kind.__mro__)}
         function: Any = kind.forward
         while function is not None:
@@ -186,11 +237,11 @@ def _activation(function: Any) -> str:
 
 def _check_children(parts: Parts) -> None:
     """Nothing with weights may be left out."""
-    known = {id(module) for module in parts.modules()}
-    for parent in (parts.layer, parts.attention, parts.layer.mlp):
+    known = {*map(id, parts.linears), *map(id, parts.norms), *map(id, parts.head_norms), id(parts.mlp)}
+    for parent in (parts.layer, parts.attention):
         for name, tensor in (*parent._parameters.items(), *parent._buffers.items()):
-            if tensor is not None:
+            if tensor is not None and (parent, name) != (parts.attention, SINKS):
                 raise NoMatch(f"it has a {name} besides")
         for name, child in parent.named_children():
-            if id(child) not in known and next(child.parameters(), None) is not None:
+            if child is not parts.attention and id(child) not in known and _with_weights(child):
                 raise NoMatch(f"it has a {name} besides")

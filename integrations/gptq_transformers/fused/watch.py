@@ -31,13 +31,13 @@ class Watch:
     """
 
     def __init__(self, parts: Parts) -> None:
-        layer = parts.layer
+        modules = parts.modules()
         self._children: list[_Place] = [
-            (parent._modules, name, child) for parent in layer.modules() for name, child in parent._modules.items()
+            (parent._modules, name, child) for parent in modules for name, child in parent._modules.items()
         ]
-        watched = [*self._children, *_settings(parts), *_functions(layer)]
+        watched = [*self._children, *_settings(parts), *_functions(modules)]
         self._dicts, self._keys, self._values = zip(*watched)
-        self._modules = list(layer.modules())
+        self._modules = modules
         self._types = [type(module) for module in self._modules]
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [each.forward for each in self._classes]
@@ -101,7 +101,7 @@ def _passes_to(module: Any, inner: nn.Module) -> bool:
 
 def _settings(parts: Parts) -> Iterator[_Place]:
     """Plain attributes that the modules' code may read."""
-    for module in (parts.layer, parts.attention, parts.layer.mlp):
+    for module in parts.parents:
         state = module.__dict__
         for name in state.keys() - _LIVE:
             if not name.startswith("_"):
@@ -111,9 +111,9 @@ def _settings(parts: Parts) -> Iterator[_Place]:
             yield from ((norm.__dict__, name, norm.__dict__.get(name)) for name in _EPSILONS)
 
 
-def _functions(layer: nn.Module) -> Iterator[_Place]:
+def _functions(modules: list[nn.Module]) -> Iterator[_Place]:
     """Functions that the classes' code calls by name, such as the one that applies rotary angles."""
-    for each in dict.fromkeys(type(module) for module in layer.modules()):
+    for each in dict.fromkeys(map(type, modules)):
         function = inspect.unwrap(each.forward)
         scope = getattr(function, "__globals__", {})
         for name in getattr(getattr(function, "__code__", None), "co_names", ()):
