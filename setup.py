@@ -145,6 +145,7 @@ PORTABLE = [
     "module.cpp",
     "block_module.cpp",
     "block.cpp",
+    "experts.cpp",
     "gemm.cpp",
     "gradient.cpp",
     "layers.cpp",

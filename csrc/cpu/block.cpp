@@ -4,30 +4,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "crew.h"
 #include "gemm.h"
+#include "row_sharing.h"
 #include "scratch.h"
 
 namespace gptq {
 namespace {
-
-// Below this many elements waking a second thread costs more than it saves; and telling one that stands by.
-constexpr int64_t kSerialElements = 1 << 15, kSharedElements = 1 << 13;
-
-const char* row_of(const void* x, const Rows& shape, int64_t row) {
-    return static_cast<const char*>(x) + row * shape.width * size_of(shape.dtype);
-}
-
-char* row_of(void* x, const Rows& shape, int64_t row) {
-    return static_cast<char*>(x) + row * shape.width * size_of(shape.dtype);
-}
-
-// share() with as many threads as the `elements` that all touch are worth.
-template <class Each>
-void share_elements(int count, int64_t elements, int threads, Each each) {
-    const bool worth = count > 1 && elements >= (Crew::current() ? kSharedElements : kSerialElements);
-    Crew::with(threads, worth, [&] { share(count, worth, each); });
-}
 
 void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int threads) {
     const RowKernels& rows = *level().rows;

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "block.h"
+#include "experts.h"
 
 namespace py = pybind11;
 
@@ -48,6 +49,12 @@ void check_head(const char* what, int channels) {
     if (channels > kMaxHead) refuse(what, channels, "at most", kMaxHead);
 }
 
+void check_turning(const Rotary& rotary, int head_dim) {
+    const int channels = rotary.channels();
+    if (channels % 2 || channels > head_dim) refuse("channels that turn", channels, "an even number up to", head_dim);
+    check_head("channels that turn", channels);
+}
+
 void project_rows(int dtype, int rows, int width, uintptr_t x, const Norm* norm,
                   const std::vector<const Linear*>& weights, const std::vector<uintptr_t>& ys, int threads) {
     check_size(norm, width);
@@ -60,10 +67,10 @@ void rotate_rows(int dtype, int rows, int width, uintptr_t x, int heads, const N
                  int pairs, int positions, uintptr_t cos, uintptr_t sin, int threads) {
     if (heads <= 0 || width % heads) refuse("the number of heads", heads, "a divisor of", width);
     check_size(norm, width / heads);
-    if (dims % 2 || dims > width / heads) refuse("dims of cos", dims, "an even number up to", width / heads);
-    check_head("dims of cos", dims);
-    rotate({Dtype(dtype), rows, width}, heads, norm, {Dtype(angles_dtype), dims, Pairs(pairs)}, positions,
-           at<void>(cos), at<void>(sin), at<void>(x), threads);
+    const Rotary rotary = {Dtype(angles_dtype), dims, Pairs(pairs)};
+    check_turning(rotary, width / heads);
+    rotate({Dtype(dtype), rows, width}, heads, norm, rotary, positions, at<void>(cos), at<void>(sin), at<void>(x),
+           threads);
 }
 
 using Strides = std::array<int64_t, 4>;  // the last is 1
@@ -109,6 +116,23 @@ void finish_attention_rows(const Output& output, int dtype, int rows, int width,
                            uintptr_t h, uintptr_t n, int threads) {
     finish_attention(output, {Dtype(dtype), rows, width}, at<void>(x), at<void>(residual), at<void>(h), at<void>(n),
                      threads);
+}
+
+ExpertMLPs expert_mlps(const Linear& gate_up, int parts, int count, int activation, const Linear& down) {
+    const int outputs = parts * gate_up.weight.out_features, inner = down.weight.in_features;
+    if (parts < 1 || count < 1 || (outputs != inner && outputs != 2 * inner)) {
+        refuse("outputs of gate and up", outputs, "once or twice the inputs of down,", inner);
+    }
+    if (gate_up.weight.in_features != down.weight.out_features) {
+        refuse("inputs of gate and up", gate_up.weight.in_features, "the outputs of down,", down.weight.out_features);
+    }
+    return {gate_up, parts, count, Activation(activation), down};
+}
+
+void run_expert_rows(const ExpertMLPs& experts, int dtype, int tokens, int top_k, uintptr_t x, uintptr_t ids,
+                     int id_size, uintptr_t factors, uintptr_t y, int threads) {
+    run_experts(experts, {tokens, top_k, ids, id_size, at<float>(factors)}, Dtype(dtype), at<void>(x), at<void>(y),
+                threads);
 }
 
 Tail tail(const Output& output, const std::vector<const Linear*>& gate_up, bool gated, int activation,
@@ -164,9 +188,8 @@ void run(const std::vector<const Layer*>& layers, const std::vector<CacheNumbers
         const Layer& layer = *layers[i];
         const int width = layer.tail->output.o->weight.out_features;
         if (width != step.width) refuse("the width of a layer", width, "that of x,", step.width);
-        if (layer.turns && (dims <= 0 || dims % 2 || dims > layer.head_dim)) {
-            refuse("dims of cos", dims, "an even number up to", layer.head_dim);
-        }
+        if (layer.turns && dims <= 0) refuse("dims of cos", dims, "at least", 1);
+        if (layer.turns) check_turning({step.angles_dtype, dims, layer.pairs}, layer.head_dim);
     }
     run_layers(layers, caches, step, at<void>(x), at<void>(ys), threads);
 }
@@ -189,6 +212,8 @@ void bind_blocks(py::module_& m) {
     m.def("attend", &attend_rows, release);
     m.def("finish_attention", &finish_attention_rows, release);
     m.def("finish_layer", &finish_rows, release);
+    py::class_<ExpertMLPs>(m, "ExpertMLPs").def(py::init(&expert_mlps));
+    m.def("run_experts", &run_expert_rows, release);
     py::class_<Layer>(m, "Layer").def(py::init(&layer));
     m.def("run_layers", &run, release);
     m.def("same_bytes", &same_bytes);

@@ -17,14 +17,17 @@ struct Norm {
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
 
 // Which channels of a head turn together, and where their angle lies among the `dims` of a row of cosines and sines:
-// those half of `dims` apart (LLaMA), or neighbours, with an angle for each channel (GPT-J) or for each pair (GLM).
-enum class Pairs : int { halves, neighbours, neighbours_by_pair };
+// those half of the turning channels apart, with an angle for each channel (LLaMA); neighbours likewise (GPT-J);
+// neighbours, of each pair the angle in the first half of the row (GLM); halves, where the row is half as long (gpt-oss).
+enum class Pairs : int { halves, neighbours, neighbours_by_pair, halves_by_pair };
 
-// The first `dims` channels of a head turn; the others stay.
+// The first channels() channels of a head turn; the others stay.
 struct Rotary {
     Dtype dtype;
     int dims;
     Pairs pairs;
+
+    int channels() const { return pairs == Pairs::halves_by_pair ? 2 * dims : dims; }
 };
 
 constexpr int kMaxHead = 512;    // channels of a head
@@ -54,6 +57,8 @@ struct RowKernels {
     void (*add)(Dtype, const void* a, const void* b, float factor, void* y, int n);         // a + factor * b
     void (*activate)(Activation, Dtype, const void* gate, const void* up, void* y, int n);  // up may be null
     void (*rotate)(const Rotary&, Dtype, const void* cos, const void* sin, void* head);
+    // The sum of factors[i] times row i of x [count][n].
+    void (*combine)(Dtype, const void* x, const float* factors, int count, void* y, int n);
     // Heads [head, head + count) of one row; they have the same keys, and count is at most kHeadsAtOnce.
     void (*attend)(const Attention&, int batch, int row, int head, int count);
 };

@@ -123,6 +123,19 @@ void normalize(const Norm& norm, Dtype dtype, const void* x, void* y, int n) {
 }
 
 template <class Isa>
+void combine(Dtype dtype, const void* x, const float* factors, int rows, void* y, int n) {
+    alignas(64) float in[kChunk], sum[kChunk];
+    in_chunks(n, [&](int first, int count) {
+        for (int i = 0; i < count; ++i) sum[i] = 0.0f;
+        for (int row = 0; row < rows; ++row) {
+            to_float<Isa>(dtype, element(x, dtype, int64_t(row) * n + first), in, count);
+            for (int i = 0; i < count; ++i) sum[i] += factors[row] * in[i];
+        }
+        from_float<Isa>(dtype, sum, element(y, dtype, first), count);
+    });
+}
+
+template <class Isa>
 void add(Dtype dtype, const void* a, const void* b, float factor, void* y, int n) {
     alignas(64) float left[kChunk], right[kChunk];
     in_chunks(n, [&](int first, int count) {
@@ -166,14 +179,17 @@ void activate(Activation kind, Dtype dtype, const void* gate, const void* up, vo
 template <class Isa>
 void rotate(const Rotary& rotary, Dtype dtype, const void* cos, const void* sin, void* head) {
     alignas(64) float x[kMaxHead], c[kMaxHead], s[kMaxHead], y[kMaxHead];
-    const int n = rotary.dims, half = n / 2;
+    const int n = rotary.channels(), half = n / 2;
     to_float<Isa>(dtype, head, x, n);
-    to_float<Isa>(rotary.dtype, cos, c, n);
-    to_float<Isa>(rotary.dtype, sin, s, n);
+    to_float<Isa>(rotary.dtype, cos, c, rotary.dims);
+    to_float<Isa>(rotary.dtype, sin, s, rotary.dims);
     if (rotary.pairs == Pairs::neighbours_by_pair) {
         for (int i = n; i-- > 0;) c[i] = c[i / 2], s[i] = s[i / 2];
     }
-    if (rotary.pairs != Pairs::halves) {
+    if (rotary.pairs == Pairs::halves_by_pair) {
+        for (int i = 0; i < half; ++i) c[i + half] = c[i], s[i + half] = s[i];
+    }
+    if (rotary.pairs == Pairs::neighbours || rotary.pairs == Pairs::neighbours_by_pair) {
         for (int i = 0; i < n; i += 2) {
             y[i] = x[i] * c[i] - x[i + 1] * s[i];
             y[i + 1] = x[i + 1] * c[i + 1] + x[i] * s[i + 1];
@@ -334,7 +350,8 @@ void attend(const Attention& a, int batch, int row, int head, int heads) {
 }
 
 template <class Isa>
-constexpr RowKernels row_kernels = {normalize<Isa>, add<Isa>, activate<Isa>, rotate<Isa>, attend<Isa>};
+constexpr RowKernels row_kernels = {normalize<Isa>, add<Isa>,     activate<Isa>,
+                                     rotate<Isa>,    combine<Isa>, attend<Isa>};
 
 }  // namespace
 }  // namespace gptq

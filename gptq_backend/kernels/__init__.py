@@ -1,13 +1,13 @@
 """Multiplying by a packed weight: one table of kernels, one folder or file per kind of device."""
 
-from . import cpu_block, cpu_layers, places
+from . import cpu_attention, cpu_block, cpu_experts, cpu_layers, places
 from .expert_routing import Routing
 from .experts import Grouped, one_by_one, why_not_groupable
 from .interface import ExpertKernel, Kernel, PreparedWeight
 from .table import EXPERT_KERNELS, KERNELS, expert_kernel, fastest, kernel_report, select_kernel
 
 __all__ = [
-    "EXPERT_KERNELS", "KERNELS", "ExpertKernel", "Grouped", "Kernel", "PreparedWeight", "Routing", "cpu_block",
-    "cpu_layers", "expert_kernel", "fastest", "kernel_report", "one_by_one", "places", "select_kernel",
-    "why_not_groupable",
+    "EXPERT_KERNELS", "KERNELS", "ExpertKernel", "Grouped", "Kernel", "PreparedWeight", "Routing", "cpu_attention",
+    "cpu_block", "cpu_experts", "cpu_layers", "expert_kernel", "fastest", "kernel_report", "one_by_one", "places",
+    "select_kernel", "why_not_groupable",
 ]  # fmt: skip

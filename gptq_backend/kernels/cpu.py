@@ -209,14 +209,14 @@ def gradient(y_grad: Tensor, *layout: Any) -> Tensor:
         y_grad.data_ptr(),
         DTYPE_CODES[y_grad.dtype],
         rows,
-        *_addresses(w),
+        *addresses(w),
         x_grad.data_ptr(),
         torch.get_num_threads(),
     )
     return x_grad
 
 
-def _addresses(layout: WeightFields) -> tuple[int, ...]:
+def addresses(layout: WeightFields) -> tuple[int, ...]:
     """What C++ takes for a weight."""
     qweight, scales, zeros, perm, blocks, in_features, out_features, bits, _ = layout
     return (
@@ -245,7 +245,7 @@ def _multiply(
         x.data_ptr(),
         DTYPE_CODES[x.dtype],
         rows,
-        *_addresses(layout),
+        *addresses(layout),
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPE_CODES[bias.dtype],
         y.data_ptr(),

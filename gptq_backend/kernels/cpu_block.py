@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import KERNEL, W4A8, WeightFields, _cpu
+from .cpu import KERNEL, W4A8, WeightFields, _cpu, addresses
 from .cpu_tensors import address, describe, dtype_code, vector_code
 from .devices import DTYPE_CODES
 from .interface import PreparedWeight
@@ -70,23 +70,8 @@ class Linear:
         if (reason := why_not(self.weight, self.bias)) is not None:
             raise ValueError(f"a weight cannot be part of fused calls: {reason}; load it with the kernel 'cpu'")
         w = WeightFields(*self.weight.kernel.layout.arguments(self.weight.spec, self.weight.tensors))
-        return _cpu.Linear(
-            w.qweight.data_ptr(),
-            w.scales.data_ptr(),
-            DTYPE_CODES[w.scales.dtype],
-            address(w.zeros),
-            address(w.perm),
-            w.blocks.data_ptr(),
-            w.bits,
-            w.in_features,
-            w.out_features,
-            w.qweight.shape[1] * 32 // w.bits,
-            w.scales.shape[1],
-            w.blocks.shape[0],
-            address(self.bias),
-            0 if self.bias is None else vector_code(self.bias, w.out_features, "a bias"),
-            w.a8,
-        )
+        code = 0 if self.bias is None else vector_code(self.bias, w.out_features, "a bias")
+        return _cpu.Linear(*addresses(w), address(self.bias), code, w.a8)
 
     @property
     def out_features(self) -> int:

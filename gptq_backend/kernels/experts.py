@@ -14,6 +14,7 @@ no gradient: whoever needs one calls the experts' own operators, for example by 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +73,20 @@ class Grouped(nn.Module):
     def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:
         """x: 16 bits or float32 [rows / top_k, K] -> [rows, N] in the dtype of x; rows of no expert are zeros."""
         call = self.row.op if torch.compiler.is_compiling() or type(x) is not Tensor else self.row.gemm
-        layout = (*map(self._parameters.get, self.row.kernel.layout.tensors), *self._facts)
-        return call(x, layout, routing, top_k, self._parameters["bias"])
+        return call(x, self.layout, routing, top_k, self._parameters["bias"])
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """The kernel's arguments that describe the stacked weights."""
+        return (*map(self._parameters.get, self.row.kernel.layout.tensors), *self._facts)
+
+    @property
+    def stacked(self) -> int:
+        """How many weights there are: experts times projections."""
+        return len(self._parameters["qweight"])  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        count = len(self._parameters["qweight"])  # type: ignore[arg-type]
-        return f"{count} experts, {self.spec.describe()}, kernel={self.row.kernel.name}"
+        return f"{self.stacked} experts, {self.spec.describe()}, kernel={self.row.kernel.name}"
 
 
 def one_by_one(

@@ -124,15 +124,19 @@ def test_rotating_is_exact(
     batch, rows, heads, head_dim, part, pairs, shared, dtype, angles_dtype, norm_kind
 ) -> None:  # fmt: skip
     torch.manual_seed(head_dim)
-    dims = int(head_dim * part) // 2 * 2
+    turning = int(head_dim * part) // 2 * 2
+    dims = turning // 2 if pairs == "halves_by_pair" else turning
     x = torch.randn(batch, rows, heads * head_dim).to(dtype)
     norm = random_norm(norm_kind, head_dim, torch.float32)
     cos, sin = (torch.randn(1 if shared else batch, rows, dims).to(angles_dtype) for _ in range(2))
     given_x = normalized(norm, x.double().unflatten(-1, (heads, head_dim))).to(dtype).double()
     c, s = (each.double().unsqueeze(2) for each in (cos, sin))
-    first, second = torch.arange(dims).view(2, -1) if pairs == "halves" else torch.arange(dims).view(-1, 2).t()
+    channels = torch.arange(turning)
+    first, second = channels.view(2, -1) if pairs.startswith("halves") else channels.view(-1, 2).t()
     if pairs == "neighbours_by_pair":
         c, s = (each[..., : dims // 2].repeat_interleave(2, -1) for each in (c, s))
+    if pairs == "halves_by_pair":
+        c, s = (torch.cat([each, each], -1) for each in (c, s))
     expected = given_x.clone()
     expected[..., first] = given_x[..., first] * c[..., first] - given_x[..., second] * s[..., first]
     expected[..., second] = given_x[..., second] * c[..., second] + given_x[..., first] * s[..., second]

@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "a narrow residual": (lambda: tail()(torch.ones(2, 64), torch.ones(2, 32)), "residual is .* dimension of 64"),
     "no divisor": (lambda: rotate(heads=5), "the number of heads is 5"),
     "no heads": (lambda: rotate(heads=0), "the number of heads is 0"),
-    "odd dims": (lambda: rotate(cos=(1, 3, 15)), "dims of cos is 15"),
+    "odd dims": (lambda: rotate(cos=(1, 3, 15)), "channels that turn is 15"),
     "wide dims": (lambda: rotate(cos=(1, 3, 18)), "an even number up to 16"),
     "too wide for the stack": (lambda: rotate((1, 3, 1024), 1, (1, 3, 514)), "at most 512"),
     "few positions": (lambda: rotate(cos=(1, 2, 16)), "the positions of x"),

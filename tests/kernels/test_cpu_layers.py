@@ -150,8 +150,14 @@ def one_step(
         (lambda: one_step(x=(2, 64)), "expected \\[B, T, H\\]"),
         (lambda: one_step(mask=torch.ones(1, 1, 2, 4, dtype=torch.bool)), "expected bool or torch.float32"),
         (lambda: one_step(angles=(torch.ones(1, 3, 8), torch.ones(1, 3, 8)), pairs="halves"), "expected both"),
-        (lambda: one_step(angles=(torch.ones(1, 2, 7), torch.ones(1, 2, 7)), pairs="halves"), "dims of cos is 7"),
-        (lambda: one_step(angles=(torch.ones(1, 2, 32), torch.ones(1, 2, 32)), pairs="halves"), "dims of cos is 32"),
+        (
+            lambda: one_step(angles=(torch.ones(1, 2, 7), torch.ones(1, 2, 7)), pairs="halves"),
+            "channels that turn is 7",
+        ),
+        (
+            lambda: one_step(angles=(torch.ones(1, 2, 32), torch.ones(1, 2, 32)), pairs="halves"),
+            "channels that turn is 32",
+        ),
         (lambda: one_step(pairs="halves"), "dims of cos is 0"),
         (lambda: Room(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5)), "of one shape"),
         (lambda: Room(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4).half()), "expected both in one dtype"),

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from gptq_backend import QuantizeConfig
 from gptq_transformers import GPTQConfig
 from gptq_transformers.fused import admit
 from gptq_transformers.fused.forward import FusedForward
 from tests.kernels.checks import native
-from tests.transformers.checkpoints import NAMES, PEERS, VERSION_4, distance, ids, load, load_peer, logits, tiny, write
+from tests.transformers.checkpoints import NAMES, VERSION_4, distance, ids, load, load_peer, logits, tiny, write
 
 pytestmark = native
 CONFIG = QuantizeConfig(bits=4, group_size=32, quality="fast")
@@ -30,6 +30,22 @@ FAMILIES = (
 NEW_FAMILIES = (
     "gemma2", "gemma3_text", "granite", "stablelm", "nemotron", "exaone4", "ernie4_5", "seed_oss", "arcee", "olmo3",
 )  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
+GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+# What follows the attention is called as it is, or reads the same as the attention.
+OTHER_MLPS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, **EXPERTS},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 48, **EXPERTS},
+    "olmoe": {"num_experts": 4, **EXPERTS},
+    "mixtral": {},
+    "glm4_moe": {**GROUPS, **EXPERTS},  # the first layer is no mixture
+    "granitemoe": {"num_local_experts": 4, **EXPERTS},
+    "minimax_m2": {"num_local_experts": 4, **EXPERTS},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},  # sinks, and every other layer a sliding window
+    "cohere": {},
+    "cohere2": {},
+    "phi": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +83,35 @@ def test_families_run_in_few_calls_and_give_what_their_own_code_gives(family: st
     model = load(tmp_path)
     assert len(fused(model)) == 2
     assert distance(decoded(model), decoded(stock(model))) < 1e-5
+
+
+@pytest.mark.skipif(VERSION_4, reason="layers of transformers 4 return more, or take other arguments")
+@pytest.mark.parametrize("family", OTHER_MLPS)
+def test_mixtures_and_parallel_blocks_run_in_few_calls_and_give_what_their_own_code_gives(
+    family: str, tmp_path: Path
+) -> None:
+    write(tmp_path, tiny(family, **OTHER_MLPS[family]), CONFIG)
+    model = load(tmp_path)
+    assert len(fused(model)) == 2
+    assert distance(decoded(model), decoded(stock(model))) < 1e-5
+
+
+@pytest.mark.skipif(VERSION_4, reason="layers of transformers 4 return more, or take other arguments")
+def test_modules_of_a_mixture_are_heard_and_its_routers_logits_are_given(tmp_path: Path) -> None:
+    write(tmp_path, tiny("qwen3_moe", **OTHER_MLPS["qwen3_moe"]), CONFIG)
+    model = load(tmp_path)
+    plain = stock(model)
+    seen: list[Any] = []
+    for name in ("mlp", "mlp.gate", "mlp.experts"):
+        module = model.model.layers[1].get_submodule(name)
+        module.register_forward_hook(lambda module, args, output: seen.append(module))
+    with torch.no_grad():
+        found, expected = (each(ids(9), output_router_logits=True) for each in (model, plain))
+    assert len(seen) == 3
+    assert fused(model)[1].forward.parts is not None
+    assert len(found.router_logits) == len(expected.router_logits) == 2
+    for a, b in zip((found.logits, *found.router_logits), (expected.logits, *expected.router_logits)):
+        assert distance(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("llama", "qwen2"))])
@@ -234,6 +279,5 @@ def test_a_layer_that_computes_something_else_stays_as_it_is(
     assert "computes something else" in caplog.text
 
 
-def test_mixtures_and_dense_layers_stay_as_they_are() -> None:
-    assert not fused(AutoModelForCausalLM.from_pretrained(PEERS / "qwen3_moe-4-32"))
+def test_layers_with_other_names_stay_as_they_are() -> None:
     assert not fused(load_peer("opt-4-32"))

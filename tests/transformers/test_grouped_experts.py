@@ -151,7 +151,7 @@ def test_a_graph_holds_the_grouped_experts_unbroken() -> None:
     expected = check_grouped(experts)
     compiled = torch.compile(experts, fullgraph=True, backend="eager")
     with torch.no_grad():
-        assert torch.equal(compiled(*routed()), expected)
+        torch.testing.assert_close(compiled(*routed()), expected, atol=1e-6, rtol=1e-5)
         assert compiled(*routed(3)).shape == (3, 64)
 
 
@@ -184,10 +184,10 @@ def test_threads_that_call_experts_for_the_first_time_do_not_stack_them_twice(mo
     _, experts = rounded()
     expected, together, made = check_grouped(experts), threading.Barrier(3), []
 
-    def slow(modules: Any) -> GroupedExperts:
+    def slow(modules: Any, activation: str | None) -> GroupedExperts:
         made.append(modules)
         time.sleep(0.05)
-        return GroupedExperts(modules)
+        return GroupedExperts(modules, activation)
 
     def call(_: int) -> Tensor:
         together.wait()

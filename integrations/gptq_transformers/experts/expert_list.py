@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gptq_backend import QuantLinear
 from gptq_backend.format import ExpertLayout
-from gptq_backend.kernels import Routing
+from gptq_backend.kernels import Routing, cpu_experts
 from gptq_backend.module_moves import changing_layout
 
+from ..activations import gated_name_of, name_of
 from .grouped import GroupedExperts
 
 
@@ -49,6 +50,7 @@ class ExpertList(nn.Module):
                 self._put(layout.path(projection, i), layer)
         self.training = fused.training
         self._grouped: GroupedExperts | None = None
+        self._tried: tuple[Any, ...] = ()  # the activation that was, in a tuple, so that it is no second child
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs; an expert without tokens does not run.
@@ -66,6 +68,10 @@ class ExpertList(nn.Module):
             grouped = self._group()
         if not grouped.serve(hidden_states):
             return self._by_expert(hidden_states, top_k_index, top_k_weights)
+        if not torch.compiler.is_compiling() and type(hidden_states) is Tensor:
+            one_call = grouped.one_call
+            if one_call is not None and top_k_index.numel() <= cpu_experts.MOST_ROWS and self._silent_activation():
+                return one_call(hidden_states, top_k_index, top_k_weights)
         routing = Routing(top_k_index, self.num_experts)
         outputs = [y for call in grouped.before for y in call(hidden_states, routing, top_k_index.shape[1])]
         y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0]).unflatten(0, top_k_index.shape)
@@ -104,7 +110,8 @@ class ExpertList(nn.Module):
         grouped = self._grouped
         if grouped is None or not grouped.current():
             self._grouped = grouped = GroupedExperts(
-                {path: [self._place(path.format(i)) for i in range(self.num_experts)] for path in self.layout.paths}
+                {path: [self._place(path.format(i)) for i in range(self.num_experts)] for path in self.layout.paths},
+                self._known_activation(),
             )
         return grouped
 
@@ -124,6 +131,25 @@ class ExpertList(nn.Module):
     def _place(self, path: str) -> tuple[dict[str, Any], str]:
         parent, _, name = path.rpartition(".")
         return self.get_submodule(parent)._modules, name
+
+    def _silent_activation(self) -> bool:
+        """Whether nobody would miss its call."""
+        function = getattr(self, "act_fn", None)
+        hooked = isinstance(function, nn.Module) and (function._forward_hooks or function._forward_pre_hooks)
+        return self._tried == (function,) and not hooked
+
+    def _known_activation(self) -> str | None:
+        """The name of what :meth:`_activate` computes, if a call for all of it knows it."""
+        self._tried = (getattr(self, "act_fn", None),)
+        if "post_expert_norm" in self._modules:
+            return None
+        if len(self.layout.paths) == 2 and not self.layout.joined:
+            return name_of(lambda x: self._activate([x]))
+        if self.layout.joined and not self._concatenated:
+            return None
+        return gated_name_of(
+            lambda gate, up: self._activate([torch.cat([gate, up])] if self.layout.joined else [gate, up])
+        )
 
     def _after(self, y: Tensor) -> Tensor:
         norm = self._modules.get("post_expert_norm")

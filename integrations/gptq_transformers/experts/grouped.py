@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import QuantLinear
-from gptq_backend.kernels import Grouped, PreparedWeight, Routing, one_by_one, why_not_groupable
+from gptq_backend.kernels import Grouped, PreparedWeight, Routing, cpu_experts, one_by_one, why_not_groupable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,19 +27,25 @@ class GroupedExperts:
 
     Attributes:
         obstacles: for each projection that cannot be grouped, why.
+        one_call: all of it for few tokens; None where there is no such call.
     """
 
-    def __init__(self, places: Mapping[str, Sequence[tuple[dict[str, Any], str]]]) -> None:
+    def __init__(
+        self, places: Mapping[str, Sequence[tuple[dict[str, Any], str]]], activation: str | None = None
+    ) -> None:
         self.obstacles: list[str] = []
+        self._stacks: list[Grouped] = []
         self.before: list[_Call] = []
         self.after: list[_Call] = []
         names = [*places]
         columns = {path: [children[name] for children, name in column] for path, column in places.items()}
+        self.one_call: cpu_experts.ExpertMLPs | None = None
         self._grouped = all(isinstance(layer, QuantLinear) for column in columns.values() for layer in column)
         if self._grouped:
             self.before = self._calls({name: columns[name] for name in names[:-1]})
             self.after = self._calls({names[-1]: columns[names[-1]]})
             self._grouped = len(self.obstacles) < len(names)
+            self.one_call = self._whole(activation)
         else:
             self.obstacles.append("they are not all quantized")
         # All of them are looked at in every call: tuples, since their attributes would take as long as the rest of it.
@@ -58,7 +64,8 @@ class GroupedExperts:
         layers = [layer for column in columns.values() for layer in column]
         why = _obstacle(layers)
         if why is None:
-            return [_stack(layers, len(columns))]
+            self._stacks.append(_stack(layers))
+            return [_call(self._stacks[-1], len(columns))]
         if len(columns) > 1:
             return [call for name, column in columns.items() for call in self._calls({name: column})]
         for layer in layers:
@@ -71,6 +78,12 @@ class GroupedExperts:
             return [one_by_one(layers, layers[0].out_features, x, routing, top_k)]
 
         return [multiply]
+
+    def _whole(self, activation: str | None) -> cpu_experts.ExpertMLPs | None:
+        if activation is None or len(self._stacks) != 2 or not len(self.before) == len(self.after) == 1:
+            return None
+        gate_up, down = self._stacks
+        return None if cpu_experts.why_not(gate_up, down) else cpu_experts.ExpertMLPs(gate_up, down, activation)
 
     def current(self) -> bool:
         """Whether the layers are still in their places and hold what they held; a graph is guarded by the same."""
@@ -95,7 +108,7 @@ class GroupedExperts:
 _Held = tuple[dict[str, Any], str, Any, int]
 
 
-def _stack(layers: Sequence[QuantLinear], projections: int) -> _Call:
+def _stack(layers: Sequence[QuantLinear]) -> Grouped:
     """The product of layers without an obstacle, those of the first projection first, which become slices of it."""
     grouped = Grouped(_prepared(layers), [layer.bias for layer in layers])
     for i, layer in enumerate(layers):
@@ -104,7 +117,10 @@ def _stack(layers: Sequence[QuantLinear], projections: int) -> _Call:
         layer.hold(held)
         if bias is not None:
             layer.bias = nn.Parameter(bias, layer.bias.requires_grad)  # type: ignore[union-attr]
+    return grouped
 
+
+def _call(grouped: Grouped, projections: int) -> _Call:
     def multiply(x: Tensor, routing: Routing, top_k: int) -> list[Tensor]:
         return list(grouped(x, routing, top_k).chunk(projections, -1))
 

@@ -124,12 +124,23 @@ def _pairs(parts: Parts, inputs: dict[str, Any]) -> str | None:
     if "hidden_states" not in inputs:
         raise NoMatch("a short prompt does not reach it")
     worst = float("inf")
-    for pairs in (*cpu_attention.PAIRS, None):
+    for pairs in _candidates(parts, inputs):
         difference = _difference(parts, FusedForward(parts, pairs), inputs)
         if difference < _LIMIT:
             return pairs
         worst = min(worst, difference)
     raise NoMatch(f"it computes something else than the fused calls (relative difference {worst:.1e})")
+
+
+def _candidates(parts: Parts, inputs: dict[str, Any]) -> Iterator[str | None]:
+    """Ways to turn by the angles that the layer is given; None: it does not."""
+    angles = inputs.get("position_embeddings")
+    if isinstance(angles, tuple):
+        dims = angles[0].shape[-1]
+        yield from (
+            each for each in cpu_attention.PAIRS if cpu_attention.channels(each, dims) <= parts.attention.head_dim
+        )
+    yield None
 
 
 def _difference(parts: Parts, fused: FusedForward, inputs: dict[str, Any]) -> float:
@@ -145,7 +156,7 @@ def _difference(parts: Parts, fused: FusedForward, inputs: dict[str, Any]) -> fl
     steps = (x[:, :_TOKENS], given), (x[:, _TOKENS:], _one_more(given))
     results: list[list[Tensor]] = []
     scaling = attention.scaling
-    with torch.no_grad(), _short_mlp(parts):
+    with torch.no_grad(), _short_mlp(parts, inputs["hidden_states"].dtype):
         calls = [fused.serves(hidden, step) for hidden, step in steps]
         if calls[0] is None or calls[1] is None:
             raise NoMatch(
@@ -164,7 +175,7 @@ def _difference(parts: Parts, fused: FusedForward, inputs: dict[str, Any]) -> fl
 
 
 @contextmanager
-def _short_mlp(parts: Parts) -> Iterator[None]:
+def _short_mlp(parts: Parts, dtype: torch.dtype) -> Iterator[None]:
     """Let an MLP that is called as it is return something simple, in the form of what it returns.
 
     A mixture has routers in 16 bits, whose choice would hang on the last bit.
@@ -173,7 +184,6 @@ def _short_mlp(parts: Parts) -> Iterator[None]:
     if parts.known_mlp is not None:
         yield
         return
-    dtype = next((each.dtype for each in mlp.parameters() if each.is_floating_point()), torch.float32)
     own = type(mlp).forward.__get__(mlp)
 
     def forward(x: Tensor, *arguments: Any, **kwargs: Any) -> Any:

@@ -64,7 +64,12 @@ class Calls:
             return False
         if self.pairs is None:
             return True
-        return _served_angles(kwargs.get("position_embeddings"), x, self._head_dim)
+        angles: Any = kwargs.get("position_embeddings")
+        return _served_angles(angles, x) and self._turns_by(angles[0])
+
+    def _turns_by(self, cos: Tensor) -> bool:
+        """Whether a head has as many channels as turn."""
+        return self.pairs is None or cpu_attention.channels(self.pairs, cos.shape[2]) <= self._head_dim
 
     def run(
         self,
@@ -148,8 +153,7 @@ class Calls:
         _, ours, softcap = self._attention()
         if not ours or rows > _FEW_ROWS or not _served_mask(mask, x, batch, rows, length + rows):
             return None
-        served = angles is not None and _served_angles(angles, x, self._head_dim)
-        return Beginning(self, softcap, angles if served else None)
+        return Beginning(self, softcap, angles if _served_angles(angles, x) else None)
 
     def joined(self, beginning: Beginning) -> cpu_layers.Layer | None:
         """The whole layer for one call, if it can be run with the one that begins."""
@@ -159,7 +163,7 @@ class Calls:
         same = attention.config is first.parts.attention.config and type(attention) is type(first.parts.attention)
         if not same or self._width != first._width or self._head_dim != first._head_dim or self.outdated():
             return None
-        if self.pairs is not None and beginning.angles is None:
+        if self.pairs is not None and (beginning.angles is None or not self._turns_by(beginning.angles[0])):
             return None
         key = attention.scaling, beginning.softcap
         if self._layer is None or self._layer[0] != key:
@@ -205,7 +209,7 @@ def _weights(parts: Parts) -> list[tuple[dict[str, Any], str, Any]]:
     return found
 
 
-def _served_angles(angles: Any, x: Tensor, head_dim: int) -> bool:
+def _served_angles(angles: Any, x: Tensor) -> bool:
     if type(angles) is not tuple or len(angles) != 2:
         return False
     cos, sin = angles
@@ -214,8 +218,7 @@ def _served_angles(angles: Any, x: Tensor, head_dim: int) -> bool:
     shape = cos.shape
     if len(shape) != 3 or sin.shape != shape or not (cos.is_cpu and sin.is_cpu):
         return False
-    fits = shape[0] in (1, x.shape[0]) and shape[1] == x.shape[1] and shape[2] <= head_dim
-    return fits and cos.is_contiguous() and sin.is_contiguous()
+    return shape[0] in (1, x.shape[0]) and shape[1] == x.shape[1] and cos.is_contiguous() and sin.is_contiguous()
 
 
 def _served_cache(q: Tensor, keys: Tensor, values: Tensor) -> bool:

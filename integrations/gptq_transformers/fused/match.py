@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptq_backend import QuantLinear
 from gptq_backend.kernels import cpu_block
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "relu": nn.functional.relu,
-    "relu_squared": lambda x: nn.functional.relu(x).square(),
-}
+from ..activations import name_of
+
 SINKS = "sinks"  # of an attention: for each head the score of a position without a value
 MLPS = ("mlp", "feed_forward", "block_sparse_moe")  # what layers call it
 # Where a layer has its norms: (before the attention, after it, before the MLP, after it). One alone is before
@@ -151,9 +145,11 @@ def _known_mlp(module: Any) -> MLP | None:
     try:
         (down,) = _linears(module, ("down_proj",), ("c_proj",), ("fc2",))
         gate_up = _linears(module, ("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",), ("c_fc",), ("fc1",))
-        names = "act_fn", "activation_fn", "act"
-        activation = _activation(next((getattr(module, name) for name in names if hasattr(module, name)), None))
     except NoMatch:
+        return None
+    functions = [getattr(module, name) for name in ("act_fn", "activation_fn", "act") if hasattr(module, name)]
+    activation = name_of(functions[0]) if functions else None
+    if activation is None:
         return None
     gated = hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")
     mlp = MLP(gate_up, gated, down, activation)
@@ -223,16 +219,6 @@ def _linears(parent: Any, *choices: tuple[str, ...]) -> tuple[QuantLinear, ...]:
         if all(isinstance(each, QuantLinear) for each in found):
             return tuple(found)  # type: ignore[arg-type]
     raise NoMatch(f"its {' or '.join(', '.join(names) for names in choices)} are not all quantized")
-
-
-def _activation(function: Any) -> str:
-    if function is not None:
-        x = torch.linspace(-8, 8, 257)
-        wanted = function(x)
-        for name, candidate in _ACTIVATIONS.items():
-            if torch.allclose(wanted, candidate(x), rtol=1e-6, atol=1e-7):
-                return name
-    raise NoMatch("its activation is none that it knows")
 
 
 def _check_children(parts: Parts) -> None:

@@ -39,7 +39,7 @@ class Watch:
         self._dicts, self._keys, self._values = zip(*watched)
         self._modules = modules
         self._types = [type(module) for module in self._modules]
-        self._classes = list(dict.fromkeys(self._types))
+        self._classes: list[Any] = list(dict.fromkeys(self._types))
         self._forwards = [each.forward for each in self._classes]
         served = {id(module) for module in (*parts.linears, *parts.norms, *parts.head_norms)}
         flags = [(module, name) for module in self._modules[1:] for name in _HOOKS]  # the layer's own hooks are called
@@ -113,7 +113,8 @@ def _settings(parts: Parts) -> Iterator[_Place]:
 
 def _functions(modules: list[nn.Module]) -> Iterator[_Place]:
     """Functions that the classes' code calls by name, such as the one that applies rotary angles."""
-    for each in dict.fromkeys(map(type, modules)):
+    classes: list[Any] = list(dict.fromkeys(map(type, modules)))
+    for each in classes:
         function = inspect.unwrap(each.forward)
         scope = getattr(function, "__globals__", {})
         for name in getattr(getattr(function, "__code__", None), "co_names", ()):

@@ -1,0 +1,27 @@
+// Rows of activations, shared among threads.
+#pragma once
+
+#include "block.h"
+#include "crew.h"
+
+namespace gptq {
+
+// Below this many elements waking a second thread costs more than it saves; and telling one that stands by.
+constexpr int64_t kSerialElements = 1 << 15, kSharedElements = 1 << 13;
+
+inline const char* row_of(const void* x, const Rows& shape, int64_t row) {
+    return static_cast<const char*>(x) + row * shape.width * size_of(shape.dtype);
+}
+
+inline char* row_of(void* x, const Rows& shape, int64_t row) {
+    return static_cast<char*>(x) + row * shape.width * size_of(shape.dtype);
+}
+
+// share() with as many threads as the `elements` that all touch are worth.
+template <class Each>
+void share_elements(int count, int64_t elements, int threads, Each each) {
+    const bool worth = count > 1 && elements >= (Crew::current() ? kSharedElements : kSerialElements);
+    Crew::with(threads, worth, [&] { share(count, worth, each); });
+}
+
+}  // namespace gptq
