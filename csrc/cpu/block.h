@@ -44,7 +44,8 @@ struct Output {
 void finish_attention(const Output&, const Rows& shape, const void* x, const void* residual, void* h, void* n,
                       int threads);
 
-// All that follows the attention: y = h + factor * after_mlp(down(activation(gate(n)) * up(n))), with h and n of Output.
+// All that follows the attention: y = h + factor * after_mlp(down(activation(gate(n)) * up(n))), with h and n of
+// Output.
 struct Tail {
     Output output;
     std::vector<const Linear*> gate_up;  // gate and up; or one weight with the outputs of both, unless gated is false

@@ -38,8 +38,8 @@ void run_experts(const ExpertMLPs& m, const Choice& choice, Dtype dtype, const v
         void* const both = scratch(0, outputs);
         void* const activated = scratch(1, middle);
         void* const results = scratch(2, wide);
-        moe_gemm(call_of(m.gate_up, outputs, x, both),
-                 {choice.ids, choice.id_size, m.count, m.parts, choice.top_k}, threads);
+        moe_gemm(call_of(m.gate_up, outputs, x, both), {choice.ids, choice.id_size, m.count, m.parts, choice.top_k},
+                 threads);
         share_elements(rows, int64_t(rows) * inner, threads, [&](int row) {
             char* const gate = row_of(both, outputs, row);
             const void* const up = gated ? gate + gate_bytes : nullptr;

@@ -7,7 +7,8 @@ namespace gptq {
 
 // Of each expert, down(activation(gate(x)) * up(x)).
 struct ExpertMLPs {
-    Linear gate_up;  // the first of the stack [parts][count]: gate and up; or one weight with the outputs of both; or up
+    Linear
+        gate_up;  // the first of the stack [parts][count]: gate and up; or one weight with the outputs of both; or up
     int parts, count;
     Activation activation;
     Linear down;  // the first of the stack [count]

@@ -18,7 +18,8 @@ enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
 
 // Which channels of a head turn together, and where their angle lies among the `dims` of a row of cosines and sines:
 // those half of the turning channels apart, with an angle for each channel (LLaMA); neighbours likewise (GPT-J);
-// neighbours, of each pair the angle in the first half of the row (GLM); halves, where the row is half as long (gpt-oss).
+// neighbours, of each pair the angle in the first half of the row (GLM); halves, where the row is half as long
+// (gpt-oss).
 enum class Pairs : int { halves, neighbours, neighbours_by_pair, halves_by_pair };
 
 // The first channels() channels of a head turn; the others stay.

@@ -350,8 +350,7 @@ void attend(const Attention& a, int batch, int row, int head, int heads) {
 }
 
 template <class Isa>
-constexpr RowKernels row_kernels = {normalize<Isa>, add<Isa>,     activate<Isa>,
-                                     rotate<Isa>,    combine<Isa>, attend<Isa>};
+constexpr RowKernels row_kernels = {normalize<Isa>, add<Isa>, activate<Isa>, rotate<Isa>, combine<Isa>, attend<Isa>};
 
 }  // namespace
 }  // namespace gptq
