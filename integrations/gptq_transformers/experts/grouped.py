@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import QuantLinear
-from gptq_backend.kernels import Grouped, PreparedWeight, Routing, cpu_experts, one_by_one, why_not_groupable
+from gptq_backend.kernels import Grouped, PreparedWeight, Routing, cpu_experts, one_by_one, places, why_not_groupable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,7 +22,7 @@ class GroupedExperts:
     module in its place, ends :meth:`current`.
 
     Args:
-        places: for each projection, in the order gate, up, down, or up, down, where its layer is for each expert: the
+        layers_at: for each projection, in the order gate, up, down, or up, down, where its layer is for each expert: the
             children of its parent, and its name among them.
 
     Attributes:
@@ -31,14 +31,14 @@ class GroupedExperts:
     """
 
     def __init__(
-        self, places: Mapping[str, Sequence[tuple[dict[str, Any], str]]], activation: str | None = None
+        self, layers_at: Mapping[str, Sequence[tuple[dict[str, Any], str]]], activation: str | None = None
     ) -> None:
         self.obstacles: list[str] = []
         self._stacks: list[Grouped] = []
         self.before: list[_Call] = []
         self.after: list[_Call] = []
-        names = [*places]
-        columns = {path: [children[name] for children, name in column] for path, column in places.items()}
+        names = [*layers_at]
+        columns = {path: [children[name] for children, name in column] for path, column in layers_at.items()}
         self.one_call: cpu_experts.ExpertMLPs | None = None
         self._grouped = all(isinstance(layer, QuantLinear) for column in columns.values() for layer in column)
         if self._grouped:
@@ -48,15 +48,16 @@ class GroupedExperts:
             self.one_call = self._whole(activation)
         else:
             self.obstacles.append("they are not all quantized")
-        # All of them are looked at in every call: tuples, since their attributes would take as long as the rest of it.
         self._held: list[_Held] = [
             (children, name, children[name], getattr(children[name], "changes", 0))
-            for column in places.values()
+            for column in layers_at.values()
             for children, name in column
         ]
-        self._hooks = [
-            hooks for _, _, layer, _ in self._held for hooks in (layer._forward_hooks, layer._forward_pre_hooks)
-        ]
+        layers = [layer.__dict__ for _, _, layer, _ in self._held]
+        changes = [(layer, "changes", layer.get("changes")) for layer in layers]
+        self._dicts, self._names, self._objects = zip(*(held[:3] for held in self._held), *changes)
+        self._layers = tuple(layers) * 2
+        self._hooks = ("_forward_hooks",) * len(layers) + ("_forward_pre_hooks",) * len(layers)
         self._biased = [layer for _, _, layer, _ in self._held if getattr(layer, "bias", None) is not None]
 
     def _calls(self, columns: dict[str, list[Any]]) -> list[_Call]:
@@ -87,6 +88,8 @@ class GroupedExperts:
 
     def current(self) -> bool:
         """Whether the layers are still in their places and hold what they held; a graph is guarded by the same."""
+        if self.one_call is not None and not torch.compiler.is_compiling():  # there are hundreds, and C++ for that
+            return places.unchanged(self._dicts, self._names, self._objects)
         for place, name, layer, changes in self._held:
             if place[name] is not layer or getattr(layer, "changes", 0) != changes:
                 return False
@@ -99,9 +102,14 @@ class GroupedExperts:
         gradients = torch.is_grad_enabled()
         if gradients and x.requires_grad:
             return False
-        if any(self._hooks):
+        if self._hooked():
             return False
         return not (gradients and any(layer.bias.requires_grad for layer in self._biased))
+
+    def _hooked(self) -> bool:
+        if self.one_call is not None and not torch.compiler.is_compiling():
+            return not places.empty(self._layers, self._hooks)
+        return any(layer[name] for layer, name in zip(self._layers, self._hooks))
 
 
 # A layer where it was found, place[name], and how often it had changed.
