@@ -22,8 +22,8 @@ class GroupedExperts:
     module in its place, ends :meth:`current`.
 
     Args:
-        layers_at: for each projection, in the order gate, up, down, or up, down, where its layer is for each expert: the
-            children of its parent, and its name among them.
+        layers_at: for each projection, in the order gate, up, down, or up, down, where its layer is for each expert:
+            the children of its parent, and its name among them.
 
     Attributes:
         obstacles: for each projection that cannot be grouped, why.
