@@ -75,6 +75,17 @@ def bench_model(
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Model to alternate with, usually the original.")
     ] = None,
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=PROGRAM",
+            help="llama.cpp=PROGRAM: take turns with its llama-batched-bench.",
+            show_default=False,
+        ),
+    ] = None,
+    peer_model: Annotated[
+        str | None, typer.Option(metavar="FILE", help="GGUF file for the peer.", show_default=False)
+    ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt (random ones).")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
@@ -99,6 +110,7 @@ def bench_model(
     from . import bench_model as bench
     from . import models, terminal
     from .bench_machine import measure_machine
+    from .bench_peer import LlamaCpp
 
     console, say = terminal.start(json_target)
     terminal.check_choice("--dtype", dtype, DTYPES)
@@ -106,6 +118,7 @@ def bench_model(
     for path in paths:
         models.require_model(path)
     models.require_device(device)
+    other = None if peer is None else LlamaCpp(peer, peer_model)
     where, name = torch.device(device), str(DTYPES[dtype]).removeprefix("torch.")
     with threads(thread_count):
         result = measure_machine(where, console, say)
@@ -117,7 +130,7 @@ def bench_model(
                 )
                 for path, bits in zip(paths, (head_bits, None))
             ]
-            rows = bench.run(loaded, batch, prompt, new_tokens, repeats, compiled)
+            rows = bench.run(loaded, batch, prompt, new_tokens, repeats, compiled, other)
             result["rows"] = [dataclasses.asdict(row) for row in rows]
             if profiled:
                 result["profile"] = {

@@ -1,4 +1,4 @@
-"""How fast does a model generate: a quantized one and its reference, alternately, in one process."""
+"""How fast does a model generate: a quantized one, its reference, and another program, in turns."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gptq_backend.bench import quartiles, synchronize
 from gptq_transformers.experts.expert_list import ExpertList
 from gptq_transformers.fused.forward import FusedForward
 
+from .bench_peer import LlamaCpp
 from .models import model_limits
 
 
@@ -27,7 +28,7 @@ class Row:
     """One phase of generation by one model."""
 
     model: str  # folder or name
-    quantized: bool  # it has QuantLinears
+    quantized: bool | None  # it has QuantLinears; None: it is a peer's
     compiled: bool  # its forward went through torch.compile
     phase: str  # "prefill", from the call of generate to the first token, or "decode", all later tokens
     dtype: str  # what the model computes in
@@ -49,6 +50,14 @@ class _Runner:
     compiled: Callable[..., Any] | None = None
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "quantized": any(isinstance(module, QuantLinear) for module in self.model.modules()),
+            "compiled": self.compiled is not None,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
 
     def generate(self, prompt: Tensor, new_tokens: int) -> list[float]:
         """The time before the call and after each new token. prompt: int [B, T]."""
@@ -111,46 +120,51 @@ def run(
     new_tokens: int = 32,
     repeats: int = 5,
     compiled: bool = False,
+    peer: LlamaCpp | None = None,
 ) -> list[Row]:
     """Alternate the models for ``repeats`` rounds after two that do not count (both may compile).
 
     Args:
-        models: names and models; ratios refer to the last one if there are two.
+        models: names and models; ratios refer to the last one if there are two, or else to the peer.
         compiled: time each model through torch.compile (static cache) beside eager.
+        peer: takes its turn behind them.
 
     Raises:
         GPTQError: the lengths exceed a model, or leave nothing to measure.
     """
     if new_tokens < 2:
         raise GPTQError(f"new_tokens={new_tokens} leaves no token to decode after the first; use 2 or more")
-    runners = [_Runner(name, model) for name, model in models]
+    runners: list[_Runner | LlamaCpp] = [_Runner(name, model) for name, model in models]
+    bases = {False: runners[1] if len(models) > 1 else peer, True: peer}
     if compiled:
         # On a GPU with CUDA graphs, without which a step of one token is mostly launching.
         mode = "reduce-overhead" if next(models[0][1].parameters()).is_cuda else None
         runners += [_Runner(name, model, torch.compile(model.forward, mode=mode)) for name, model in models]
-    ids = {id(model): random_prompt(model, batch, prompt, new_tokens) for _, model in models}
+        bases[True] = runners[-1] if len(models) > 1 else peer
+    runners += [] if peer is None else [peer]
+    ids = {name: random_prompt(model, batch, prompt, new_tokens) for name, model in models}
     for repeat in range(-2, repeats):
         for runner in runners:
-            start, first, *_, last = runner.generate(ids[id(runner.model)], new_tokens)
+            start, first, *_, last = runner.generate(ids.get(runner.name, ids[models[0][0]]), new_tokens)
             if repeat >= 0:
                 runner.prefill.append((first - start) / prompt / batch)
                 runner.decode.append((last - first) / (new_tokens - 1) / batch)
     rows = []
     for runner in runners:
-        base = runners[len(models) - 1 if runner.compiled is None else -1] if len(models) > 1 else None
+        base = bases[runner.facts["compiled"]]
         for phase in ("prefill", "decode"):
             rows.append(_row(runner, base, phase, batch, prompt, new_tokens))
     return rows
 
 
-def _row(runner: _Runner, base: _Runner | None, phase: str, batch: int, prompt: int, new_tokens: int) -> Row:
+def _row(
+    runner: _Runner | LlamaCpp, base: _Runner | LlamaCpp | None, phase: str, batch: int, prompt: int, new_tokens: int
+) -> Row:
     first, median, third = quartiles(getattr(runner, phase))
     return Row(
         model=runner.name,
-        quantized=any(isinstance(module, QuantLinear) for module in runner.model.modules()),
-        compiled=runner.compiled is not None,
+        **runner.facts,
         phase=phase,
-        dtype=str(runner.model.dtype).removeprefix("torch."),
         batch=batch,
         prompt=prompt,
         new_tokens=new_tokens,

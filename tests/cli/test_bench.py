@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -304,7 +306,8 @@ def test_the_head_is_rounded_where_that_is_asked_for() -> None:
 
 
 @pytest.mark.skipif(VERSION_4, reason="transformers 4 keeps the experts apart, and nothing is grouped")
-def test_the_time_of_grouped_experts_is_that_of_the_rest() -> None:
+def test_the_time_of_grouped_experts_is_that_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQ_BACKEND_FUSE", "0")  # or it is part of that of the layers
     from gptq_cli import bench_model
     from gptq_cli.models import load_model
     from gptq_transformers.experts.expert_list import ExpertList
@@ -315,6 +318,39 @@ def test_the_time_of_grouped_experts_is_that_of_the_rest() -> None:
         assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1)
         assert layers
         assert kinds["ExpertList"]["calls_per_step"] == layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peer", "ollama=/bin/true"], "expected llama.cpp=PROGRAM"),
+        (["--peer", "llama.cpp=/nowhere"], "/nowhere is no program"),
+        (["--peer", "llama.cpp=/bin"], "llama-batched-bench is no program"),
+        (["--peer", "llama.cpp=/bin/true"], "but none is given"),
+        (["--peer", "llama.cpp=/bin/true", "--peer-model", "/nowhere.gguf"], "/nowhere.gguf is no file"),
+        (["--peer", "llama.cpp=/bin/true", "--peer-model", __file__], "ended with 0 and 0 results"),
+        (["--peer", "llama.cpp=/bin/cat", "--peer-model", __file__], "ended with 1 and 0 results; it said: .*cat"),
+    ],
+)
+def test_a_peer_that_cannot_run_is_an_error(arguments: list[str], message: str) -> None:
+    sizes = ["--prompt", "6", "--new-tokens", "4", "--repeats", "1"]
+    result = _bench("model", CHECKPOINTS / "llama-4-32-sym", *sizes, *arguments)
+    assert result.exit_code == 1
+    assert re.search(message, result.stderr.splitlines()[-1])
+
+
+@pytest.mark.skipif("LLAMA_BATCHED_BENCH" not in os.environ, reason="LLAMA_BATCHED_BENCH=PROGRAM:MODEL.gguf is not set")
+def test_llama_cpp_takes_its_turn() -> None:
+    program, _, gguf = os.environ["LLAMA_BATCHED_BENCH"].partition(":")
+    sizes = ["--prompt", "6", "--new-tokens", "4", "--batch", "2", "--repeats", "2"]
+    peer = ["--peer", f"llama.cpp={program}", "--peer-model", gguf]
+    result = _bench("model", CHECKPOINTS / "llama-4-32-sym", *sizes, *peer, "--json", "-")
+    assert result.exit_code == 0, result.output
+    ours, theirs = (json.loads(result.stdout)["rows"][first::2] for first in (0, 1))
+    assert [row["model"] for row in (ours[1], theirs[1])] == [f"llama.cpp {Path(gguf).name}"] * 2
+    for own, other in (ours, theirs):
+        assert own["ratio"] == pytest.approx(own["tokens_per_second"] / other["tokens_per_second"])
+        assert other["ratio"] == 1
 
 
 def test_lengths_beyond_the_model_are_refused_before_generating() -> None:
