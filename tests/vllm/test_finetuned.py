@@ -1,4 +1,4 @@
-"""An adapter that peft trained is served on top of its quantized base, and merged into it: both say what was learned."""
+"""An adapter that peft trained is served on top of its quantized base, and merged into it: both say what it learned."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_what_was_learned_is_served_on_top_and_merged(engine: Engine, bits: int,
 
     changed, rounded = distance(on_top, plain), (on_top - again).abs().mean().item()
     served = distance(on_top, trained[0]), distance(again, logits(load(merged))[0])
-    print(f"{bits} bits: learned {changed:.4f}, served {served[0]:.4f} and {served[1]:.4f}, rounded again {rounded:.4f}")
+    print(f"{bits} bits: changed {changed:.4f}, on top {served[0]:.4f}, merged {served[1]:.4f}, between {rounded:.4f}")
     assert max(served) < SERVED
     assert rounded < ROUNDED_AGAIN[bits] < changed / 5
 
