@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from gptq_transformers.experts.expert_list import ExpertList
+from tests.peft.training import EXPERTS
 from tests.transformers.checkpoints import VERSION_4, dense, ids, load
 
 if VERSION_4:
     pytest.skip("transformers 4 keeps experts apart, as layers like any other", allow_module_level=True)
 
-SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+FAMILY, SIZES, _ = EXPERTS
 # In float32 the kernels compute with integers of 30 bits.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -26,7 +27,7 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5}
 @pytest.fixture(params=[(4, False), (3, True)], ids=["4 bits", "3 bits, act-order"])
 def folder(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> Path:
     bits, desc_act = request.param
-    return checkpoint("qwen3_moe", bits, desc_act, **SIZES)
+    return checkpoint(FAMILY, bits, desc_act, **SIZES)
 
 
 def gradients(base: Any, checkpointing: dict[str, Any] | None = None) -> dict[str, Tensor]:
@@ -94,7 +95,7 @@ def test_a_router_learns_from_experts_in_a_single_call(folder: Path) -> None:
 
 def test_experts_whose_forms_differ_have_gradients_too(checkpoint: Callable[..., Path]) -> None:
     """One of them is dense: all are multiplied one by one."""
-    model = load(checkpoint("qwen3_moe", **SIZES))
+    model = load(checkpoint(FAMILY, **SIZES))
     experts = next(module for module in model.modules() if isinstance(module, ExpertList))
     plain: nn.Module = experts.get_submodule("1.up_proj").dequantize().requires_grad_(False)
     experts.get_submodule("1").up_proj = plain
