@@ -16,7 +16,7 @@ from .format.weight import QuantizedWeight, WeightSpec
 from .kernels.interface import Kernel, PreparedWeight, Tensors
 from .kernels.table import select_kernel
 from .lazy_weight import LazyWeight
-from .module_moves import changing_layout, check_whole, effect, is_sharded, offloading_hook
+from .module_moves import changing_layout, check_shardable, check_whole, effect, has_shards, is_sharded, offloading_hook
 from .timing import timed
 
 # What a prepared layer keeps of the checkpoint beside the kernel's tensors: small, and the way back is exact.
@@ -187,6 +187,8 @@ class QuantLinear(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of ``nn.Module``; whoever made something of the parameters sees by ``changes`` that it is outdated."""
+        if self.kernel is None and param is not None:
+            check_shardable(self.name, param)
         self.changes += 1
         super().register_parameter(name, param)
 
@@ -361,7 +363,8 @@ class QuantLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         concerned = any(key.startswith(prefix) and "." not in key[len(prefix) :] for key in state_dict)
         if concerned or self._load_state_dict_pre_hooks:
-            self.unprepare()
+            if not has_shards(self._parameters, state_dict, prefix):
+                self.unprepare()
             super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         _, strict, missing_keys, *_ = rest
@@ -371,9 +374,7 @@ class QuantLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         prepared, parameters = served = state.pop("_served")
-        stored = {
-            key: nn.Parameter(value, requires_grad=False) for key, value in _stored(self.stored_spec, *served).items()
-        }
+        stored = {key: nn.Parameter(t, requires_grad=False) for key, t in _stored(self.stored_spec, *served).items()}
         return state | {"_parameters": {"bias": parameters["bias"], **stored}, "_was_prepared": prepared is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,26 @@ def check_whole(tensor: Tensor) -> None:
             "a quantized layer is sharded over processes (FSDP), and its stored tensors need all shards; save the "
             "adapter alone, and take the base model from the folder that it was loaded from"
         )
+
+
+def check_shardable(name: str, tensor: Tensor) -> None:
+    """Raise a ConfigError if a tensor that a layer is given before it is prepared is sharded: what a kernel makes of
+    it in a call would be taken away again after it.
+    """
+    if is_sharded(tensor):
+        raise ConfigError(
+            f"{name}: a quantized layer was sharded over processes (FSDP) before its weights were loaded and prepared; "
+            "load them and call prepare() first (accelerate: fsdp_cpu_ram_efficient_loading: false)"
+        )
+
+
+def has_shards(parameters: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a layer is sharded, and ``state_dict`` has shards like its own behind ``prefix``, or nothing of it.
+
+    Such are the state dicts of a sharded model, and those of an adapter. A checkpoint has tensors of other shapes.
+    """
+    mine, theirs = parameters["qweight"], state_dict.get(f"{prefix}qweight")
+    return is_sharded(mine) and (theirs is None or theirs.shape == mine.shape)
 
 
 def offloading_hook(module: nn.Module) -> Any:

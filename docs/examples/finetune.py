@@ -4,14 +4,15 @@
     python docs/examples/finetune.py demo-output/smollm2-135m-gptq-4bit-g64 demo-output/smollm2-135m
 
 `make demo` makes these two folders. The text is a play that is packaged with gptq_transformers; its end is held out.
-Each model is trained in a process of its own. finetune.json gets all losses, times and the peak of memory, finetune.svg
-the losses as a picture.
+Each model is trained in a process of its own, and they take turns step by step, so that both meet the same machine.
+finetune.json gets all losses, times and the peak of memory, finetune.svg the losses as a picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -35,24 +36,70 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(train(options.models[0], options.steps, options.dtype)))
+        train(options.models[0], options.steps, options.dtype, Turns())
         return
-    results = {}
-    for folder in options.models:
-        settings = ["--steps", str(options.steps), "--dtype", options.dtype]
-        command = [sys.executable, __file__, "--one", str(folder), *settings]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results[folder.name] = found = json.loads(done.stdout.splitlines()[-1])
+    results = in_turns(options.models, ["--steps", str(options.steps), "--dtype", options.dtype])
+    for name, found in results.items():
         print(
-            f"{folder.name}: held-out loss {found['before']:.3f} -> {found['after']:.3f}, "
+            f"{name}: held-out loss {found['before']:.3f} -> {found['after']:.3f}, "
             f"{found['seconds_per_step']:.2f} s per step, peak memory {found['peak_mb']} MB"
         )
     options.json.write_text(json.dumps({"steps": options.steps, "dtype": options.dtype, "models": results}, indent=1))
     options.json.with_suffix(".svg").write_text(picture({name: each["losses"] for name, each in results.items()}))
 
 
-def train(folder: Path, steps: int, dtype: str) -> dict[str, Any]:
-    """The losses of each step, and before and after on text that was held out."""
+def in_turns(folders: list[Path], settings: list[str]) -> dict[str, dict[str, Any]]:
+    """What :func:`train` finds for each of ``folders``; one process works at a time."""
+    results: dict[str, dict[str, Any]] = {}
+    waiting = []
+    for folder in folders:
+        command = [sys.executable, __file__, "--one", str(folder), *settings]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        waiting.append((folder.name, child))
+        take_turn(child)  # until it is about to take its first step
+    while waiting:
+        for name, child in [*waiting]:
+            if (result := take_turn(child, "go")) is not None:
+                results[name] = result
+                waiting.remove((name, child))
+    return results
+
+
+def take_turn(child: Any, message: str = "") -> Any:
+    """Let a process that waits go on, until it waits again or is done -> its result, or None."""
+    if message:
+        child.stdin.write(f"{message}\n")
+        child.stdin.flush()
+    answer = child.stdout.readline()
+    if not answer:
+        raise SystemExit("a training process ended early; its messages are above")
+    return json.loads(answer)
+
+
+class Turns:
+    """A process's side of :func:`take_turn`, and the seconds of each step. Other prints go to stderr from now on."""
+
+    def __init__(self) -> None:
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.start, self.seconds = 0.0, list[float]()
+
+    def answer(self, result: Any = None) -> None:
+        self.answers.write(json.dumps(result) + "\n")
+        self.answers.flush()
+
+    def begin(self) -> None:
+        self.answer()
+        if not sys.stdin.readline():
+            raise SystemExit("nobody waits for this process any more")
+        self.start = time.perf_counter()
+
+    def end(self) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def train(folder: Path, steps: int, dtype: str, turns: Turns) -> None:
+    """Answers with the losses of each step, and with those before and after on text that was held out."""
     import torch
     import transformers
     from peft import LoraConfig
@@ -89,17 +136,19 @@ def train(folder: Path, steps: int, dtype: str) -> dict[str, Any]:
         ),
     )
     before = trainer.evaluate()["eval_loss"]
-    clock = Clock()
-    trainer.add_callback(callback(clock))
+    trainer.add_callback(callback(turns))
     trainer.train()
     losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
-    return {
+    result = {
         "before": before,
         "after": trainer.evaluate()["eval_loss"],
         "losses": losses,
-        "seconds_per_step": statistics.median(clock.seconds),
+        "seconds_per_step": statistics.median(turns.seconds),
+        "seconds_25_75": statistics.quantiles(turns.seconds, n=4)[::2],
+        "threads": torch.get_num_threads(),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
     }
+    turns.answer(result)
 
 
 def text_chunks(tokenizer: Any) -> list[list[int]]:
@@ -114,28 +163,15 @@ def dataset(chunks: list[list[int]]) -> Any:
     return Dataset.from_dict({"input_ids": chunks})
 
 
-class Clock:
-    """Seconds of each step."""
-
-    def __init__(self) -> None:
-        self.start, self.seconds = 0.0, list[float]()
-
-    def begin(self) -> None:
-        self.start = time.perf_counter()
-
-    def end(self) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
-
-
-def callback(clock: Clock) -> Any:
+def callback(turns: Turns) -> Any:
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            clock.begin()
+            turns.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.end()
+            turns.end()
 
     return Timer()
 

@@ -9,7 +9,7 @@ from gptq_backend import ConfigError
 
 from .linear_view import seen_as_linear
 from .merging import merge_onto_dense, refuse_merging_in_place
-from .quantized import adapted_layers, base_of, has_quantized, is_loaded
+from .quantized import adapted_layers, base_of, has_quantized
 from .trained_copies import dense_copy
 
 
@@ -18,10 +18,6 @@ def put_on(original: Any, tuner: Any, model: Any, *args: Any, **kwargs: Any) -> 
     if not has_quantized(model):
         return original(tuner, model, *args, **kwargs)
     _refuse_qalora(vars(tuner).get("peft_config") or {})
-    if is_loaded(model):
-        from .experts import keep_experts_apart
-
-        keep_experts_apart()
     with seen_as_linear(model):
         return original(tuner, model, *args, **kwargs)
 

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -98,6 +101,50 @@ def trainer(folder: str, adapter: Path) -> list[float]:
     return [each["loss"] for each in run.state.log_history if "loss" in each]
 
 
+FULL = functools.partial(StateDictOptions, full_state_dict=True, cpu_offload=True)
+FROM_RANK_0 = functools.partial(FULL, broadcast_from_rank0=True)
+
+
+def state_dicts(folder: str, adapter: Path) -> dict[str, Any]:
+    """Which state dicts of a model under FSDP2 bring back an adapter that was lost, and what they show."""
+    model = model_with_adapter(folder)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    expected = {key: tensor.clone() for key, tensor in model.state_dict().items() if "lora_" in key}
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model(input_ids=batches()[0], labels=batches()[0]).loss.backward()
+    model.reshard()
+    full, frozen_left_out = (
+        get_model_state_dict(model, options=FULL(ignore_frozen_params=only)) for only in (False, True)
+    )
+    sharded = {key: tensor.clone() for key, tensor in get_model_state_dict(model).items()}
+    dcp.save(sharded, checkpoint_id=adapter)
+    peft = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    first = torch.distributed.get_rank() == 0
+    ways = {
+        "sharded": lambda: set_model_state_dict(model, sharded),
+        "from files": lambda: dcp.load(get_model_state_dict(model), checkpoint_id=adapter),
+        "full": lambda: set_model_state_dict(model, full, options=FROM_RANK_0()),
+        "adapter": lambda: set_model_state_dict(model, frozen_left_out, options=FROM_RANK_0(strict=False)),
+        "peft's": lambda: set_peft_model_state_dict(model, peft),
+    }
+    found: dict[str, Any] = {"shown": first and sorted(frozen_left_out) == sorted(expected)}
+    for name, bring_back in ways.items():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data.zero_()
+        bring_back()
+        here = {key: each.full_tensor() for key, each in model.named_parameters() if "lora_" in key}
+        found[name] = all(torch.equal(here[key], tensor) for key, tensor in expected.items())
+    layer = next(module for module in model_with_adapter(folder).modules() if isinstance(module, QuantLinear))
+    with pytest.raises(ConfigError) as refusal:
+        fully_shard(layer.unprepare(), mesh=init_device_mesh("cpu", (2,)))
+    return found | {"unprepared": str(refusal.value)}
+
+
 def fsdp1(folder: str, adapter: Path) -> str:
     """What it says."""
     policy = functools.partial(size_based_auto_wrap_policy, min_num_params=1000)
@@ -113,6 +160,7 @@ WAYS: dict[str, Callable[..., Any]] = {
     "accelerate": accelerated,
     "FSDP2": functools.partial(accelerated, sharded=True),
     "Trainer": trainer,
+    "state dicts": state_dicts,
     "FSDP1": fsdp1,
 }
 

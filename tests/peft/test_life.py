@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
-from tests.peft.training import TARGETS, loss_of, quantized, saved_tensors, train
+from tests.peft.training import EXPERTS, TARGETS, loss_of, quantized, saved_tensors, train
 from tests.transformers.checkpoints import distance, ids, load, logits
 
 
@@ -142,19 +142,43 @@ def test_a_model_is_saved_below_its_adapters(two: PeftModel, checkpoint: Callabl
     assert torch.equal(logits(load(tmp_path)), logits(load(checkpoint())))
 
 
-def test_transformers_own_adapter_methods_work(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    model = load(checkpoint())
-    expected = logits(model)
-    model.add_adapter(lora())
-    assert train(model, steps=2) > 0
-    trained = logits(model)
+@pytest.mark.parametrize(
+    ("family", "sizes", "targets"), [("llama", {}, TARGETS), (EXPERTS[0], EXPERTS[1], [*EXPERTS[2], "q_proj"])]
+)
+def test_transformers_own_adapter_methods_work(
+    family: str, sizes: dict[str, int], targets: list[str], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = checkpoint(family, **sizes)
+    model = load(folder)
+    plain, trained = logits(model), {}
+    for name, config in {"one": lora(target_modules=targets), "two": lora(target_modules=["o_proj"], r=2)}.items():
+        model.add_adapter(config, name)
+        model.set_adapter(name)
+        assert train(model, steps=2) > 0
+        trained[name] = logits(model)
+        model.save_pretrained(tmp_path / name)
     model.disable_adapters()
-    assert torch.equal(logits(model), expected)
+    assert distance(logits(model), plain) < 1e-6
     model.enable_adapters()
-    model.save_pretrained(tmp_path)
-    again = load(checkpoint())
-    again.load_adapter(str(tmp_path))
-    assert torch.equal(logits(again.eval()), trained)
+    model.set_adapter("one")
+    assert torch.equal(logits(model), trained["one"])
+
+    again = load(folder)
+    for name in trained:
+        again.load_adapter(str(tmp_path / name), name)
+    for name, expected in trained.items():
+        again.set_adapter(name)
+        assert torch.equal(logits(again.eval()), expected)
+    again.delete_adapter("two")
+    again.set_adapter("one")
+    assert torch.equal(logits(again), trained["one"])
+    assert len(again.get_adapter_state_dict("one")) == len(saved_tensors(tmp_path / "one"))
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder), tmp_path / "one").eval()), trained["one"])
+
+
+def test_the_folder_of_an_adapter_loads_as_a_model(two: PeftModel, tmp_path: Path) -> None:
+    two.save_pretrained(tmp_path)  # it names the folder of the base
+    assert torch.equal(logits(load(tmp_path / "two").eval()), logits(two))
 
 
 def test_casts_and_generation_follow(two: PeftModel) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from gptq_backend import QuantLinear
 from gptq_transformers import GPTQConfig
 from gptq_transformers.experts.expert_list import ExpertList
-from tests.peft.training import quantized, reloaded, saved_tensors, train
+from tests.peft.training import EXPERTS, quantized, reloaded, saved_tensors, train
 from tests.transformers.checkpoints import VERSION_4, distance, ids, load, logits
 
 
@@ -105,12 +105,10 @@ def test_a_module_of_quantized_layers_is_trained_as_a_whole(checkpoint: Callable
 def test_experts_take_adapters_by_the_names_that_the_checkpoint_has(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    family = "mixtral" if VERSION_4 else "qwen3_moe"
-    sizes = {} if VERSION_4 else {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    family, sizes, names = EXPERTS
     folder = checkpoint(family, **sizes)
     base = load(folder)
     expected = logits(base)
-    names = ["w1", "w2", "w3"] if VERSION_4 else ["gate_proj", "up_proj", "down_proj"]
     model = lora(base, target_modules=names)
     assert any("experts" in name for name in adapted(model))
     assert train(model) > 0.02
@@ -127,8 +125,7 @@ def test_experts_take_adapters_by_the_names_that_the_checkpoint_has(
 def test_adapters_beside_experts_leave_their_single_call_alone(checkpoint: Callable[..., Path]) -> None:
     if VERSION_4:
         pytest.skip("transformers 4 keeps experts apart")
-    folder = checkpoint("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
-    base = load(folder)
+    base = load(checkpoint(EXPERTS[0], **EXPERTS[1]))
     expected = logits(base)
     model = lora(base, target_modules=["q_proj"])
     assert train(model) > 0.01

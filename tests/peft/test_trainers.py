@@ -57,6 +57,12 @@ def test_two_processes_give_the_losses_and_the_adapter_of_one(
     assert distance(one, logits(load(checkpoint()))) > 0.01
 
 
+def test_state_dicts_under_fsdp2_bring_back_an_adapter(two_processes: Path) -> None:
+    found = json.loads((two_processes / "losses.json").read_text())["state dicts"]
+    assert found.pop("unprepared").startswith("model.layers.0.self_attn.q_proj: a quantized layer was sharded over")
+    assert found == dict.fromkeys(("shown", "sharded", "from files", "full", "adapter", "peft's"), True)
+
+
 def test_fsdp1_refuses_integers(two_processes: Path) -> None:
     assert json.loads((two_processes / "losses.json").read_text())["FSDP1"] == "Cannot flatten integer dtype tensors"
 

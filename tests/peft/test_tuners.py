@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from gptq_backend import ConfigError, QuantLinear
 from tests.peft.training import TARGETS, quantized, reloaded, train
-from tests.transformers.checkpoints import distance, ids, load, logits
+from tests.transformers.checkpoints import VERSION_4, distance, ids, load, logits
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SQUARE = ["q_proj", "o_proj"]
@@ -97,6 +98,55 @@ def test_an_adapter_trains_alone_and_is_saved_disabled_and_merged(
         merged = again.merge_and_unload()
         assert distance(logits(merged), trained) < 1e-5
         assert not any(type(module).__module__.startswith("peft") for module in merged.modules())
+
+
+def test_eva_begins_with_what_it_saw_in_data(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint()
+    base = load(folder)
+    expected = logits(base)
+    config = peft.LoraConfig(**LORA, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0), **CAUSAL)
+    model = peft.get_peft_model(base, config)
+    peft.initialize_lora_eva_weights(model, [{"input_ids": ids()}] * 4)
+    assert distance(logits(model), expected) < 1e-5
+    assert train(model) > 0.1
+    trained = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(reloaded(model, folder, tmp_path)), trained)
+
+
+def test_poly_trains_for_several_tasks(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    def of_two_tasks(model: Any) -> Any:
+        model.forward = functools.partial(model.forward, task_ids=torch.tensor([0, 1]))
+        return model
+
+    folder = checkpoint()
+    base = load(folder)
+    expected = logits(base)
+    config = peft.PolyConfig(r=4, n_tasks=2, n_skills=2, n_splits=2, target_modules=TARGETS, **CAUSAL)
+    model = of_two_tasks(peft.get_peft_model(base, config))
+    assert train(model) > 0.02
+    trained = logits(model)
+    with model.disable_adapter():  # its hooks, which hand tasks on, keep layers from running in few calls
+        assert distance(logits(model), expected) < 1e-6
+    assert torch.equal(logits(of_two_tasks(reloaded(model, folder, tmp_path))), trained)
+
+
+def test_xlora_learns_to_mix_adapters(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    base = load(checkpoint())
+    base.config.use_cache = False
+    expected = logits(base)
+    names = ("0", "1")  # with others peft 0.21 raises a KeyError, on dense models too
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        adapter = peft.LoraConfig(**LORA, init_lora_weights=False, **CAUSAL)
+        peft.get_peft_model(load(checkpoint()), adapter).save_pretrained(tmp_path / name)
+    folders = {name: str(tmp_path / name) for name in names}
+    model = peft.get_peft_model(base, peft.XLoraConfig(hidden_size=64, xlora_depth=1, adapters=folders, **CAUSAL))
+    assert train(model) > 0
+    if not VERSION_4:  # peft 0.17 goes on with the adapters
+        with model.disable_adapter():
+            assert distance(logits(model), expected) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

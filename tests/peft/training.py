@@ -11,9 +11,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gptq_backend import QuantLinear
-from tests.transformers.checkpoints import ids, load
+from tests.transformers.checkpoints import VERSION_4, ids, load
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+# A mixture: the arguments of the fixture "checkpoint", and the names of an expert's layers in its files.
+EXPERTS: tuple[str, dict[str, int], list[str]] = (
+    "qwen3_moe",
+    {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ["gate_proj", "up_proj", "down_proj"],
+)
+if VERSION_4:
+    EXPERTS = ("mixtral", {}, ["w1", "w2", "w3"])
 
 
 def train(model: nn.Module, steps: int = 6, rate: float = 1e-2) -> float:

@@ -18,7 +18,7 @@ from gptq_backend import CalibrationError, CheckpointError, ConfigError, GPTQErr
 from gptq_transformers import merge_adapter
 from gptq_transformers.merging import plainly_rounded, with_adapter
 from tests.transformers.adapters import dense_twin, write_lora
-from tests.transformers.checkpoints import VOCABULARY, distance, load, logits, tiny, write
+from tests.transformers.checkpoints import VERSION_4, VOCABULARY, distance, load, logits, tiny, write
 
 peft: Any = pytest.importorskip("peft", reason="peft computes what an adapter adds; pip install peft")
 
@@ -95,6 +95,18 @@ def test_a_gptq_result_keeps_the_form_of_each_layer_and_all_else_to_the_bit(
     assert sorted(layer.name for layer in report.layers) == sorted(quantized)
     assert report.dense == [f"{name}.weight" for name in LAYERS if name not in quantized]
     assert distance(logits(model), expected) < distance(logits(old), expected)
+
+
+@pytest.mark.skipif(VERSION_4, reason="transformers 4 has other names for experts")
+@pytest.mark.parametrize("calibration", [None, SAMPLES], ids=["nearest", "calibrated"])
+def test_what_experts_learned_is_merged(tmp_path: Path, calibration: Any) -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    write(tmp_path / "model", tiny("qwen3_moe", **sizes), QuantizeConfig(bits=8, group_size=32))
+    layers = [f"model.layers.0.mlp.experts.{i}.{part}_proj" for i in (1, 3) for part in ("gate", "up", "down")]
+    base = load(tmp_path / "model")
+    expected = logits(with_deltas(base, write_lora(tmp_path / "adapter", base, layers, scale=0.05)))
+    merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", calibration)
+    assert distance(logits(load(tmp_path / "out")), expected) < 0.02 < distance(logits(base), expected) / 5
 
 
 def test_calibration_is_nearer_than_plain_rounding(plain: Path, tmp_path: Path) -> None:
