@@ -20,7 +20,13 @@ from gptq_backend.kernels import table as kernels
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, ROOT, assert_passes_at, error, exact, native, prepared
 
-OTHERS = ("test_cpu_gradient.py", "test_cpu_block.py", "test_cpu_block_calls.py", "test_cpu_layers.py", "test_cpu_experts.py")
+OTHERS = tuple(f"test_cpu_{name}.py" for name in ("gradient", "block", "block_calls", "layers", "experts"))
+    "test_cpu_gradient.py",
+    "test_cpu_block.py",
+    "test_cpu_block_calls.py",
+    "test_cpu_layers.py",
+    "test_cpu_experts.py",
+)
 SANITIZED = [str(Path(__file__).with_name(name)) for name in OTHERS]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
 
