@@ -21,12 +21,6 @@ from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, ROOT, assert_passes_at, error, exact, native, prepared
 
 OTHERS = tuple(f"test_cpu_{name}.py" for name in ("gradient", "block", "block_calls", "layers", "experts"))
-    "test_cpu_gradient.py",
-    "test_cpu_block.py",
-    "test_cpu_block_calls.py",
-    "test_cpu_layers.py",
-    "test_cpu_experts.py",
-)
 SANITIZED = [str(Path(__file__).with_name(name)) for name in OTHERS]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
 
