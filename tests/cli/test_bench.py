@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,12 +67,12 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _bench(*arguments: object) -> Result:
+def bench(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
 
 
 def _gemm(*arguments: object) -> dict:
-    result = _bench("gemm", "--seconds", "0.01", "--json", "-", *arguments)
+    result = bench("gemm", "--seconds", "0.01", "--json", "-", *arguments)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -174,7 +172,7 @@ def test_errors_of_the_user_are_one_line(tmp_path: Path) -> None:
         (["--json", tmp_path / "none" / "x.json"], "its folder does not exist"),
     ]
     for arguments, message in expected:
-        result = _bench("gemm", *arguments)
+        result = bench("gemm", *arguments)
         assert result.exit_code == 1, arguments
         (line,) = result.stderr.strip().splitlines()
         assert message in line
@@ -236,7 +234,7 @@ def test_act_order_and_unsupported_layers_are_told_not_dropped(peers: Path, monk
 
 def test_the_table_has_a_line_per_row_and_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    result = _bench("gemm", "--shape", "40x64", "--m", "1,2", "--seconds", "0.01", "--threads", before + 1)
+    result = bench("gemm", "--shape", "40x64", "--m", "1,2", "--seconds", "0.01", "--threads", before + 1)
     assert result.exit_code == 0, result.output
     assert torch.get_num_threads() == before
     assert "40x64, 4 bits, group 64, sym, bf16" in result.stdout
@@ -264,7 +262,7 @@ CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 def test_model_reports_both_models_both_phases_and_where_the_time_goes() -> None:
     path, other = CHECKPOINTS / "llama-4-32-sym", CHECKPOINTS / "llama-4-32-asym-v2"
     sizes = ["--prompt", "6", "--new-tokens", "4", "--batch", "2", "--repeats", "2", "--dtype", "fp32"]
-    result = _bench("model", path, "--reference", other, *sizes, "--profile", "--json", "-")
+    result = bench("model", path, "--reference", other, *sizes, "--profile", "--json", "-")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     rows = found["rows"]
@@ -298,7 +296,7 @@ def test_looking_leaves_the_model_as_it_was() -> None:
 
 def test_the_head_is_rounded_where_that_is_asked_for() -> None:
     sizes = ["--prompt", "6", "--new-tokens", "4", "--repeats", "1", "--head-bits", "8"]
-    result = _bench("model", CHECKPOINTS / "llama-4-32-sym", *sizes, "--profile", "--json", "-")
+    result = bench("model", CHECKPOINTS / "llama-4-32-sym", *sizes, "--profile", "--json", "-")
     assert result.exit_code == 0, result.output
     for kinds in json.loads(result.stdout)["profile"][str(CHECKPOINTS / "llama-4-32-sym")].values():
         assert kinds["QuantLinear"]["calls_per_step"] == 1
@@ -320,41 +318,8 @@ def test_the_time_of_grouped_experts_is_that_of_the_rest(monkeypatch: pytest.Mon
         assert kinds["ExpertList"]["calls_per_step"] == layers
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--peer", "ollama=/bin/true"], "expected llama.cpp=PROGRAM"),
-        (["--peer", "llama.cpp=/nowhere"], "/nowhere is no program"),
-        (["--peer", "llama.cpp=/bin"], "llama-batched-bench is no program"),
-        (["--peer", "llama.cpp=/bin/true"], "but none is given"),
-        (["--peer", "llama.cpp=/bin/true", "--peer-model", "/nowhere.gguf"], "/nowhere.gguf is no file"),
-        (["--peer", "llama.cpp=/bin/true", "--peer-model", __file__], "ended with 0 and 0 results"),
-        (["--peer", "llama.cpp=/bin/cat", "--peer-model", __file__], "ended with 1 and 0 results; it said: .*cat"),
-    ],
-)
-def test_a_peer_that_cannot_run_is_an_error(arguments: list[str], message: str) -> None:
-    sizes = ["--prompt", "6", "--new-tokens", "4", "--repeats", "1"]
-    result = _bench("model", CHECKPOINTS / "llama-4-32-sym", *sizes, *arguments)
-    assert result.exit_code == 1
-    assert re.search(message, result.stderr.splitlines()[-1])
-
-
-@pytest.mark.skipif("LLAMA_BATCHED_BENCH" not in os.environ, reason="LLAMA_BATCHED_BENCH=PROGRAM:MODEL.gguf is not set")
-def test_llama_cpp_takes_its_turn() -> None:
-    program, _, gguf = os.environ["LLAMA_BATCHED_BENCH"].partition(":")
-    sizes = ["--prompt", "6", "--new-tokens", "4", "--batch", "2", "--repeats", "2"]
-    peer = ["--peer", f"llama.cpp={program}", "--peer-model", gguf]
-    result = _bench("model", CHECKPOINTS / "llama-4-32-sym", *sizes, *peer, "--json", "-")
-    assert result.exit_code == 0, result.output
-    ours, theirs = (json.loads(result.stdout)["rows"][first::2] for first in (0, 1))
-    assert [row["model"] for row in (ours[1], theirs[1])] == [f"llama.cpp {Path(gguf).name}"] * 2
-    for own, other in (ours, theirs):
-        assert own["ratio"] == pytest.approx(own["tokens_per_second"] / other["tokens_per_second"])
-        assert other["ratio"] == 1
-
-
 def test_lengths_beyond_the_model_are_refused_before_generating() -> None:
-    result = _bench("model", CHECKPOINTS / "llama-4-32-sym", "--prompt", "100000", "--dtype", "fp32")
+    result = bench("model", CHECKPOINTS / "llama-4-32-sym", "--prompt", "100000", "--dtype", "fp32")
     assert result.exit_code == 1
     assert "exceed the model's" in result.stderr.splitlines()[-1]
 
@@ -372,7 +337,7 @@ def test_a_shape_without_a_checkpoint_is_measured(tmp_path: Path) -> None:
 
 def test_quantizing_accounts_for_every_second_and_every_block(tmp_path: Path) -> None:
     arguments = ["--shape", "tiny", "--samples", "4", "--seqlen", "32", "--group-size", "32", "--quality", "default"]
-    result = _bench("quantize", *arguments, "--json", str(tmp_path / "out.json"))
+    result = bench("quantize", *arguments, "--json", str(tmp_path / "out.json"))
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out.json").read_text())
     before, first, second = found["phases"]
@@ -396,6 +361,6 @@ def test_the_whole_is_the_first_block_and_the_mean_of_the_others_for_the_rest(mo
 
 @pytest.mark.parametrize("wrong", [["--blocks", "3"], ["--shape", "huge"], ["--quality", "best"], ["--dtype", "int8"]])
 def test_quantizing_what_cannot_be_is_refused(wrong: list[str]) -> None:
-    result = _bench("quantize", "--shape", "tiny", "--samples", "1", "--seqlen", "8", *wrong)
+    result = bench("quantize", "--shape", "tiny", "--samples", "1", "--seqlen", "8", *wrong)
     assert result.exit_code == 1
     assert "expected" in result.output

@@ -68,10 +68,8 @@ class ExpertList(nn.Module):
             grouped = self._group()
         if not grouped.serve(hidden_states):
             return self._by_expert(hidden_states, top_k_index, top_k_weights)
-        if not torch.compiler.is_compiling() and type(hidden_states) is Tensor:
-            one_call = grouped.one_call
-            if one_call is not None and top_k_index.numel() <= cpu_experts.MOST_ROWS and self._silent_activation():
-                return one_call(hidden_states, top_k_index, top_k_weights)
+        if self._in_one_call(hidden_states, top_k_index, top_k_weights):
+            return grouped.one_call(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
         routing = Routing(top_k_index, self.num_experts)
         outputs = [y for call in grouped.before for y in call(hidden_states, routing, top_k_index.shape[1])]
         y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0]).unflatten(0, top_k_index.shape)
@@ -132,8 +130,14 @@ class ExpertList(nn.Module):
         parent, _, name = path.rpartition(".")
         return self.get_submodule(parent)._modules, name
 
-    def _silent_activation(self) -> bool:
-        """Whether nobody would miss its call."""
+    def _in_one_call(self, x: Tensor, index: Tensor, weights: Tensor) -> bool:
+        """Whether there is such a call, and nobody expects more of what it computes: no gradient, no hook, no trace."""
+        if torch.compiler.is_compiling() or type(x) is not Tensor or type(weights) is not Tensor:
+            return False
+        if self._grouped is None or self._grouped.one_call is None or index.numel() > cpu_experts.MOST_ROWS:
+            return False
+        if torch.is_grad_enabled() and weights.requires_grad:
+            return False
         function = getattr(self, "act_fn", None)
         hooked = isinstance(function, nn.Module) and (function._forward_hooks or function._forward_pre_hooks)
         return self._tried == (function,) and not hooked
