@@ -17,6 +17,7 @@ from .options import (
     BatchSize,
     BlockDevice,
     Device,
+    HeadBits,
     Json,
     Out,
     Overwrite,
@@ -199,6 +200,7 @@ def evaluate(
     backend: Annotated[
         str | None, typer.Option(help="Row of the kernel table. Default: the fastest that fits.", show_default=False)
     ] = None,
+    head_bits: HeadBits = None,
     trust_remote_code: TrustRemoteCode = False,
     json_target: Json = None,
 ) -> None:
@@ -226,10 +228,10 @@ def evaluate(
             "device": device,
             "trust_remote_code": trust_remote_code,
         }
-        loaded = models.load_model(model, backend=backend, **options)
+        loaded = models.load_model(model, backend=backend, head_bits=head_bits, **options)
         other = None if reference is None else models.load_model(reference, **options)
         result = work.evaluate(loaded, ids, other, lambda done, total: status.update(f"window {done} of {total}"))
-    settings = {"model": model, "reference": reference, "text": str(text), "device": device}
+    settings = {"model": model, "reference": reference, "text": str(text), "device": device, "head_bits": head_bits}
     computed_in = str(next(p for p in loaded.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     terminal.write_json(json_target, {**settings, "dtype": computed_in, **dataclasses.asdict(result)})
     say("\n".join(work.lines(result, computed_in, device)))

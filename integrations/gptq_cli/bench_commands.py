@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .model_shapes import SHAPES
-from .options import Device, Json, Threads, TrustRemoteCode
+from .options import Device, HeadBits, Json, Threads, TrustRemoteCode
 
 app = typer.Typer(
     help="Measure speed: of a layer's product, a model's generation, or quantizing.", no_args_is_help=True
@@ -91,9 +91,7 @@ def bench_model(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="What both compute in: bf16, fp16 or fp32.")] = "bf16",
     backend: Annotated[str | None, typer.Option(help="Row of the kernel table. Default: the fastest.")] = None,
-    head_bits: Annotated[
-        int | None, typer.Option(help="Round the head of MODEL to 8 or 4 bits. Default: as it is.", show_default=False)
-    ] = None,
+    head_bits: HeadBits = None,
     trust_remote_code: TrustRemoteCode = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too, beside eager.")] = False,
     profiled: Annotated[bool, typer.Option("--profile", help="Say where the time goes.")] = False,

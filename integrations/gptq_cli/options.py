@@ -22,6 +22,9 @@ Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda:0.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Never done unasked.")
 ]
+HeadBits = Annotated[
+    int | None, typer.Option(help="Round the head of MODEL to 8 or 4 bits. Default: as it is.", show_default=False)
+]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.", show_default=False)]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, for auto at most.")]
 Seqlen = Annotated[int, typer.Option(min=1, help="Tokens per window.")]
