@@ -1,8 +1,8 @@
 """Adapters on experts that are quantized one by one, where peft and transformers 5 expect them fused.
 
-For models whose experts transformers 5 fuses, it turns "gate_proj" into the parameter "gate_up_proj", in the names that
-a configuration targets and in an adapter's file. Models with quantized experts have no such parameter: their names
-stay. Each function gets the original one first.
+For models whose experts transformers 5 fuses, both turn "gate_proj" into the parameter "gate_up_proj": in the names
+that a configuration targets, and in an adapter's file. Models with quantized experts have no such parameter, so their
+names stay. Each function gets the original one first.
 """
 
 from __future__ import annotations

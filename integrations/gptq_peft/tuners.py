@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _adapted: set[type] = set()
-# Files of this package, and without which other package there is nothing of ours for them to do.
+# Files of this package, and for each the package without which there is no layer of ours for it to serve.
 _NEEDED = {"replacements": "gptq_backend", "experts": "gptq_transformers"}
 # What knows of fused experts: nothing in transformers 4, nor in peft before 0.19.
 _CONVERSIONS = {
@@ -62,7 +62,7 @@ def _conversions() -> Iterator[tuple[Any, str, Any]]:
 def _replaced(original: Any, name: str, file: str = "replacements") -> Any:
     """A method or function that hands itself and its arguments to the function ``name`` in a file of this package.
 
-    That file imports the core, whose import may be going on when peft is adapted. Without it there is no layer of ours.
+    That file imports the core, whose import may be going on when peft is adapted.
     """
 
     @functools.wraps(original)
