@@ -7,15 +7,20 @@ whether its files hold the experts of a layer one by one or fused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from gptq_backend import GPTQError
+from gptq_backend.format import read_manifest
 from gptq_backend.model import find_blocks, replace_module
 
 from .errors import load_errors
@@ -37,11 +42,12 @@ def load_around_blocks(
         kind: class of the model; its blocks share no tensor with each other, nor with what is beside them.
 
     Raises:
-        GPTQError: it cannot be loaded, or its files lack weights; so does the function.
+        GPTQError: it cannot be loaded, or its files lack weights.
     """
     readers: list[BlockReader] = []
 
     def load(model: Any, state_dict: Any, files: Any, load_config: Any, *rest: Any, **more: Any) -> Any:
+        _check_names(kind, model, files, load_config)
         readers.append(BlockReader(model, partial(_load, kind, files, load_config), block_name))
         info, index = kind._load_pretrained_model(model, state_dict, files, load_config, *rest, **more)
         info.unexpected_keys.clear()  # those of blocks
@@ -51,9 +57,8 @@ def load_around_blocks(
     members = {"_load_pretrained_model": staticmethod(load), "__module__": kind.__module__}
     loader: Any = type(kind.__name__, (kind,), members)
     with load_errors(path):
-        model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True)
+        model = loader.from_pretrained(path, dtype="auto")
     model.__class__ = kind
-    check_complete(info["missing_keys"], path, model)
     (reader,) = readers
     reader.put_back(model)
     return model, partial(reader.read, model)
@@ -69,12 +74,35 @@ def check_complete(missing: Any, path: str | Path, model: nn.Module) -> None:
         )
 
 
-def _load(kind: Any, files: Any, load_config: Any, model: Any) -> set[str]:
-    """Fill the model with those tensors of the files that it has -> names of those that are in no file."""
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Of transformers, which would show one for each block."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@_without_bars()
+def _load(kind: Any, files: Any, load_config: Any, model: Any) -> None:
+    """Fill the model with those tensors of the files that it has."""
     info, _ = kind._load_pretrained_model(model, None, files, load_config)
     info.unexpected_keys.clear()
-    kind._finalize_model_loading(model, load_config, info)  # which makes up what is missing; others are refused
-    return info.missing_keys
+    kind._finalize_model_loading(model, load_config, info)
+
+
+@_without_bars()
+def _check_names(kind: Any, model: Any, files: Any, load_config: Any) -> None:
+    """Load the whole model on meta: refuse files that lack weights, or have others, before hours of work."""
+    stored = {key: each.shape for key, each in read_manifest([Path(file) for file in files]).items()}
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in stored.items()}
+    load_config, whole = dataclasses.replace(load_config, device_map={"": "meta"}), copy.deepcopy(model)
+    info, _ = kind._load_pretrained_model(whole, tensors, None, load_config)
+    kind._finalize_model_loading(whole, load_config, info)
+    check_complete(info.missing_keys, load_config.pretrained_model_name_or_path, model)
 
 
 class BlockReader:
@@ -82,10 +110,10 @@ class BlockReader:
 
     Args:
         model: on meta.
-        load: fills a model like it, and returns what its files lack.
+        load: fills a model like it with those of its tensors that are in the files.
     """
 
-    def __init__(self, model: PreTrainedModel, load: Callable[[Any], set[str]], block_name: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, load: Callable[[Any], None], block_name: str | None) -> None:
         self.load, self.blocks = load, find_blocks(model, block_name)
         for name in self.blocks:
             replace_module(model, name, nn.Module())
@@ -107,14 +135,13 @@ class BlockReader:
         """Give a block of the ``model`` its tensors; those of experts one by one, if it has them so.
 
         Raises:
-            GPTQError: they cannot be read, or are not all there.
+            GPTQError: they cannot be read.
         """
         name = next(each for each in self.blocks if model.get_submodule(each) is block)
         replace_module(self.frame, name, copy.deepcopy(self.blocks[name]))
         try:
             with load_errors(model.name_or_path):
-                missing = self.load(self.frame)
-            check_complete(missing, model.name_or_path, model)
+                self.load(self.frame)
             if any(isinstance(module, ExpertList) for module in block.modules()):
                 unfuse_experts(self.frame)
             for key, module in self.frame.get_submodule(name).named_modules():
@@ -122,4 +149,3 @@ class BlockReader:
                 own._parameters, own._buffers = module._parameters, module._buffers
         finally:
             replace_module(self.frame, name, nn.Module())
-        model._weight_conversions = self.frame._weight_conversions  # of which more may have been used now

@@ -164,7 +164,8 @@ class _Streaming(Events):
 
     def __init__(self, events: Events, bring: Callable[[nn.Module], None], writer: BlockWriter | None) -> None:
         self.bring, self.writer, self.events = bring, writer, events
-        self.layer_done, self.training_step = events.layer_done, events.training_step  # type: ignore[method-assign]
+        for name in ("structure_found", "block_restored", "layer_done", "training_step"):
+            setattr(self, name, getattr(events, name))
 
     def block_needed(self, name: str, block: nn.Module) -> None:
         self.bring(block)
