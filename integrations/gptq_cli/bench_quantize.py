@@ -61,7 +61,6 @@ class _Timed(Events):
 
     def block_done(self, name: str, block: nn.Module) -> None:
         self.writer.add(name, block)
-        self.writer.shards.flush()
 
 
 def run(
@@ -87,10 +86,11 @@ def run(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with scratch_folder("bench") as folder, record(device) as recorder:
-        writer = BlockWriter.of(model, Path(folder))
+        progress = Progress(Path(folder) / "progress")
+        writer = BlockWriter.of(model, Path(folder), progress, find_structure(model, config))
         assert writer is not None
         events = _Timed(recorder, writer)
-        quantize_model(model, config, tokens, options=RunOptions(device=device), events=events)
+        quantize_model(model, config, tokens, options=RunOptions(device=device), events=events, progress=progress)
         events.cut()
     before, first, *later = [sum(lap.values()) for lap in events.laps]
     peak, reserved = _peak(device)

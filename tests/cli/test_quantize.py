@@ -182,7 +182,7 @@ def test_an_interrupted_training_says_that_it_can_go_on_and_does(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(terminal.LayerProgress, "training_step", interrupt)
+        patch.setattr(run_progress.RunProgress, "training_step", interrupt)
         result = run(*command)
     assert result.exit_code == 130
     said = "".join(result.stderr.split())

@@ -79,14 +79,14 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
 def test_ctrl_c_in_the_middle_exits_130_and_leaves_nothing(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = terminal.LayerProgress.layer_done
+    shown = run_progress.RunProgress.layer_done
 
-    def interrupt(self: terminal.LayerProgress, layer: LayerReport, done: int, total: int) -> None:
+    def interrupt(self: run_progress.RunProgress, layer: LayerReport, done: int, total: int) -> None:
         shown(self, layer, done, total)
         if done == 5:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(terminal.LayerProgress, "layer_done", interrupt)
+    monkeypatch.setattr(run_progress.RunProgress, "layer_done", interrupt)
     result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT)
     assert result.exit_code == 130
     assert "interrupted" in result.stderr

@@ -135,10 +135,10 @@ def test_what_was_done_is_taken_by_the_same_run_only(source: Path, tmp_path: Pat
     interrupted(source, tmp_path / "out")
     assert restored(source, tmp_path / "other") == []
     assert restored(source, tmp_path / "out") == BLOCKS
-    for change in ({"settings": {"bits": 3}}, {"samples": ids(23)}):
-        interrupted(source, tmp_path / "out2")
-        assert restored(source, tmp_path / "out2", **change) == []
-        assert not (tmp_path / "out2.progress").exists()
+    for name, change in {"settings": {"settings": {"bits": 3}}, "text": {"samples": ids(23)}}.items():
+        interrupted(source, tmp_path / name)
+        assert restored(source, tmp_path / name, **change) == []
+        assert not (tmp_path / f"{name}.progress").exists()
 
 
 def test_other_weights_begin_anew_from_their_block(source: Path, tmp_path: Path) -> None:
