@@ -63,8 +63,8 @@ class Progress:
             )
 
     def digest(self, before: str, facts: Any, tensors: Iterable[Tensor]) -> str:
-        """Of this library's version and torch's, JSON values and tensors, and of the digest ``before`` them; "" where nothing is
-        kept.
+        """Of this library's version and torch's, JSON values and tensors, and of the digest ``before`` them; "" where
+        nothing is kept.
         """
         if self.folder is None:
             return ""

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from gptq_backend import Events, GPTQError, QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.bench import DTYPES
 from gptq_backend.locks import scratch_folder
+from gptq_backend.model import Progress, find_structure
 from gptq_backend.timing import Recorder, record
 from gptq_transformers.streaming import BlockWriter
 

@@ -1,4 +1,4 @@
-"""How far a run is, how long it will still take and what memory it takes: a bar, lines for people, or JSON for tools."""
+"""How far a run is, how long it will still take, and its memory: a bar, lines for people, or JSON for tools."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from gptq_backend import GPTQError
+from gptq_backend import CheckpointError, GPTQError
 from gptq_backend.format import read_manifest
 from gptq_backend.model import find_blocks, replace_module
 
@@ -97,12 +97,16 @@ def _load(kind: Any, files: Any, load_config: Any, model: Any) -> None:
 @_without_bars()
 def _check_names(kind: Any, model: Any, files: Any, load_config: Any) -> None:
     """Load the whole model on meta: refuse files that lack weights, or have others, before hours of work."""
-    stored = {key: each.shape for key, each in read_manifest([Path(file) for file in files]).items()}
-    tensors = {key: torch.empty(shape, device="meta") for key, shape in stored.items()}
+    path = load_config.pretrained_model_name_or_path
+    try:
+        stored = read_manifest([Path(file) for file in files])
+    except CheckpointError as error:
+        raise GPTQError(f"{path} cannot be loaded: {error}") from error
+    tensors = {key: torch.empty(each.shape, device="meta") for key, each in stored.items()}
     load_config, whole = dataclasses.replace(load_config, device_map={"": "meta"}), copy.deepcopy(model)
     info, _ = kind._load_pretrained_model(whole, tensors, None, load_config)
     kind._finalize_model_loading(whole, load_config, info)
-    check_complete(info.missing_keys, load_config.pretrained_model_name_or_path, model)
+    check_complete(info.missing_keys, path, model)
 
 
 class BlockReader:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_backend.kernels import reference
 from gptq_backend.kernels import table as kernels
-from gptq_cli import terminal
+from gptq_cli import run_progress, terminal
 from gptq_cli.formatting import percent, significant
 from tests.cli.command import SMALL, TEXT, error, run
 

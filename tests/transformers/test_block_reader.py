@@ -69,9 +69,7 @@ def test_the_checkpoint_is_that_of_a_model_loaded_whole(tmp_path: Path, family: 
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama"])
-def test_one_block_is_in_memory_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
-) -> None:
+def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Neither blocks that are to come, nor those that are done, nor anything on disk beside the output."""
     source, blocks = saved(tmp_path / "source", family), {}
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
@@ -84,12 +82,13 @@ def test_one_block_is_in_memory_at_a_time(
     def look(*_: Any) -> None:
         *done, current = blocks.values()
         assert not any(tensor.is_meta for tensor in current.parameters())
-        maps = [line.split("-")[0] for line in Path("/proc/self/maps").read_text().splitlines() if "out.progress" in line]
+        maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "out.progress" in line]
         assert len(maps) >= len(done)
-        assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file() and path.stat().st_size > 1000]
+        scratch = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+        assert not [path for path in scratch if path.stat().st_size > 1000]
 
     events = listener(block_needed=begin, layer_done=look)
-    model, _ = quantize(source, CONFIG, ids(48), output=tmp_path / "out", events=events)
+    quantize(source, CONFIG, ids(48), output=tmp_path / "out", events=events)
     assert len(blocks) == 3
 
 

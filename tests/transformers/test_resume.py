@@ -26,8 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mixture that trains": {"quality": "fast", "block_epochs": 1},
     "dense that trains and distils": {"quality": "fast", "block_epochs": 1, "distill_epochs": 1},
 }
-# Quantizes in one process after the other, each forked from one that has imported everything. They kill themselves at an
-# event ("at") or while they write a file ("in"), the N-th of the process; 0 is never.
+# Quantizes in one process after the other, each forked from one that has imported everything. They kill themselves at
+# an event ("at") or while they write a file ("in"), the N-th of the process; 0 is never.
 SCRIPT = """
     import os, signal, sys
     import torch

@@ -65,7 +65,9 @@ def drop_fused_conversions(
 
 def keep_packed_names(model: Any, packed: Iterable[str] = ()) -> None:
     """Let ``save_pretrained`` write the layers of a model that was quantized in memory by themselves, where it would
-    join the model's q_proj, k_proj and v_proj into the one tensor of the original checkpoint. ``packed`` as for :func:`drop_fused_conversions`.
+    join the model's q_proj, k_proj and v_proj into the one tensor of the original checkpoint.
+
+    ``packed`` as for :func:`drop_fused_conversions`.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # not loaded from files: save_pretrained takes the default, but no changes of prefix
