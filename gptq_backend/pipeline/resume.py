@@ -37,10 +37,12 @@ class Resume:
 
     def begin(self, config: QuantizeConfig, batches: list[Batch], outside: list[Tensor]) -> None:
         """All blocks depend on the settings, the calibration data, what lies outside of the blocks, and the device."""
-        data = [tensor for batch in batches for tensor in batch.values()]
+        inputs = [item for batch in batches for item in batch.items()]
+        data = [value for _, value in inputs if isinstance(value, Tensor)]
+        others = [(name, None if isinstance(value, Tensor) else repr(value)) for name, value in inputs]
         constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
-        facts = [config.to_dict(), str(self.layers.placement.device), described]
+        facts = [config.to_dict(), str(self.layers.placement.device), described, others]
         self.identity = self.progress.digest("", facts, [*data, *outside])
 
     def begin_block(self, block: Block) -> None:
