@@ -118,6 +118,23 @@ def encode(
     }
 
 
+def decode(tensors: Mapping[str, Tensor], bits: int, checkpoint_format: str = "gptq") -> QuantizedWeight:
+    """The way back from :func:`encode`, whose tensors ``tensors`` are."""
+    scales, g_idx = tensors["scales"], tensors["g_idx"]
+    offset, planar_bits = FORMATS[checkpoint_format]
+    spec = StoredSpec(
+        in_features=len(g_idx),
+        out_features=scales.shape[1],
+        bits=bits,
+        group_size=len(g_idx),
+        groups=len(scales),
+        zero_offset=offset,
+        planar=bits in planar_bits,
+    )
+    codes, zeros = unpack_codes(spec, tensors["qweight"]), unpack_zeros(spec, tensors["qzeros"])
+    return QuantizedWeight(codes, scales, zeros.contiguous(), g_idx, bits)
+
+
 def read_packed(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
     """The weight of stored tensors, checked.
 

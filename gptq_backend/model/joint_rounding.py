@@ -8,6 +8,7 @@ rounded by itself. Not on a CPU, which one layer keeps busy.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -21,9 +22,19 @@ class JointRounding:
 
     def __init__(self) -> None:
         self._block: dict[str, Target] = {}  # targets by their names inside the block
-        self._readers: list[tuple[weakref.ref[LayerFactor], list[str]]] = []  # of each factor of this block
+        self._readers: list[tuple[Callable[[], LayerFactor | None], list[str]]] = []  # of each factor of this block
         self._later: dict[str, list[str]] = {}  # in the block before: the first reader of a factor -> the others
         self._ahead: dict[Target, tuple[weakref.ref[LayerFactor], QuantizedWeight]] = {}
+
+    @property
+    def readers(self) -> list[list[str]]:
+        """Names of the layers that have read one input in this block, for each of several inputs."""
+        return [names for _, names in self._readers]
+
+    @readers.setter
+    def readers(self, names: list[list[str]]) -> None:
+        """Of a block that an earlier run has quantized."""
+        self._readers = [(lambda: None, each) for each in names]
 
     def begin_block(self, block: Block) -> None:
         """Take together what the block before this one has read together."""

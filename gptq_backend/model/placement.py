@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+# What is freed in the meantime may stay with the process.
+_TRIM_BYTES = 1 << 30
 # Waiting inputs that take more than this on a GPU make room for their layer's factor, in host memory.
 _PARK_BYTES = 4 << 30
 
@@ -23,6 +27,7 @@ class Placement:
     def __init__(self, device: torch.device | str | None = None) -> None:
         self.device = None if device is None else torch.device(device)
         self._homes: dict[Tensor, tuple[torch.device, torch.dtype]] = {}
+        self._freed = 0  # bytes of host memory since they were given back to the system
 
     def bring(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -32,13 +37,13 @@ class Placement:
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and device.type == "cpu":
                 dtype = torch.promote_types(dtype, torch.float32)
             self._homes[tensor] = self.home(tensor)
-            tensor.data = tensor.data.to(device, dtype)
+            self.replace(tensor, tensor.data.to(device, dtype))
 
     def send_back(self, tensors: Iterable[Tensor]) -> None:
         """Those that were not brought stay."""
         for tensor in tensors:
             if tensor in self._homes:
-                tensor.data = tensor.data.to(*self._homes.pop(tensor))
+                self.replace(tensor, tensor.data.to(*self._homes.pop(tensor)))
 
     def home(self, tensor: Tensor) -> tuple[torch.device, torch.dtype]:
         """Device and dtype that the tensor has outside of the run."""
@@ -48,7 +53,19 @@ class Placement:
         """They are not needed any more: their memory is freed, whoever holds them."""
         for tensor in tensors:
             self._homes.pop(tensor, None)
-            tensor.data = tensor.data.new_empty(0)
+            self.replace(tensor, tensor.data.new_empty(0))
+
+    def replace(self, tensor: Tensor, data: Tensor) -> None:
+        """Give ``tensor`` other values, and the memory of the old ones back to the system, a gigabyte at a time.
+
+        The allocator would keep it, in pieces between tensors that live on: a block's worth and more.
+        """
+        if tensor.device.type == "cpu" and data.data_ptr() != tensor.data_ptr():
+            self._freed += tensor.nbytes
+        tensor.data = data
+        if self._freed >= _TRIM_BYTES:
+            self._freed = 0
+            _give_back_freed_memory()
 
     def park(self, inputs: list[Tensor]) -> None:
         """Move large inputs to host memory until :meth:`fetch`; the tensor objects stay the same."""
@@ -62,6 +79,12 @@ class Placement:
         """Undo :meth:`park`."""
         if self.device is not None:
             x.data = x.data.to(self.device, non_blocking=True)
+
+
+def _give_back_freed_memory() -> None:
+    """Of glibc; others have no such call, or need none."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -22,17 +23,21 @@ from ..version import __version__
 
 logger = logging.getLogger(__name__)
 
-_FILE = re.compile(r"(?P<name>.+)\.[0-9a-f]{16}\.safetensors(\.partial)?")
-_FACTS = "gptq_backend.progress"  # in the metadata
+_FILE = re.compile(r"(?P<name>.+)\.[0-9a-f]{16}\.(safetensors|json)(\.partial)?")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Progress:
-    """Entries of tensors and facts, each in a file that appears whole; the digest of all that it depends on is a part
-    of the file's name, so that runs with other settings, models or data do not take each other's, nor lose them until
-    one of them has ended.
+    """Entries of tensors and facts, each of which appears whole; the digest of all that it depends on is a part of its
+    files' names, so that runs with other settings, models or data do not take each other's, nor lose them until one of
+    them has ended.
 
     Args:
         folder: where; made with the first entry. None: nothing is kept, and nothing found.
+
+    Attributes:
+        files: those with the tensors of the entries that this run has kept or taken, by name.
+        stored_names: what the files call tensors of these names.
 
     Raises:
         ConfigError: something else is there.
@@ -40,6 +45,8 @@ class Progress:
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
+        self.files: dict[str, Path] = {}
+        self.stored_names: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {name: name for name in names}
         self._warned, self._writable = False, True
         if self.folder is None or not self.folder.exists():
             return
@@ -56,12 +63,12 @@ class Progress:
             )
 
     def digest(self, before: str, facts: Any, tensors: Iterable[Tensor]) -> str:
-        """Of this library's version, JSON values and tensors, and of the digest ``before`` them; "" where nothing is
-        kept.
+        """Of this library's version and torch's, JSON values and tensors, and of the digest ``before`` them; "" where
+        nothing is kept.
         """
         if self.folder is None:
             return ""
-        found = hashlib.sha256(json.dumps([__version__, before, facts], default=str).encode())
+        found = hashlib.sha256(json.dumps([__version__, torch.__version__, before, facts], default=str).encode())
         for tensor in tensors:
             found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -72,25 +79,28 @@ class Progress:
 
         ``digest`` is of all that it depends on. ``entry`` gives tensors and facts, which are JSON values; it is not
         called where nothing is kept.
+
+        Raises:
+            OSError: the disk is full. Whoever frees some can go on from the entries before.
         """
         if self.folder is None or not self._writable:
             return
         tensors, facts = entry()
+        names = self.stored_names(tensors)
+        held = {names[key]: tensor for key, tensor in _apart(tensors).items()}
         path = self._path(name, digest)
-        partial = path.with_name(path.name + ".partial")
-        held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(save(held, metadata={_FACTS: json.dumps(facts)}))
-                file.flush()
-                os.fsync(file.fileno())  # or a power failure could leave an empty file under the final name
-            os.replace(partial, path)
-        except OSError as error:
-            logger.warning("the progress can no longer be kept in %s: %s", self.folder, error.strerror)
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+            text = json.dumps({"names": {names[key]: key for key in tensors}, "facts": facts})
+            _appear(path.with_suffix(".json"), lambda partial: partial.write_text(text, encoding="utf-8"))
+            _appear(path, lambda partial: save_file(held, partial, metadata={"format": "pt"}))
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) in _FULL or "No space left" in str(error):
+                raise
+            logger.warning("the progress can no longer be kept in %s: %s", self.folder, error)
             self._writable = False
+        else:
+            self.files[name] = path
 
     def load(self, name: str, digest: str) -> tuple[dict[str, Tensor], Any] | None:
         """The entry, if there is one with this digest."""
@@ -99,13 +109,15 @@ class Progress:
         path = self._path(name, digest)
         if path.exists():
             try:
+                described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
                 with safe_open(path, "pt") as file:
-                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                    facts = json.loads(file.metadata()[_FACTS])
-            except (SafetensorError, OSError, TypeError, LookupError, ValueError):
+                    tensors = {own: file.get_tensor(key) for key, own in described["names"].items()}
+                facts = described["facts"]
+            except (SafetensorError, OSError, TypeError, LookupError, ValueError, AttributeError):
                 logger.warning("%s is damaged and not taken", path)
                 return None
             self._warn("going on with what an earlier run kept in %s")
+            self.files[name] = path
             return tensors, facts
         names = [found["name"] for entry in self.folder.iterdir() if (found := _FILE.fullmatch(entry.name))]
         if name in names:
@@ -135,6 +147,30 @@ class Progress:
         if not self._warned:
             self._warned = True
             logger.warning(text, self.folder)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, none in the memory of another one, which the files' format refuses."""
+    found, seen = {}, set()
+    for key, tensor in tensors.items():
+        held = tensor.detach().cpu().contiguous()
+        found[key] = held.clone() if (place := held.untyped_storage().data_ptr()) in seen else held
+        seen.add(place)
+    return found
+
+
+def _appear(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a file be whole when it has its name, also after a power failure."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def _is_ours(path: Path) -> bool:

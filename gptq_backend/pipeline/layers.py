@@ -83,7 +83,7 @@ class Layers:
         old: Tensor = module.weight  # type: ignore[assignment]
         weight = quantized.to(old.device)
         dense = weight.dequantize(torch.promote_types(old.dtype, torch.float32)).to(old.dtype)
-        module.weight.data = dense.t().contiguous() if is_conv1d(module) else dense
+        self.placement.replace(old, dense.t().contiguous() if is_conv1d(module) else dense)
         bias = module.bias
         if bias is not None:
             bias = bias.detach().to(self.placement.home(bias)[1])  # type: ignore[operator,arg-type]

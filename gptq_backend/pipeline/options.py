@@ -47,6 +47,12 @@ class Events:
     def block_needed(self, name: str, block: nn.Module) -> None:
         """A block is about to be used for the first time; its weights must be in place when this returns."""
 
+    def structure_found(self, blocks: int, layers: int) -> None:
+        """A run begins, over so many blocks, and so many layers in all."""
+
+    def block_restored(self, name: str) -> None:
+        """An earlier run has finished the block. Its layers are told of next, as done, although nothing was done."""
+
     def layer_done(self, layer: LayerReport, done: int, total: int) -> None:
         """A layer is quantized: ``done`` of ``total``."""
 

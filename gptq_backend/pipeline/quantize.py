@@ -98,6 +98,7 @@ class _Run:
         if self.structure.head is not None:
             untie(self.structure.head.module)
         # A caller's inference mode would leave no derivatives to take; a model that was loaded in it works only there.
+        self.events.structure_found(len(self.structure.blocks), len(self.structure.targets))
         inference = any(tensor.is_inference() for tensor in tensors_of(self.model))
         with torch.inference_mode(inference), torch.no_grad(), evaluating(self.model):
             if batches is None:
@@ -115,10 +116,13 @@ class _Run:
         return self.layers.report
 
     def round_to_nearest(self) -> None:
+        outside = outside_of([block.module for block in self.structure.blocks], self.model)
+        self.resume.begin(self.config, [], outside)
         for block in self.structure.blocks:
             self.begin_block(block)
-            for target in block.targets:
-                self.layers.quantize(target, None)
+            if not self.resume.restore(block):
+                for target in block.targets:
+                    self.layers.quantize(target, None)
             self.finish_block()
         if (head := self.structure.head) is not None:
             self.placement.bring(tensors_of(head.module))
@@ -237,11 +241,10 @@ class _Run:
                 self.layers.quantize(target, None)
             else:
                 self.layers.keep_dense(target)
-        if state.phase is not Phase.FINAL_BEFORE and block.targets:
-            self.resume.save(block)
         for target in block.targets:
             self.layers.install(target)
         self.placement.send_back(tensors_of(block.module))
+        self.resume.save(block)
         self.factors.clear()
         self.events.block_done(block.name, block.module)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..algorithm.refine import Step
 from ..config import QuantizeConfig
-from ..format import packing
-from ..format.weight import QuantizedWeight
+from ..format.stored_tensors import decode
 from ..model.calibration import Batch
 from ..model.placement import tensors_of
 from ..model.progress import Progress
@@ -20,7 +19,7 @@ from ..training.blocks import BlockReport, trainable_vectors
 from .layers import Layers
 from .report import LayerReport
 
-_FIELDS = ("words", "scales", "zeros", "g_idx")  # of a layer in the progress
+_LAYER = ("qweight", "qzeros", "scales", "g_idx")  # a quantized layer's tensors
 
 
 class Resume:
@@ -38,10 +37,12 @@ class Resume:
 
     def begin(self, config: QuantizeConfig, batches: list[Batch], outside: list[Tensor]) -> None:
         """All blocks depend on the settings, the calibration data, what lies outside of the blocks, and the device."""
-        data = [tensor for batch in batches for tensor in batch.values()]
+        inputs = [item for batch in batches for item in batch.items()]
+        data = [value for _, value in inputs if isinstance(value, Tensor)]
+        others = [(name, None if isinstance(value, Tensor) else repr(value)) for name, value in inputs]
         constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
-        facts = [config.to_dict(), str(self.layers.placement.device), described]
+        facts = [config.to_dict(), str(self.layers.placement.device), described, others]
         self.identity = self.progress.digest("", facts, [*data, *outside])
 
     def begin_block(self, block: Block) -> None:
@@ -54,13 +55,15 @@ class Resume:
         if entry is None:
             return False
         tensors, facts = entry
+        self.layers.events.block_restored(block.name)
         for target in block.targets:
-            if f"{target.name}.words" in tensors:
-                words, scales, zeros, g_idx = (tensors[f"{target.name}.{key}"] for key in _FIELDS)
-                codes = packing.unpack(words, target.config.bits, len(g_idx))
-                self.layers.store(target, QuantizedWeight(codes, scales, zeros, g_idx, target.config.bits))
+            stored = {key: tensors[f"{target.name}.{key}"] for key in _LAYER if f"{target.name}.{key}" in tensors}
+            if stored:
+                config = target.config
+                self.layers.store(target, decode(stored, config.bits, config.checkpoint_format))
         for name, vector in trainable_vectors(self.model, block).items():
             vector.data.copy_(tensors[name])
+        self.layers.joint.readers = facts["readers"]
         self._begun = time.perf_counter() - facts["seconds"]  # as if the earlier run went on
         self.layers.report.blocks += [BlockReport(**each) for each in facts["blocks"]]
         for each in facts["layers"]:
@@ -68,15 +71,17 @@ class Resume:
         return True
 
     def save(self, block: Block) -> None:
-        """Keep the results of a finished block for :meth:`restore`."""
-        self.progress.save(block.name, self.identity, lambda: self._entry(block))
+        """Keep a finished block, in whose place the quantized layers are, for :meth:`restore`."""
+        if block.name not in self.progress.files:
+            self.progress.save(block.name, self.identity, lambda: self._entry(block))
 
     def _entry(self, block: Block) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors: dict[str, Tensor] = dict(trainable_vectors(self.model, block))
-        for target, weight in self.layers.weights(block).items():
-            fields = packing.pack(weight.codes, weight.bits), weight.scales, weight.zeros, weight.g_idx
-            tensors |= {f"{target.name}.{key}": field for key, field in zip(_FIELDS, fields, strict=True)}
+        tensors = {f"{block.name}.{key}": tensor for key, tensor in block.module.state_dict().items()}
         report = self.layers.report
-        layers = [dataclasses.asdict(each) for each in report.layers if each.name.startswith(f"{block.name}.")]
-        blocks = [dataclasses.asdict(each) for each in report.blocks if each.name == block.name]
-        return tensors, {"layers": layers, "blocks": blocks, "seconds": self.seconds}
+        facts = {
+            "layers": [dataclasses.asdict(each) for each in report.layers if each.name.startswith(f"{block.name}.")],
+            "blocks": [dataclasses.asdict(each) for each in report.blocks if each.name == block.name],
+            "readers": self.layers.joint.readers,
+            "seconds": self.seconds,
+        }
+        return tensors, facts

@@ -90,15 +90,23 @@ def quantize(
     device: BlockDevice = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where the same command was interrupted, or begin anew.")
+    ] = True,
     json_target: Json = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="Tell stdout what happens, a JSON object per line, and nothing else.")
+    ] = False,
 ) -> None:
     """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
     _check_usage(out, settings, calibration, text, rtn)
+    if json_lines and json_target == "-":
+        raise typer.BadParameter("--json-lines and --json - both write to stdout; --json-lines ends with the result")
     from .quantize_command import Source, run
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
-    options = {"batch_size": batch_size, "block_name": block_name, "overwrite": overwrite}
-    run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, json_target)
+    options = {"batch_size": batch_size, "block_name": block_name, "overwrite": overwrite, "resume": resume}
+    run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, json_target, json_lines)
 
 
 def _check_out(out: str) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from gptq_backend import Events, GPTQError, QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.bench import DTYPES
 from gptq_backend.locks import scratch_folder
+from gptq_backend.model import Progress, find_structure
 from gptq_backend.timing import Recorder, record
 from gptq_transformers.streaming import BlockWriter
 
@@ -61,7 +62,6 @@ class _Timed(Events):
 
     def block_done(self, name: str, block: nn.Module) -> None:
         self.writer.add(name, block)
-        self.writer.shards.flush()
 
 
 def run(
@@ -87,10 +87,11 @@ def run(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with scratch_folder("bench") as folder, record(device) as recorder:
-        writer = BlockWriter.of(model, Path(folder))
+        progress = Progress(Path(folder) / "progress")
+        writer = BlockWriter.of(model, Path(folder), progress, find_structure(model, config))
         assert writer is not None
         events = _Timed(recorder, writer)
-        quantize_model(model, config, tokens, options=RunOptions(device=device), events=events)
+        quantize_model(model, config, tokens, options=RunOptions(device=device), events=events, progress=progress)
         events.cut()
     before, first, *later = [sum(lap.values()) for lap in events.laps]
     peak, reserved = _peak(device)

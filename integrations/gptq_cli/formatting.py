@@ -50,9 +50,9 @@ def name_pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def to_json(value: Any) -> str:
-    """Indented JSON; NaN and infinities, which it does not know, are null."""
-    return json.dumps(_finite(value), indent=2)
+def to_json(value: Any, indent: int | None = 2) -> str:
+    """JSON, in one line where ``indent`` is None; NaN and infinities, which it does not know, are null."""
+    return json.dumps(_finite(value), indent=indent)
 
 
 def _finite(value: Any) -> Any:

@@ -24,6 +24,7 @@ from . import evaluate, models, terminal
 from .formatting import duration, megabytes, percent, with_error
 from .quantize_command import Source
 from .report import weights_size
+from .run_progress import RunProgress
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Merge:
         texts, own = self.source.read()
         automatic = self.source.calibration == "auto"
         start = time.perf_counter()
-        with terminal.LayerProgress(console, "reading the adapter") as progress:
+        with RunProgress(console, "reading the adapter") as progress:
             found = merge_adapter(
                 self.model,
                 self.adapter,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gptq_transformers.streaming import skeleton
 from . import evaluate, models, terminal
 from .formatting import duration, megabytes, percent, significant, with_error
 from .report import make_report, weights_size, write_reports
+from .run_progress import RunProgress
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +67,13 @@ def run(
     device: str,
     trust_remote_code: bool,
     json_target: str | None,
+    json_lines: bool,
 ) -> None:
     """Quantize, write the reports, compare and print; the arguments are the command's options.
 
     Args:
         settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
-        options: ``batch_size``, ``block_name`` and ``overwrite``.
+        options: ``batch_size``, ``block_name``, ``overwrite`` and ``resume``.
 
     Raises:
         GPTQError: something cannot be used; the message says what to do.
@@ -92,7 +95,7 @@ def run(
         return held_out_windows(texts or "", tokenizer, **source.window, count=kld_windows)
 
     first = "choosing calibration text" if source.calibration == "auto" else "loading the model"
-    with terminal.LayerProgress(console, first) as progress:
+    with RunProgress(console, first, json_lines) as progress:
         result = quantize(  # without the model, whose memory the comparison needs
             model,
             config,
@@ -115,8 +118,9 @@ def run(
     with _reporting(out):
         write_reports(report, out)
         terminal.write_json(json_target, report)
+    progress.result(report)
     if json_target != "-":
-        _print(report, page)
+        _print(report, page, partial(console.print, soft_wrap=True) if json_lines else terminal.say)
 
 
 @contextmanager
@@ -198,20 +202,20 @@ def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
     return rules
 
 
-def _print(report: dict[str, Any], page: Path) -> None:
+def _print(report: dict[str, Any], page: Path, say: Callable[[str], None]) -> None:
     size = megabytes(report["bytes_after"])
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
-    terminal.say(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    say(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
     if blocks := report["blocks"]:
         kept = sum(block["kept"] for block in blocks)
-        terminal.say(f"training of blocks: {kept} of {len(blocks)} are nearer to the original on held-out text")
+        say(f"training of blocks: {kept} of {len(blocks)} are nearer to the original on held-out text")
     if (found := report["distillation"]) is not None:
         undone = "" if found["kept"] else ", no better and undone"
         change = f"{significant(found['before'])} -> {significant(found['after'])}"
-        terminal.say(f"distillation: held-out KL divergence {change}{undone}")
+        say(f"distillation: held-out KL divergence {change}{undone}")
     if (found := report["evaluation"]) is not None:
         text = f"{found['windows']} windows of the calibration text that were not used"
-        terminal.say(f"KL divergence from the original {with_error(found['kld'], found['kld_stderr'])} on {text}")
-    terminal.say(f"mean error {percent(report['mean_relative_loss'])}, worst in {report['worst_module']}")
-    terminal.say(f"report: {page}")
+        say(f"KL divergence from the original {with_error(found['kld'], found['kld_stderr'])} on {text}")
+    say(f"mean error {percent(report['mean_relative_loss'])}, worst in {report['worst_module']}")
+    say(f"report: {page}")

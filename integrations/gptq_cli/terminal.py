@@ -7,21 +7,19 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from safetensors import SafetensorError
 
-from gptq_backend import CalibrationError, Events, GPTQError, LayerReport
+from gptq_backend import CalibrationError, GPTQError
 from gptq_backend.locks import write_text
 from gptq_transformers.errors import first_line, is_out_of_memory
 
-from .formatting import duration, percent, significant, to_json
+from .formatting import to_json
 
 
 def explain(error: Exception) -> str | None:
@@ -126,6 +124,11 @@ def check_choice(option: str, value: str, allowed: Collection[str]) -> None:
         raise GPTQError(f"{option} {value}: expected one of {', '.join(allowed)}")
 
 
+def write_json_line(value: Mapping[str, Any]) -> None:
+    """An object in one line, to stdout, at once."""
+    print(to_json(value, indent=None), flush=True)
+
+
 def write_json(target: str | None, value: Mapping[str, Any]) -> None:
     """To a file, to stdout for ``-``, or nowhere for None."""
     if target is None:
@@ -195,63 +198,3 @@ def read_calibration(path: Path) -> list[str]:
             f'{path} has no text in it; expected a JSON string, or an object with a string "text", in each line'
         )
     return texts
-
-
-class LayerProgress(Events):
-    """A progress bar over modules, then over the steps of a distillation: name, error and time left; on anything but a
-    terminal, a line per tenth.
-
-    Use as a context manager. ``first`` is what comes before the first layer.
-    """
-
-    def __init__(self, console: Console, first: str = "loading the model") -> None:
-        self._console = console
-        self.choice: Any = None
-        self._begun = time.perf_counter(), 0  # and how much was done then
-        self._distilling = False
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[result]}", markup=False),
-            TextColumn("left"),
-            # A model's modules differ in cost and repeat block by block: average over many.
-            TimeRemainingColumn(compact=True),
-            console=console,
-            speed_estimate_period=600,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(first, total=None, result="")
-
-    def __enter__(self) -> LayerProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def calibration_chosen(self, choice: Any) -> None:
-        """Show what ``calibration="auto"`` chose, and keep it in ``choice``."""
-        self.choice = choice
-        self._console.print(f"calibration: {choice.summary()}", soft_wrap=True)
-
-    def layer_done(self, layer: LayerReport, done: int, total: int) -> None:
-        """Show one finished layer."""
-        self._show(layer.name, f"error {percent(layer.relative_loss)}", done, total)
-
-    def training_step(self, done: int, total: int, loss: float) -> None:
-        """Show one step of the distillation."""
-        if not self._distilling:
-            self._distilling = True
-            self._begun = time.perf_counter(), done - 1  # the first steps may be of an earlier run
-            self._bar.reset(self._task, total=total, completed=done - 1)
-        self._show("distillation", f"divergence {significant(loss)}", done, total)
-
-    def _show(self, name: str, result: str, done: int, total: int) -> None:
-        self._bar.update(self._task, description=name, completed=done, total=total, result=result)
-        tenth = max(1, total // 10)
-        if not self._console.is_terminal and (done % tenth == 0 or done == total):
-            start, before = self._begun
-            left = duration((time.perf_counter() - start) / (done - before) * (total - done))
-            print(printable(f"{done}/{total} {name}: {result}, {left} left"), file=sys.stderr, flush=True)

@@ -35,7 +35,7 @@ from gptq_backend.model import (
 
 from .errors import first_line
 from .memory import bytes_of, free_bytes
-from .streaming import detach_offloading, load_streamed, load_whole, skeleton
+from .streaming import load_streamed, load_whole, skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -229,8 +229,7 @@ def _opened(
         return
     reason = f"as a whole it takes {needed / 1e9:.1f} GB, more than half of the free {free / 1e9:.1f} GB"
     with scratch_folder("offload") as scratch:
-        model = load_streamed(model_or_path, scratch, None, options.block_name, trust_remote_code)
-        load = detach_offloading(model, options.block_name)
+        model, load = load_streamed(model_or_path, scratch, None, options.block_name, trust_remote_code)
         yield _Original(model, reason, {"on_block": load, "on_done": lambda block: block.to("meta")})
 
 

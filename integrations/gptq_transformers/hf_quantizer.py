@@ -161,7 +161,16 @@ class GPTQBackendQuantizer(HfQuantizer):
 
 
 def attach(model: Any, config: QuantizeConfig) -> None:
-    """Mark a ``PreTrainedModel``, whose layers are QuantLinear already, as quantized; it can then be saved."""
+    """Mark a ``PreTrainedModel``, whose layers are QuantLinear already, as quantized, and let it run fast, for which
+    all weights come into memory.
+    """
+    mark_quantized(model, config)
+    group_experts(model)
+    _fuse(model)
+
+
+def mark_quantized(model: Any, config: QuantizeConfig) -> None:
+    """Let a ``PreTrainedModel``, whose layers are QuantLinear already, be saved as what it is."""
     quantizer = GPTQBackendQuantizer(GPTQConfig.from_quantize_config(config), pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -170,8 +179,6 @@ def attach(model: Any, config: QuantizeConfig) -> None:
     untie_quantized(model)
     allow_changes(model)
     keep_packed_names(model)
-    group_experts(model)
-    _fuse(model)
 
 
 def _fuse(model: Any) -> None:

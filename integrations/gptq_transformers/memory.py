@@ -25,6 +25,17 @@ def free_bytes(device: torch.device) -> int:
     return min([available, *_left_in_containers()]) if sys.platform == "linux" else available
 
 
+def used_bytes() -> tuple[int, int]:
+    """What this process holds of the machine's memory now, and the most that it has held."""
+    info = psutil.Process().memory_info()
+    if sys.platform == "win32":
+        return info.rss, info.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return info.rss, max(peak, info.rss)
+
+
 def _left_in_containers(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
     """Bytes left below the memory limit of this process's control group (version 2) and of those around it."""
     left: list[int] = []

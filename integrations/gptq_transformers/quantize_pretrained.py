@@ -18,7 +18,7 @@ from transformers import GPTQConfig as StockGPTQConfig
 from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
-from gptq_backend.model import Progress
+from gptq_backend.model import Progress, find_structure
 from gptq_backend.output_folder import atomic_folder, check_spared
 
 from .auto_calibration import AUTO, choose
@@ -27,7 +27,7 @@ from .completeness import keep_all_tensors
 from .config import GPTQConfig
 from .dispatch import keeping_hooks
 from .experts.unfuse import unfuse_experts
-from .hf_quantizer import attach
+from .hf_quantizer import attach, mark_quantized
 from .model_files import copy_companions
 from .streaming import BlockWriter, detach_offloading, load_streamed, load_whole
 
@@ -52,6 +52,7 @@ def quantize(
     device: str | torch.device | None = None,
     block_name: str | None = None,
     trust_remote_code: bool = False,
+    resume: bool = True,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
     """Quantize a model that reads token ids: a language model, a classifier, an embedding model.
 
@@ -65,9 +66,9 @@ def quantize(
             windows of packaged text, the model's own and ``text``, see :func:`auto_calibration.choose`.
         text: what the model will read, if there is some; only for ``calibration="auto"``.
         tokenizer: for texts; default: the one in the model's folder.
-        output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. A run that
-            trains (``quality="best"``) keeps what it has done in ``OUTPUT.progress`` beside it, and goes on from there
-            if it is begun again; that folder is removed at the end.
+        output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. Finished
+            blocks are kept in ``OUTPUT.progress`` beside it: a run that was interrupted goes on from there if it is
+            begun again. That folder is removed at the end.
         seqlen: cut texts, joined, into windows of this many tokens; None keeps each text as one sample, and is 512
             for "auto".
         samples: use this many windows, texts or token id samples, drawn with ``seed``; for "auto" the most it may
@@ -80,6 +81,7 @@ def quantize(
         block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``; None chooses, see
             :func:`gptq_backend.model.structure.find_blocks`.
         trust_remote_code: let code that comes with the model run.
+        resume: False begins anew, and removes what earlier runs into ``output`` have kept.
 
     Returns:
         The quantized model and the report.
@@ -99,7 +101,9 @@ def quantize(
     with ExitStack() as stack:
         # Made before the work, so that an output that cannot be written is found out at once.
         folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
-        progress = Progress(None if output is None or not settings.preset.trains else _progress_folder(output))
+        progress = Progress(None if output is None else _progress_folder(output))
+        if not resume:
+            progress.remove()
         stack.enter_context(_telling_of(progress))
         scratch = stack.enter_context(scratch_folder("offload"))
         calibration = given(calibration)
@@ -112,16 +116,16 @@ def quantize(
             data: Any = choice.samples
         else:
             data = token_ids(calibration, tokenizer, seqlen, samples, seed)
-        model, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code, data is not None)
+        model, bring, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code, data is not None)
         writer = None
         if folder is not None and from_folder and not settings.preset.distill_epochs:
-            writer = BlockWriter.of(model, folder, options.block_name)
-        streaming = _Streaming(events, detach_offloading(model, options.block_name), writer)
+            writer = BlockWriter.of(model, folder, progress, find_structure(model, settings, options.block_name))
+        streaming = _Streaming(events, bring, writer)
         with keeping_hooks(model):
             report = quantize_model(
                 model, settings, data, options=options, events=streaming, teacher=teacher, progress=progress
             )
-        attach(model, report.config)
+        (attach if writer is None else mark_quantized)(model, report.config)  # what is written stays in its files
         if folder is not None:
             _write(model, folder, writer, path if from_folder else None, tokenizer)
     progress.remove()
@@ -135,15 +139,14 @@ def _open(
     options: RunOptions,
     trust_remote_code: bool,
     calibrated: bool,
-) -> tuple[PreTrainedModel, Callable[[], PreTrainedModel]]:
-    """The model with a layer for each expert, and what gives its original again, for a distillation.
-
-    From a folder, its blocks are not read yet.
+) -> tuple[PreTrainedModel, Callable[[nn.Module], None], Callable[[], PreTrainedModel]]:
+    """The model with a layer for each expert, what brings the weights of a block, and what gives the original again,
+    for a distillation.
     """
     from_folder = isinstance(model_or_path, str | Path)
     model: PreTrainedModel = model_or_path
     if from_folder:
-        model = load_streamed(model_or_path, scratch, config, options.block_name, trust_remote_code)
+        model, bring = load_streamed(model_or_path, scratch, config, options.block_name, trust_remote_code)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ConfigError(f"{model.name_or_path} is quantized already; pass the original 16-bit model")
     if options.device is not None:
@@ -151,9 +154,9 @@ def _open(
     with keeping_hooks(model):
         unfuse_experts(model)
     if from_folder:
-        return model, lambda: load_whole(model_or_path, trust_remote_code=trust_remote_code)
+        return model, bring, lambda: load_whole(model_or_path, trust_remote_code=trust_remote_code)
     original = copy.deepcopy(model) if config.preset.distill_epochs and calibrated else model
-    return model, lambda: original
+    return model, detach_offloading(model, options.block_name), lambda: original
 
 
 class _Streaming(Events):
@@ -161,7 +164,8 @@ class _Streaming(Events):
 
     def __init__(self, events: Events, bring: Callable[[nn.Module], None], writer: BlockWriter | None) -> None:
         self.bring, self.writer, self.events = bring, writer, events
-        self.layer_done, self.training_step = events.layer_done, events.training_step  # type: ignore[method-assign]
+        for name in ("structure_found", "block_restored", "layer_done", "training_step"):
+            setattr(self, name, getattr(events, name))
 
     def block_needed(self, name: str, block: nn.Module) -> None:
         self.bring(block)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from gptq_backend import ConfigError, GPTQError, QuantizeConfig
+from gptq_backend import ConfigError, QuantizeConfig
 from gptq_backend.format import Shards
-from gptq_backend.model import find_blocks, find_structure
+from gptq_backend.model import Progress, Structure, find_blocks, find_structure
 from gptq_backend.module_moves import offloading_hook
 from gptq_backend.timing import timed
 
+from .block_reader import can_read_blocks, check_complete, load_around_blocks
 from .errors import load_errors
+from .experts.conversions import are_only_renamed, stored_names
 from .experts.unfuse import unfuse_experts
 from .model_class import class_of, from_config, from_pretrained, read_config
 
-_SHARD_BYTES = 10**9  # what may wait in memory for its file to be written
+_ONE_FILE_BYTES = 10**9  # a checkpoint that is not larger is one file
 
 
 def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -67,12 +71,7 @@ def load_whole(
         model, info = from_pretrained(
             loader, path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
-    if missing := sorted(info["missing_keys"]):
-        raise GPTQError(
-            f"{path} cannot be loaded: its files lack {len(missing)} weights that {type(model).__name__} needs "
-            f"({', '.join(missing[:3])}), and transformers would make them up; fetch all files, correct "
-            "architectures in config.json, or load the model yourself and pass it instead of its folder"
-        )
+    check_complete(info["missing_keys"], path, model)
     return model
 
 
@@ -82,20 +81,36 @@ def load_streamed(
     config: QuantizeConfig | None = None,
     block_name: str | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
+) -> tuple[PreTrainedModel, Callable[[nn.Module], None]]:
+    """The model, whose blocks stay in the checkpoint's files until needed -> it, and what brings a block's weights.
 
-    Fused experts have to be split in memory, so such a model is loaded as a whole.
+    With transformers 4 they are on accelerate's disk offload. Blocks that share weights are loaded at once.
 
     Raises:
         ConfigError: ``config`` does not fit the model; no weight was read. GPTQError: it cannot be loaded.
     """
-    model, device_map = skeleton(path, trust_remote_code), None
-    if not unfuse_experts(model):
-        if config is not None:
-            find_structure(model, config, block_name)
-        device_map = _device_map(model, "", set(find_blocks(model, block_name)))
-    return load_whole(path, "auto", trust_remote_code, device_map=device_map, offload_folder=scratch)
+    model = skeleton(path, trust_remote_code)
+    blocks = find_blocks(model, block_name)
+    kind, apart = type(model), _are_apart(model, blocks.values())
+    unfuse_experts(model)
+    if config is not None:
+        find_structure(model, config, block_name)
+    if not apart:
+        return load_whole(path, "auto", trust_remote_code), lambda block: None
+    if can_read_blocks():
+        return load_around_blocks(kind, path, block_name)
+    device_map = _device_map(model, "", set(blocks))
+    model = load_whole(path, "auto", trust_remote_code, device_map=device_map, offload_folder=scratch)
+    return model, detach_offloading(model, block_name)
+
+
+def _are_apart(model: nn.Module, blocks: Collection[nn.Module]) -> bool:
+    """Whether no tensor of a block is also in another one, or beside them."""
+    inside = [set(block.modules()) for block in blocks]
+    beside = set(model.modules()).difference(*inside)
+    places = [{id(tensor) for module in each for tensor in module._parameters.values()} for each in (*inside, beside)]
+    none = {id(None)}
+    return sum(len(place - none) for place in places) == len(set().union(*places) - none)
 
 
 def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str]:
@@ -138,48 +153,67 @@ def detach_offloading(model: PreTrainedModel, block_name: str | None = None) -> 
 
 
 class BlockWriter:
-    """Writes finished blocks into the shards of a checkpoint, a file whenever enough of them wait.
+    """Makes a checkpoint of the files in which ``progress`` keeps the finished blocks.
 
-    A written block stays usable: its tensors become maps of the file, which take memory only while they are read.
+    A finished block stays usable: its tensors become maps of its file, which take memory only while they are read.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
-        self.model, self.folder, self.shards = model, folder, Shards(folder, _SHARD_BYTES)
+    def __init__(self, model: PreTrainedModel, folder: Path, progress: Progress) -> None:
+        self.model, self.folder, self.progress = model, folder, progress
+        progress.stored_names = partial(stored_names, model)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, folder: Path, block_name: str | None = None) -> BlockWriter | None:
-        """None where only ``save_pretrained`` knows what to write: other names in the file, tensors that blocks share.
+    def of(cls, model: PreTrainedModel, folder: Path, progress: Progress, structure: Structure) -> BlockWriter | None:
+        """None where only ``save_pretrained`` knows what to write: tensors that become others, or that blocks share.
 
-        None on Windows too, which does not rename files that are mapped.
+        None on Windows too, which does not remove files that are mapped.
         """
-        renamed = getattr(model, "_weight_conversions", None) or getattr(model, "_checkpoint_conversion_mapping", None)
-        if renamed or os.name == "nt":
+        packed = [f"{target.name}.{key}" for target in structure.targets for key in ("weight", "bias")]
+        if os.name == "nt" or not are_only_renamed(model, packed):
             return None
-        states = [block.state_dict(keep_vars=True) for block in find_blocks(model, block_name).values()]
+        states = [block.module.state_dict(keep_vars=True) for block in structure.blocks]
         held = list(itertools.chain.from_iterable(state.values() for state in states))
-        return cls(model, folder) if len(set(map(id, held))) == len(held) else None
+        return cls(model, folder, progress) if len(set(map(id, held))) == len(held) else None
 
     @timed("write")
     def add(self, name: str, block: nn.Module) -> None:
-        """Take the finished block that the model calls ``name``."""
-        written = self.shards.add({f"{name}.{key}": tensor for key, tensor in block.state_dict().items()})
-        if written is not None:
-            self.model.load_state_dict(load_file(written), strict=False, assign=True)
+        """Let the finished block that the model calls ``name`` leave the memory."""
+        if (path := self.progress.files.get(name)) is None:
+            return
+        names = stored_names(self.model, [f"{name}.{key}" for key in block.state_dict()])
+        stored = load_file(path)
+        tensors = {key.removeprefix(f"{name}."): stored[own] for key, own in names.items()}
+        block.load_state_dict(tensors, strict=False, assign=True)
 
     @timed("write")
     def save(self) -> None:
-        """Write what is left and the other files of the model."""
+        """Write what is left and the other files of the model; a small model becomes one file."""
         model = self.model
-        if not self.shards.files:
-            model.save_pretrained(self.folder)
-            return
-        written = set(itertools.chain.from_iterable(self.shards.files.values()))
-        rest = {key: tensor for key, tensor in model.state_dict().items() if key not in written}
+        files = {path: load_file(path) for path in self.progress.files.values()}  # maps of them
+        written = set(itertools.chain.from_iterable(files.values()))
+        state = model.state_dict()
+        rest = {key: state[key] for key, stored in stored_names(model, state).items() if stored not in written}
         quantizer, model.hf_quantizer = model.hf_quantizer, None  # with it, only a whole state dict is written
         try:
             model.save_pretrained(self.folder, state_dict=rest, max_shard_size=1 << 50)
         finally:
             model.hf_quantizer = quantizer
         last = self.folder / "model.safetensors"
-        self.shards.adopt(last, load_file(last))
-        self.shards.finish()
+        files[last] = load_file(last)
+        shards = Shards(self.folder)
+        if sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values()) <= _ONE_FILE_BYTES:
+            shards.add({name: tensor for tensors in files.values() for name, tensor in tensors.items()})
+            shards.flush()
+        else:
+            for number, (path, tensors) in enumerate(files.items(), start=1):
+                shards.adopt(path if path == last else _linked(path, self.folder / f"part-{number}"), tensors)
+        shards.finish()
+
+
+def _linked(path: Path, other: Path) -> Path:
+    """The same file under another name, too: whatever happens to the one, the other stays."""
+    try:
+        os.link(path, other)
+    except OSError:  # of file systems that cannot
+        shutil.copyfile(path, other)
+    return other

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gptq_backend import LayerReport
 from gptq_backend.kernels import reference
 from gptq_backend.kernels import table as kernels
-from gptq_cli import terminal
+from gptq_cli import run_progress, terminal
 from gptq_cli.formatting import percent, significant
 from tests.cli.command import SMALL, TEXT, error, run
 
@@ -182,7 +184,7 @@ def test_an_interrupted_training_says_that_it_can_go_on_and_does(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(terminal.LayerProgress, "training_step", interrupt)
+        patch.setattr(run_progress.RunProgress, "training_step", interrupt)
         result = run(*command)
     assert result.exit_code == 130
     said = "".join(result.stderr.split())
@@ -224,3 +226,54 @@ def test_only_errors_of_the_user_are_explained() -> None:
     assert "no space left" in str(terminal.explain(OSError(errno.ENOSPC, "No space left on device")))
     assert terminal.explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
     assert terminal.explain(AssertionError("a bug")) is None
+
+
+def test_tools_are_told_what_happens_one_object_per_line(original: Path, tmp_path: Path) -> None:
+    command = ["quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--quality", "fast"]
+    result = run(*command, "--json-lines", "--kld-windows", 0)
+    assert result.exit_code == 0, result.output
+    told = [json.loads(line) for line in result.stdout.splitlines()]
+    kinds = [each["event"] for each in told]
+    assert kinds == ["start", *(["layer"] * 7 + ["block"]) * 2, "result"]
+    assert told[0] == {"event": "start", "blocks": 2, "layers": 14}
+    blocks = [each for each in told if each["event"] == "block"]
+    assert [each["blocks_done"] for each in blocks] == [1, 2]
+    assert [each["layers_done"] for each in blocks] == [7, 14]
+    assert blocks[0]["seconds_left"] > 0
+    assert blocks[1]["seconds_left"] == 0
+    assert all(0 < each["memory_bytes"] <= each["peak_memory_bytes"] for each in blocks)
+    assert told[-1]["report"]["modules"] == 14
+    assert "14 modules in" in result.stderr
+    assert re.search(r"block 1/2 \S+ done, 7/14 layers, \S+ s left, memory \S+ [MG]B \(at most", result.stderr)
+
+
+def test_json_lines_and_json_do_not_share_stdout(original: Path, tmp_path: Path) -> None:
+    result = run("quantize", original, tmp_path / "out", "--rtn", "--json-lines", "--json", "-")
+    assert result.exit_code == 2
+    assert "both write to stdout" in result.stderr
+
+
+def test_an_interrupted_command_goes_on_or_begins_anew(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT, "--quality", "fast"]
+    command += ["--kld-windows", 0, "--json-lines", "--overwrite"]
+    shown = run_progress.RunProgress.layer_done
+
+    def interrupt(self: run_progress.RunProgress, layer: LayerReport, done: int, total: int) -> None:
+        shown(self, layer, done, total)
+        if done == 9:
+            signal.raise_signal(signal.SIGINT)
+
+    for options, expected in (([], [True, False]), (["--no-resume"], [False, False])):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_progress.RunProgress, "layer_done", interrupt)
+            assert run(*command).exit_code == 130
+        result = run(*command, *options)
+        assert result.exit_code == 0, result.output
+        told = [json.loads(line) for line in result.stdout.splitlines()]
+        blocks = [each for each in told if each["event"] == "block"]
+        assert [each["restored"] for each in blocks] == expected
+        if expected[0]:
+            assert blocks[0]["seconds_left"] is None  # this run has done nothing yet
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from gptq_backend import CheckpointError, LayerReport
 from gptq_cli import quantize_command as quantizing
-from gptq_cli import terminal
+from gptq_cli import run_progress
 from tests.cli.command import SMALL, TEXT, error, run
 
 
@@ -79,14 +79,14 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
 def test_ctrl_c_in_the_middle_exits_130_and_leaves_nothing(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = terminal.LayerProgress.layer_done
+    shown = run_progress.RunProgress.layer_done
 
-    def interrupt(self: terminal.LayerProgress, layer: LayerReport, done: int, total: int) -> None:
+    def interrupt(self: run_progress.RunProgress, layer: LayerReport, done: int, total: int) -> None:
         shown(self, layer, done, total)
         if done == 5:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(terminal.LayerProgress, "layer_done", interrupt)
+    monkeypatch.setattr(run_progress.RunProgress, "layer_done", interrupt)
     result = run("quantize", original, tmp_path / "out", *SMALL, "--calibration", TEXT)
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
@@ -107,7 +107,7 @@ def test_ctrl_c_while_overwriting_keeps_the_old_checkpoint(
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", interrupt)
     result = run("quantize", original, out, "--rtn", "--group-size", "32", "--overwrite")
     assert result.exit_code == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.progress"}
     assert (out / "model.safetensors").read_bytes() == before
 
 
@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_sentence(original: Path, tmp_path: Path, monkeypatch
     result = run("quantize", original, tmp_path / "out", "--rtn", "--group-size", "32")
     assert result.exit_code == 1
     assert "no space left on the disk" in result.stderr.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.progress"]
 
 
 def test_a_report_that_cannot_be_written_leaves_the_checkpoint(

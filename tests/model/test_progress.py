@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gptq_backend import ConfigError
@@ -40,13 +42,17 @@ def test_runs_neither_take_nor_lose_what_another_kept(tmp_path: Path, caplog: py
 
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Progress(tmp_path).save("entry", A, lambda: ({"a": torch.ones(1)}, None))
-    (entry,) = tmp_path.iterdir()
-    entry.with_name(entry.name + ".partial").write_bytes(b"half")
-    assert Progress(tmp_path).load("entry", A) is not None
-    entry.write_bytes(entry.read_bytes()[:20])
-    progress = Progress(tmp_path)
-    assert progress.load("entry", A) is None
-    assert "is damaged" in caplog.text
+    facts, entry = sorted(tmp_path.iterdir())
+    for file in (facts, entry):
+        whole = file.read_bytes()
+        file.with_name(file.name + ".partial").write_bytes(b"half")
+        assert Progress(tmp_path).load("entry", A) is not None
+        file.write_bytes(whole[:20])
+        progress = Progress(tmp_path)
+        assert progress.load("entry", A) is None
+        assert "is damaged" in caplog.text
+        caplog.clear()
+        file.write_bytes(whole)
     progress.remove()
     assert not tmp_path.exists()
 
@@ -86,6 +92,31 @@ def test_progress_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, ca
         progress.save(name, A, lambda: ({"a": torch.ones(1)}, None))
     assert caplog.text.count("can no longer be kept") == 1
     progress.remove()
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress(tmp_path)
+    progress.save("one", A, lambda: ({"a": torch.ones(1)}, None))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("gptq_backend.model.progress.save_file", full)
+    with pytest.raises(SafetensorError):
+        progress.save("two", A, lambda: ({"a": torch.ones(1)}, None))
+    assert Progress(tmp_path).load("one", A) is not None
+    assert Progress(tmp_path).load("two", A) is None
+
+
+def test_tensors_have_their_own_names_in_the_file_and_may_be_one(tmp_path: Path) -> None:
+    progress = Progress(tmp_path)
+    progress.stored_names = lambda names: {name: f"stored.{name}" for name in names}
+    shared = torch.arange(4)
+    progress.save("entry", A, lambda: ({"a": shared, "b": shared, "c": shared[1:]}, None))
+    found, _ = Progress(tmp_path).load("entry", A) or pytest.fail("lost")
+    assert [found[key].tolist() for key in "abc"] == [[0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3]]
+    with safe_open(progress.files["entry"], "pt") as file:
+        assert sorted(file.keys()) == ["stored.a", "stored.b", "stored.c"]
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, Zamba2Config
 from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
 from gptq_backend.format.files import checkpoint_files
 from gptq_backend.format.headers import read_manifest, read_tensor
+from gptq_backend.model import Progress, find_structure
 from gptq_transformers import quantize, streaming
 from tests.toy import listener
 from tests.transformers.checkpoints import distance
@@ -27,61 +29,64 @@ def mapped_from_files() -> list[range]:
     return [range(int(first, 16), int(last, 16)) for first, last in edges]
 
 
-@pytest.mark.parametrize(("shard_bytes", "calibrated"), [(1, True), (50_000, False)])
-def test_shards_are_written_on_the_way_and_hold_the_same(
-    source, samples, tmp_path, monkeypatch, shard_bytes, calibrated
-):
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_finished_blocks_become_the_files_of_the_checkpoint(source, samples, tmp_path, monkeypatch, calibrated):
     data = samples[:2] if calibrated else None
     quantize(source, CONFIG, data, output=tmp_path / "whole")
-    monkeypatch.setattr(streaming, "_SHARD_BYTES", shard_bytes)
-    held, written = [], []
+    monkeypatch.setattr(streaming, "_ONE_FILE_BYTES", 1)
+    kept: dict[str, int] = {}  # files of blocks and their inodes
 
-    def look(report, done, total):
-        written.append(len(list(tmp_path.glob(".out.*/part-*.safetensors"))))
+    def look(name, block):
+        kept.update({path.name: path.stat().st_ino for path in (tmp_path / "out.progress").glob("*.safetensors")})
 
-    add = streaming.BlockWriter.add
-
-    def spied(writer, name, block):
-        add(writer, name, block)
-        held.append(len({re.match(r"model\.layers\.\d", key)[0] for key in writer.shards.pending}))
-
-    monkeypatch.setattr(streaming.BlockWriter, "add", spied)
-    model, _ = quantize(source, CONFIG, data, output=tmp_path / "out", events=listener(layer_done=look))
-    assert max(held) == (1 if shard_bytes == 1 else 2)
-    assert written[0] == 0
-    assert written[-1] == (1 if shard_bytes == 1 else 0)
+    model, _ = quantize(source, CONFIG, data, output=tmp_path / "out", events=listener(block_done=look))
+    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert len(kept) == 3
+    assert set(kept.values()) < {path.stat().st_ino for path in files.values()}  # none was written twice
     manifests = [read_manifest(checkpoint_files(tmp_path / name)) for name in ("out", "whole")]
     assert manifests[0].keys() == manifests[1].keys()
     for name in manifests[0]:
         assert torch.equal(read_tensor(manifests[0][name]), read_tensor(manifests[1][name])), name
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {path.name for path in (tmp_path / "whole").iterdir()} - files == {"model.safetensors"}
+    assert {path.name for path in (tmp_path / "whole").iterdir()} - set(files) == {"model.safetensors"}
     assert not [name for name in files if name.startswith("part")]
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads(files["model.safetensors.index.json"].read_text())
     assert index["metadata"]["total_size"] == sum(read_tensor(info).nbytes for info in manifests[0].values())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     # The streamed one runs module by module, the other in few calls where that is possible.
     assert distance(logits(again), logits(model)) < 1e-6
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "whole"}
 
 
-def test_written_blocks_take_no_memory_of_their_own(source, samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "_SHARD_BYTES", 1)
+def test_where_files_cannot_have_two_names_they_are_copied(source, samples, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(streaming, "_ONE_FILE_BYTES", 1)
+    monkeypatch.setattr(streaming.os, "link", refuse)
+    model, _ = quantize(source, CONFIG, samples[:2], output=tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert distance(logits(again), logits(model)) < 1e-6
+
+
+def test_written_blocks_take_no_memory_of_their_own(source, samples, tmp_path):
     model, _ = quantize(source, CONFIG, samples[:2], output=tmp_path / "out")
     maps = mapped_from_files()
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
-            on_file = any(layer.qweight.data_ptr() in part for part in maps)
-            assert on_file == (".layers.2." not in name), name  # the last block was written, but may stay
+            assert any(layer.qweight.data_ptr() in part for part in maps), name
 
 
 def test_what_only_save_pretrained_can_write_is_left_to_it(source, tmp_path):
+    def writer(model):
+        return streaming.BlockWriter.of(model, tmp_path, Progress(tmp_path / "p"), find_structure(model, CONFIG))
+
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    assert streaming.BlockWriter.of(model, tmp_path) is not None
-    model._weight_conversions = ["renames"]
-    assert streaming.BlockWriter.of(model, tmp_path) is None
+    assert writer(model) is not None
+    model._weight_conversions = [SimpleNamespace(operations=["joins"], target_patterns=["another"])]
+    assert writer(model) is None
     model._weight_conversions = []
-    model.model.layers[1].mlp = model.model.layers[0].mlp
-    assert streaming.BlockWriter.of(model, tmp_path) is None
+    model.model.layers[1].input_layernorm = model.model.layers[0].input_layernorm
+    assert writer(model) is None
 
 
 def test_weights_that_blocks_share_are_refused_before_they_are_read(samples, tmp_path):
@@ -96,14 +101,12 @@ def test_weights_that_blocks_share_are_refused_before_they_are_read(samples, tmp
         quantize(tmp_path / "zamba", CONFIG, samples)
 
 
-def test_a_failure_between_shards_leaves_nothing(source, samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "_SHARD_BYTES", 1)
-
+def test_a_failure_leaves_nothing_but_the_finished_blocks(source, samples, tmp_path, caplog):
     def fail(report, done, total):
         if done == total:
-            assert list(tmp_path.glob(".out.*/part-*.safetensors"))
             raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
         quantize(source, CONFIG, samples[:2], output=tmp_path / "out", events=listener(layer_done=fail))
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out.progress"}
+    assert "out.progress keeps what was done: the same run, begun again, goes on from there" in caplog.text

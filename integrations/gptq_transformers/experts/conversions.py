@@ -10,9 +10,10 @@ the fusing there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from gptq_backend import QuantLinear
@@ -39,14 +40,17 @@ def remaining_converters(model: nn.Module) -> list[Any]:
     return drop_fused_conversions(converters(model), model)
 
 
-def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) -> list[Any]:
+def drop_fused_conversions(
+    weight_conversions: Sequence[Any], model: nn.Module, packed: Iterable[str] = ()
+) -> list[Any]:
     """``weight_conversions`` of transformers without those for a parameter that ``model`` no longer has: of fused
-    experts, and of quantized layers, whose packed words cannot be cut and joined like the rows of a weight.
+    experts, and of quantized layers, whose packed words cannot be cut and joined like the rows of a weight. Those of
+    layers that are still to be quantized are ``packed``.
 
     Renamings stay, since the checkpoint's module names still differ from the model's. See the module's docstring for
     how this makes ``save_pretrained`` write the checkpoint's names.
     """
-    gone = []
+    gone = [*packed]
     for name, module in model.named_modules():
         if isinstance(module, ExpertList):
             gone += [f"{name}.{parameter}" for parameter in module.fused_names]
@@ -59,17 +63,40 @@ def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) 
     ]
 
 
-def keep_packed_names(model: Any) -> None:
+def keep_packed_names(model: Any, packed: Iterable[str] = ()) -> None:
     """Let ``save_pretrained`` write the layers of a model that was quantized in memory by themselves, where it would
     join the model's q_proj, k_proj and v_proj into the one tensor of the original checkpoint.
+
+    ``packed`` as for :func:`drop_fused_conversions`.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # not loaded from files: save_pretrained takes the default, but no changes of prefix
         conversions = model_conversions(model, add_legacy=False)
         conversions = [each for each in conversions if type(each).__name__ != "PrefixChange"]
-    kept = drop_fused_conversions(conversions, model)
+    kept = drop_fused_conversions(conversions, model, packed)
     if len(kept) < len(conversions):
         model._weight_conversions = kept
+
+
+def are_only_renamed(model: Any, packed: Iterable[str]) -> bool:
+    """Whether ``save_pretrained`` will write all tensors as they are, although it may give them other names; with
+    transformers 4 also not that. ``packed`` are parameters that will be quantized by then.
+    """
+    if getattr(model, "_checkpoint_conversion_mapping", None) and not hasattr(model, "_weight_conversions"):
+        return False
+    keep_packed_names(model, packed)
+    return not any(hasattr(each, "operations") for each in getattr(model, "_weight_conversions", None) or ())
+
+
+def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """What ``save_pretrained`` calls the tensors of a model for which :func:`are_only_renamed`."""
+    names = list(names)
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return dict(zip(names, names))
+    sized = {name: torch.empty(size, device="meta") for size, name in enumerate(names)}  # to be told apart by that
+    return {names[len(tensor)]: stored for stored, tensor in revert_weight_conversion(model, sized).items()}
 
 
 def produces(conversion: Any, parameter: str) -> bool:

@@ -1,0 +1,123 @@
+"""Blocks that are read one at a time: what loading the whole model would have made of them, in the memory of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from gptq_backend import GPTQError, QuantizeConfig
+from gptq_transformers import quantize, streaming
+from tests.toy import listener
+from tests.transformers.checkpoints import ids, tiny
+
+CONFIG = QuantizeConfig(group_size=32, quality="fast")
+FEW: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Files with experts one by one, fused, and beside dense blocks; other names in the file; a merged q, k and v.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, **FEW},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 64, **FEW},
+    "mixtral": {},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, **FEW},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_key_value_heads": 2, "first_k_dense_replace": 1,
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+        "head_dim": ..., **FEW,
+    },
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1},
+    "qwen3_5_moe_text": {
+        "num_experts": 4, "shared_expert_intermediate_size": 32, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, **FEW,
+    },
+    "jamba": {"num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False, "mamba_dt_rank": 4},
+    "phi3": {},
+    "llama": {},
+}  # fmt: skip
+
+
+def saved(folder: Path, family: str) -> Path:
+    """A tiny model of that kind in 16 bits."""
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    tiny(family, **{"num_hidden_layers": 3, **FAMILIES[family]}).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_checkpoint_is_that_of_a_model_loaded_whole(tmp_path: Path, family: str) -> None:
+    source = saved(tmp_path / "source", family)
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    quantize(whole, CONFIG, ids(48), output=tmp_path / "whole")
+    quantize(source, CONFIG, ids(48), output=tmp_path / "blocks")
+    expected, found = stored(tmp_path / "whole"), stored(tmp_path / "blocks")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama"])
+def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Neither blocks that are to come, nor those that are done, nor anything on disk beside the output."""
+    source, blocks = saved(tmp_path / "source", family), {}
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "scratch").mkdir()
+
+    def begin(name: str, block: nn.Module) -> None:
+        blocks[name] = block
+
+    def look(*_: Any) -> None:
+        *done, current = blocks.values()
+        assert not any(tensor.is_meta for tensor in current.parameters())
+        maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "out.progress" in line]
+        assert len(maps) >= len(done)
+        scratch = [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+        assert not [path for path in scratch if path.stat().st_size > 1000]
+
+    events = listener(block_needed=begin, layer_done=look)
+    quantize(source, CONFIG, ids(48), output=tmp_path / "out", events=events)
+    assert len(blocks) == 3
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="reads by accelerate")
+def test_weights_that_a_block_lacks_are_named(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", "llama")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GPTQError, match=r"its files lack 1 weights .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        quantize(source, CONFIG, ids(24), output=tmp_path / "out", events=listener(block_needed=pytest.fail))
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_share_weights_are_loaded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    layers: Any = model.model.layers
+    assert streaming._are_apart(model, [*layers])
+    layers[1].input_layernorm.weight = layers[0].input_layernorm.weight
+    assert not streaming._are_apart(model, [*layers])
+    layers[1].input_layernorm.weight = model.model.norm.weight
+    assert not streaming._are_apart(model, [*layers])
+    layers[1].input_layernorm = layers[0].input_layernorm
+    assert not streaming._are_apart(model, [*layers])
+
+
+def test_no_bar_is_shown_for_each_block(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path / "source", "llama")
+    capfd.readouterr()
+    quantize(source, CONFIG, ids(24))
+    assert capfd.readouterr().err.count("Loading weights") <= 2  # of one bar, over what is beside the blocks
+    assert json.loads((source / "config.json").read_text())["model_type"] == "llama"
