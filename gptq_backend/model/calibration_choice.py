@@ -22,7 +22,7 @@ from ..errors import CalibrationError
 from . import lockstep
 from .calibration import Batch, call_model, check_fits, make_batches, model_inputs
 from .placement import Placement, outside_of, tensors_of
-from .structure import evaluating, find_blocks
+from .structure import BlockNames, evaluating, find_blocks
 
 _WIDTH = 64  # dimensions of a sketch
 _DEPTHS = (0.125, 0.25, 0.375, 0.5)  # of the blocks whose inputs are sketched, as a share of all blocks
@@ -74,7 +74,7 @@ def sketch(
     ids: Tensor,
     *,
     seed: int = 0,
-    block_name: str | None = None,
+    block_name: BlockNames = None,
     on_block: OnBlock = lambda block: None,
     on_done: OnBlock = lambda block: None,
     device: torch.device | str | None = None,
@@ -88,7 +88,7 @@ def sketch(
         model: called as ``model(input_ids=...)``; unchanged afterwards.
         ids: int64 [N, T].
         seed: of the projection.
-        block_name: name of the list of blocks, where :func:`structure.find_blocks` would choose another.
+        block_name: names of the lists of blocks, where :func:`structure.find_blocks` would choose another.
         on_block, on_done: called with each block before it is used, and when nothing reads it any more.
         device: where to compute; None means where the weights are.
 

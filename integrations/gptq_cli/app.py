@@ -16,6 +16,7 @@ from .command_group import CommandGroup
 from .options import (
     BatchSize,
     BlockDevice,
+    BlockName,
     Device,
     Json,
     Out,
@@ -80,9 +81,7 @@ def quantize(
     seqlen: Seqlen = 512,
     seed: Seed = 0,
     batch_size: BatchSize = None,
-    block_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="List of blocks to quantize. Default: the language model's.")
-    ] = None,
+    block_name: BlockName = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
     ] = 4,
@@ -96,7 +95,7 @@ def quantize(
     from .quantize_command import Source, run
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
-    options = {"batch_size": batch_size, "block_name": block_name, "overwrite": overwrite}
+    options = {"batch_size": batch_size, "block_name": block_name or None, "overwrite": overwrite}
     run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, json_target)
 
 
@@ -152,9 +151,7 @@ def merge(
     seqlen: Seqlen = 512,
     seed: Seed = 0,
     batch_size: BatchSize = None,
-    block_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="List of blocks. Default: the language model's.")
-    ] = None,
+    block_name: BlockName = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL and ADAPTER on so many windows not calibrated on.")
     ] = 4,
@@ -172,7 +169,7 @@ def merge(
     from .quantize_command import Source
 
     source = Source(calibration if rounds else None, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
-    options = {"batch_size": batch_size, "block_name": block_name, "overwrite": overwrite}
+    options = {"batch_size": batch_size, "block_name": block_name or None, "overwrite": overwrite}
     work = Merge(model, adapter, Path(out), to.value, source, kld_windows, device, trust_remote_code)
     work.run(options, json_target)
 

@@ -18,11 +18,11 @@ from transformers import GPTQConfig as StockGPTQConfig
 from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
-from gptq_backend.model import Progress
+from gptq_backend.model import BlockNames, Progress
 from gptq_backend.output_folder import atomic_folder, check_spared
 
 from .auto_calibration import AUTO, choose
-from .calibration_input import given, is_text, load_tokenizer, token_ids
+from .calibration_input import as_called, given, is_text, load_tokenizer, token_ids
 from .completeness import keep_all_tensors
 from .config import GPTQConfig
 from .dispatch import keeping_hooks
@@ -30,6 +30,7 @@ from .experts.unfuse import unfuse_experts
 from .hf_quantizer import attach
 from .model_files import copy_companions
 from .streaming import BlockWriter, detach_offloading, load_streamed, load_whole
+from .whole_samples import whole_samples
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +51,21 @@ def quantize(
     overwrite: bool = False,
     events: Events | None = None,
     device: str | torch.device | None = None,
-    block_name: str | None = None,
+    block_name: BlockNames = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
-    """Quantize a model that reads token ids: a language model, a classifier, an embedding model.
+    """Quantize a model: language models with or without other senses, encoder-decoders, classifiers, embedding models.
 
     Args:
         model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the class in
             ``architectures`` is loaded (a causal language model if there is none), the blocks' 16-bit weights are read
             one block at a time, and written, if there is an ``output``, a file at a time.
         config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
-        calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
-            ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot train); ``"auto"`` chooses
-            windows of packaged text, the model's own and ``text``, see :func:`auto_calibration.choose`.
+        calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T]); mappings of
+            all that the model takes (``input_ids``, ``pixel_values``, ``decoder_input_ids``, ...), or of what its
+            processor takes (``text``, ``images``, ``audio``, ``text_target``); None rounds to nearest (and cannot
+            train); ``"auto"`` chooses windows of packaged text, the model's own and ``text``, see
+            :func:`auto_calibration.choose`. Text alone is completed: see :func:`whole_samples.whole_samples`.
         text: what the model will read, if there is some; only for ``calibration="auto"``.
         tokenizer: for texts; default: the one in the model's folder.
         output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. A run that
@@ -77,8 +80,8 @@ def quantize(
         overwrite: let ``output`` replace a folder that exists.
         events: told what happens: of each layer, block and training step, and what "auto" chose.
         device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
-        block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``; None chooses, see
-            :func:`gptq_backend.model.structure.find_blocks`.
+        block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``, or of several;
+            None chooses, see :func:`gptq_backend.model.structure.find_blocks`.
         trust_remote_code: let code that comes with the model run.
 
     Returns:
@@ -111,8 +114,11 @@ def quantize(
             events.calibration_chosen(choice)
             data: Any = choice.samples
         else:
-            data = token_ids(calibration, tokenizer, seqlen, samples, seed)
+            prepared = as_called(calibration, path, tokenizer, trust_remote_code)
+            data = token_ids(prepared, tokenizer, seqlen, samples, seed)
         model, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code, data is not None)
+        if data is not None:
+            data = whole_samples(data, model, path, trust_remote_code)
         writer = None
         if folder is not None and from_folder and not settings.preset.distill_epochs:
             writer = BlockWriter.of(model, folder, options.block_name)
@@ -250,7 +256,7 @@ def _as_config(config: Any) -> QuantizeConfig:
     return read
 
 
-def _block_name(config: Any) -> str | None:
+def _block_name(config: Any) -> BlockNames:
     """``block_name_to_quantize`` of a dictionary or a ``GPTQConfig``."""
     if isinstance(config, Mapping):
         return config.get("block_name_to_quantize")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from gptq_backend import ConfigError, GPTQError, QuantizeConfig
 from gptq_backend.format import Shards
-from gptq_backend.model import find_blocks, find_structure
+from gptq_backend.model import BlockNames, find_blocks, find_structure
 from gptq_backend.module_moves import offloading_hook
 from gptq_backend.timing import timed
 
@@ -32,23 +31,14 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
     """The model that config.json names, without its weights, on the meta device.
 
     Raises:
-        ConfigError: it is quantized, an encoder-decoder, or of a class that is not available. GPTQError: it cannot be
-            loaded.
+        ConfigError: it is quantized, or of a class that is not available. GPTQError: it cannot be loaded.
     """
     config = read_config(path, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
     loader = class_of(config, path, trust_remote_code)
-    halves, named = getattr(config, "is_encoder_decoder", False), config.architectures
     with load_errors(path, (Exception,)), torch.device("meta"):  # no code of ours runs here
-        model = from_config(loader, config, trust_remote_code)
-    # The configuration of one half alone may say so, too; without a class it is not known which one is stored.
-    if halves and (not named or "decoder_input_ids" in signature(model.forward).parameters):
-        raise ConfigError(
-            f"{path} is an encoder-decoder model, which cannot be quantized from its folder; load it and pass the "
-            "model instead: one of its stacks of blocks is then quantized"
-        )
-    return model
+        return from_config(loader, config, trust_remote_code)
 
 
 def load_whole(
@@ -80,7 +70,7 @@ def load_streamed(
     path: str | Path,
     scratch: str,
     config: QuantizeConfig | None = None,
-    block_name: str | None = None,
+    block_name: BlockNames = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model with its blocks on accelerate's disk offload: they stay in the checkpoint's files until needed.
@@ -112,7 +102,7 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
     return device_map
 
 
-def detach_offloading(model: PreTrainedModel, block_name: str | None = None) -> Callable[[nn.Module], None]:
+def detach_offloading(model: PreTrainedModel, block_name: BlockNames = None) -> Callable[[nn.Module], None]:
     """Remove accelerate's offloading from ``model`` -> a function that loads a block's offloaded weights to stay.
 
     What is offloaded outside the blocks is loaded at once. The hooks of a model that is only spread over devices stay:
@@ -147,7 +137,7 @@ class BlockWriter:
         self.model, self.folder, self.shards = model, folder, Shards(folder, _SHARD_BYTES)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, folder: Path, block_name: str | None = None) -> BlockWriter | None:
+    def of(cls, model: PreTrainedModel, folder: Path, block_name: BlockNames = None) -> BlockWriter | None:
         """None where only ``save_pretrained`` knows what to write: other names in the file, tensors that blocks share.
 
         None on Windows too, which does not rename files that are mapped.
