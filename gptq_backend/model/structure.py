@@ -191,7 +191,7 @@ def special_linears(structure: Structure) -> dict[str, str]:
     found = {}
     for block in structure.blocks:
         for name, module in block.module.named_modules(prefix=block.name):
-            if isinstance(getattr(module, "experts", None), nn.Module):
+            if experts_of(module):
                 continue
             for key, child in module.named_children():
                 if isinstance(child, nn.Linear) and not is_linear(child):
@@ -282,9 +282,9 @@ def _linear_elements(module: nn.Module) -> int:
 
 def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple[Target, ...]:
     wanted = config.modules_in_block_to_quantize
-    mixtures = [module for module in block.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
-    routers = {router for module in mixtures for router in _routers(module)}
-    experts = {module for mixture in mixtures for module in mixture.get_submodule("experts").modules()}
+    mixtures = {module: found for module in block.modules() if (found := experts_of(module))}
+    routers = {router for module, parts in mixtures.items() for router in _routers(module, parts)}
+    experts = {module for parts in mixtures.values() for part in parts for module in part.modules()}
     found = []
     for name, module in block.named_modules():
         if not is_linear(module) or module in routers or (wanted is not None and name not in wanted):
@@ -297,16 +297,24 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
     return tuple(found)
 
 
-def _routers(mixture: nn.Module) -> Iterator[nn.Module]:
+def experts_of(module: nn.Module) -> list[nn.Module]:
+    """The children of a mixture that hold its experts: that called so, or lists that are called themselves."""
+    if isinstance(experts := getattr(module, "experts", None), nn.Module):
+        return [experts]
+    lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
+    return [each for each in lists if type(each) is not nn.ModuleList]
+
+
+def _routers(mixture: nn.Module, experts: list[nn.Module]) -> Iterator[nn.Module]:
     """Linear layers beside the experts, also one alone in a module of its own, which may read its weight.
 
     Not if that one has as many outputs as inputs, as a shared expert has.
     """
-    for name, child in mixture.named_children():
+    for child in mixture.children():
         inside = [module for module in child.modules() if is_linear(module)]
         if is_linear(child):
             yield child
-        elif len(inside) == 1 and name != "experts" and len({*dense_weight(inside[0]).shape}) == 2:
+        elif len(inside) == 1 and child not in experts and len({*dense_weight(inside[0]).shape}) == 2:
             yield inside[0]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from gptq_backend import QuantLinear
 
 from .expert_list import ExpertList
+from .parallel import ParallelLinears
 
 
 def model_conversions(model: nn.Module, **kwargs: Any) -> list[Any]:
@@ -48,7 +49,7 @@ def drop_fused_conversions(weight_conversions: Sequence[Any], model: nn.Module) 
     """
     gone = []
     for name, module in model.named_modules():
-        if isinstance(module, ExpertList):
+        if isinstance(module, ExpertList | ParallelLinears):
             gone += [f"{name}.{parameter}" for parameter in module.fused_names]
         elif isinstance(module, QuantLinear):
             gone += [f"{name}.weight", f"{name}.bias"]
