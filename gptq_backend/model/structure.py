@@ -282,7 +282,7 @@ def _linear_elements(module: nn.Module) -> int:
 
 def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple[Target, ...]:
     wanted = config.modules_in_block_to_quantize
-    mixtures = {module: found for module in block.modules() if (found := experts_of(module))}
+    mixtures = {module: parts for module in block.modules() if (parts := experts_of(module))}
     routers = {router for module, parts in mixtures.items() for router in _routers(module, parts)}
     experts = {module for parts in mixtures.values() for part in parts for module in part.modules()}
     found = []

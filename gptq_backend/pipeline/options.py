@@ -30,6 +30,7 @@ class RunOptions:
             both models there as a whole. None computes where the weights are.
         before: what a layer was, by its name, if its weight is one that was quantized before and then changed: the
             result begins there if that is better than to begin anew.
+        calibrate_all_experts: calibrate every expert on all tokens, not only on those that its router sends to it.
     """
 
     batch_size: int | None = None
@@ -37,6 +38,7 @@ class RunOptions:
     backend: str | None = None
     device: torch.device | str | None = None
     before: Callable[[str], QuantizedWeight | None] = _never_quantized
+    calibrate_all_experts: bool = False
 
 
 class Events:

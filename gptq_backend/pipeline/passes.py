@@ -7,6 +7,7 @@ capturing or replaying, because the model's own forward passes them.
 from __future__ import annotations
 
 import contextvars
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from ..config import QuantizeConfig
 from ..model import lockstep
+from ..model.all_experts import call_of_all
 from ..model.calibration import Batch, call_model, masks_of, model_inputs
 from ..model.layer_inputs import InputFactor, LayerInput, tells
 from ..model.structure import Block, Target
 from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
 from .layers import Layers
+
+logger = logging.getLogger(__name__)
 
 
 class Place(Enum):
@@ -140,6 +144,8 @@ class Passes:
             hooks.callback(*restore)
             for target in block.targets:
                 self._hook_layer(target, hooks)
+            if self.layers.calibrate_all_experts:
+                self._hook_mixtures(block, hooks)
         head = self.structure.head
         if head is None:
             for block in self.structure.blocks:
@@ -194,10 +200,37 @@ class Passes:
             state.examples[task.number] = Example(run, original, mask)
             lockstep.wait((block, Place.TRAIN))
 
+    def _hook_mixtures(self, block: Block, hooks: ExitStack) -> None:
+        reached: set[nn.Module] = set()
+        for module in block.module.modules():
+            if (call := call_of_all(module)) is not None:
+                hook = partial(self._before_mixture, block, call)
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                reached.update(module.modules())
+        apart = [target.name for target in block.targets if target.may_be_idle and target.module not in reached]
+        if apart:
+            text = "calibrate_all_experts: %s and %d layers like it are called in a way that no more tokens reach"
+            logger.warning(text, apart[0], len(apart) - 1)
+
+    def _before_mixture(
+        self, block: Block, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Call each expert with all tokens once; afterwards their layers are done."""
+        inside = set(module.modules())
+        waiting = (target.module for target in block.targets if target.module in inside and target.may_be_idle)
+        if _TASK.get().original or self._busy() or all(each in self.layers.done for each in waiting):
+            return
+        call(*args, **kwargs)
+
+    def _busy(self) -> bool:
+        """Whether the block runs for another reason than to be quantized."""
+        training = self.state is not None and self.state.phase is Phase.TRAINING
+        return self._sensitivity.running or training
+
     def _hook_layer(self, target: Target, hooks: ExitStack) -> None:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             state = self.state
-            if module in self.layers.done or self._sensitivity.running or (state and state.phase is Phase.TRAINING):
+            if module in self.layers.done or self._busy():
                 return
             task = _TASK.get()
             if task.original or (state and any(target is each for each, _ in state.measured)):

@@ -41,7 +41,7 @@ class Resume:
         data = [tensor for batch in batches for tensor in batch.values()]
         constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
-        facts = [config.to_dict(), str(self.layers.placement.device), described]
+        facts = [config.to_dict(), str(self.layers.placement.device), described, self.layers.calibrate_all_experts]
         self.identity = self.progress.digest("", facts, [*data, *outside])
 
     def begin_block(self, block: Block) -> None:

@@ -87,6 +87,10 @@ def quantize(
     ] = 4,
     device: BlockDevice = "cpu",
     trust_remote_code: TrustRemoteCode = False,
+    calibrate_all_experts: Annotated[
+        bool,
+        typer.Option("--calibrate-all-experts", help="Calibrate each expert on all tokens, also those not sent to it."),
+    ] = False,
     overwrite: Overwrite = False,
     json_target: Json = None,
 ) -> None:
@@ -96,6 +100,7 @@ def quantize(
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
     options = {"batch_size": batch_size, "block_name": block_name or None, "overwrite": overwrite}
+    options["calibrate_all_experts"] = calibrate_all_experts
     run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, json_target)
 
 

@@ -28,6 +28,7 @@ from .report import make_report, weights_size, write_reports
 
 logger = logging.getLogger(__name__)
 
+_PLACES = 6  # that are shown of those that stay in 16 bits
 _SHARE = 0.9  # of the free memory may be the two models; activations and logits need some, too
 
 
@@ -70,7 +71,7 @@ def run(
 
     Args:
         settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
-        options: ``batch_size``, ``block_name`` and ``overwrite``.
+        options: ``batch_size``, ``block_name``, ``calibrate_all_experts`` and ``overwrite``.
 
     Raises:
         GPTQError: something cannot be used; the message says what to do.
@@ -198,11 +199,22 @@ def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
     return rules
 
 
+def _places(kept: Mapping[str, int]) -> str:
+    """The largest places and how many weights they have."""
+    shown = [f"{name} ({count / 1e6:.3g} M weights)" for name, count in list(kept.items())[:_PLACES]]
+    rest = sum(list(kept.values())[_PLACES:])
+    return ", ".join(shown + ([f"others ({rest / 1e6:.3g} M)"] if rest else []))
+
+
 def _print(report: dict[str, Any], page: Path) -> None:
     size = megabytes(report["bytes_after"])
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     terminal.say(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    if kept := report["kept"]:
+        terminal.say(f"stays in 16 bits: {_places(kept)}")
+    if unrouted := report["unrouted"]:
+        terminal.say(f"{len(unrouted)} layers of experts got no calibration token; see --calibrate-all-experts")
     if blocks := report["blocks"]:
         kept = sum(block["kept"] for block in blocks)
         terminal.say(f"training of blocks: {kept} of {len(blocks)} are nearer to the original on held-out text")

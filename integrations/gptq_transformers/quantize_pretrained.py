@@ -53,6 +53,7 @@ def quantize(
     device: str | torch.device | None = None,
     block_name: BlockNames = None,
     trust_remote_code: bool = False,
+    calibrate_all_experts: bool = False,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
     """Quantize a model: language models with or without other senses, encoder-decoders, classifiers, embedding models.
 
@@ -83,9 +84,11 @@ def quantize(
         block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``, or of several;
             None chooses, see :func:`gptq_backend.model.structure.find_blocks`.
         trust_remote_code: let code that comes with the model run.
+        calibrate_all_experts: calibrate every expert of a mixture on all tokens, not only on those that its router
+            sends to it.
 
     Returns:
-        The quantized model and the report.
+        The quantized model and the report, which also says what stays in 16 bits (``report.kept``).
 
     Raises:
         ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written. GPTQError: the
@@ -93,7 +96,9 @@ def quantize(
     """
     if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
         raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
-    options = RunOptions(batch_size, block_name or _block_name(config), backend, device)
+    options = RunOptions(
+        batch_size, block_name or _block_name(config), backend, device, calibrate_all_experts=calibrate_all_experts
+    )
     settings, events = _as_config(config), events or Events()
     from_folder = isinstance(model_or_path, str | Path)
     path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path

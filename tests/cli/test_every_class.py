@@ -203,7 +203,7 @@ def test_the_tower_that_reads_is_chosen_at_the_sizes_of_llava_onevision_0_5b() -
 
 
 def test_lists_of_blocks_may_be_named_by_the_command(tmp_path: Path) -> None:
-    name, build, auto, _ = KINDS["whisper"]
+    name, build, *_ = KINDS["whisper"]
     source = save(tmp_path / "source", getattr(transformers, name)(build()[0]))
     lists = ["--block-name", "model.decoder.layers", "--block-name", "model.encoder.layers"]
     options = ["--group-size", "32", "--samples", "4", "--seqlen", "16", "--quality", "fast"]

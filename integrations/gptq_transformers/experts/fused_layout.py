@@ -102,10 +102,10 @@ def _computes(module: nn.Module, layout: FusedLayout, first: torch.Size, down: t
             expected = (trial.act_fn(gate) * up) @ last
             if layout.sorted_rows:
                 return _same(forward(trial, x.repeat(down[0], 1)), expected.repeat(down[0], 1))
-            index, weight = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
-            if not _same(forward(trial, x, index, weight / 2), expected / 2):
+            index, weight = torch.zeros(2, 2, dtype=torch.long), torch.tensor([0.25, 0.5]).expand(2, 2)
+            if not _same(forward(trial, x, index, weight), 0.75 * expected):
                 return False
-            return not layout.passing or _same(forward(trial, x, index + down[0], weight / 2), x / 2)
+            return not layout.passing or _same(forward(trial, x, index + down[0], weight), 0.75 * x)
     except Exception:  # whatever the code of a model raises for what it was not made for
         return False
 

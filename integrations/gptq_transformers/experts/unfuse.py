@@ -107,7 +107,9 @@ def replace_fused_experts(
     return parallel + _replace_routed_experts(model, layers, quantized, halves)
 
 
-def _replace_routed_experts(model: nn.Module, layers: Iterable[str], quantized: Iterable[str], halves: bool) -> list[str]:
+def _replace_routed_experts(
+    model: nn.Module, layers: Iterable[str], quantized: Iterable[str], halves: bool
+) -> list[str]:
     found = {name: layout for name, module in model.named_modules() if (layout := fused_layout(module)) is not None}
     inside = tuple(f"{name}." for name in found)
     by_module: dict[str, list[str]] = {name: [] for name in found}
