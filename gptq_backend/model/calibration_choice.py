@@ -71,7 +71,7 @@ class Selection:
 
 def sketch(
     model: nn.Module,
-    ids: Tensor,
+    samples: Sequence[Any] | Tensor,
     *,
     seed: int = 0,
     block_name: BlockNames = None,
@@ -85,8 +85,8 @@ def sketch(
     block before any enters the next, so that one block at a time needs its weights.
 
     Args:
-        model: called as ``model(input_ids=...)``; unchanged afterwards.
-        ids: int64 [N, T].
+        model: unchanged afterwards.
+        samples: N of equal shapes, see :func:`calibration.make_batches`: token ids int64 [T], or mappings.
         seed: of the projection.
         block_name: names of the lists of blocks, where :func:`structure.find_blocks` would choose another.
         on_block, on_done: called with each block before it is used, and when nothing reads it any more.
@@ -99,7 +99,7 @@ def sketch(
     Raises:
         CalibrationError: token ids or lengths that the model does not take. ConfigError: no repeated blocks.
     """
-    batches = make_batches(list(ids))
+    batches = make_batches(samples)
     check_fits(model, batches)
     blocks = list(find_blocks(model, block_name).values())
     return _Sketcher(model, blocks, seed, on_block, on_done, Placement(device)).run(batches)

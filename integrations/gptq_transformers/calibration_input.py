@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gptq_backend.errors import CalibrationError
 from gptq_backend.model import require_sequences, sample_windows, tokenize
@@ -19,7 +19,6 @@ from .model_files import local_file
 
 logger = logging.getLogger(__name__)
 
-_RAW = {"text", "images", "audio"}  # what a processor takes, of a sample that is not tensors yet
 _TRIFLES = 8  # tokens that made-up tokenizers have beside special ones, such as a space
 
 
@@ -64,39 +63,6 @@ def token_ids(calibration: Any, tokenizer: Any, seqlen: int | None, samples: int
     if seqlen is not None:
         raise CalibrationError(f"seqlen={seqlen} cuts texts, but calibration is token ids; cut them yourself")
     return sample_windows(calibration, samples, seed)
-
-
-def as_called(calibration: Any, path: str | Path, tokenizer: Any, trust_remote_code: bool = False) -> Any:
-    """What :func:`given` returned, with samples of text, images and sound turned into tensors by the processor in
-    ``path`` (or by ``tokenizer``, which may be a processor, if there is none).
-
-    Raises:
-        CalibrationError: there is none, or it does not take a sample.
-    """
-    if not isinstance(calibration, list) or not any(
-        isinstance(each, Mapping) and _RAW & each.keys() for each in calibration
-    ):
-        return calibration
-    tool = tokenizer
-    if tool is None:
-        try:
-            tool = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except Exception as error:  # of the code of processors
-            raise CalibrationError(
-                f"calibration has text, images or audio, but the processor of {path} cannot be loaded "
-                f"({first_line(error)}); pass tokenizer=, or what it would return"
-            ) from None
-    found = []
-    for index, sample in enumerate(calibration):
-        if isinstance(sample, Mapping) and _RAW & sample.keys():
-            try:
-                sample = tool(**sample, return_tensors="pt")
-            except Exception as error:  # of the code of processors
-                raise CalibrationError(
-                    f"calibration sample {index} cannot be prepared by {type(tool).__name__}: {first_line(error)}"
-                ) from error
-        found.append(sample)
-    return found
 
 
 def load_tokenizer(path: str | Path, required: bool, trust_remote_code: bool = False) -> Any:

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from gptq_backend import CalibrationError, ConfigError, Events, LayerReport, RunOptions, quantize_model
 from gptq_backend.model import tokenize
 
-from .calibration_input import as_called, given, is_text, load_tokenizer
+from .calibration_input import given, is_text, load_tokenizer
 from .config import DATASETS, GPTQConfig
 from .dispatch import keeping_hooks
 from .errors import first_line
@@ -74,18 +74,13 @@ def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:
     dataset = config.dataset
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _SEQLEN
     seqlen = config.model_seqlen or (min(limit, _SEQLEN) if limit > 0 else _SEQLEN)  # -1: any length
+    named = isinstance(config.tokenizer, str)
+    source, tool = (config.tokenizer, None) if named else (model.name_or_path, config.tokenizer)
     if isinstance(dataset, str):
-        texts = "\n\n".join(_named_texts(dataset))
-        return whole_samples(tokenize(texts, _tokenizer(model, config), seqlen, _SAMPLES), model, model.name_or_path)
-    samples = given(dataset)
-    if is_text(samples):
+        samples: Any = tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
+    elif is_text(samples := given(dataset)):
         samples = [ids[:seqlen] for ids in tokenize(samples, _tokenizer(model, config))]
-    else:
-        named = isinstance(config.tokenizer, str)
-        samples = as_called(
-            samples, config.tokenizer if named else model.name_or_path, None if named else config.tokenizer
-        )
-    return whole_samples(samples, model, model.name_or_path)
+    return whole_samples(samples, model, source, tool)
 
 
 def _tokenizer(model: Any, config: GPTQConfig) -> Any:

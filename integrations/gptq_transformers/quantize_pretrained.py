@@ -22,7 +22,7 @@ from gptq_backend.model import BlockNames, Progress
 from gptq_backend.output_folder import atomic_folder, check_spared
 
 from .auto_calibration import AUTO, choose
-from .calibration_input import as_called, given, is_text, load_tokenizer, token_ids
+from .calibration_input import given, is_text, load_tokenizer, token_ids
 from .completeness import keep_all_tensors
 from .config import GPTQConfig
 from .dispatch import keeping_hooks
@@ -119,11 +119,10 @@ def quantize(
             events.calibration_chosen(choice)
             data: Any = choice.samples
         else:
-            prepared = as_called(calibration, path, tokenizer, trust_remote_code)
-            data = token_ids(prepared, tokenizer, seqlen, samples, seed)
+            data = token_ids(calibration, tokenizer, seqlen, samples, seed)
         model, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code, data is not None)
         if data is not None:
-            data = whole_samples(data, model, path, trust_remote_code)
+            data = whole_samples(data, model, path, tokenizer, trust_remote_code)
         writer = None
         if folder is not None and from_folder and not settings.preset.distill_epochs:
             writer = BlockWriter.of(model, folder, options.block_name)

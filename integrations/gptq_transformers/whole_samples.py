@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from .made_media import picture, sound
 logger = logging.getLogger(__name__)
 
 _TEXT = {"input_ids", "attention_mask"}
+_RAW = {"text", "images", "audio"}  # what a processor takes, of a sample that is not tensors yet
 _SHARE = 8  # one sample with a picture or a sound for so many of text, of a model that needs none
 _MOST = 16  # such samples
 _PROMPT = 64  # tokens of text beside a picture or a sound
@@ -30,37 +32,43 @@ def whole_samples(
     samples: Sequence[Any],
     model: PreTrainedModel,
     source: str | Path,
+    tokenizer: Any = None,
     trust_remote_code: bool = False,
     added: bool = True,
 ) -> list[Any]:
     """``samples`` with what ``model`` wants beside token ids; mappings that say more than the ids stay as they are.
 
+    - Samples of ``text``, ``images`` and ``audio`` go through the processor in ``source`` or, if there is none, through
+      ``tokenizer``, which may also be a processor.
     - An encoder-decoder's decoder reads the same text, shifted by its start token.
     - A model whose main input is no text gets a picture or a sound with each sample, made here and prepared by the
-      processor in ``source``, or of the sizes in its configuration if there is none.
+      processor, or of the sizes in the model's configuration if there is none.
     - Of a model that can see or hear beside reading, a few samples with pictures or sounds are ``added``, if its
       processor is there.
 
     Raises:
-        CalibrationError: the model needs inputs that cannot be made here.
+        CalibrationError: the model needs inputs that cannot be made here, or its processor does not take a sample.
     """
     takes = inspect.signature(model.forward).parameters
     main: str = getattr(model, "main_input_name", "input_ids")
     found: list[Any] = []
-    media = _Media(model, source, trust_remote_code)
+    media = functools.cache(lambda: _Media(model, source, tokenizer, trust_remote_code))
     for number, sample in enumerate(samples):
         fields = dict(sample) if isinstance(sample, Mapping) else {"input_ids": sample}
-        if not _TEXT.issuperset(key for key, value in fields.items() if value is not None):
+        given = {key for key, value in fields.items() if value is not None}
+        if given & _RAW:
+            found.append(media().prepared(fields, number))
+        elif not given <= _TEXT:
             found.append(sample)
         elif main != "input_ids" and main in takes:
-            found.append(media.with_main_input(fields["input_ids"], main, number))
+            found.append(media().with_main_input(fields["input_ids"], main, number))
         elif "decoder_input_ids" in takes and getattr(model.config, "is_encoder_decoder", False):
             found.append(_with_decoder(fields, model.config))
         else:
             found.append(sample)
-    if added and main == "input_ids":
+    if added and main == "input_ids" and {"pixel_values", *_SOUNDS} & takes.keys():
         texts = [sample for sample in found if not isinstance(sample, Mapping)]
-        found += media.added([texts[i] for i in range(0, len(texts), _SHARE)][:_MOST])
+        found += media().added([texts[i] for i in range(0, len(texts), _SHARE)][:_MOST])
     return found
 
 
@@ -87,15 +95,32 @@ def _start(config: Any) -> int:
 class _Media:
     """Pictures and sounds as a model takes them."""
 
-    def __init__(self, model: PreTrainedModel, source: str | Path, trust_remote_code: bool) -> None:
+    def __init__(self, model: PreTrainedModel, source: str | Path, tokenizer: Any, trust_remote_code: bool) -> None:
         self.model, self.takes = model, inspect.signature(model.forward).parameters
-        self.processor: Any = None
-        self.reason = "it has no processor"
-        if {"pixel_values", getattr(model, "main_input_name", "input_ids"), *_SOUNDS}.intersection(self.takes) - _TEXT:
+        self.processor, self.reason = tokenizer, "it has no processor"
+        main = getattr(model, "main_input_name", "input_ids")
+        asks = {"pixel_values", main, *_SOUNDS}.intersection(self.takes) - _TEXT
+        if not _is_processor(tokenizer) and (asks or tokenizer is None):
             try:
                 self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
             except Exception as error:  # of the code of processors, which needs packages that may not be there
                 self.reason = first_line(error)
+
+    def prepared(self, sample: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """A sample of text, images or sound as the processor, or a tokenizer in its place, returns it."""
+        if self.processor is None:
+            raise CalibrationError(
+                f"calibration sample {number} has text, images or audio, but there is no processor for them "
+                f"({self.reason}); pass tokenizer=, or tensors"
+            )
+        try:
+            batch = self.processor(**sample, return_tensors="pt")
+        except Exception as error:  # of the code of processors
+            name = type(self.processor).__name__
+            raise CalibrationError(
+                f"calibration sample {number} cannot be prepared by {name}: {first_line(error)}"
+            ) from error
+        return {key: value for key, value in batch.items() if key in self.takes}
 
     def with_main_input(self, ids: Any, main: str, number: int) -> dict[str, Any]:
         """A sample of a model that reads pictures or sound first, and text in its decoder, if it has one."""
@@ -126,7 +151,7 @@ class _Media:
 
     def added(self, texts: Sequence[Any]) -> list[Any]:
         """Samples of a picture or a sound and one of ``texts``; [] with a word if none can be made."""
-        if self.processor is None or not any(hasattr(self.processor, name) for name in _KINDS):
+        if not _is_processor(self.processor):
             return []
         found = [self.beside_text(ids, number) for number, ids in enumerate(texts)]
         made = [sample for sample in found if sample is not None]
@@ -175,6 +200,11 @@ class _Media:
         keys = (f"{name}_token_id", f"{name}_token_index")
         mark = next((token for key in keys if (token := getattr(self.model.config, key, None)) is not None), None)
         return mark is None or bool((sample["input_ids"] == mark).any())
+
+
+def _is_processor(tool: Any) -> bool:
+    """Whether it prepares text together with pictures or sound."""
+    return any(hasattr(tool, name) for name in _KINDS)
 
 
 def _picture(processor: Any, number: int) -> dict[str, Any]:
