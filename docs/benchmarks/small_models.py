@@ -118,6 +118,9 @@ def small(config: Any) -> dict[str, Any]:
         value = vars(config).get(name)
         if hasattr(value, "to_dict"):
             found[name] = small(value)
+        elif isinstance(value, dict) and "mrope_section" in value:  # parts of half a rotated head
+            part = value.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1
+            found[name] = {**value, "mrope_section": [2, 3, 3] if part == 1 else [1, 1, 2]}
         elif name in SMALL and not isinstance(value, (bool, list, dict, str)):
             if value is not None or name not in DERIVED:
                 found[name] = SMALL[name]
@@ -153,8 +156,12 @@ def build(name: str, task: str = "causal") -> Any:
     import torch
     from transformers import AutoConfig
 
-    auto, kind = auto_class(task), type(AutoConfig.for_model(name))
-    config = kind(**merged(small(AutoConfig.for_model(name)), SPECIAL.get(name, {})))
+    auto, usual = auto_class(task), AutoConfig.for_model(name)
+    settings = merged(small(usual), SPECIAL.get(name, {}))
+    for key, value in settings.items():  # some classes take no dictionaries for those of their parts
+        if isinstance(value, dict) and hasattr(part := getattr(usual, key), "to_dict"):
+            settings[key] = type(part)(**value)
+    config = type(usual)(**settings)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > LARGEST:
