@@ -99,8 +99,8 @@ def language_weights(model: Any) -> int:
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is embedding]
-    common = os.path.commonprefix([f"{name}.".split(".") for name in [*find_blocks(model), *names]])
-    part = model.get_submodule(".".join(common))
+    paths = [f"/{name.replace('.', '/')}" for name in [*find_blocks(model), *names]]
+    part = model.get_submodule(os.path.commonpath(paths).strip("/").replace("/", "."))
     aside = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return sum(
@@ -200,8 +200,8 @@ def table() -> None:
         "- *layers*: how many are quantized.",
         "- *share*: their part of the weights of linear layers and experts in the part of the model that reads.",
         "- *reload*: relative difference of the logits before saving and after loading.",
-        f"- The last column has the result where it is not *works*, the reason for a share below {LEAST_SHARE:.0%}, and",
-        "  settings that the run needed.",
+        "- The last column has the result where it is not *works*, settings that the run needed, and the reason for a",
+        f"  share below {LEAST_SHARE:.0%}.",
         "",
         *textwrap.wrap(rest, 120),
     ]

@@ -35,9 +35,9 @@ SIZES: dict[int, str] = {
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
     "encoder_num_hidden_layers depth num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token "
     "moe_topk moe_k moe_top_k experts_per_token num_selected_experts index_n_heads linear_num_key_heads mamba_expand "
-    "num_blocks",
+    "num_blocks eos_token_id",
     1: "n_shared_experts num_shared_experts n_group topk_group first_k_dense_replace mamba_n_groups mamba_ngroups "
-    "n_groups num_mem_blocks",
+    "n_groups num_mem_blocks decoder_start_token_id bos_token_id",
     0: "num_kv_shared_layers num_nextn_predict_layers num_mtp_layers pad_token_id",
     128: "n_positions max_position_embeddings max_seq_len n_ctx context_length mamba_d_ssm",
     VOCABULARY: "vocab_size vocab_size_per_layer_input",
@@ -96,15 +96,34 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": {**ZAMBA, "head_dim": ..., "attention_head_dim": ..., "attention_hidden_size": ...},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+for _name in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl"):
+    SPECIAL[_name] = {"text_config": {"rope_parameters": ROTARY}}
+SPECIAL["paddleocr_vl"] = {"text_config": {"rope_parameters": ROTARY, "head_dim": 16}}
+SPECIAL["chameleon"] = SPECIAL["emu3"] = {"vocabulary_map": {"<image>": 5}}
+SPECIAL["step3p7"] = {"text_config": {"sliding_window": 16}}
+DAVIT = {"embed_dim": [32, 32, 64, 64], "num_heads": [4] * 4, "num_groups": [4] * 4, "depths": [1] * 4}
+SPECIAL["florence2"] = {"vision_config": {**DAVIT, "patch_size": [7, 3, 3, 3]}}
+SPECIAL["marian"] = {"pad_token_id": 0, "decoder_start_token_id": 0}
+SPECIAL["glm4v_moe"] = {"text_config": {"rope_parameters": {**ROTARY, "mrope_section": [1, 1, 2]}}}
 # Rules of the run. The shared block of Zamba is refused otherwise: each of its places has inputs of its own.
 RULES: dict[str, dict[str, Any]] = {"zamba": {r"-:.*shared_transf": {}}, "zamba2": {r"-:.*shared_transf": {}}}
 # Why less than three quarters of the weights are quantized.
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "blt": "its tower of patches and its decoder of bytes are lists of their own: name them",
+    "dbrx": "its experts are 2-D parameters of one module",
+    "git": "the projections of pictures lie beside the blocks that read",
+    "got_ocr2": "the tower for pictures lies beside the blocks that read",
+    "longcat_flash": "the fused weight has rows for 256 experts that hand on what they get",
+    "t5gemma2": "the tower for pictures lies in the encoder",
+    "xlnet": "its attention keeps the projections as 3-D parameters",
+}
 # No language models by themselves.
 NOT_TRIED: dict[str, str] = {
     "gemma3n": "needs the package timm; gemma3n_text is its language model",
     "gemma4_assistant": "continues the hidden states of another model",
     "gemma4_unified_assistant": "continues the hidden states of another model",
+    "shieldgemma2": "transformers does not load what it saves of it",
     "musicgen": "its decoder reads audio codes and is a part of another model",
     "musicgen_melody": "its decoder reads audio codes and is a part of another model",
 }

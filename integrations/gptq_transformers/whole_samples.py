@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import FEATURE_EXTRACTOR_MAPPING, AutoProcessor, PreTrainedModel
 
 from gptq_backend import CalibrationError
 
@@ -126,14 +126,14 @@ class _Media:
         """A sample of a model that reads pictures or sound first, and text in its decoder, if it has one."""
         ids = torch.atleast_2d(torch.as_tensor(ids))[:1]
         text: dict[str, Any] = {}
-        if "decoder_input_ids" in self.takes:
-            config = self.model.config.get_text_config(decoder=True)
-            limit = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
-            text = {"decoder_input_ids": _shifted(ids, _start(self.model.config))[:, :limit]}
-        elif "input_ids" in self.takes:
+        if "input_ids" in self.takes:
             if (sample := self.beside_text(ids[0], number)) is not None:
                 return sample
             text = {"input_ids": ids}
+        if "decoder_input_ids" in self.takes and getattr(self.model.config, "is_encoder_decoder", not text):
+            config = self.model.config.get_text_config(decoder=True)
+            limit = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
+            text["decoder_input_ids"] = _shifted(ids, _start(self.model.config))[:, :limit]
         return {main: self.of_processor(main, number), **text}
 
     def of_processor(self, main: str, number: int) -> Tensor:
@@ -220,7 +220,8 @@ _KINDS = {"image_processor": _picture, "feature_extractor": _sound}  # parts of 
 
 
 def _of_config(model: PreTrainedModel, main: str, number: int, reason: str) -> Tensor:
-    """A picture or the spectrum of a sound as large as the configuration says, normalized.
+    """A picture or the spectrum of a sound as large as the configuration says, normalized; or as a processor with the
+    usual settings of such models makes it.
 
     Raises:
         CalibrationError: it does not say.
@@ -236,6 +237,11 @@ def _of_config(model: PreTrainedModel, main: str, number: int, reason: str) -> T
         )
         spectrum = torch.nn.functional.interpolate(spectrum[None, None], (bins, 2 * frames))[0]
         return (spectrum - spectrum.mean()) / spectrum.std()
+    if main in _SOUNDS and (kind := FEATURE_EXTRACTOR_MAPPING.get(type(config), None)) is not None:
+        try:
+            return kind()(sound(number), sampling_rate=16_000, return_tensors="pt")[main]
+        except Exception as error:  # of the code of processors
+            reason = first_line(error)
     seen = next(
         (part for name in ("encoder", "vision_config") if hasattr(part := getattr(config, name, None), "image_size")),
         config,
