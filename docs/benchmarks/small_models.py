@@ -112,7 +112,7 @@ RULES: dict[str, dict[str, Any]] = {"zamba": {r"-:.*shared_transf": {}}, "zamba2
 REASONS: dict[str, str] = {
     "blt": "its tower of patches and its decoder of bytes are lists of their own: name them",
     "dbrx": "its experts are 2-D parameters of one module",
-    "git": "the projections of pictures lie beside the blocks that read",
+    "git": "the tower for pictures lies beside the blocks that read",
     "got_ocr2": "the tower for pictures lies beside the blocks that read",
     "longcat_flash": "the fused weight has rows for 256 experts that hand on what they get",
     "t5gemma2": "the tower for pictures lies in the encoder",

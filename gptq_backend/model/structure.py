@@ -298,11 +298,12 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
 
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
-    """The children of a mixture that hold its experts: that called so, or lists that are called themselves."""
+    """The children of a mixture that hold its experts: that called so, or lists of layers that are called themselves."""
     if isinstance(experts := getattr(module, "experts", None), nn.Module):
         return [experts]
     lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
-    return [each for each in lists if type(each) is not nn.ModuleList]
+    called = (each for each in lists if type(each).forward is not nn.ModuleList.forward)
+    return [each for each in called if all(isinstance(layer, nn.Linear) for layer in each)]
 
 
 def _routers(mixture: nn.Module, experts: list[nn.Module]) -> Iterator[nn.Module]:

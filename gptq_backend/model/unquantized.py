@@ -14,7 +14,7 @@ def unquantized(model: nn.Module) -> dict[str, int]:
     A place is the outermost module without quantized layers, with ``*`` for the numbers of blocks and experts:
     ``model.visual``, ``model.layers.*.mlp.gate``.
     """
-    quantized = [name for name, module in model.named_modules() if "qweight" in module._parameters]
+    quantized = {name for name, module in model.named_modules() if "qweight" in module._parameters}
     mixed = {""} | {name[:end] for name in quantized for end in [*_dots(name), len(name)]}
     found: Counter[str] = Counter()
     for key, parameter in model.named_parameters():

@@ -172,7 +172,8 @@ class Passes:
             lockstep.wait((block, Place.START))
             state = self._current()
             if block.targets and state.phase is not Phase.FINAL_BEFORE:
-                self._run_until_final(state, run, _TASK.get().mask(next(iter((*args, *kwargs.values())))))
+                x = next(iter((*args, *kwargs.values())), None)
+                self._run_until_final(state, run, _TASK.get().mask(x) if isinstance(x, Tensor) else None)
             return run()
 
         return waiting_forward

@@ -61,7 +61,8 @@ def whole_samples(
         elif not given <= _TEXT:
             found.append(sample)
         elif main != "input_ids" and main in takes:
-            found.append(media().with_main_input(fields["input_ids"], main, number))
+            rows = _without_padding(fields)
+            found += [media().with_main_input(ids, main, number + 1000 * row) for row, ids in enumerate(rows)]
         elif "decoder_input_ids" in takes and getattr(model.config, "is_encoder_decoder", False):
             found.append(_with_decoder(fields, model.config))
         else:
@@ -70,6 +71,14 @@ def whole_samples(
         texts = [sample for sample in found if not isinstance(sample, Mapping)]
         found += media().added([texts[i] for i in range(0, len(texts), _SHARE)][:_MOST])
     return found
+
+
+def _without_padding(fields: Mapping[str, Any]) -> list[Tensor]:
+    """The token ids [T] of each sequence."""
+    ids = torch.atleast_2d(torch.as_tensor(fields["input_ids"]))
+    mask = fields.get("attention_mask")
+    kept = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask))
+    return [row[real != 0] for row, real in zip(ids, kept, strict=True)]
 
 
 def _with_decoder(fields: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -122,9 +131,9 @@ class _Media:
             ) from error
         return {key: value for key, value in batch.items() if key in self.takes}
 
-    def with_main_input(self, ids: Any, main: str, number: int) -> dict[str, Any]:
-        """A sample of a model that reads pictures or sound first, and text in its decoder, if it has one."""
-        ids = torch.atleast_2d(torch.as_tensor(ids))[:1]
+    def with_main_input(self, ids: Tensor, main: str, number: int) -> dict[str, Any]:
+        """A sample of a model that reads pictures or sound first, and the text ``ids`` [T], if any."""
+        ids = ids[None]
         text: dict[str, Any] = {}
         if "input_ids" in self.takes:
             if (sample := self.beside_text(ids[0], number)) is not None:
@@ -137,11 +146,11 @@ class _Media:
         return {main: self.of_processor(main, number), **text}
 
     def of_processor(self, main: str, number: int) -> Tensor:
+        """The main input, a picture or a sound; of the processor's part for it, or a part alone."""
         heard = main in _SOUNDS
-        parts = ("feature_extractor",) if heard else ("image_processor",)
-        tool = next((part for name in parts if (part := getattr(self.processor, name, None)) is not None), None)
-        own = getattr(self.processor, "model_input_names", ())
-        tool = self.processor if tool is None and main in own else tool
+        tool = getattr(self.processor, "feature_extractor" if heard else "image_processor", None)
+        if tool is None and main in getattr(self.processor, "model_input_names", ()):
+            tool = self.processor
         if tool is None:
             return _of_config(self.model, main, number, self.reason)
         if heard:
@@ -232,20 +241,16 @@ def _of_config(model: PreTrainedModel, main: str, number: int, reason: str) -> T
     wave = torch.from_numpy(sound(number))
     bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
     if main == "input_features" and bins and frames:
-        spectrum = (
-            torch.stft(wave, 400, 160, window=torch.hann_window(400), return_complex=True).abs().clamp(1e-5).log10()
-        )
-        spectrum = torch.nn.functional.interpolate(spectrum[None, None], (bins, 2 * frames))[0]
+        spectrum = torch.stft(wave, 400, 160, window=torch.hann_window(400), return_complex=True).abs()
+        spectrum = torch.nn.functional.interpolate(spectrum.clamp(1e-5).log10()[None, None], (bins, 2 * frames))[0]
         return (spectrum - spectrum.mean()) / spectrum.std()
     if main in _SOUNDS and (kind := FEATURE_EXTRACTOR_MAPPING.get(type(config), None)) is not None:
         try:
             return kind()(sound(number), sampling_rate=16_000, return_tensors="pt")[main]
         except Exception as error:  # of the code of processors
             reason = first_line(error)
-    seen = next(
-        (part for name in ("encoder", "vision_config") if hasattr(part := getattr(config, name, None), "image_size")),
-        config,
-    )
+    parts = [getattr(config, name, None) for name in ("encoder", "vision_config")]
+    seen = next((part for part in parts if hasattr(part, "image_size")), config)
     size = getattr(seen, "image_size", None)
     if main != "pixel_values" or size is None:
         raise CalibrationError(
