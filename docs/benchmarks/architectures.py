@@ -1,9 +1,10 @@
 """Which architectures work: a tiny random model of each -> quantize -> save -> ``from_pretrained`` -> the same logits.
 
-    python docs/benchmarks/architectures.py run [--only NAME,...]   # writes architectures.json, some minutes
-    python docs/benchmarks/architectures.py table                   # writes ../models.md from it
+    python docs/benchmarks/architectures.py run [--only NAME,...] [--tasks TASK,...]   # writes architectures.json
+    python docs/benchmarks/architectures.py table                                      # writes ../models.md from it
 
-Every architecture that transformers can make a causal language model of is tried, each in a process of its own.
+Every architecture that transformers has a class for is tried, each in a process of its own; the sizes are those of
+small_models.py. It takes some minutes.
 """
 
 from __future__ import annotations
@@ -20,171 +21,23 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from small_models import NOT_TRIED, REASONS, RULES, TASKS, VOCABULARY, auto_class, build, names_of
+
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "architectures.json", HERE.parent / "models.md"
 LIMIT_S = 300
-LARGEST = 60_000_000  # parameters
-VOCABULARY, LENGTH = 256, 24
-
-# What sizes are called, and a small one for each. A config gets those that it has.
-SIZES: dict[int, str] = {
-    64: "hidden_size d_model n_embd n_embed dim embed_dim emb_dim embedding_size embedding_dim word_embed_proj_dim "
-    "attention_hidden_size lru_width conv_dim out_hidden_size q_lora_rank o_lora_rank",
-    96: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff d_inner dff encoder_ffn_dim decoder_ffn_dim "
-    "block_ff_dim dense_intermediate_size intermediate_size_mlp shared_intermediate_size",
-    48: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size",
-    32: "image_size audio_hidden_size attention_window_size attention_chunk_size mamba_d_head mamba_head_dim "
-    "mamba_headdim num_position_embeddings",
-    16: "head_dim d_kv kv_lora_rank qk_nope_head_dim v_head_dim index_head_dim linear_key_head_dim "
-    "linear_value_head_dim hidden_size_per_layer_input sliding_window window_size mamba_chunk_size chunk_size "
-    "index_topk kv_channels attention_head_dim",
-    24: "qk_head_dim",
-    8: "qk_rope_head_dim state_size ssm_state_size mamba_d_state laurel_rank patch_size rotary_dim adapter_rank",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
-    "num_query_heads num_experts num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads "
-    "linear_num_value_heads mamba_dt_rank time_step_rank n_mamba_heads",
-    3: "conv_L_cache",
-    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
-    "encoder_num_hidden_layers depth num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token "
-    "moe_topk moe_k moe_top_k experts_per_token num_selected_experts index_n_heads linear_num_key_heads mamba_expand "
-    "num_blocks",
-    1: "n_shared_experts num_shared_experts n_group topk_group first_k_dense_replace mamba_n_groups mamba_ngroups "
-    "n_groups num_mem_blocks",
-    0: "num_kv_shared_layers num_nextn_predict_layers num_mtp_layers pad_token_id",
-    128: "n_positions max_position_embeddings max_seq_len n_ctx context_length mamba_d_ssm",
-    VOCABULARY: "vocab_size vocab_size_per_layer_input",
-}
-SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
-# None means "as large as another size says" for these, so that they stay None.
-DERIVED = {"n_inner", "head_dim", "q_lora_rank", "sliding_window", "num_experts", "num_local_experts", "rotary_dim"}
-
-# What the sizes above do not fit: settings by the names of the config, nested where it is.
-INDEXER = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 16,
-    "indexer_budget": 16,
-    "indexer_compress_ratio": 4,
-}
-ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
-MAMBA_HYBRID = {"num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 32}
-SPECIAL: dict[str, dict[str, Any]] = {
-    "blt": {
-        "num_hidden_layers": 2,
-        "encoder_hash_byte_group_vocab": 64,
-        "encoder_config": {"hidden_size_global": 64},
-        "decoder_config": {"hidden_size_global": 64},
-    },
-    "bamba": {**MAMBA_HYBRID, "attn_layer_indices": [1]},
-    "cohere_compass_text": {
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-        }
-    },
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
-    },
-    "gemma3n_text": {
-        "num_hidden_layers": 2,
-        "intermediate_size": [96, 96],
-        "activation_sparsity_pattern": [0.5, 0.0],
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {**MAMBA_HYBRID, "layer_types": ["linear_attention", "full_attention"]},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "mamba2": {"num_heads": 4, "head_dim": 32},
-    "ministral": {"head_dim": 16},
-    "qwen4_exp_text": INDEXER,
-    "qwen4_exp": {"text_config": INDEXER},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48], "num_buckets": 4},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "chunk_size": 8, "qk_dim_factor": 1.0},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {**ZAMBA, "attention_hidden_size": 128},
-    "zamba2": {**ZAMBA, "head_dim": ..., "attention_head_dim": ..., "attention_hidden_size": ...},
-    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-}
-# Rules of the run. The shared block of Zamba is refused otherwise: each of its places has inputs of its own.
-RULES: dict[str, dict[str, Any]] = {"zamba": {r"-:.*shared_transf": {}}, "zamba2": {r"-:.*shared_transf": {}}}
-# No language models by themselves.
-NOT_TRIED: dict[str, str] = {
-    "gemma3n": "needs the package timm; gemma3n_text is its language model",
-    "gemma4_assistant": "continues the hidden states of another model",
-    "gemma4_unified_assistant": "continues the hidden states of another model",
-    "musicgen": "its decoder reads audio codes and is a part of another model",
-    "musicgen_melody": "its decoder reads audio codes and is a part of another model",
-}
+LENGTH = 24
+LEAST_SHARE = 0.75  # below which the table has a reason
+COLUMNS = ("works", "not built")
 
 
-def small(config: Any) -> dict[str, Any]:
-    """Settings that make a model of the class of ``config``, which has its defaults, a small one."""
-    found: dict[str, Any] = {}
-    names = [*vars(config), *getattr(config, "attribute_map", {})]
-    for name in names:
-        value = vars(config).get(name)
-        if hasattr(value, "to_dict"):
-            found[name] = small(value)
-        elif name in SMALL and not isinstance(value, (bool, list, dict, str)):
-            if value is not None or name not in DERIVED:
-                found[name] = SMALL[name]
-        elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list):
-            kinds = [*dict.fromkeys(value)]
-            found[name] = (kinds * 2)[: max(2, len(kinds))]
-    layers = max((len(found[name]) for name in found if isinstance(found[name], list)), default=0)
-    for name in found:
-        if isinstance(found[name], list):
-            found[name] = (found[name] * layers)[:layers]
-        elif layers and name in ("num_hidden_layers", "n_layer", "num_layers"):
-            found[name] = layers
-    if "qk_rope_head_dim" in found:  # multi-head latent attention: keys as many as queries, rotated in part
-        found |= {"num_key_value_heads": found["num_attention_heads"], "head_dim": found["qk_rope_head_dim"]}
-    return found
-
-
-def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """``one`` with the settings of ``other``, of nested ones too; ``...`` removes one."""
-    result = dict(one)
-    for name, value in other.items():
-        if value is ...:
-            result.pop(name, None)
-        elif isinstance(value, dict) and isinstance(result.get(name), dict):
-            result[name] = merged(result[name], value)
-        else:
-            result[name] = value
-    return result
-
-
-def build(name: str) -> Any:
-    """A small random model whose logits depend on every weight."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind = type(AutoConfig.for_model(name))
-    config = kind(**merged(small(AutoConfig.for_model(name)), SPECIAL.get(name, {})))
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size / 1e6:.0f} million parameters")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.08)
-    return model
-
-
-def one(name: str) -> dict[str, Any]:
+def one(name: str, task: str) -> dict[str, Any]:
     """What became of the architecture called ``name``, as JSON values."""
     import torch
 
     import gptq_transformers
     from gptq_backend import QuantizeConfig, QuantLinear
+    from gptq_transformers.whole_samples import whole_samples
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1)
@@ -192,23 +45,20 @@ def one(name: str) -> dict[str, Any]:
 
     @torch.no_grad()
     def logits(model: Any) -> torch.Tensor:
-        return model(input_ids=torch.stack(samples[:2])).logits.float()
+        inputs = whole_samples(samples[:2], model, "", added=False)
+        calls = [each if isinstance(each, dict) else {"input_ids": each[None]} for each in inputs]
+        calls = [{key: torch.atleast_2d(value) for key, value in call.items()} for call in calls]
+        return torch.cat([model(**call).logits.float().flatten() for call in calls])
 
     def quantized(model: Any) -> list[QuantLinear]:
         return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
     try:
-        model = build(name)
+        model = build(name, task)
         before = logits(model)
     except Exception as error:
         return {"result": "not built", "note": f"{type(error).__name__}: {error}"}
-    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
-    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    head = model.get_output_embeddings()
-    if head is not None and not any(
-        head.weight is m.weight for m in model.modules() if m is not head and hasattr(m, "weight")
-    ):
-        embeddings += head.weight.numel()
+    weights = language_weights(model)
     with tempfile.TemporaryDirectory() as folder:
         step = "saving the original"
         try:
@@ -218,64 +68,89 @@ def one(name: str) -> dict[str, Any]:
             result, _ = gptq_transformers.quantize(f"{folder}/model", config, samples, output=f"{folder}/quantized")
             after = logits(result)
             step = "loading"
-            loaded = reload(f"{folder}/quantized", type(model))
+            loaded = auto_class(task).from_pretrained(f"{folder}/quantized", dtype=torch.float32).eval()
             step = "running"
             found = logits(loaded)
         except Exception as error:
             return {"result": "failed", "note": f"{step}: {type(error).__name__}: {error}"}
     layers = quantized(loaded)
-    share = sum(layer.in_features * layer.out_features for layer in layers) / max(1, weights - embeddings)
+    share = sum(layer.in_features * layer.out_features for layer in layers) / max(1, weights)
     difference = float((found - after).norm() / after.norm())
     same = difference < 1e-4 and len(layers) == len(quantized(result)) > 0
+    note = f"with `dynamic={RULES[name]}`" if name in RULES else ""
     return {
         "result": "works" if same else "differs",
         "layers": len(layers),
         "share": round(share, 3),
         "difference": difference,
         "change": round(float((after - before).norm() / before.norm()), 3),
-        "note": f"with `dynamic={RULES[name]}`" if name in RULES else "",
+        "note": note or (REASONS.get(name, "") if share < LEAST_SHARE else ""),
     }
 
 
-def reload(folder: str, kind: type) -> Any:
-    """By the automatic class, or by the model's own where transformers has none that takes its config."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def language_weights(model: Any) -> int:
+    """The weights of linear layers and fused experts in the part of ``model`` that reads, embeddings and heads aside.
 
-    known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
-    return (AutoModelForCausalLM if known else kind).from_pretrained(folder, dtype=torch.float32).eval()
+    That part is the smallest module with the blocks and the embedding of tokens; of an encoder-decoder it is all.
+    """
+    from torch import nn
+
+    from gptq_backend.model import find_blocks
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding]
+    paths = [f"/{name.replace('.', '/')}" for name in [*find_blocks(model), *names]]
+    part = model.get_submodule(os.path.commonpath(paths).strip("/").replace("/", "."))
+    aside = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(
+        parameter.numel()
+        for name, module in part.named_modules()
+        if module is not head and not isinstance(module, aside)
+        for parameter in module.parameters(recurse=False)
+        if id(parameter) not in tied and (parameter.dim() > 2 or (parameter.dim() == 2 and multiplies(name, module)))
+    )
 
 
-def run(only: list[str]) -> None:
+def multiplies(name: str, module: Any) -> bool:
+    """Whether the 2-D parameters of a module are weights that inputs are multiplied by."""
+    from torch import nn
+
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or ".experts" in name
+
+
+def run(only: list[str], tasks: list[str]) -> None:
     """Try all architectures, or those of ``only`` in the place of what was found before."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM  # noqa: F401
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     import gptq_transformers  # noqa: F401, like the above once for all processes
 
     torch.set_num_threads(1)
-    old = json.loads(RESULTS.read_text())["architectures"] if only and RESULTS.exists() else {}
-    found: dict[str, dict[str, Any]] = {name: entry for name, entry in old.items() if name in NAMES}
-    for name in only or sorted(NAMES):
-        if name in NOT_TRIED:
-            found[name] = {"result": "not tried", "note": NOT_TRIED[name]}
-        else:
-            found[name] = in_a_process(name)
-        print(f"{name:28} {json.dumps(found[name])[:300]}", flush=True)
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    RESULTS.write_text(
-        json.dumps({"versions": versions, "architectures": dict(sorted(found.items()))}, indent=1) + "\n"
-    )
-    print(Counter(entry["result"] for entry in found.values()))
+    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found: dict[str, dict[str, Any]] = content.get("tasks", {})
+    for task in tasks:
+        known = names_of(task)
+        entries = {name: entry for name, entry in found.get(task, {}).items() if only and name in known}
+        for name in [name for name in only if name in known] or ([] if only else known):
+            if name in NOT_TRIED:
+                entries[name] = {"result": "not tried", "note": NOT_TRIED[name]}
+            else:
+                entries[name] = in_a_process(name, task)
+            print(f"{task:20} {name:28} {json.dumps(entries[name])[:300]}", flush=True)
+        found[task] = dict(sorted(entries.items()))
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        RESULTS.write_text(json.dumps({"versions": versions, "tasks": found}, indent=1) + "\n")
+    for task in tasks:
+        print(task, dict(Counter(entry["result"] for entry in found[task].values())))
 
 
-def in_a_process(name: str) -> dict[str, Any]:
+def in_a_process(name: str, task: str) -> dict[str, Any]:
     """:func:`one` in a process of its own, which a crash or a hang ends alone; it starts with everything imported."""
     forked = multiprocessing.get_context("fork")
     receiver, sender = forked.Pipe(duplex=False)
-    process = forked.Process(target=lambda: sender.send(quietly(name)))
+    process = forked.Process(target=lambda: sender.send(quietly(name, task)))
     process.start()
     sender.close()
     try:
@@ -290,65 +165,70 @@ def in_a_process(name: str) -> dict[str, Any]:
         process.join()
 
 
-def quietly(name: str) -> dict[str, Any]:
+def quietly(name: str, task: str) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return one(name)
+        return one(name, task)
 
 
 def table() -> None:
     """Write models.md."""
     content = json.loads(RESULTS.read_text())
-    found = content["architectures"]
-    counts = Counter(entry["result"] for entry in found.values())
     version = content["versions"]["transformers"]
     how = (
-        f"Which architectures can be quantized? Of those that transformers {version} knows, {len(found)} can be made a "
-        "causal language model. *Works* means that a tiny random model was quantized to 4 bits by "
-        "`gptq_transformers.quantize`, saved, loaded by `from_pretrained`, and gave the same logits as before it was "
-        "saved."
+        f"Which architectures can be quantized? All that transformers {version} has a class for were tried, for four "
+        "tasks. *Works* means that a tiny random model was written to a folder, quantized to 4 bits by "
+        "`gptq_transformers.quantize`, loaded by the auto class of the task, and gave the same logits as before it was "
+        "saved (relative difference below 0.0001)."
     )
     rest = (
-        "The layers that are not quantized are routers, convolutions, layers whose weight the model's code reads "
-        "instead of calling them, towers for other inputs than language, and experts in layouts that stay dense."
+        "Layers that stay in 16 bits are routers, heads, convolutions, layers whose weight the model's code reads "
+        "instead of calling them, and towers for pictures and sound; `--block-name` adds those. Every run says what "
+        "stays."
     )
-    lines = [
-        "# Models",
-        "",
-        *textwrap.wrap(how, 120),
-        "",
-        "| result | architectures |",
-        "|---|---|",
-        *(f"| {result} | {count} |" for result, count in counts.most_common()),
+    lines = ["# Models", "", *textwrap.wrap(how, 120), ""]
+    lines += ["| task | works | not built here | other |", "|---|---|---|---|"]
+    for task, found in content["tasks"].items():
+        counts = Counter(entry["result"] for entry in found.values())
+        other = ", ".join(f"{count} {result}" for result, count in counts.items() if result not in COLUMNS)
+        lines.append(f"| [{task}](#{task}) | {counts['works']} | {counts['not built']} | {other} |")
+    lines += [
         "",
         "    python docs/benchmarks/architectures.py run    # writes docs/benchmarks/architectures.json, some minutes",
         "    python docs/benchmarks/architectures.py table  # writes this page from it",
         "",
         "- *layers*: how many are quantized.",
-        "- *share*: their part of all weights, embeddings aside.",
-        "- The last column has the result where it is not *works*, and settings that the run needed.",
+        "- *share*: their part of the weights of linear layers and experts in the part of the model that reads.",
+        "- *reload*: relative difference of the logits before saving and after loading.",
+        "- The last column has the result where it is not *works*, settings that the run needed, and the reason for a",
+        f"  share below {LEAST_SHARE:.0%}.",
         "",
         *textwrap.wrap(rest, 120),
-        "",
-        "| architecture | layers | share | |",
-        "|---|---|---|---|",
     ]
-    for name, entry in found.items():
-        share = f"{entry['share']:.0%}" if "share" in entry else ""
-        note = entry["note"] if entry["result"] == "works" else f"{entry['result']}: {entry['note']}"
-        note = note.replace("\n", " ").replace("|", "/")
-        lines.append(f"| {name} | {entry.get('layers', '')} | {share} | {note} |")
+    for task, found in content["tasks"].items():
+        lines += ["", f"## {task}", "", "| architecture | layers | share | reload | |", "|---|---|---|---|---|"]
+        lines += [row(name, entry) for name, entry in found.items()]
     TABLE.write_text("\n".join(lines) + "\n")
+
+
+def row(name: str, entry: dict[str, Any]) -> str:
+    """A line of a table."""
+    share = f"{entry['share']:.0%}" if "share" in entry else ""
+    reload = f"{entry['difference']:.0e}" if "difference" in entry else ""
+    note = entry["note"] if entry["result"] == "works" else f"{entry['result']}: {entry['note']}"
+    note = " ".join(note.replace("|", "/").split())
+    return f"| {name} | {entry.get('layers', '')} | {share} | {reload} | {note[:200]} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table"])
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="names of architectures, with commas between")
+    parser.add_argument("--tasks", default=",".join(TASKS))
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if arguments.what == "run":
-        run([name for name in arguments.only.split(",") if name])
+        run([name for name in arguments.only.split(",") if name], arguments.tasks.split(","))
     else:
         table()
 

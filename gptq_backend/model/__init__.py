@@ -11,10 +11,19 @@ from .calibration import (
 )
 from .calibration_choice import Selection, select, sketch
 from .progress import Progress
-from .structure import Structure, evaluating, find_blocks, find_structure, is_linear, linear_shapes, replace_module
+from .structure import (
+    BlockNames,
+    Structure,
+    evaluating,
+    find_blocks,
+    find_structure,
+    is_linear,
+    linear_shapes,
+    replace_module,
+)  # fmt: skip
 
 __all__ = [
-    "Progress", "Selection", "Structure", "check_fits", "evaluating", "find_blocks", "find_structure",
+    "BlockNames", "Progress", "Selection", "Structure", "check_fits", "evaluating", "find_blocks", "find_structure",
     "held_out_windows", "is_linear", "linear_shapes", "make_batches", "replace_module", "require_sequences",
     "sample_windows", "select", "sketch", "split_windows", "tokenize",
 ]  # fmt: skip

@@ -106,12 +106,13 @@ def require_sequences(samples: Iterable[Any]) -> None:
 
 
 def make_batches(samples: Sequence[Any] | Tensor | Mapping[str, Any], batch_size: int | None = None) -> list[Batch]:
-    """Group samples of equal length.
+    """Group samples of equal shapes.
 
     Args:
-        samples: token ids each: a tensor [T] or [B, T], a list of ints, or a mapping with ``input_ids`` and optionally
-            ``attention_mask`` (0 marks padding, which calibration ignores; rows of nothing else are left out). One such
-            mapping alone, as a tokenizer returns it, counts as one sample.
+        samples: token ids each: a tensor [T] or [B, T], a list of ints, or a mapping of all that the model is to be
+            called with: ``input_ids``, ``attention_mask`` (0 marks padding, which calibration ignores; rows of nothing
+            else are left out), what a decoder reads, images, sound. One such mapping alone, as a tokenizer or a
+            processor returns it, counts as one sample. Samples are joined if all their tensors have a row per sequence.
         batch_size: sequences per batch; None aims at about 2048 tokens.
 
     Raises:
@@ -123,57 +124,108 @@ def make_batches(samples: Sequence[Any] | Tensor | Mapping[str, Any], batch_size
     if batch_size is not None and batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size} must be positive, or None for about 2048 tokens")
     require_sequences(samples)
-    rows: dict[tuple[int, bool], list[Batch]] = {}
+    groups: dict[tuple[Any, ...], list[Batch]] = {}
     for index, sample in enumerate(samples):
-        fields = sample if isinstance(sample, Mapping) else {"input_ids": sample}
-        try:
-            keys = ["input_ids"] + ["attention_mask"] * (fields.get("attention_mask") is not None)
-            batch = {key: torch.atleast_2d(torch.as_tensor(fields[key])) for key in keys}
-            ids = batch["input_ids"]
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            raise CalibrationError(
-                f"calibration sample {index} is a {type(sample).__name__}; expected token ids: a tensor [T] or [B, T], "
-                "a list of ints, or a mapping with input_ids"
-            ) from None
-        if not ids.numel():
-            continue  # before the dtype: an empty list becomes a float tensor
-        if ids.is_floating_point() or ids.dim() != 2:
-            raise CalibrationError(
-                f"calibration sample {index} has dtype {ids.dtype} and shape {tuple(ids.shape)}; expected integer "
-                "token ids [T] or [B, T]"
-            )
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            if mask.shape != ids.shape:
-                raise CalibrationError(
-                    f"calibration sample {index} has an attention_mask of shape {tuple(mask.shape)}; expected that of "
-                    f"its input_ids, {tuple(ids.shape)}"
-                )
-            mask = mask != 0
-            real = mask.any(1)
-            if not real.any():
-                continue
-            batch = {"input_ids": ids[real], "attention_mask": mask[real]}
-        rows.setdefault((ids.shape[1], mask is not None), []).append(batch)
-    if not rows:
+        if (batch := _one_sample(index, sample)) is not None:
+            form = str([(key, tuple(value.shape[1:])) for key, value in batch.items()])
+            length = batch["input_ids"].shape[1] if "input_ids" in batch else _TOKENS_PER_BATCH
+            apart = -1 if _rows(batch) else index
+            groups.setdefault((length, len(batch), form, apart), []).append(batch)
+    if not groups:
         raise CalibrationError("the calibration set is empty; pass at least one sample of token ids")
-    batches = []
-    for (length, _), group in sorted(rows.items(), key=lambda item: item[0], reverse=True):
-        joined = {key: torch.cat([batch[key] for batch in group]).long() for key in group[0]}
+    batches: list[Batch] = []
+    for (length, *_), group in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+        joined = group[0] if len(group) == 1 else {key: torch.cat([each[key] for each in group]) for key in group[0]}
+        rows = _rows(joined)
         size = batch_size or max(1, _TOKENS_PER_BATCH // length)
-        for first in range(0, joined["input_ids"].shape[0], size):
+        for first in range(0, rows, size):
             batches.append({key: value[first : first + size] for key, value in joined.items()})
+        if not rows:
+            batches.append(joined)
     return batches
+
+
+def _rows(batch: Batch) -> int:
+    """How many sequences there are; 0 if not all tensors have a row for each, like those of images cut into patches."""
+    rows = {len(value) if value.dim() else 0 for value in batch.values()}
+    return rows.pop() if len(rows) == 1 else 0
+
+
+def _one_sample(index: int, sample: Any) -> Batch | None:
+    """A calibration sample as tensors with a batch dimension; None if it holds no token."""
+    fields = sample if isinstance(sample, Mapping) else {"input_ids": sample}
+    try:
+        batch = {key: torch.as_tensor(value) for key, value in fields.items() if value is not None}
+    except (TypeError, ValueError, RuntimeError):
+        batch = {}
+    if not batch:
+        raise CalibrationError(
+            f"calibration sample {index} is a {type(sample).__name__}; expected token ids: a tensor [T] or [B, T], a "
+            "list of ints, or a mapping of input_ids and other tensors that the model takes"
+        )
+    if (ids := batch.get("input_ids")) is None:
+        return _with_decoder_mask(batch)
+    if not ids.numel():
+        return None  # before the dtype: an empty list becomes a float tensor
+    if ids.dim() < 2:
+        batch = {key: torch.atleast_2d(value) if value.dim() < 2 else value for key, value in batch.items()}
+        ids = batch["input_ids"]
+    if ids.is_floating_point() or ids.dim() != 2:
+        raise CalibrationError(
+            f"calibration sample {index} has dtype {ids.dtype} and shape {tuple(ids.shape)}; expected integer token "
+            "ids [T] or [B, T]"
+        )
+    batch["input_ids"] = ids.long()
+    if "attention_mask" in batch:
+        mask = torch.atleast_2d(batch["attention_mask"])
+        if mask.shape != ids.shape:
+            raise CalibrationError(
+                f"calibration sample {index} has an attention_mask of shape {tuple(mask.shape)}; expected that of its "
+                f"input_ids, {tuple(ids.shape)}"
+            )
+        batch["attention_mask"] = (mask != 0).long()
+        real = (mask != 0).any(1)
+        if not real.any():
+            return None
+        if _rows(batch) and not real.all():
+            batch = {key: value[real] for key, value in batch.items()}
+    return _with_decoder_mask(batch)
+
+
+def _with_decoder_mask(batch: Batch) -> Batch:
+    """A layer's padding is told by the shape of its input: masks of both stacks that differ have different lengths."""
+    mask, ids = batch.get("attention_mask"), batch.get("decoder_input_ids")
+    if mask is None or ids is None:
+        return batch
+    given = batch.get("decoder_attention_mask", torch.ones_like(ids))
+    if given.shape == mask.shape and not torch.equal(given != 0, mask != 0):
+        ids, given = (nn.functional.pad(each, (0, 1)) for each in (ids, given))
+    return {**batch, "decoder_input_ids": ids, "decoder_attention_mask": given}
+
+
+def masks_of(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Which tokens of a batch are padding (0), [B, T] for each stack of the model."""
+    return [inputs[key] for key in ("attention_mask", "decoder_attention_mask") if key in inputs]
+
+
+def output_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask of the tokens that the model predicts."""
+    decodes = any(key in inputs for key in ("decoder_input_ids", "labels"))
+    return inputs.get("decoder_attention_mask" if decodes else "attention_mask")
 
 
 def model_inputs(model: nn.Module, batch: Batch, device: torch.device | None) -> dict[str, Any]:
     """Keyword arguments to call ``model`` with: the batch, and no cache of keys and values.
 
-    On ``device``; None means where the model's weights are, or the CPU if they are nowhere yet.
+    On ``device``; None means where the model's weights are, or the CPU if they are nowhere yet. Images and sound get
+    the dtype that the weights are computed in.
     """
     parameter = next(model.parameters())
     device = device or (parameter.device if not parameter.is_meta else torch.device("cpu"))
-    inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
+    dtype = parameter.dtype if device.type != "cpu" else torch.promote_types(parameter.dtype, torch.float32)
+    inputs: dict[str, Any] = {
+        key: value.to(device, dtype if value.is_floating_point() else None) for key, value in batch.items()
+    }
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         inputs["use_cache"] = False
@@ -187,23 +239,33 @@ def call_model(model: nn.Module, inputs: Mapping[str, Any], begun: Callable[[], 
         CalibrationError: an error before a block was reached (``begun``): nothing of ours has run, so it means that the
             model wants other inputs, like images or sound.
     """
+    names = set(inputs) - {"use_cache"}
+    given = "token ids" if names <= {"input_ids", "attention_mask"} else ", ".join(sorted(names))
     try:
         model(**inputs)
     except (TypeError, ValueError, AttributeError) as error:
         if begun() or isinstance(error, GPTQError):
             raise
         raise CalibrationError(
-            f"{type(model).__name__} cannot be called with token ids alone ({error}), so calibration is not possible; "
-            "pass calibration=None, which rounds to nearest"
+            f"{type(model).__name__} cannot be called with {given} alone ({error}); pass calibration samples "
+            "with all that it needs, as its processor makes them, or calibration=None, which rounds to nearest"
         ) from error
 
 
 def check_fits(model: nn.Module, batches: list[Batch]) -> None:
-    """Raises CalibrationError for token ids or lengths that the model's embeddings would fail on without a word."""
+    """Raises CalibrationError for inputs that the model does not take, and for token ids or lengths that its embeddings
+    would fail on without a word.
+    """
     vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for key in sorted({key for batch in batches for key in batch} - _accepted(model)):
+        raise CalibrationError(
+            f"the calibration data have {key!r}, which {type(model).__name__} does not take; leave it out, or pass "
+            f"what its processor returns (it takes {', '.join(inspect.signature(model.forward).parameters)})"
+        )
     for batch in batches:
-        ids = batch["input_ids"]
+        if (ids := batch.get("input_ids")) is None:
+            continue
         if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise CalibrationError(
                 f"calibration token ids span {int(ids.min())}..{int(ids.max())}, but the model's vocabulary has "
@@ -214,3 +276,14 @@ def check_fits(model: nn.Module, batches: list[Batch]) -> None:
                 f"a calibration sample has {ids.shape[1]} tokens, but the model takes at most {longest} "
                 "(max_position_embeddings); pass a smaller seqlen"
             )
+
+
+def _accepted(model: nn.Module) -> set[str]:
+    """Names that the model's ``forward`` has; of one that hands on the rest, also those of its parts.
+
+    The two that calibration itself needs are never refused.
+    """
+    forwards = [model.forward]
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
+        forwards += {type(module): type(module).forward for module in model.modules()}.values()
+    return {"input_ids", "attention_mask"}.union(*(inspect.signature(forward).parameters for forward in forwards))

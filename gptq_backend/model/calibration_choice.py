@@ -22,7 +22,7 @@ from ..errors import CalibrationError
 from . import lockstep
 from .calibration import Batch, call_model, check_fits, make_batches, model_inputs
 from .placement import Placement, outside_of, tensors_of
-from .structure import evaluating, find_blocks
+from .structure import BlockNames, evaluating, find_blocks
 
 _WIDTH = 64  # dimensions of a sketch
 _DEPTHS = (0.125, 0.25, 0.375, 0.5)  # of the blocks whose inputs are sketched, as a share of all blocks
@@ -71,10 +71,10 @@ class Selection:
 
 def sketch(
     model: nn.Module,
-    ids: Tensor,
+    samples: Sequence[Any] | Tensor,
     *,
     seed: int = 0,
-    block_name: str | None = None,
+    block_name: BlockNames = None,
     on_block: OnBlock = lambda block: None,
     on_done: OnBlock = lambda block: None,
     device: torch.device | str | None = None,
@@ -85,10 +85,10 @@ def sketch(
     block before any enters the next, so that one block at a time needs its weights.
 
     Args:
-        model: called as ``model(input_ids=...)``; unchanged afterwards.
-        ids: int64 [N, T].
+        model: unchanged afterwards.
+        samples: N of equal shapes, see :func:`calibration.make_batches`: token ids int64 [T], or mappings.
         seed: of the projection.
-        block_name: name of the list of blocks, where :func:`structure.find_blocks` would choose another.
+        block_name: names of the lists of blocks, where :func:`structure.find_blocks` would choose another.
         on_block, on_done: called with each block before it is used, and when nothing reads it any more.
         device: where to compute; None means where the weights are.
 
@@ -99,7 +99,7 @@ def sketch(
     Raises:
         CalibrationError: token ids or lengths that the model does not take. ConfigError: no repeated blocks.
     """
-    batches = make_batches(list(ids))
+    batches = make_batches(samples)
     check_fits(model, batches)
     blocks = list(find_blocks(model, block_name).values())
     return _Sketcher(model, blocks, seed, on_block, on_done, Placement(device)).run(batches)

@@ -20,6 +20,11 @@ from .token_weights import without_ones
 logger = logging.getLogger(__name__)
 
 
+def tells(mask: Tensor, rows: torch.Size) -> bool:
+    """Whether a mask [B, T] has an entry for each of the rows of a tensor [*rows, K]."""
+    return without_ones(rows) in (without_ones(mask.shape), [mask.numel()])
+
+
 @dataclass(frozen=True, eq=False)
 class LayerInput:
     """What one calibration batch feeds a layer."""
@@ -31,7 +36,7 @@ class LayerInput:
     def used(self) -> tuple[Tensor, Tensor | None]:
         """x and weights without padding; shapes that do not tell where it is pass whole."""
         rows = self.x.shape[:-1]
-        if self.mask is None or without_ones(rows) not in (without_ones(self.mask.shape), [self.mask.numel()]):
+        if self.mask is None or not tells(self.mask, rows):
             return self.x, self.weights
         keep = self.mask.bool().reshape(rows)
         return self.x[keep], None if self.weights is None else self.weights.reshape(rows)[keep]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from ..errors import ConfigError
 # Layers that models do not call: Mamba's code hands the weight of this one to a kernel.
 _READ_BY_WEIGHT = {"dt_proj"}
 _LEAST_SHARE = 1 / 32  # of the heaviest list's weights, for another to be the language model's
+
+BlockNames = str | Sequence[str] | None  # full names of the lists of blocks; None chooses
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,28 +126,33 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (weight.shape[1], weight.shape[0]) for name, weight in weights.items()}
 
 
-def find_blocks(model: nn.Module, block_name: str | None = None) -> dict[str, nn.Module]:
-    """The repeated blocks of ``model`` in order, by full name.
+def find_blocks(model: nn.Module, block_name: BlockNames = None) -> dict[str, nn.Module]:
+    """The repeated blocks of ``model`` in the order of its modules, by full name.
 
-    They are the children of the module called ``block_name``, or of an outermost ``nn.ModuleList`` with linear layers:
-    the one nearest to the embedding of tokens, so that of a model that sees and reads, the tower that reads is taken.
-    Of equally near ones, and of a model that does not tell its embedding, it is the one with most weights. Lists that
-    are small beside another, like the heads of a byte model, do not count.
+    They are the children of the modules called ``block_name``, or of outermost ``nn.ModuleList`` with linear layers:
+    those nearest to the embedding of tokens, so that of a model that sees and reads, the tower that reads is taken. Of
+    a model that does not tell its embedding, it is the one with most weights. An encoder-decoder has them in both of
+    its stacks. Lists that are small beside another, like the heads of a byte model, do not count.
 
     Raises:
         ConfigError: no repeated blocks.
     """
-    block_name = _list_of_blocks(model) if block_name is None else block_name
-    try:
-        children = model.get_submodule(block_name)._modules
-    except AttributeError:
-        raise ConfigError(f"block_name_to_quantize={block_name!r} is not a module of the model") from None
-    prefix = f"{block_name}." if block_name else ""
-    # named_children() would skip a block that was there before.
-    return {prefix + name: block for name, block in children.items() if block is not None}
+    wanted = [block_name] if isinstance(block_name, str) else block_name
+    names = _lists_of_blocks(model) if wanted is None else list(wanted)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    for name in names:
+        if name not in order:
+            raise ConfigError(f"block_name_to_quantize={name!r} is not a module of the model")
+    found: dict[str, nn.Module] = {}
+    for name in sorted(names, key=order.__getitem__):
+        prefix = f"{name}." if name else ""
+        # named_children() would skip a block that was there before.
+        children = model.get_submodule(name)._modules
+        found |= {prefix + child: block for child, block in children.items() if block is not None}
+    return found
 
 
-def find_structure(model: nn.Module, config: QuantizeConfig, block_name: str | None = None) -> Structure:
+def find_structure(model: nn.Module, config: QuantizeConfig, block_name: BlockNames = None) -> Structure:
     """Blocks and layers of ``model`` that ``config`` selects; the blocks are those of :func:`find_blocks`.
 
     Routers stay in 16 bits: linear layers that are children of a module that also has a child ``experts``, or that are
@@ -184,7 +191,7 @@ def special_linears(structure: Structure) -> dict[str, str]:
     found = {}
     for block in structure.blocks:
         for name, module in block.module.named_modules(prefix=block.name):
-            if isinstance(getattr(module, "experts", None), nn.Module):
+            if experts_of(module):
                 continue
             for key, child in module.named_children():
                 if isinstance(child, nn.Linear) and not is_linear(child):
@@ -220,7 +227,7 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _list_of_blocks(model: nn.Module) -> str:
+def _lists_of_blocks(model: nn.Module) -> list[str]:
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
@@ -233,11 +240,28 @@ def _list_of_blocks(model: nn.Module) -> str:
         )
     most = max(sizes.values())
     sizes = {name: size for name, size in sizes.items() if size >= _LEAST_SHARE * most}
-    embedding = input_embeddings(model)
-    start = next((name for name, module in model.named_modules() if module is embedding), None)
-    if start is None:
-        return max(sizes, key=lambda name: sizes[name])
-    return min(sizes, key=lambda name: (*_distance(start, name), -sizes[name]))
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[str] = []
+    for stack in _stacks(model) or [model]:
+        prefix = f"{names[id(stack)]}."
+        inside = {name: size for name, size in sizes.items() if name.startswith(prefix) or stack is model}
+        start = names.get(id(input_embeddings(stack)))
+        if start is None:
+            found += [max(inside, key=inside.__getitem__)] if inside else []
+        else:
+            steps = {name: _distance(start, name) for name in inside}
+            found += [name for name in steps if steps[name] == min(steps.values())]
+    return found
+
+
+def _stacks(model: nn.Module) -> list[nn.Module]:
+    """The encoder and the decoder of a model with both, as it tells them; [] of any other."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return []
+    found = [getter() for name in ("get_encoder", "get_decoder") if (getter := getattr(model, name, None)) is not None]
+    inner = {id(module) for module in model.modules()} - {id(model)}
+    stacks = [stack for stack in found if id(stack) in inner]
+    return stacks if len({id(stack) for stack in stacks}) == 2 else []
 
 
 def _distance(start: str, name: str) -> tuple[int, int]:
@@ -258,9 +282,9 @@ def _linear_elements(module: nn.Module) -> int:
 
 def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple[Target, ...]:
     wanted = config.modules_in_block_to_quantize
-    mixtures = [module for module in block.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
-    routers = {router for module in mixtures for router in _routers(module)}
-    experts = {module for mixture in mixtures for module in mixture.get_submodule("experts").modules()}
+    mixtures = {module: parts for module in block.modules() if (parts := experts_of(module))}
+    routers = {router for module, parts in mixtures.items() for router in _routers(module, parts)}
+    experts = {module for parts in mixtures.values() for part in parts for module in part.modules()}
     found = []
     for name, module in block.named_modules():
         if not is_linear(module) or module in routers or (wanted is not None and name not in wanted):
@@ -273,16 +297,25 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
     return tuple(found)
 
 
-def _routers(mixture: nn.Module) -> Iterator[nn.Module]:
+def experts_of(module: nn.Module) -> list[nn.Module]:
+    """The children of a mixture that hold its experts: that called so, or lists of layers that are called."""
+    if isinstance(experts := getattr(module, "experts", None), nn.Module):
+        return [experts]
+    lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
+    called = (each for each in lists if type(each).forward is not nn.ModuleList.forward)
+    return [each for each in called if all(isinstance(layer, nn.Linear) for layer in each)]
+
+
+def _routers(mixture: nn.Module, experts: list[nn.Module]) -> Iterator[nn.Module]:
     """Linear layers beside the experts, also one alone in a module of its own, which may read its weight.
 
     Not if that one has as many outputs as inputs, as a shared expert has.
     """
-    for name, child in mixture.named_children():
+    for child in mixture.children():
         inside = [module for module in child.modules() if is_linear(module)]
         if is_linear(child):
             yield child
-        elif len(inside) == 1 and name != "experts" and len({*dense_weight(inside[0]).shape}) == 2:
+        elif len(inside) == 1 and child not in experts and len({*dense_weight(inside[0]).shape}) == 2:
             yield inside[0]
 
 

@@ -32,6 +32,7 @@ class Layers:
 
     def __init__(self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events) -> None:
         self.model, self.backend, self.events, self.before = model, options.backend, events, options.before
+        self.calibrate_all_experts = options.calibrate_all_experts
         self.structure, self.placement = find_structure(model, config, options.block_name), Placement(options.device)
         self.done: dict[nn.Module, QuantLinear] = {}  # by the dense module
         self.joint = JointRounding()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..format.weight import QuantizedWeight
+from ..model.structure import BlockNames
 from .report import LayerReport
 
 
@@ -23,19 +24,21 @@ class RunOptions:
 
     Args:
         batch_size: sequences per forward pass; None aims at about 2048 tokens.
-        block_name: full name of the list of blocks to quantize; None chooses, see :func:`structure.find_blocks`.
+        block_name: full names of the lists of blocks to quantize; None chooses, see :func:`structure.find_blocks`.
         backend: kernel of the resulting layers; None chooses the fastest that fits.
         device: where to compute, e.g. ``cuda``: blocks are moved there for their turn and back; a distillation moves
             both models there as a whole. None computes where the weights are.
         before: what a layer was, by its name, if its weight is one that was quantized before and then changed: the
             result begins there if that is better than to begin anew.
+        calibrate_all_experts: calibrate every expert on all tokens, not only on those that its router sends to it.
     """
 
     batch_size: int | None = None
-    block_name: str | None = None
+    block_name: BlockNames = None
     backend: str | None = None
     device: torch.device | str | None = None
     before: Callable[[str], QuantizedWeight | None] = _never_quantized
+    calibrate_all_experts: bool = False
 
 
 class Events:

@@ -7,6 +7,7 @@ capturing or replaying, because the model's own forward passes them.
 from __future__ import annotations
 
 import contextvars
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from ..config import QuantizeConfig
 from ..model import lockstep
-from ..model.calibration import Batch, call_model, model_inputs
-from ..model.layer_inputs import InputFactor, LayerInput
+from ..model.all_experts import call_of_all
+from ..model.calibration import Batch, call_model, masks_of, model_inputs
+from ..model.layer_inputs import InputFactor, LayerInput, tells
 from ..model.structure import Block, Target
 from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
 from .layers import Layers
+
+logger = logging.getLogger(__name__)
 
 
 class Place(Enum):
@@ -69,9 +73,14 @@ class _Task:
 
     number: int  # of the batch
     inputs: dict[str, Any]  # of the model
-    mask: Tensor | None  # [B, T], 0 marks padding
+    masks: list[Tensor]  # [B, T] of each stack of the model, 0 marks padding
     original: bool
+    left: set[Block] = field(default_factory=set)  # blocks that it has passed
     weights: dict[nn.Module, Tensor] = field(default_factory=dict)  # of tokens, for the layers of the block it is in
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Which rows of x [..., K] are padding (0): the mask of their shape."""
+        return next((mask for mask in self.masks if tells(mask, x.shape[:-1])), None)
 
 
 _TASK: contextvars.ContextVar[_Task] = contextvars.ContextVar("task")  # the running one
@@ -115,7 +124,7 @@ class Passes:
 
         kinds = (True, False) if self.config.preset.block_epochs else (False,)
         inputs = [model_inputs(self.model, batch, self.layers.placement.device) for batch in batches]
-        numbered = [(i, each, each.get("attention_mask")) for i, each in enumerate(inputs)]
+        numbered = [(i, each, masks_of(each)) for i, each in enumerate(inputs)]
         tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
             self._set_hooks(hooks)
@@ -135,12 +144,22 @@ class Passes:
             hooks.callback(*restore)
             for target in block.targets:
                 self._hook_layer(target, hooks)
-        head, last = self.structure.head, self.structure.blocks[-1]
+            if self.layers.calibrate_all_experts:
+                self._hook_mixtures(block, hooks)
+        head = self.structure.head
         if head is None:
-            hooks.callback(last.module.register_forward_hook(_stop).remove)
+            for block in self.structure.blocks:
+                hooks.callback(block.module.register_forward_hook(partial(self._leave, block)).remove)
         else:
             self._hook_layer(head, hooks)
             hooks.callback(head.module.register_forward_pre_hook(_stop).remove)
+
+    def _leave(self, block: Block, *_: Any) -> None:
+        """End a pass that has been through all blocks."""
+        left = _TASK.get().left
+        left.add(block)
+        if len(left) == len(self.structure.blocks):
+            raise lockstep.Stop
 
     def _waiting_forward(self, block: Block) -> Callable[..., Any]:
         forward = block.module.forward
@@ -153,7 +172,8 @@ class Passes:
             lockstep.wait((block, Place.START))
             state = self._current()
             if block.targets and state.phase is not Phase.FINAL_BEFORE:
-                self._run_until_final(state, run)
+                x = next(iter((*args, *kwargs.values())), None)
+                self._run_until_final(state, run, _TASK.get().mask(x) if isinstance(x, Tensor) else None)
             return run()
 
         return waiting_forward
@@ -163,35 +183,61 @@ class Passes:
         lockstep.wait((block, Place.ORIGINAL))
         output = run()
         self._current().originals[_TASK.get().number] = output_tensor(output)
-        if block is self.structure.blocks[-1]:
-            raise lockstep.Stop
+        self._leave(block)
         lockstep.wait((block, Place.LEAVE))
         return output
 
-    def _run_until_final(self, state: BlockState, run: Callable[[], Any]) -> None:
-        """Run the block as often as it takes until all its weights are final."""
+    def _run_until_final(self, state: BlockState, run: Callable[[], Any], mask: Tensor | None) -> None:
+        """Run the block as often as it takes until all its weights are final; ``mask`` is that of its input."""
         block, task = state.block, _TASK.get()
         if self.config.token_weights:
             layers = [target.module for target in block.targets]
-            task.weights = self._sensitivity.of(block.module, block.name, layers, run, task.mask)
+            task.weights = self._sensitivity.of(block.module, block.name, layers, run, mask)
         if not self.config.true_sequential:
             run()  # all Hessians from the block as it was, then the block again, quantized
             lockstep.wait((block, Place.MEASURED))
         if (original := state.originals.get(task.number)) is not None:
             run()
-            state.examples[task.number] = Example(run, original, task.mask)
+            state.examples[task.number] = Example(run, original, mask)
             lockstep.wait((block, Place.TRAIN))
+
+    def _hook_mixtures(self, block: Block, hooks: ExitStack) -> None:
+        reached: set[nn.Module] = set()
+        for module in block.module.modules():
+            if (call := call_of_all(module)) is not None:
+                hook = partial(self._before_mixture, block, call)
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                reached.update(module.modules())
+        apart = [target.name for target in block.targets if target.may_be_idle and target.module not in reached]
+        if apart:
+            text = "calibrate_all_experts: %s and %d layers like it are called in a way that no more tokens reach"
+            logger.warning(text, apart[0], len(apart) - 1)
+
+    def _before_mixture(
+        self, block: Block, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Call each expert with all tokens once; afterwards their layers are done."""
+        inside = set(module.modules())
+        waiting = (target.module for target in block.targets if target.module in inside and target.may_be_idle)
+        if _TASK.get().original or self._busy() or all(each in self.layers.done for each in waiting):
+            return
+        call(*args, **kwargs)
+
+    def _busy(self) -> bool:
+        """Whether the block runs for another reason than to be quantized."""
+        training = self.state is not None and self.state.phase is Phase.TRAINING
+        return self._sensitivity.running or training
 
     def _hook_layer(self, target: Target, hooks: ExitStack) -> None:
         def wait(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             state = self.state
-            if module in self.layers.done or self._sensitivity.running or (state and state.phase is Phase.TRAINING):
+            if module in self.layers.done or self._busy():
                 return
             task = _TASK.get()
             if task.original or (state and any(target is each for each, _ in state.measured)):
                 return
             x = next(iter((*args, *kwargs.values())))
-            self._arrived.setdefault(target, []).append(LayerInput(x, task.mask, task.weights.get(module)))
+            self._arrived.setdefault(target, []).append(LayerInput(x, task.mask(x), task.weights.get(module)))
             lockstep.wait(target)
             self.layers.placement.fetch(x)
 

@@ -22,6 +22,7 @@ from ..model.layer_inputs import Factors, LayerInput
 from ..model.placement import outside_of, tensors_of
 from ..model.progress import Progress
 from ..model.structure import Block, Structure, Target, evaluating, linear_shapes, special_linears, untie
+from ..model.unquantized import unquantized
 from ..timing import timed
 from ..training.blocks import train_block, trainable_vectors
 from ..training.distill import DistillReport, distill
@@ -112,7 +113,7 @@ class _Run:
                 f"no layer was quantized: no calibration token reached one in {blocks[0].name} to {blocks[-1].name}; "
                 "name the blocks that read text with block_name (for GPTQConfig: block_name_to_quantize)"
             )
-        self.layers.report.seconds = self.resume.seconds
+        self.layers.report.seconds, self.layers.report.kept = self.resume.seconds, unquantized(self.model)
         return self.layers.report
 
     def round_to_nearest(self) -> None:
@@ -232,15 +233,20 @@ class _Run:
         state, self.passes.state = self.passes.state, None
         if state is None:
             return
-        block = state.block
+        block, idle = state.block, []
         for target in block.targets:
             if target.module in self.layers.done:
                 continue
             if target.may_be_idle:
-                logger.warning("%s: no calibration token reached it; rounded to nearest", target.name)
+                idle.append(target.name)
                 self.layers.quantize(target, None)
             else:
                 self.layers.keep_dense(target)
+        if idle:
+            text = "%s: no calibration token reached %d layers of its experts (%s, ...), which are rounded to nearest; "
+            logger.warning(
+                f"{text}calibrate_all_experts sends all tokens through all of them", block.name, len(idle), idle[0]
+            )
         for target in block.targets:
             self.layers.install(target)
         self.placement.send_back(tensors_of(block.module))

@@ -46,3 +46,10 @@ class QuantizeReport:
     blocks: list[BlockReport] = field(default_factory=list)  # one entry per block that was trained
     seconds: float = 0.0
     distillation: DistillReport | None = None  # of the whole model, if there was one
+    kept: dict[str, int] = field(default_factory=dict)  # weights that stay in 16 bits, see :func:`unquantized`
+
+    @property
+    def unrouted(self) -> list[str]:
+        """Layers of experts that no calibration token reached, of a run that had some; rounded to nearest."""
+        calibrated = any(layer.tokens for layer in self.layers)
+        return [layer.name for layer in self.layers if calibrated and not layer.tokens]

@@ -42,7 +42,8 @@ class Resume:
         others = [(name, None if isinstance(value, Tensor) else repr(value)) for name, value in inputs]
         constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
-        facts = [config.to_dict(), str(self.layers.placement.device), described, others]
+        every = self.layers.calibrate_all_experts
+        facts = [config.to_dict(), str(self.layers.placement.device), described, others, every]
         self.identity = self.progress.digest("", facts, [*data, *outside])
 
     def begin_block(self, block: Block) -> None:

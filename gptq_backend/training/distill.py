@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..format.weight import QuantizedWeight
 from ..linear import QuantLinear
-from ..model.calibration import Batch
+from ..model.calibration import Batch, output_mask
 from ..model.progress import Progress
 from ..model.structure import evaluating
 from .scales import Training, schedule, trainable, validation_batches
@@ -151,7 +151,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     output = model(**{key: value.to(device) for key, value in batch.items()})
     logits: Tensor = getattr(output, "logits", output)
-    mask = batch.get("attention_mask")
+    mask = output_mask(batch)
     return logits.flatten(0, 1) if mask is None else logits[mask.bool().to(device)]
 
 

@@ -16,6 +16,7 @@ from .command_group import CommandGroup
 from .options import (
     BatchSize,
     BlockDevice,
+    BlockName,
     Device,
     HeadBits,
     Json,
@@ -81,14 +82,16 @@ def quantize(
     seqlen: Seqlen = 512,
     seed: Seed = 0,
     batch_size: BatchSize = None,
-    block_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="List of blocks to quantize. Default: the language model's.")
-    ] = None,
+    block_name: BlockName = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL, loaded as a whole, on so many windows not calibrated on.")
     ] = 4,
     device: BlockDevice = "cpu",
     trust_remote_code: TrustRemoteCode = False,
+    calibrate_all_experts: Annotated[
+        bool,
+        typer.Option("--calibrate-all-experts", help="Calibrate each expert on all tokens, also those not sent to it."),
+    ] = False,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on where the same command was interrupted, or begin anew.")
@@ -105,7 +108,8 @@ def quantize(
     from .quantize_command import Source, run
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
-    options = {"batch_size": batch_size, "block_name": block_name, "overwrite": overwrite, "resume": resume}
+    options = {"batch_size": batch_size, "block_name": block_name or None, "overwrite": overwrite, "resume": resume}
+    options["calibrate_all_experts"] = calibrate_all_experts
     run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, json_target, json_lines)
 
 
@@ -161,9 +165,7 @@ def merge(
     seqlen: Seqlen = 512,
     seed: Seed = 0,
     batch_size: BatchSize = None,
-    block_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="List of blocks. Default: the language model's.")
-    ] = None,
+    block_name: BlockName = None,
     kld_windows: Annotated[
         int, typer.Option(min=0, help="Compare with MODEL and ADAPTER on so many windows not calibrated on.")
     ] = 4,
@@ -181,7 +183,7 @@ def merge(
     from .quantize_command import Source
 
     source = Source(calibration if rounds else None, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
-    options = {"batch_size": batch_size, "block_name": block_name, "overwrite": overwrite}
+    options = {"batch_size": batch_size, "block_name": block_name or None, "overwrite": overwrite}
     work = Merge(model, adapter, Path(out), to.value, source, kld_windows, device, trust_remote_code)
     work.run(options, json_target)
 

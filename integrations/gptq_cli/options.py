@@ -30,6 +30,12 @@ Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, 
 Seqlen = Annotated[int, typer.Option(min=1, help="Tokens per window.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For the choice of windows.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.")]
+BlockName = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--block-name", metavar="NAME", help="List of blocks; may be repeated. Default: those that read or write text."
+    ),
+]
 BlockDevice = Annotated[str, typer.Option(help="Where to compute, a block at a time, e.g. cpu or cuda:0.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")]

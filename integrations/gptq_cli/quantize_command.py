@@ -30,6 +30,7 @@ from .run_progress import RunProgress
 
 logger = logging.getLogger(__name__)
 
+_PLACES = 6  # that are shown of those that stay in 16 bits
 _SHARE = 0.9  # of the free memory may be the two models; activations and logits need some, too
 
 
@@ -73,7 +74,7 @@ def run(
 
     Args:
         settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
-        options: ``batch_size``, ``block_name``, ``overwrite`` and ``resume``.
+        options: ``batch_size``, ``block_name``, ``calibrate_all_experts``, ``overwrite`` and ``resume``.
 
     Raises:
         GPTQError: something cannot be used; the message says what to do.
@@ -202,11 +203,22 @@ def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
     return rules
 
 
+def _places(kept: Mapping[str, int]) -> str:
+    """The largest places and how many weights they have."""
+    shown = [f"{name} ({count / 1e6:.3g} M weights)" for name, count in list(kept.items())[:_PLACES]]
+    rest = sum(list(kept.values())[_PLACES:])
+    return ", ".join(shown + ([f"others ({rest / 1e6:.3g} M)"] if rest else []))
+
+
 def _print(report: dict[str, Any], page: Path, say: Callable[[str], None]) -> None:
     size = megabytes(report["bytes_after"])
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     say(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    if kept := report["kept"]:
+        say(f"stays in 16 bits: {_places(kept)}")
+    if unrouted := report["unrouted"]:
+        say(f"{len(unrouted)} layers of experts got no calibration token; see --calibrate-all-experts")
     if blocks := report["blocks"]:
         kept = sum(block["kept"] for block in blocks)
         say(f"training of blocks: {kept} of {len(blocks)} are nearer to the original on held-out text")

@@ -44,6 +44,8 @@ def make_report(
         "modules": len(layers),
         "mean_relative_loss": statistics.fmean(errors) if errors else None,
         "worst_module": max(layers, key=badness)["name"] if layers else None,
+        "kept": report.kept,
+        "unrouted": report.unrouted,
         "blocks": [dataclasses.asdict(block) for block in report.blocks],
         "distillation": distilled and {key: getattr(distilled, key) for key in ("before", "after", "kept")},
         "evaluation": None,

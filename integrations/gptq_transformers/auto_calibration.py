@@ -36,6 +36,7 @@ from gptq_backend.model import (
 from .errors import first_line
 from .memory import bytes_of, free_bytes
 from .streaming import load_streamed, load_whole, skeleton
+from .whole_samples import whole_samples
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,11 @@ def choose(
                 "your own or a smaller seqlen"
             )
         ids, block_name = torch.cat(list(pool.values())), options.block_name
-        moments = sketch(original.model, ids, seed=seed, block_name=block_name, device=options.device, **original.hooks)
+        source = getattr(model_or_path, "name_or_path", model_or_path)
+        whole = whole_samples(list(ids), original.model, source, tokenizer, trust_remote_code, added=False)
+        moments = sketch(
+            original.model, whole, seed=seed, block_name=block_name, device=options.device, **original.hooks
+        )
         channels = getattr(original.model.config.get_text_config(), "hidden_size", None)
     choice = _selected(pool, left_out, moments, channels, samples)
     logger.info("calibration='auto' uses %s", choice.summary())
@@ -242,8 +247,11 @@ def _generated(model: PreTrainedModel, tokenizer: Any, count: int, seqlen: int, 
     Raises:
         CalibrationError: the model cannot generate, with the reason alone.
     """
+    reads = getattr(model, "main_input_name", "input_ids") == "input_ids"
     if not model.can_generate():
         raise CalibrationError(f"{type(model).__name__} cannot generate")
+    if getattr(model.config, "is_encoder_decoder", False) or not reads:
+        raise CalibrationError(f"{type(model).__name__} does not continue text")
     if seqlen < 2:
         raise CalibrationError("windows of one token leave nothing to generate")
     length = min(seqlen, _RUN)

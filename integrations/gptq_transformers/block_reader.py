@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from gptq_backend import CheckpointError, GPTQError
 from gptq_backend.format import read_manifest
-from gptq_backend.model import find_blocks, replace_module
+from gptq_backend.model import BlockNames, find_blocks, replace_module
 
 from .errors import load_errors
 from .experts.expert_list import ExpertList
@@ -34,7 +34,7 @@ def can_read_blocks() -> bool:
 
 
 def load_around_blocks(
-    kind: type[PreTrainedModel], path: str | Path, block_name: str | None
+    kind: type[PreTrainedModel], path: str | Path, block_name: BlockNames
 ) -> tuple[PreTrainedModel, Callable[[nn.Module], None]]:
     """A model whose blocks are on meta -> it, and what reads a block's tensors into it.
 
@@ -117,7 +117,7 @@ class BlockReader:
         load: fills a model like it with those of its tensors that are in the files.
     """
 
-    def __init__(self, model: PreTrainedModel, load: Callable[[Any], None], block_name: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, load: Callable[[Any], None], block_name: BlockNames) -> None:
         self.load, self.blocks = load, find_blocks(model, block_name)
         for name in self.blocks:
             replace_module(model, name, nn.Module())

@@ -15,6 +15,7 @@ from gptq_backend.format import Shards, checkpoint_files, read_manifest, read_te
 
 from .experts.conversions import converters
 from .experts.expert_list import ExpertList
+from .experts.parallel import ParallelLinears
 from .loading.checkpoint_names import model_names
 from .model_files import local_file
 
@@ -77,7 +78,8 @@ def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable
         f"{name}.{key}".removeprefix(".") for name, m in model.named_modules() for key in m._non_persistent_buffers_set
     }
     used = {*parameters, *dict(model.named_buffers(remove_duplicate=False))}
-    split = {f"{name}.{key}" for name, m in model.named_modules() if isinstance(m, ExpertList) for key in m.fused_names}
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, ExpertList | ParallelLinears)}
+    split = {f"{name}.{key}" for name, m in lists.items() for key in m.fused_names}
     made_of = converters(model)
     lost: list[str] = []
     unused: list[str] = []

@@ -36,13 +36,16 @@ def read_config(path: str | Path, trust_remote_code: bool = False, **kwargs: Any
 
 def class_of(config: Any, path: str | Path, trust_remote_code: bool = False) -> Any:
     """What loads the model: ``AutoModelForCausalLM`` for a causal language model, else the class in ``architectures``
-    or the auto class for it. A configuration without ``architectures`` is a causal language model's.
+    or the auto class for it. A configuration without ``architectures`` is an encoder-decoder's if it says so, and else
+    a causal language model's, if there is one.
 
     Raises:
         ConfigError: the class is not available, or belongs to another kind of configuration.
     """
     wanted, causal = _named(getattr(config, "architectures", None), path), causal_class(config)
-    if wanted is None or wanted == causal:
+    if wanted is None:
+        return _auto_class_of_kind(config)
+    if wanted == causal:
         return AutoModelForCausalLM
     references = getattr(config, "auto_map", None)
     references = references if isinstance(references, dict) else {}
@@ -117,6 +120,14 @@ def predicts_next_token(config: Any, path: str | Path) -> bool:
         return True
     found = _class_called(wanted)
     return found is not None and found.can_generate() and not getattr(config, "is_encoder_decoder", False)
+
+
+def _auto_class_of_kind(config: Any) -> Any:
+    """What a model without a name of its class is, by its configuration."""
+    both = [transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq]
+    kinds = [AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
+    kinds = both + kinds if getattr(config, "is_encoder_decoder", False) else kinds
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
 
 
 def _auto_class(config: Any, wanted: str) -> Any:

@@ -17,6 +17,7 @@ from .dispatch import keeping_hooks
 from .errors import first_line
 from .experts.unfuse import group_experts, unfuse_experts
 from .quantized_layers import untie_quantized
+from .whole_samples import whole_samples
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,13 @@ def calibration_samples(model: Any, config: GPTQConfig) -> list[Any]:
     dataset = config.dataset
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _SEQLEN
     seqlen = config.model_seqlen or (min(limit, _SEQLEN) if limit > 0 else _SEQLEN)  # -1: any length
+    named = isinstance(config.tokenizer, str)
+    source, tool = (config.tokenizer, None) if named else (model.name_or_path, config.tokenizer)
     if isinstance(dataset, str):
-        return tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
-    samples = given(dataset)
-    if is_text(samples):
-        return [ids[:seqlen] for ids in tokenize(samples, _tokenizer(model, config))]
-    return list(samples)
+        samples: Any = tokenize("\n\n".join(_named_texts(dataset)), _tokenizer(model, config), seqlen, _SAMPLES)
+    elif is_text(samples := given(dataset)):
+        samples = [ids[:seqlen] for ids in tokenize(samples, _tokenizer(model, config))]
+    return whole_samples(samples, model, source, tool)
 
 
 def _tokenizer(model: Any, config: GPTQConfig) -> Any:

@@ -18,7 +18,7 @@ from transformers import GPTQConfig as StockGPTQConfig
 from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
-from gptq_backend.model import Progress, find_structure
+from gptq_backend.model import BlockNames, Progress, find_structure
 from gptq_backend.output_folder import atomic_folder, check_spared
 
 from .auto_calibration import AUTO, choose
@@ -30,6 +30,7 @@ from .experts.unfuse import unfuse_experts
 from .hf_quantizer import attach, mark_quantized
 from .model_files import copy_companions
 from .streaming import BlockWriter, detach_offloading, load_streamed, load_whole
+from .whole_samples import whole_samples
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +51,23 @@ def quantize(
     overwrite: bool = False,
     events: Events | None = None,
     device: str | torch.device | None = None,
-    block_name: str | None = None,
+    block_name: BlockNames = None,
     trust_remote_code: bool = False,
     resume: bool = True,
+    calibrate_all_experts: bool = False,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
-    """Quantize a model that reads token ids: a language model, a classifier, an embedding model.
+    """Quantize a model: language models with or without other senses, encoder-decoders, classifiers, embedding models.
 
     Args:
         model_or_path: a loaded model, which is changed in place, or a model folder or name. From a folder the class in
             ``architectures`` is loaded (a causal language model if there is none), the blocks' 16-bit weights are read
             one block at a time, and written, if there is an ``output``, a file at a time.
         config: what to quantize and how; also a dictionary or a ``GPTQConfig``.
-        calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T], mappings with
-            ``input_ids`` and ``attention_mask``); None rounds to nearest (and cannot train); ``"auto"`` chooses
-            windows of packaged text, the model's own and ``text``, see :func:`auto_calibration.choose`.
+        calibration: one text, texts, or token id samples (a tensor [B, T], lists, tensors [T] or [B, T]); mappings of
+            all that the model takes (``input_ids``, ``pixel_values``, ``decoder_input_ids``, ...), or of what its
+            processor takes (``text``, ``images``, ``audio``, ``text_target``); None rounds to nearest (and cannot
+            train); ``"auto"`` chooses windows of packaged text, the model's own and ``text``, see
+            :func:`auto_calibration.choose`. Text alone is completed: see :func:`whole_samples.whole_samples`.
         text: what the model will read, if there is some; only for ``calibration="auto"``.
         tokenizer: for texts; default: the one in the model's folder.
         output: write the checkpoint, with the tokenizer, to this folder; it appears whole or not at all. Finished
@@ -78,13 +82,15 @@ def quantize(
         overwrite: let ``output`` replace a folder that exists.
         events: told what happens: of each layer, block and training step, and what "auto" chose.
         device: where to compute, e.g. ``cuda``; blocks are there for their turn only. None: where the weights are.
-        block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``; None chooses, see
-            :func:`gptq_backend.model.structure.find_blocks`.
+        block_name: full name of the list of blocks to quantize, like ``model.language_model.layers``, or of several;
+            None chooses, see :func:`gptq_backend.model.structure.find_blocks`.
         trust_remote_code: let code that comes with the model run.
         resume: False begins anew, and removes what earlier runs into ``output`` have kept.
+        calibrate_all_experts: calibrate every expert of a mixture on all tokens, not only on those that its router
+            sends to it.
 
     Returns:
-        The quantized model and the report.
+        The quantized model and the report, which also says what stays in 16 bits (``report.kept``).
 
     Raises:
         ConfigError, CalibrationError, CheckpointError: the message says what to do; nothing was written. GPTQError: the
@@ -92,7 +98,9 @@ def quantize(
     """
     if text is not None and not (isinstance(calibration, str) and calibration == AUTO):
         raise CalibrationError("text= goes with calibration='auto'; to calibrate on it alone, pass calibration=text")
-    options = RunOptions(batch_size, block_name or _block_name(config), backend, device)
+    options = RunOptions(
+        batch_size, block_name or _block_name(config), backend, device, calibrate_all_experts=calibrate_all_experts
+    )
     settings, events = _as_config(config), events or Events()
     from_folder = isinstance(model_or_path, str | Path)
     path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
@@ -117,6 +125,8 @@ def quantize(
         else:
             data = token_ids(calibration, tokenizer, seqlen, samples, seed)
         model, bring, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code, data is not None)
+        if data is not None:
+            data = whole_samples(data, model, path, tokenizer, trust_remote_code)
         writer = None
         if folder is not None and from_folder and not settings.preset.distill_epochs:
             writer = BlockWriter.of(model, folder, progress, find_structure(model, settings, options.block_name))
@@ -254,7 +264,7 @@ def _as_config(config: Any) -> QuantizeConfig:
     return read
 
 
-def _block_name(config: Any) -> str | None:
+def _block_name(config: Any) -> BlockNames:
     """``block_name_to_quantize`` of a dictionary or a ``GPTQConfig``."""
     if isinstance(config, Mapping):
         return config.get("block_name_to_quantize")

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from gptq_backend import ConfigError, QuantizeConfig
 from gptq_backend.format import Shards
-from gptq_backend.model import Progress, Structure, find_blocks, find_structure
+from gptq_backend.model import BlockNames, Progress, Structure, find_blocks, find_structure
 from gptq_backend.module_moves import offloading_hook
 from gptq_backend.timing import timed
 
@@ -36,23 +35,14 @@ def skeleton(path: str | Path, trust_remote_code: bool = False) -> PreTrainedMod
     """The model that config.json names, without its weights, on the meta device.
 
     Raises:
-        ConfigError: it is quantized, an encoder-decoder, or of a class that is not available. GPTQError: it cannot be
-            loaded.
+        ConfigError: it is quantized, or of a class that is not available. GPTQError: it cannot be loaded.
     """
     config = read_config(path, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path} is quantized already; pass the original 16-bit model")
     loader = class_of(config, path, trust_remote_code)
-    halves, named = getattr(config, "is_encoder_decoder", False), config.architectures
     with load_errors(path, (Exception,)), torch.device("meta"):  # no code of ours runs here
-        model = from_config(loader, config, trust_remote_code)
-    # The configuration of one half alone may say so, too; without a class it is not known which one is stored.
-    if halves and (not named or "decoder_input_ids" in signature(model.forward).parameters):
-        raise ConfigError(
-            f"{path} is an encoder-decoder model, which cannot be quantized from its folder; load it and pass the "
-            "model instead: one of its stacks of blocks is then quantized"
-        )
-    return model
+        return from_config(loader, config, trust_remote_code)
 
 
 def load_whole(
@@ -79,7 +69,7 @@ def load_streamed(
     path: str | Path,
     scratch: str,
     config: QuantizeConfig | None = None,
-    block_name: str | None = None,
+    block_name: BlockNames = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Callable[[nn.Module], None]]:
     """The model, whose blocks stay in the checkpoint's files until needed -> it, and what brings a block's weights.
@@ -127,7 +117,7 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
     return device_map
 
 
-def detach_offloading(model: PreTrainedModel, block_name: str | None = None) -> Callable[[nn.Module], None]:
+def detach_offloading(model: PreTrainedModel, block_name: BlockNames = None) -> Callable[[nn.Module], None]:
     """Remove accelerate's offloading from ``model`` -> a function that loads a block's offloaded weights to stay.
 
     What is offloaded outside the blocks is loaded at once. The hooks of a model that is only spread over devices stay:

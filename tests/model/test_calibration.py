@@ -94,7 +94,7 @@ def test_text_shorter_than_a_window_says_how_short() -> None:
         [torch.tensor([[1, 2, 3], [4, 5, 6]])],
         torch.tensor([[1, 2, 3], [4, 5, 6]]),
         [{"input_ids": [1, 2, 3]}, {"input_ids": torch.tensor([[4, 5, 6]])}],
-        [{"input_ids": [1, 2, 3], "attention_mask": None}, {"input_ids": [4, 5, 6], "labels": [1]}],
+        [{"input_ids": [1, 2, 3], "attention_mask": None}, {"input_ids": [4, 5, 6]}],
     ],
 )
 def test_every_kind_of_sample_becomes_the_same_batch(samples: Any) -> None:
@@ -143,7 +143,8 @@ def test_batch_sizes(length: int, size: int | None, expected: int) -> None:
         ([[]], "empty"),
         (["a text"], "sample 0 is a str"),
         ([[1, 2], None], "sample 1 is a NoneType"),
-        ([{"ids": [1]}], "sample 0 is a dict"),
+        ([{}], "sample 0 is a dict"),
+        ([{"input_ids": [1], "pictures": object()}], "sample 0 is a dict"),
         ([torch.rand(3)], "sample 0 has dtype torch.float32"),
         ([torch.zeros(1, 2, 3, dtype=torch.long)], r"shape \(1, 2, 3\)"),
         ([{"input_ids": [[1, 2], [3, 4]], "attention_mask": [1, 1]}], r"attention_mask of shape \(1, 2\).*\(2, 2\)"),

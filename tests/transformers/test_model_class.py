@@ -47,13 +47,14 @@ def test_a_folder_keeps_its_class_and_every_tensor(name: str, calibrated: bool, 
 
 @pytest.mark.parametrize(("name", "config"), [("T5ForConditionalGeneration", lambda: T5Config(**T5)),
                                               ("BartForConditionalGeneration", bart)])  # fmt: skip
-def test_an_encoder_decoder_is_not_written_as_something_else(name: str, config: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_both_stacks_of_an_encoder_decoder_are_quantized(name: str, config: Any, named: bool, tmp_path: Path) -> None:
     source = save(tmp_path / "source", name, config())
-    for architectures in ([name], None):
-        edit(source, architectures=architectures)
-        with pytest.raises(GPTQError, match=r"encoder-decoder|Unrecognized configuration"):
-            quantize(source, CONFIG, samples(), output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    edit(source, architectures=[name] if named else None)
+    model, report = quantize(source, CONFIG, samples(), output=tmp_path / "out")
+    assert type(model).__name__ == name
+    assert len(report.layers) == 2 * (4 + 2) + 2 * (8 + 2)
+    assert {layer.method for layer in report.layers} == {"cholesky"}
 
 
 @pytest.mark.parametrize("name", ["T5EncoderModel", "UMT5EncoderModel"])
@@ -67,19 +68,19 @@ def test_an_encoder_whose_config_says_encoder_decoder_is_quantized(name: str, tm
 
 
 @pytest.mark.parametrize("loaded", [True, False])
-def test_a_model_of_other_inputs_can_only_be_rounded(loaded: bool, tmp_path: Path) -> None:
+def test_a_model_that_hears_is_calibrated_on_made_sounds(loaded: bool, tmp_path: Path) -> None:
     source = save(tmp_path / "source", "Wav2Vec2ForCTC", sound())
     model = transformers.Wav2Vec2ForCTC.from_pretrained(source) if loaded else source
-    with pytest.raises(CalibrationError, match=r"Wav2Vec2ForCTC cannot be called with token ids alone .*None"):
-        quantize(model, CONFIG, samples(), output=tmp_path / "out")
-    quantize(source, CONFIG, None, output=tmp_path / "out")
+    _, report = quantize(model, CONFIG, samples()[:2], output=tmp_path / "out")
+    assert {layer.method for layer in report.layers} == {"cholesky"}
     assert type(from_quantized(tmp_path / "out")).__name__ == "Wav2Vec2ForCTC"
 
 
-def test_an_encoder_decoder_in_memory_that_wants_decoder_inputs_says_so() -> None:
+def test_inputs_that_a_model_does_not_take_are_refused() -> None:
     model = transformers.T5ForConditionalGeneration(T5Config(**T5))
-    with pytest.raises(CalibrationError, match=r"T5ForConditionalGeneration cannot be called with token ids alone"):
-        quantize(model, CONFIG, samples())
+    sample = {"input_ids": samples()[0], "pixels": torch.zeros(1)}
+    with pytest.raises(CalibrationError, match=r"'pixels', which T5ForConditionalGeneration does not take"):
+        quantize(model, CONFIG, [sample])
 
 
 def test_without_architectures_a_folder_is_a_causal_language_model(tmp_path: Path) -> None:

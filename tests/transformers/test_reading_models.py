@@ -16,8 +16,8 @@ import gptq_transformers
 from gptq_backend import QuantizeConfig, QuantLinear
 from tests.transformers.checkpoints import distance
 
-_SCRIPT = Path(__file__).parents[2] / "docs" / "benchmarks" / "architectures.py"
-_spec: Any = importlib.util.spec_from_file_location("architectures", _SCRIPT)
+_SCRIPT = Path(__file__).parents[2] / "docs" / "benchmarks" / "small_models.py"
+_spec: Any = importlib.util.spec_from_file_location("small_models", _SCRIPT)
 architectures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(architectures)
 

@@ -19,6 +19,7 @@ from torch import nn
 from gptq_backend import QuantLinear
 
 from .expert_list import ExpertList
+from .parallel import ParallelLinears
 
 
 def model_conversions(model: nn.Module, **kwargs: Any) -> list[Any]:
@@ -52,7 +53,7 @@ def drop_fused_conversions(
     """
     gone = [*packed]
     for name, module in model.named_modules():
-        if isinstance(module, ExpertList):
+        if isinstance(module, ExpertList | ParallelLinears):
             gone += [f"{name}.{parameter}" for parameter in module.fused_names]
         elif isinstance(module, QuantLinear):
             gone += [f"{name}.weight", f"{name}.bias"]

@@ -25,6 +25,7 @@ class ExpertList(nn.Module):
         experts: the projections of each expert, in the order of ``layout``.
         layout: where they are.
         fused_names: the parameters of ``fused`` that the experts stand for.
+        passing: so many numbers after the last expert's hand on what they get.
     """
 
     act_fn: Callable[[Tensor], Tensor]
@@ -35,6 +36,7 @@ class ExpertList(nn.Module):
         experts: Sequence[Sequence[nn.Module]],
         layout: ExpertLayout,
         fused_names: tuple[str, ...],
+        passing: int = 0,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -42,7 +44,7 @@ class ExpertList(nn.Module):
         for key, value in vars(fused).items():  # what the class's _apply_gate reads: clamping limits and the like
             if not key.startswith("_") and key not in ("training", "forward"):
                 setattr(self, key, value)
-        self.num_experts = len(experts)
+        self.num_experts, self.passing = len(experts), passing
         for name, child in fused.named_children():
             self.add_module(name, child)
         for i, expert in enumerate(experts):
@@ -57,12 +59,19 @@ class ExpertList(nn.Module):
 
         Args:
             hidden_states: float [T, H].
-            top_k_index: int [T, k], expert of each slot; entries >= num_experts count for nothing.
+            top_k_index: int [T, k], expert of each slot; entries >= num_experts + passing count for nothing.
             top_k_weights: float [T, k].
 
         Returns:
             [T, H] in the dtype of ``hidden_states``.
         """
+        output = self._routed(hidden_states, top_k_index, top_k_weights)
+        if self.passing:
+            passed = (top_k_index >= self.num_experts) & (top_k_index < self.num_experts + self.passing)
+            output = output + hidden_states * (top_k_weights * passed).sum(1, keepdim=True).to(output.dtype)
+        return output
+
+    def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         grouped = self._grouped
         if grouped is None or not grouped.current():
             grouped = self._group()
@@ -97,6 +106,11 @@ class ExpertList(nn.Module):
         *before, down = (self.get_submodule(self.layout.path(i, index)) for i in range(len(self.layout.paths)))
         outputs = [projection(x) for projection in before]
         return self._after(down(self._activate(outputs)))
+
+    def call_all(self, hidden_states: Tensor, *_: Tensor) -> None:
+        """Call every expert with all tokens, as calibration may want it; the arguments are those of :meth:`forward`."""
+        for index in range(self.num_experts):
+            self.expert(index, hidden_states)
 
     def group(self) -> list[str]:
         """Multiply all experts in one call, where they allow it -> the obstacles, where they do not."""
@@ -190,6 +204,23 @@ class ExpertList(nn.Module):
     @property
     def _concatenated(self) -> bool:
         return self.layout.halves or bool(getattr(self, "is_concatenated", True))
+
+
+class SortedExpertList(ExpertList):
+    """As Llama 4 calls its experts: each with all tokens, scaled by the router, which is 0 for those of others."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden_states [E * T, H], the rows of one expert after those of another -> [E * T, H]."""
+        index = torch.arange(self.num_experts, device=hidden_states.device)
+        index = index.repeat_interleave(len(hidden_states) // self.num_experts)
+        index = index.masked_fill(~hidden_states.any(-1), self.num_experts)  # zeros stay zeros, no expert has a bias
+        return super().forward(hidden_states, index[:, None], hidden_states.new_ones(len(index), 1))
+
+    def call_all(self, hidden_states: Tensor, *_: Tensor) -> None:
+        """Each token as the router scaled it most."""
+        by_expert = hidden_states.unflatten(0, (self.num_experts, -1))
+        tokens = torch.arange(by_expert.shape[1], device=hidden_states.device)
+        super().call_all(by_expert[by_expert.float().norm(dim=-1).argmax(0), tokens])
 
 
 def halves(tensor: Tensor, dim: int, concatenated: bool) -> tuple[Tensor, Tensor]:

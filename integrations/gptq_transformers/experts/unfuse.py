@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from gptq_backend.model import replace_module
 from gptq_backend.module_moves import offloading_hook
 
 from .conversions import model_conversions, produces
-from .expert_list import ExpertList, halves
+from .expert_list import ExpertList, SortedExpertList, halves
 from .fused_layout import FusedLayout, fused_layout
+from .parallel import ParallelLinears, is_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +42,29 @@ def unfuse_experts(model: nn.Module) -> list[str]:
     Raises:
         ConfigError: the weights are offloaded by accelerate.
     """
-    found = {}
+    found: dict[str, FusedLayout] = {}
+    parallel = []
     for name, module in model.named_modules():
         layout = fused_layout(module)
         if layout is not None:
             found[name] = layout
+        elif is_parallel(module):
+            parallel.append(name)
         elif any(parameter.dim() == 3 for key, parameter in module.named_parameters(recurse=False) if "proj" in key):
             logger.warning("%s (%s): its 3-D expert weights stay in 16 bits", name, type(module).__name__)
     conversions = model_conversions(model) if found else []
     for name, layout in found.items():
         names = _projection_names(name, layout, conversions)
-        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, names))
-    return list(found)
+        _replace(model, name, _unfused(model.get_submodule(name), layout, name, names))
+    for name in parallel:
+        _replace(model, name, _separated(model.get_submodule(name), name))
+    return [*found, *parallel]
+
+
+def _replace(model: nn.Module, name: str, experts: nn.Module) -> None:
+    """Put experts in their place; what initializes weights that a checkpoint lacks may reach into them from outside."""
+    replace_module(model, name, experts)
+    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def group_experts(model: nn.Module) -> None:
@@ -70,7 +82,7 @@ def group_experts(model: nn.Module) -> None:
 
 
 def replace_fused_experts(
-    model: nn.Module, layers: Iterable[str], quantized: Iterable[str], halves: bool = False
+    model: nn.Module, layers: Collection[str], quantized: Iterable[str], halves: bool = False
 ) -> list[str]:
     """Prepare ``model``, still without weights, for a checkpoint with one tensor per expert.
 
@@ -88,6 +100,16 @@ def replace_fused_experts(
     Raises:
         CheckpointError: the experts' layers have names that are not known.
     """
+    holders = {layer.rpartition(".")[0] for layer in layers}
+    parallel = [name for name, module in model.named_modules() if name in holders and is_parallel(module)]
+    for name in parallel:
+        _replace(model, name, _separated(model.get_submodule(name), name))
+    return parallel + _replace_routed_experts(model, layers, quantized, halves)
+
+
+def _replace_routed_experts(
+    model: nn.Module, layers: Iterable[str], quantized: Iterable[str], halves: bool
+) -> list[str]:
     found = {name: layout for name, module in model.named_modules() if (layout := fused_layout(module)) is not None}
     inside = tuple(f"{name}." for name in found)
     by_module: dict[str, list[str]] = {name: [] for name in found}
@@ -106,7 +128,7 @@ def replace_fused_experts(
         return []  # dense, and transformers fuses them
     for name, layout in found.items():
         called = dataclasses.replace(names[name], halves=halves and not names[name].joined)
-        replace_module(model, name, _unfused(model.get_submodule(name), layout, name, called))
+        _replace(model, name, _unfused(model.get_submodule(name), layout, name, called))
     return list(found)
 
 
@@ -125,16 +147,26 @@ def _parents(name: str) -> Iterable[str]:
         yield name
 
 
-def _unfused(fused: nn.Module, layout: FusedLayout, name: str, names: ExpertLayout) -> ExpertList:
+def _separated(fused: nn.Module, name: str) -> ParallelLinears:
+    _check_not_offloaded(fused, name)
+    return ParallelLinears(_linear(weight, None) for weight in fused.get_parameter("weight"))
+
+
+def _check_not_offloaded(fused: nn.Module, name: str) -> None:
     if offloading_hook(fused) is not None:
         raise ConfigError(
             f"{name}: its weights are offloaded to CPU or disk; load the model without offloading to split its experts"
         )
+
+
+def _unfused(fused: nn.Module, layout: FusedLayout, name: str, names: ExpertLayout) -> ExpertList:
+    _check_not_offloaded(fused, name)
     experts = []
     for index in range(fused.get_parameter("down_proj").shape[0]):
         first = _matrices(fused, layout.first, index, layout, split=layout.gated and not names.joined)
         experts.append([_linear(*pair) for pair in (*first, *_matrices(fused, "down_proj", index, layout))])
-    return ExpertList(fused, experts, names, layout.parameters)
+    kind = SortedExpertList if layout.sorted_rows else ExpertList
+    return kind(fused, experts, names, layout.parameters, layout.passing)
 
 
 def _matrices(

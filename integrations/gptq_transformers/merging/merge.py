@@ -15,6 +15,7 @@ from torch import Tensor
 from gptq_backend import CalibrationError, ConfigError, Events, LayerReport, QuantizedWeight, RunOptions
 from gptq_backend.algorithm import quantize_weight, round_changed
 from gptq_backend.format import INDEX, Shards, encode, read_json, read_tensor
+from gptq_backend.model import BlockNames
 from gptq_backend.output_folder import atomic_folder, check_spared
 
 from ..auto_calibration import AUTO, choose
@@ -57,7 +58,7 @@ def merge_adapter(
     overwrite: bool = False,
     events: Events | None = None,
     device: str | torch.device | None = None,
-    block_name: str | None = None,
+    block_name: BlockNames = None,
     trust_remote_code: bool = False,
 ) -> MergeReport:
     """Merge a peft adapter into the GPTQ checkpoint that it was trained on, and write the result.
