@@ -98,8 +98,8 @@ class _Run:
         """The whole model but for a distillation; without ``batches`` by rounding to nearest."""
         if self.structure.head is not None:
             untie(self.structure.head.module)
-        # A caller's inference mode would leave no derivatives to take; a model that was loaded in it works only there.
         self.events.structure_found(len(self.structure.blocks), len(self.structure.targets))
+        # A caller's inference mode would leave no derivatives to take; a model that was loaded in it works only there.
         inference = any(tensor.is_inference() for tensor in tensors_of(self.model))
         with torch.inference_mode(inference), torch.no_grad(), evaluating(self.model):
             if batches is None:

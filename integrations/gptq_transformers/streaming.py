@@ -24,7 +24,7 @@ from gptq_backend.timing import timed
 
 from .block_reader import can_read_blocks, check_complete, load_around_blocks
 from .errors import load_errors
-from .experts.conversions import are_only_renamed, stored_names
+from .experts.conversions import are_only_renamed, keep_packed_names, stored_names
 from .experts.unfuse import unfuse_experts
 from .model_class import class_of, from_config, from_pretrained, read_config
 
@@ -159,7 +159,8 @@ class BlockWriter:
         None on Windows too, which does not remove files that are mapped.
         """
         packed = [f"{target.name}.{key}" for target in structure.targets for key in ("weight", "bias")]
-        if os.name == "nt" or not are_only_renamed(model, packed):
+        keep_packed_names(model, packed)
+        if os.name == "nt" or not are_only_renamed(model):
             return None
         states = [block.module.state_dict(keep_vars=True) for block in structure.blocks]
         held = list(itertools.chain.from_iterable(state.values() for state in states))

@@ -79,13 +79,12 @@ def keep_packed_names(model: Any, packed: Iterable[str] = ()) -> None:
         model._weight_conversions = kept
 
 
-def are_only_renamed(model: Any, packed: Iterable[str]) -> bool:
-    """Whether ``save_pretrained`` will write all tensors as they are, although it may give them other names; with
-    transformers 4 also not that. ``packed`` are parameters that will be quantized by then.
+def are_only_renamed(model: Any) -> bool:
+    """Whether ``save_pretrained`` writes all tensors as they are, although it may give them other names; with
+    transformers 4 also not that.
     """
     if getattr(model, "_checkpoint_conversion_mapping", None) and not hasattr(model, "_weight_conversions"):
         return False
-    keep_packed_names(model, packed)
     return not any(hasattr(each, "operations") for each in getattr(model, "_weight_conversions", None) or ())
 
 
