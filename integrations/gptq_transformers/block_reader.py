@@ -25,6 +25,7 @@ from gptq_backend.model import BlockNames, find_blocks, replace_module
 
 from .errors import load_errors
 from .experts.expert_list import ExpertList
+from .experts.parallel import ParallelLinears
 from .experts.unfuse import unfuse_experts
 
 
@@ -146,7 +147,7 @@ class BlockReader:
         try:
             with load_errors(model.name_or_path):
                 self.load(self.frame)
-            if any(isinstance(module, ExpertList) for module in block.modules()):
+            if any(isinstance(module, ExpertList | ParallelLinears) for module in block.modules()):
                 unfuse_experts(self.frame)
             for key, module in self.frame.get_submodule(name).named_modules():
                 own = block.get_submodule(key)
