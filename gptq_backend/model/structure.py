@@ -298,7 +298,7 @@ def _targets(block_name: str, block: nn.Module, config: QuantizeConfig) -> tuple
 
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
-    """The children of a mixture that hold its experts: that called so, or lists of layers that are called themselves."""
+    """The children of a mixture that hold its experts: that called so, or lists of layers that are called."""
     if isinstance(experts := getattr(module, "experts", None), nn.Module):
         return [experts]
     lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
