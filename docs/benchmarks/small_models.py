@@ -17,10 +17,10 @@ TASKS = {  # auto class, and where transformers lists the model types that it lo
 SIZES: dict[int, str] = {
     64: "hidden_size d_model n_embd n_embed dim embed_dim emb_dim embedding_size embedding_dim word_embed_proj_dim "
     "attention_hidden_size lru_width conv_dim out_hidden_size q_lora_rank o_lora_rank",
-    96: "speech_encoder_intermediate_size intermediate_size ffn_dim n_inner ffn_hidden_size d_ff d_inner dff encoder_ffn_dim decoder_ffn_dim "
+    96: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff d_inner dff encoder_ffn_dim decoder_ffn_dim "
     "block_ff_dim dense_intermediate_size intermediate_size_mlp shared_intermediate_size",
     48: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size speech_encoder_intermediate_size",
     32: "image_size audio_hidden_size attention_window_size attention_chunk_size mamba_d_head mamba_head_dim "
     "mamba_headdim num_position_embeddings",
     16: "head_dim d_kv kv_lora_rank qk_nope_head_dim v_head_dim index_head_dim linear_key_head_dim "
@@ -108,7 +108,19 @@ SPECIAL["marian"] = {"pad_token_id": 0, "decoder_start_token_id": 0}
 SPECIAL["glm4v_moe"] = {"text_config": {"rope_parameters": {**ROTARY, "mrope_section": [1, 1, 2]}}}
 # Rules of the run. The shared block of Zamba is refused otherwise: each of its places has inputs of its own.
 RULES: dict[str, dict[str, Any]] = {"zamba": {r"-:.*shared_transf": {}}, "zamba2": {r"-:.*shared_transf": {}}}
-DECODERS = "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper".split()
+DECODERS = [
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "trocr",
+    "whisper",
+]
 # Why less than three quarters of the weights are quantized.
 REASONS: dict[str, str] = {
     **dict.fromkeys(DECODERS, "a decoder alone never calls its cross-attention"),
