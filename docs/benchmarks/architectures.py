@@ -77,14 +77,13 @@ def one(name: str, task: str) -> dict[str, Any]:
     share = sum(layer.in_features * layer.out_features for layer in layers) / max(1, weights)
     difference = float((found - after).norm() / after.norm())
     same = difference < 1e-4 and len(layers) == len(quantized(result)) > 0
-    note = f"with `dynamic={RULES[name]}`" if name in RULES else ""
     return {
         "result": "works" if same else "differs",
         "layers": len(layers),
         "share": round(share, 3),
         "difference": difference,
         "change": round(float((after - before).norm() / before.norm()), 3),
-        "note": note or (REASONS.get(name, "") if share < LEAST_SHARE else ""),
+        "note": f"with `dynamic={RULES[name]}`" if name in RULES else "",
     }
 
 
@@ -174,6 +173,7 @@ def quietly(name: str, task: str) -> dict[str, Any]:
 def table() -> None:
     """Write models.md."""
     content = json.loads(RESULTS.read_text())
+    tasks = {task: content["tasks"][task] for task in TASKS}
     version = content["versions"]["transformers"]
     how = (
         f"Which architectures can be quantized? All that transformers {version} has a class for were tried, for four "
@@ -188,7 +188,7 @@ def table() -> None:
     )
     lines = ["# Models", "", *textwrap.wrap(how, 120), ""]
     lines += ["| task | works | not built here | other |", "|---|---|---|---|"]
-    for task, found in content["tasks"].items():
+    for task, found in tasks.items():
         counts = Counter(entry["result"] for entry in found.values())
         other = ", ".join(f"{count} {result}" for result, count in counts.items() if result not in COLUMNS)
         lines.append(f"| [{task}](#{task}) | {counts['works']} | {counts['not built']} | {other} |")
@@ -205,7 +205,7 @@ def table() -> None:
         "",
         *textwrap.wrap(rest, 120),
     ]
-    for task, found in content["tasks"].items():
+    for task, found in tasks.items():
         lines += ["", f"## {task}", "", "| architecture | layers | share | reload | |", "|---|---|---|---|---|"]
         lines += [row(name, entry) for name, entry in found.items()]
     TABLE.write_text("\n".join(lines) + "\n")
@@ -216,6 +216,8 @@ def row(name: str, entry: dict[str, Any]) -> str:
     share = f"{entry['share']:.0%}" if "share" in entry else ""
     reload = f"{entry['difference']:.0e}" if "difference" in entry else ""
     note = entry["note"] if entry["result"] == "works" else f"{entry['result']}: {entry['note']}"
+    if entry.get("share", 1) < LEAST_SHARE:
+        note = "; ".join(filter(None, (note, REASONS.get(name, "no reason known"))))
     note = " ".join(note.replace("|", "/").split())
     return f"| {name} | {entry.get('layers', '')} | {share} | {reload} | {note[:200]} |"
 

@@ -20,7 +20,7 @@ SIZES: dict[int, str] = {
     96: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff d_inner dff encoder_ffn_dim decoder_ffn_dim "
     "block_ff_dim dense_intermediate_size intermediate_size_mlp shared_intermediate_size",
     48: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size speech_encoder_intermediate_size",
     32: "image_size audio_hidden_size attention_window_size attention_chunk_size mamba_d_head mamba_head_dim "
     "mamba_headdim num_position_embeddings",
     16: "head_dim d_kv kv_lora_rank qk_nope_head_dim v_head_dim index_head_dim linear_key_head_dim "
@@ -30,12 +30,12 @@ SIZES: dict[int, str] = {
     8: "qk_rope_head_dim state_size ssm_state_size mamba_d_state laurel_rank patch_size rotary_dim adapter_rank",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "num_query_heads num_experts num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads "
-    "linear_num_value_heads mamba_dt_rank time_step_rank n_mamba_heads",
+    "linear_num_value_heads speech_encoder_attention_heads mamba_dt_rank time_step_rank n_mamba_heads",
     3: "conv_L_cache",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
     "encoder_num_hidden_layers depth num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token "
     "moe_topk moe_k moe_top_k experts_per_token num_selected_experts index_n_heads linear_num_key_heads mamba_expand "
-    "num_blocks eos_token_id",
+    "num_blocks speech_encoder_layers eos_token_id",
     1: "n_shared_experts num_shared_experts n_group topk_group first_k_dense_replace mamba_n_groups mamba_ngroups "
     "n_groups num_mem_blocks decoder_start_token_id bos_token_id",
     0: "num_kv_shared_layers num_nextn_predict_layers num_mtp_layers pad_token_id",
@@ -108,8 +108,22 @@ SPECIAL["marian"] = {"pad_token_id": 0, "decoder_start_token_id": 0}
 SPECIAL["glm4v_moe"] = {"text_config": {"rope_parameters": {**ROTARY, "mrope_section": [1, 1, 2]}}}
 # Rules of the run. The shared block of Zamba is refused otherwise: each of its places has inputs of its own.
 RULES: dict[str, dict[str, Any]] = {"zamba": {r"-:.*shared_transf": {}}, "zamba2": {r"-:.*shared_transf": {}}}
+DECODERS = [
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "trocr",
+    "whisper",
+]
 # Why less than three quarters of the weights are quantized.
 REASONS: dict[str, str] = {
+    **dict.fromkeys(DECODERS, "a decoder alone never calls its cross-attention"),
     "blt": "its tower of patches and its decoder of bytes are lists of their own: name them",
     "dbrx": "its experts are 2-D parameters of one module",
     "git": "the tower for pictures lies beside the blocks that read",
