@@ -156,7 +156,7 @@ def _difference(parts: Parts, fused: FusedForward, inputs: dict[str, Any]) -> fl
     steps = (x[:, :_TOKENS], given), (x[:, _TOKENS:], _one_more(given))
     results: list[list[Tensor]] = []
     scaling = attention.scaling
-    with torch.no_grad(), _short_mlp(parts, inputs["hidden_states"].dtype):
+    with torch.no_grad(), _wide_norms(parts), _short_mlp(parts, inputs["hidden_states"].dtype):
         calls = [fused.serves(hidden, step) for hidden, step in steps]
         if calls[0] is None or calls[1] is None:
             raise NoMatch(
@@ -171,7 +171,8 @@ def _difference(parts: Parts, fused: FusedForward, inputs: dict[str, Any]) -> fl
                 results.append([*found, held.keys, held.values])
         finally:
             attention.scaling = scaling
-    return max(float((a - b).norm() / a.norm()) for a, b in zip(*results))
+    differences = [(a - b).norm() / a.norm().clamp(min=1e-30) for a, b in zip(*results)]
+    return float(torch.stack(differences).max())  # NaN, if one of them is
 
 
 @contextmanager
@@ -184,10 +185,10 @@ def _short_mlp(parts: Parts, dtype: torch.dtype) -> Iterator[None]:
     if parts.known_mlp is not None:
         yield
         return
-    own = type(mlp).forward.__get__(mlp)
+    own, before = mlp.forward, vars(mlp).get("forward")  # accelerate's, where it is offloaded
 
-    def forward(x: Tensor, *arguments: Any, **kwargs: Any) -> Any:
-        y = own(x.to(dtype), *arguments, **kwargs)
+    def forward(x: Tensor) -> Any:  # a layer that gives it more fails here, because the calls would not
+        y = own(x.to(dtype))
         return (x.tanh(), *y[1:]) if isinstance(y, tuple) else x.tanh()
 
     mlp.forward = forward
@@ -195,6 +196,22 @@ def _short_mlp(parts: Parts, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         del mlp.forward
+        if before is not None:
+            mlp.forward = before
+
+
+@contextmanager
+def _wide_norms(parts: Parts) -> Iterator[None]:
+    """Let norms take float32, which torch's own refuse where their weights are in 16 bits."""
+    norms = [norm for norm in (*parts.norms, *parts.head_norms) if norm is not None]
+    held = [(each, each.data) for norm in dict.fromkeys(norms) for each in norm.parameters()]
+    for parameter, data in held:
+        parameter.data = data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in held:
+            parameter.data = data
 
 
 def _one_more(given: dict[str, Any]) -> dict[str, Any]:

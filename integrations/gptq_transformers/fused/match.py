@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +79,8 @@ class Parts:
 
     def modules(self) -> list[nn.Module]:
         """All whose hooks, code or replacement would go unheard; the layer is the first."""
-        inner = [module for parent in self.parents[1:] for module in parent.modules()]
-        norms = [norm for norm in (*self.norms, *self.head_norms) if norm is not None]
-        return list(dict.fromkeys((self.layer, *inner, *self.linears, *norms)))
+        called = set() if self.known_mlp is not None else set(self.mlp.modules())
+        return [module for module in self.layer.modules() if module not in called]
 
     @property
     def factor(self) -> float:
@@ -197,7 +197,9 @@ def norm_of(module: Any) -> cpu_block.Norm | None:
     if size is None or not isinstance(eps, float) or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise NoMatch(f"{type(module).__name__} is no norm that it knows")
     x = torch.randn(2, size, generator=torch.Generator().manual_seed(0)) + 0.5
-    wanted = module(x)
+    wide = copy.copy(module)  # torch's own norms take no input that is wider than their weights
+    wide._parameters = {name: None if each is None else each.float() for name, each in module._parameters.items()}
+    wanted = wide(x)
     for centered in (False, True):
         for offset in (0.0, 1.0):
             mean = x.mean(-1, keepdim=True) if centered else 0.0
