@@ -6,14 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from gptq_backend.errors import CalibrationError
+
 _SIZE = (288, 384)  # of a picture: height, width
 _SECONDS = 4
 
 
 def picture(seed: int) -> Any:
-    """A PIL image with what photographs have: soft light, edges, texture and a few colours."""
-    from PIL import Image
+    """A PIL image with what photographs have: soft light, edges, texture and a few colours.
 
+    Raises:
+        CalibrationError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise CalibrationError("pictures to calibrate on need Pillow; pip install pillow, or pass your own") from error
     random = np.random.default_rng(seed)
     y, x = np.meshgrid(np.linspace(0, 1, _SIZE[0]), np.linspace(0, 1, _SIZE[1]), indexing="ij")
     corners = random.uniform(40, 215, (2, 2, 3))
