@@ -17,7 +17,8 @@ TASKS = {  # auto class, and where transformers lists the model types that it lo
 SIZES: dict[int, str] = {
     64: "hidden_size d_model n_embd n_embed dim embed_dim emb_dim embedding_size embedding_dim word_embed_proj_dim "
     "attention_hidden_size lru_width conv_dim out_hidden_size q_lora_rank o_lora_rank",
-    96: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff d_inner dff encoder_ffn_dim decoder_ffn_dim "
+    96: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff dim_ff d_inner dff encoder_ffn_dim "
+    "decoder_ffn_dim "
     "block_ff_dim dense_intermediate_size intermediate_size_mlp shared_intermediate_size",
     48: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size "
     "moe_shared_expert_intermediate_size speech_encoder_intermediate_size",
@@ -101,6 +102,7 @@ for _name in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v
     SPECIAL[_name] = {"text_config": {"rope_parameters": ROTARY}}
 SPECIAL["paddleocr_vl"] = {"text_config": {"rope_parameters": ROTARY, "head_dim": 16}}
 SPECIAL["chameleon"] = SPECIAL["emu3"] = {"vocabulary_map": {"<image>": 5}}
+SPECIAL["longcat_flash"] = {"zero_expert_num": 2}
 SPECIAL["step3p7"] = {"text_config": {"sliding_window": 16}}
 DAVIT = {"embed_dim": [32, 32, 64, 64], "num_heads": [4] * 4, "num_groups": [4] * 4, "depths": [1] * 4}
 SPECIAL["florence2"] = {"vision_config": {**DAVIT, "patch_size": [7, 3, 3, 3]}}
@@ -128,7 +130,7 @@ REASONS: dict[str, str] = {
     "dbrx": "its experts are 2-D parameters of one module",
     "git": "the tower for pictures lies beside the blocks that read",
     "got_ocr2": "the tower for pictures lies beside the blocks that read",
-    "longcat_flash": "the fused weight has rows for 256 experts that hand on what they get",
+    "phi4_multimodal": "the towers for pictures and sound lie beside the blocks that read",
     "t5gemma2": "the tower for pictures lies in the encoder",
     "xlnet": "its attention keeps the projections as 3-D parameters",
 }

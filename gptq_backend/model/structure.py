@@ -232,7 +232,10 @@ def _lists_of_blocks(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
-    sizes = {name: size for name, module in lists.items() if (size := _linear_elements(module))}
+    repeated = {
+        name: each for name, each in lists.items() if not all(map(is_linear, each))
+    }  # projections are no blocks
+    sizes = {name: size for name, module in repeated.items() if (size := _linear_elements(module))}
     if not sizes:
         raise ConfigError(
             f"{type(model).__name__} has no list of repeated blocks with linear layers; name the list with "

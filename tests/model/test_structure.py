@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import types
 from collections.abc import Callable
 
 import pytest
@@ -124,6 +125,28 @@ def test_the_tower_of_the_token_embedding_is_chosen_however_light_it_is(beside: 
 
 def test_a_list_of_trifles_near_the_embedding_is_not_the_language_model() -> None:
     assert next(iter(find_blocks(Towers(vision=64, text=4)))) == "model.vision.inner.layers.0"
+
+
+def test_lists_that_are_equally_near_are_all_taken_but_for_lists_of_single_layers() -> None:
+    """XLM has attention and feed-forward in lists beside each other, Gemma 3n projections beside its blocks."""
+    model = Towers(text=16, beside=True)
+    model.model["feed_forward"] = nn.ModuleList(Block(16) for _ in range(2))
+    model.model["projections"] = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+    names = ["model.layers.0", "model.layers.1", "model.feed_forward.0", "model.feed_forward.1"]
+    assert list(find_blocks(model)) == names
+    assert list(find_blocks(model, ["model.feed_forward", "model.layers"])) == names
+
+
+def test_both_stacks_of_an_encoder_decoder_are_taken() -> None:
+    model = Towers(vision=8, text=16)
+    model.config = types.SimpleNamespace(is_encoder_decoder=True)
+    model.get_encoder, model.get_decoder = lambda: model.model["vision"], lambda: model.model["text"]
+    assert list(find_blocks(model)) == [
+        *(f"model.vision.inner.layers.{i}" for i in range(3)),
+        *(f"model.text.inner.layers.{i}" for i in range(2)),
+    ]
+    model.config.is_encoder_decoder = False
+    assert list(find_blocks(model)) == [f"model.text.inner.layers.{i}" for i in range(2)]
 
 
 def test_a_model_that_does_not_know_its_embedding_is_judged_by_weight() -> None:
