@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .expert_routing import Routing
 from .interface import PreparedWeight
+from .operators import operators_are_seen
 from .table import expert_kernel
 
 
@@ -72,7 +73,7 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing, top_k: int) -> Tensor:
         """x: 16 bits or float32 [rows / top_k, K] -> [rows, N] in the dtype of x; rows of no expert are zeros."""
-        call = self.row.op if torch.compiler.is_compiling() or type(x) is not Tensor else self.row.gemm
+        call = self.row.op if operators_are_seen() or type(x) is not Tensor else self.row.gemm
         return call(x, self.layout, routing, top_k, self._parameters["bias"])
 
     @property

@@ -166,6 +166,19 @@ def define_grouped(
     return operator
 
 
+def operators_are_seen() -> bool:
+    """Whether somebody looks at operators, so that nothing may be computed without them: a graph that is being made, a
+    mode of torch (FLOP counters, fake tensors), or functorch.
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def check_input(x: Tensor, device: torch.device, in_features: int, out_features: int, bias: Tensor | None) -> None:
     """Refuse what a kernel would misread.
 

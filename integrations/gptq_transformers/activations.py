@@ -17,16 +17,26 @@ _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def name_of(function: Callable[[Tensor], Tensor]) -> str | None:
-    """Its name in ``gptq_backend.kernels.cpu_block.ACTIVATIONS``, or None. function: float [N] -> [N]."""
+    """Its name in ``gptq_backend.kernels.cpu_block.ACTIVATIONS``, or None. function: float [1, N] -> [1, N]."""
     return gated_name_of(lambda gate, up: function(gate) * up)
 
 
 def gated_name_of(function: Callable[[Tensor, Tensor], Tensor]) -> str | None:
-    """The name of f where ``function(gate, up)`` is ``f(gate) * up``, or None. function: float [N], [N] -> [N]."""
-    gate = torch.linspace(-60, 60, 1921)  # far enough to see where somebody cuts off
+    """The name of f where ``function(gate, up)`` is ``f(gate) * up``, or None; function: float [1, N] twice -> [1, N].
+
+    One that fails, because it expects other shapes for example, has none.
+    """
+    gate = torch.linspace(-60, 60, 1921, dtype=torch.float32, device="cpu")
+    large = torch.tensor(
+        [1e2, 1e3, 1e4], dtype=torch.float32, device="cpu"
+    )  # far enough to see where somebody cuts off
+    gate = torch.cat([gate, large, -large])[None]
     up = gate.roll(777)
-    found = function(gate, up)
-    for name, known in _KNOWN.items():
-        if found.shape == gate.shape and torch.allclose(found, known(gate) * up, rtol=1e-6, atol=1e-7):
-            return name
+    try:
+        found = function(gate, up)
+        for name, known in _KNOWN.items():
+            if found.shape == gate.shape and torch.allclose(found, known(gate) * up, rtol=1e-6, atol=1e-7):
+                return name
+    except Exception:
+        return None
     return None

@@ -127,7 +127,9 @@ def test_layers_that_change_are_noticed() -> None:
     changed = check_grouped(experts)
     assert not torch.equal(before, changed)
     experts.get_submodule("2").up_proj = other.get_submodule("2.up_proj")
-    check_grouped(experts)  # gate and down are grouped still
+    changed = check_grouped(experts)  # gate and down are grouped still
+    experts.add_module("1", copy.deepcopy(experts.get_submodule("3")))
+    assert not torch.equal(changed, check_grouped(experts))
     experts.get_submodule("2").up_proj = other.get_submodule("2.up_proj").dequantize()
     check_grouped(experts, grouped=False)
 
@@ -184,10 +186,10 @@ def test_threads_that_call_experts_for_the_first_time_do_not_stack_them_twice(mo
     _, experts = rounded()
     expected, together, made = check_grouped(experts), threading.Barrier(3), []
 
-    def slow(modules: Any, activation: str | None) -> GroupedExperts:
+    def slow(modules: Any, *more: Any) -> GroupedExperts:
         made.append(modules)
         time.sleep(0.05)
-        return GroupedExperts(modules, activation)
+        return GroupedExperts(modules, *more)
 
     def call(_: int) -> Tensor:
         together.wait()

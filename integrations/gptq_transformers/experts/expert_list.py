@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from gptq_backend import QuantLinear
 from gptq_backend.format import ExpertLayout
-from gptq_backend.kernels import Routing, cpu_experts
+from gptq_backend.kernels import Routing, cpu_experts, operators_are_seen, places
 from gptq_backend.module_moves import changing_layout
 
 from ..activations import gated_name_of, name_of
 from .grouped import GroupedExperts
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "forward"
 
 
 class ExpertList(nn.Module):
@@ -52,7 +54,7 @@ class ExpertList(nn.Module):
                 self._put(layout.path(projection, i), layer)
         self.training = fused.training
         self._grouped: GroupedExperts | None = None
-        self._tried: tuple[Any, ...] = ()  # the activation that was, in a tuple, so that it is no second child
+        self._tried: tuple[Any, ...] = ()  # code, names and values of the settings that the activation was found with
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs; an expert without tokens does not run.
@@ -77,8 +79,8 @@ class ExpertList(nn.Module):
             grouped = self._group()
         if not grouped.serve(hidden_states):
             return self._by_expert(hidden_states, top_k_index, top_k_weights)
-        if self._in_one_call(hidden_states, top_k_index, top_k_weights):
-            return grouped.one_call(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
+        if grouped.one_call is not None and self._in_one_call(hidden_states, top_k_index, top_k_weights):
+            return grouped.one_call(hidden_states, top_k_index, top_k_weights)
         routing = Routing(top_k_index, self.num_experts)
         outputs = [y for call in grouped.before for y in call(hidden_states, routing, top_k_index.shape[1])]
         y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0]).unflatten(0, top_k_index.shape)
@@ -124,6 +126,7 @@ class ExpertList(nn.Module):
             self._grouped = grouped = GroupedExperts(
                 {path: [self._place(path.format(i)) for i in range(self.num_experts)] for path in self.layout.paths},
                 self._known_activation(),
+                [place for module in self.modules() for place in _containers(module)],
             )
         return grouped
 
@@ -145,20 +148,32 @@ class ExpertList(nn.Module):
         return self.get_submodule(parent)._modules, name
 
     def _in_one_call(self, x: Tensor, index: Tensor, weights: Tensor) -> bool:
-        """Whether there is such a call, and nobody expects more of what it computes: no gradient, no hook, no trace."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or type(weights) is not Tensor:
+        """Whether nobody expects more of it than the result: no gradient, no hook, no trace, no other activation."""
+        if operators_are_seen() or type(x) is not Tensor or type(weights) is not Tensor:
             return False
-        if self._grouped is None or self._grouped.one_call is None or index.numel() > cpu_experts.MOST_ROWS:
+        if index.numel() > cpu_experts.MOST_ROWS or (torch.is_grad_enabled() and weights.requires_grad):
             return False
-        if torch.is_grad_enabled() and weights.requires_grad:
-            return False
-        function = getattr(self, "act_fn", None)
-        hooked = isinstance(function, nn.Module) and (function._forward_hooks or function._forward_pre_hooks)
-        return self._tried == (function,) and not hooked
+        code, names, values = self._tried
+        return (
+            self._code() == code and places.unchanged((vars(self),) * len(names), names, values) and not self._heard()
+        )
+
+    def _code(self) -> tuple[Any, ...]:
+        """Of :meth:`_activate`."""
+        module = self._modules.get("act_fn")
+        return module, getattr(type(module), "forward", None), getattr(self.fused_class, "_apply_gate", None)
+
+    def _heard(self) -> bool:
+        """Whether somebody hears when the activation is called."""
+        module = self._modules.get("act_fn")
+        return module is not None and any(map(vars(module).get, _HOOKS))
 
     def _known_activation(self) -> str | None:
         """The name of what :meth:`_activate` computes, if a call for all of it knows it."""
-        self._tried = (getattr(self, "act_fn", None),)
+        settings = {name: value for name, value in vars(self).items() if name[0] != "_" and name != "training"}
+        self._tried = self._code(), tuple(settings), tuple(settings.values())
+        if self._heard():
+            return None
         if "post_expert_norm" in self._modules:
             return None
         if len(self.layout.paths) == 2 and not self.layout.joined:
@@ -199,7 +214,7 @@ class ExpertList(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_grouped": None}
+        return {**self.__dict__, "_grouped": None, "_tried": ()}
 
     @property
     def _concatenated(self) -> bool:
@@ -221,6 +236,12 @@ class SortedExpertList(ExpertList):
         by_expert = hidden_states.unflatten(0, (self.num_experts, -1))
         tokens = torch.arange(by_expert.shape[1], device=hidden_states.device)
         super().call_all(by_expert[by_expert.float().norm(dim=-1).argmax(0), tokens])
+
+
+def _containers(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where in ``module`` those lie that :meth:`ExpertList._put` made."""
+    children: Any = module._modules
+    return [(children, name) for name, child in children.items() if isinstance(child, nn.ModuleDict)]
 
 
 def halves(tensor: Tensor, dim: int, concatenated: bool) -> tuple[Tensor, Tensor]:

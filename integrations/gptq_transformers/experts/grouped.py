@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from gptq_backend import QuantLinear
 from gptq_backend.kernels import Grouped, PreparedWeight, Routing, cpu_experts, one_by_one, places, why_not_groupable
@@ -24,6 +25,8 @@ class GroupedExperts:
     Args:
         layers_at: for each projection, in the order gate, up, down, or up, down, where its layer is for each expert:
             the children of its parent, and its name among them.
+        activation: what lies between the products, of ``cpu_block.ACTIVATIONS``, or None.
+        parents_at: likewise where other modules are that must stay in their places.
 
     Attributes:
         obstacles: for each projection that cannot be grouped, why.
@@ -31,7 +34,10 @@ class GroupedExperts:
     """
 
     def __init__(
-        self, layers_at: Mapping[str, Sequence[tuple[dict[str, Any], str]]], activation: str | None = None
+        self,
+        layers_at: Mapping[str, Sequence[tuple[dict[str, Any], str]]],
+        activation: str | None = None,
+        parents_at: Sequence[tuple[dict[str, Any], str]] = (),
     ) -> None:
         self.obstacles: list[str] = []
         self._stacks: list[Grouped] = []
@@ -50,10 +56,10 @@ class GroupedExperts:
             self.obstacles.append("they are not all quantized")
         self._held: list[_Held] = [
             (children, name, children[name], getattr(children[name], "changes", 0))
-            for column in layers_at.values()
+            for column in (*layers_at.values(), parents_at)
             for children, name in column
         ]
-        layers = [layer.__dict__ for _, _, layer, _ in self._held]
+        layers = [layer.__dict__ for column in columns.values() for layer in column]
         changes = [(layer, "changes", layer.get("changes")) for layer in layers]
         self._dicts, self._names, self._objects = zip(*(held[:3] for held in self._held), *changes)
         self._layers = tuple(layers) * 2
@@ -107,6 +113,8 @@ class GroupedExperts:
         return not (gradients and any(layer.bias.requires_grad for layer in self._biased))
 
     def _hooked(self) -> bool:
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            return True
         if self.one_call is not None and not torch.compiler.is_compiling():
             return not places.empty(self._layers, self._hooks)
         return any(layer[name] for layer, name in zip(self._layers, self._hooks))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_backend.kernels import operators_are_seen
+
 from . import ahead
 from .calls import DTYPES, Calls
 from .match import Parts
@@ -54,16 +56,10 @@ class FusedForward:
 
     def serves(self, x: Tensor, kwargs: dict[str, Any]) -> Calls | None:
         """The calls to run, if nobody expects more of the layer's modules than their result."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch.is_grad_enabled():
+        if operators_are_seen() or torch.is_grad_enabled():
             return None
         if type(x) is not Tensor or x.dtype not in DTYPES or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             self._link.calls = None  # it would keep what may have moved to another device
-            return None
-        if (
-            torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._are_functorch_transforms_active()
-        ):
             return None
         if not _KNOWN.issuperset(kwargs) or any(map(kwargs.get, _MORE)):
             return None
