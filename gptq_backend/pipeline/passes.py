@@ -7,6 +7,7 @@ capturing or replaying, because the model's own forward passes them.
 from __future__ import annotations
 
 import contextvars
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -173,7 +174,11 @@ class Passes:
             state = self._current()
             if block.targets and state.phase is not Phase.FINAL_BEFORE:
                 x = next(iter((*args, *kwargs.values())), None)
-                self._run_until_final(state, run, _TASK.get().mask(x) if isinstance(x, Tensor) else None)
+
+                def trial() -> Any:
+                    return forward(*map(_own_cache, args), **{key: _own_cache(value) for key, value in kwargs.items()})
+
+                self._run_until_final(state, trial, _TASK.get().mask(x) if isinstance(x, Tensor) else None)
             return run()
 
         return waiting_forward
@@ -188,7 +193,10 @@ class Passes:
         return output
 
     def _run_until_final(self, state: BlockState, run: Callable[[], Any], mask: Tensor | None) -> None:
-        """Run the block as often as it takes until all its weights are final; ``mask`` is that of its input."""
+        """Run the block as often as it takes until all its weights are final; ``mask`` is that of its input.
+
+        ``run`` leaves no keys and values behind, which a model without ``use_cache`` would find in its next call.
+        """
         block, task = state.block, _TASK.get()
         if self.config.token_weights:
             layers = [target.module for target in block.targets]
@@ -246,6 +254,11 @@ class Passes:
     def _current(self) -> BlockState:
         assert self.state is not None, "a block was passed without its turn"
         return self.state
+
+
+def _own_cache(value: Any) -> Any:
+    """A copy of a cache of keys and values; anything else as it is."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 def _stop(*_: Any) -> None:
