@@ -33,7 +33,7 @@ class LlamaCpp:
         if name != NAME or not place:
             raise GPTQError(f"--peer {option}, expected {NAME}=PROGRAM with the path of its {PROGRAM}")
         program = Path(place) / PROGRAM if Path(place).is_dir() else Path(place)
-        found = shutil.which(str(program))
+        found = shutil.which(str(program.absolute())) or shutil.which(str(program))  # the second looks in PATH
         if found is None:
             raise GPTQError(
                 f"--peer {option}, but {program} is no program; build {PROGRAM} of llama.cpp, or download it"

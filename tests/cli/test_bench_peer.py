@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
+from gptq_cli.bench_peer import LlamaCpp
 from tests.cli.test_bench import CHECKPOINTS, bench
 
 
@@ -30,6 +31,14 @@ def test_a_peer_that_cannot_run_is_an_error(arguments: list[str], message: str) 
     result = bench("model", CHECKPOINTS / "llama-4-32-sym", *sizes, *arguments)
     assert result.exit_code == 1
     assert re.search(message, result.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("option", ["./program", "program", ".", "llama-batched-bench"])
+def test_a_peer_is_found_in_the_working_directory(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("program", "llama-batched-bench"):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert LlamaCpp(f"llama.cpp={option}", __file__).name == "llama.cpp test_bench_peer.py"
 
 
 @pytest.mark.skipif("LLAMA_BATCHED_BENCH" not in os.environ, reason="LLAMA_BATCHED_BENCH=PROGRAM:MODEL.gguf is not set")
