@@ -7,8 +7,8 @@ namespace gptq {
 
 // Of each expert, down(activation(gate(x)) * up(x)).
 struct ExpertMLPs {
-    Linear
-        gate_up;  // the first of the stack [parts][count]: gate and up; or one weight with the outputs of both; or up
+    // The first of the stack [parts][count]: gate and up; or one weight with the outputs of both; or up alone.
+    Linear gate_up;
     int parts, count;
     Activation activation;
     Linear down;  // the first of the stack [count]

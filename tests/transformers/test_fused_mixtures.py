@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("transformers.models.qwen3_moe")
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeSparseMoeBlock
@@ -97,3 +98,21 @@ def test_a_dropout_of_the_layer_is_heard(family: str, name: str, rate: str, tmp_
     model.model.layers[0].get_submodule(name).register_forward_hook(lambda *_: heard.append(1))
     logits(model)
     assert heard
+
+
+@pytest.mark.skipif(VERSION_4, reason="layers of gpt-oss run module by module")
+def test_sinks_that_change_are_read(tmp_path: Path) -> None:
+    """In place, as new tensors, and as some that the calls do not read."""
+    write(tmp_path, tiny("gpt_oss", **OTHER_MLPS["gpt_oss"]), CONFIG)
+    model = load(tmp_path)
+    attention, found = fused(model)[0].self_attn, [logits(model)]
+    with torch.no_grad():
+        attention.sinks += 3
+    found.append(logits(model))
+    attention.sinks.data = torch.tensor([5.0, -1.0])
+    found.append(logits(model))
+    attention.sinks = nn.Parameter(torch.tensor([8.0, 0.0, -2.0, 0.0])[::2])
+    found.append(logits(model))
+    assert distance(found[-1], logits(stock(model))) < 1e-5
+    for before, after in itertools.pairwise(found):
+        assert distance(after, before) > 1e-4

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gptq_backend.kernels import cpu_attention, cpu_block, cpu_layers, places
 
 from .cache import append
-from .match import SINKS, Parts, linear_of, norm_of
+from .match import SINKS, NoMatch, Parts, linear_of, norm_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 8  # of queries, up to which our attention is faster than torch's
@@ -27,7 +27,7 @@ class Calls:
         self.parts, self.pairs, attention = parts, pairs, parts.attention
         self._heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
         self._head_dim, self._width = attention.head_dim, parts.inputs[0].in_features
-        self._sinks = attention._parameters.get(SINKS)
+        self._sinks = _sinks_of(attention, self._heads[0])
         self._softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
         self._dicts, self._keys, self._values = zip(*_weights(parts))
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
@@ -193,6 +193,13 @@ class Beginning:
     first: Calls
     softcap: float
     angles: Any
+
+
+def _sinks_of(attention: Any, heads: int) -> Tensor | None:
+    sinks = attention._parameters.get(SINKS)
+    if sinks is not None and (sinks.shape != (heads,) or sinks.dtype not in DTYPES or not sinks.is_contiguous()):
+        raise NoMatch(f"its sinks are {sinks.dtype} {tuple(sinks.shape)} with strides {sinks.stride()}")
+    return sinks
 
 
 def _weights(parts: Parts) -> list[tuple[dict[str, Any], str, Any]]:
