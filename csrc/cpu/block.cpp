@@ -31,19 +31,7 @@ void add(const Norm* norm, float factor, const Rows& shape, const void* residual
 void multiply(const Rows& shape, const void* x, const std::vector<const Linear*>& weights, const std::vector<void*>& ys,
               int threads) {
     std::vector<Call> calls;
-    for (size_t i = 0; i < weights.size(); ++i) {
-        const Linear& linear = *weights[i];
-        Call call{};
-        call.weight = linear.weight;
-        call.x = x;
-        call.dtype = shape.dtype;
-        call.rows = shape.rows;
-        call.bias = linear.bias;
-        call.bias_dtype = linear.bias_dtype;
-        call.y = ys[i];
-        call.a8 = linear.a8;
-        calls.push_back(call);
-    }
+    for (size_t i = 0; i < weights.size(); ++i) calls.push_back(call_of(*weights[i], shape, x, ys[i]));
     gemm(calls, threads);
 }
 
@@ -54,6 +42,18 @@ void* scratch(int which, const Rows& shape) {
 }
 
 }  // namespace
+
+Call call_of(const Linear& linear, const Rows& shape, const void* x, void* y) {
+    Call call{};
+    call.weight = linear.weight;
+    call.x = x, call.y = y;
+    call.dtype = shape.dtype;
+    call.rows = shape.rows;
+    call.bias = linear.bias;
+    call.bias_dtype = linear.bias_dtype;
+    call.a8 = linear.a8;
+    return call;
+}
 
 void project(const Rows& shape, const void* x, const Norm* norm, const std::vector<const Linear*>& weights,
              const std::vector<void*>& ys, int threads) {

@@ -21,6 +21,9 @@ struct Rows {
     int rows, width;
 };
 
+// y [rows][out_features] = x times the transpose of the weight, for gemm() or the like. Of shape, rows and dtype count.
+Call call_of(const Linear& linear, const Rows& shape, const void* x, void* y);
+
 // ys[i] [rows][out_features] = norm(x) times the transpose of each weight. norm: null for x as it is.
 void project(const Rows& shape, const void* x, const Norm* norm, const std::vector<const Linear*>& weights,
              const std::vector<void*>& ys, int threads);

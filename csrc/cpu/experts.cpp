@@ -8,18 +8,6 @@
 namespace gptq {
 namespace {
 
-Call call_of(const Linear& linear, const Rows& shape, const void* x, void* y) {
-    Call call{};
-    call.weight = linear.weight;
-    call.x = x, call.y = y;
-    call.dtype = shape.dtype;
-    call.rows = shape.rows;
-    call.bias = linear.bias;
-    call.bias_dtype = linear.bias_dtype;
-    call.a8 = linear.a8;
-    return call;
-}
-
 void* scratch(int which, const Rows& shape) {
     thread_local Scratch<char> kept[3];
     return kept[which].reserve(size_t(shape.rows) * shape.width * size_of(shape.dtype));
