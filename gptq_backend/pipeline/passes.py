@@ -76,6 +76,7 @@ class _Task:
     inputs: dict[str, Any]  # of the model
     masks: list[Tensor]  # [B, T] of each stack of the model, 0 marks padding
     original: bool
+    inside: bool = False  # whether it is in a block
     left: set[Block] = field(default_factory=set)  # blocks that it has passed
     weights: dict[nn.Module, Tensor] = field(default_factory=dict)  # of tokens, for the layers of the block it is in
 
@@ -133,7 +134,8 @@ class Passes:
 
     def _forward(self, task: _Task) -> None:
         _TASK.set(task)
-        call_model(self.model, task.inputs, lambda: bool(self.reached))
+        blocks = len(self.structure.blocks)
+        call_model(self.model, task.inputs, lambda: task.inside or len(self.reached) == blocks)
 
     def _set_hooks(self, hooks: ExitStack) -> None:
         """Make the passes wait at blocks and layers, and end them behind the last, until ``hooks`` is closed."""
@@ -166,6 +168,13 @@ class Passes:
         forward = block.module.forward
 
         def waiting_forward(*args: Any, **kwargs: Any) -> Any:
+            task = _TASK.get()
+            task.inside = True
+            output = wait_and_run(*args, **kwargs)
+            task.inside = False  # not after an error: it tells where that was
+            return output
+
+        def wait_and_run(*args: Any, **kwargs: Any) -> Any:
             run = partial(forward, *args, **kwargs)
             self.reached.add(block)
             if _TASK.get().original:

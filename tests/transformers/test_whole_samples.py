@@ -95,12 +95,42 @@ def test_samples_may_be_what_the_processor_takes(tmp_path: Path) -> None:
 
 def test_a_decoder_reads_the_same_text_behind_its_start_token() -> None:
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5, decoder_start_token_id=5))
-    ids = torch.tensor([[8, 9, 10], [11, 12, 0]])
-    (sample,) = whole_samples([{"input_ids": ids, "attention_mask": (ids != 0).int()}], model, "")
-    assert sample["decoder_input_ids"].tolist() == [[5, 8, 9], [5, 11, 12]]
-    assert sample["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1]]
-    given = {"input_ids": ids, "labels": ids}
+    ids = torch.tensor([[8, 9, 10], [11, 12, 0], [0, 0, 0]])
+    found = whole_samples([{"input_ids": ids, "attention_mask": (ids != 0).int()}], model, "")
+    assert [sample["input_ids"].tolist() for sample in found] == [[8, 9, 10], [11, 12]]
+    assert [sample["decoder_input_ids"].tolist() for sample in found] == [[5, 8, 9], [5, 11]]
+    given = {"input_ids": ids, "decoder_input_ids": ids}
     assert whole_samples([given], model, "") == [given]
+
+
+def test_text_for_the_processor_alone_is_completed_too(tmp_path: Path) -> None:
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**T5, "vocab_size": 320}))
+    (sample,) = whole_samples([{"text": "abc"}], model, tmp_path, tokenizer())
+    assert {"input_ids", "decoder_input_ids"} <= sample.keys()
+
+
+@pytest.mark.parametrize("ids", ["abc", [[1, 2], [3]]])
+def test_what_is_no_token_ids_is_refused_in_a_sentence(ids: Any) -> None:
+    model = transformers.BartForConditionalGeneration(bart())
+    with pytest.raises(CalibrationError, match="calibration sample 0 is a dict; expected token ids"):
+        gptq_transformers.quantize(model, CONFIG, [{"input_ids": ids}])
+
+
+def test_a_decoder_that_has_nothing_to_read_is_told_after_the_encoder_has_run() -> None:
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(vocab_size=128, **WHISPER, **BART))
+    with pytest.raises(CalibrationError, match="cannot be called with input_features alone"):
+        gptq_transformers.quantize(model, CONFIG, [{"input_features": torch.randn(1, 80, 3000)}])
+
+
+@pytest.mark.parametrize("lengths", [[(9, 4), (5, 9), (3, 6)], [(9, 4), (5, 7), (3, 6)]])
+def test_padding_of_labels_changes_nothing(lengths: list[tuple[int, int]]) -> None:
+    """As a data collator pads them, also to the length of what the encoder reads."""
+    pairs = [(samples()[i][:n], samples()[-i - 1][:m]) for i, (n, m) in enumerate(lengths)]
+    ids, labels = (
+        torch.nn.utils.rnn.pad_sequence([pair[i] for pair in pairs], True, value) for i, value in enumerate((0, -100))
+    )
+    padded = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+    assert_same([{"input_ids": text, "labels": label} for text, label in pairs], [padded])
 
 
 def test_padding_of_both_stacks_changes_nothing() -> None:
@@ -111,11 +141,16 @@ def test_padding_of_both_stacks_changes_nothing() -> None:
         "input_ids": ids, "decoder_input_ids": torch.cat([out, zeros]),
         "attention_mask": torch.ones(9), "decoder_attention_mask": torch.cat([torch.ones(6), zeros]),
     }  # fmt: skip
+    assert_same([{"input_ids": ids, "decoder_input_ids": out}], [padded])
+
+
+def assert_same(*calibrations: list[Any]) -> None:
+    """Both quantize a model alike."""
     found = []
-    for sample in ({"input_ids": ids, "decoder_input_ids": out}, padded):
+    for data in calibrations:
         torch.manual_seed(0)
         model = transformers.BartForConditionalGeneration(bart()).double()
-        _, report = gptq_transformers.quantize(model, CONFIG, [sample])
+        _, report = gptq_transformers.quantize(model, CONFIG, data)
         found.append(({layer.name: layer.tokens for layer in report.layers}, model))
     assert found[0][0] == found[1][0]
     for name, module in found[0][1].named_modules():
