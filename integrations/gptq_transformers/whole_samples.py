@@ -46,7 +46,7 @@ def whole_samples(
     - A model whose main input is no text gets a picture or a sound with each sample, made here and prepared by the
       processor, or of the sizes in the model's configuration if there is none.
     - Of a model that can see or hear beside reading, a few samples with pictures or sounds are ``added``, if its
-      processor is there.
+      processor is there and no sample has more than text.
 
     Raises:
         CalibrationError: the model needs inputs that cannot be made here, or its processor does not take a sample.
@@ -55,6 +55,8 @@ def whole_samples(
     main: str = getattr(model, "main_input_name", "input_ids")
     decodes = "decoder_input_ids" in takes and getattr(model.config, "is_encoder_decoder", False)
     found: list[Any] = []
+    texts: list[Tensor] = []
+    only_text = True
     media = functools.cache(lambda: _Media(model, source, tokenizer, trust_remote_code))
     for number, sample in enumerate(samples):
         fields = dict(sample) if isinstance(sample, Mapping) else {"input_ids": sample}
@@ -62,6 +64,8 @@ def whole_samples(
             sample = fields = media().prepared(fields, number)
         given = {key for key, value in fields.items() if value is not None}
         rows = _without_padding(fields) if given <= _TEXT else None
+        texts += rows or []
+        only_text &= rows is not None
         if rows is not None and main != "input_ids" and main in takes:
             found += [media().with_main_input(ids, main, number + 1000 * row) for row, ids in enumerate(rows)]
         elif rows is not None and decodes:
@@ -70,9 +74,8 @@ def whole_samples(
             found.append(_reading_labels(fields, model))
         else:
             found.append(sample)
-    if added and main == "input_ids" and {"pixel_values", *_SOUNDS} & takes.keys():
-        texts = [sample for sample in found if not isinstance(sample, Mapping)]
-        found += media().added([texts[i] for i in range(0, len(texts), _SHARE)][:_MOST])
+    if added and only_text and main == "input_ids" and {"pixel_values", *_SOUNDS} & takes.keys():
+        found += media().added(texts[::_SHARE][:_MOST])
     return found
 
 

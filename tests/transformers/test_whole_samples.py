@@ -76,6 +76,18 @@ def test_a_model_that_sees_is_calibrated_on_pictures_too_and_its_processor_is_ke
     assert type(transformers.AutoProcessor.from_pretrained(tmp_path / "out")).__name__ == "LlavaProcessor"
 
 
+def test_pictures_are_added_to_text_in_any_form_but_not_to_those_of_the_user(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, path = llava(tmp_path / "model"), tmp_path / "model"
+    ids = samples()[0]
+    for text in ({"text": "abc"}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        _, added = whole_samples([text], model, path)
+        assert {"input_ids", "pixel_values"} <= added.keys()
+    assert len(whole_samples([{"text": "<image>a", "images": picture(7)}, ids], model, path)) == 2
+    assert not caplog.records
+
+
 def test_the_tower_that_sees_can_be_named(tmp_path: Path) -> None:
     model = llava(tmp_path / "model")
     lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
