@@ -227,7 +227,7 @@ class Passes:
                 reached.update(module.modules())
         apart = [target.name for target in block.targets if target.may_be_idle and target.module not in reached]
         if apart:
-            text = "calibrate_all_experts: %s and %d layers like it are called in a way that no more tokens reach"
+            text = "calibrate_all_experts: %s and %d layers like it only get the tokens that their router sends to them"
             logger.warning(text, apart[0], len(apart) - 1)
 
     def _before_mixture(
@@ -236,7 +236,8 @@ class Passes:
         """Call each expert with all tokens once; afterwards their layers are done."""
         inside = set(module.modules())
         waiting = (target.module for target in block.targets if target.module in inside and target.may_be_idle)
-        if _TASK.get().original or self._busy() or all(each in self.layers.done for each in waiting):
+        # A training calls the block outside of any pass, so it is asked for first.
+        if self._busy() or _TASK.get().original or all(each in self.layers.done for each in waiting):
             return
         call(*args, **kwargs)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import FEATURE_EXTRACTOR_MAPPING, AutoProcessor, PreTrainedModel
@@ -269,6 +270,6 @@ def _of_config(model: PreTrainedModel, main: str, number: int, reason: str) -> T
             "files beside the model, pass samples with all that it needs, or calibration=None, which rounds to nearest"
         )
     height, width = (size, size) if isinstance(size, int) else size
-    image = torch.tensor(list(picture(number).resize((width, height)).getdata())).view(height, width, 3)
+    image = torch.from_numpy(np.array(picture(number).resize((width, height))))
     channels = getattr(seen, "num_channels", 3)
     return ((image.permute(2, 0, 1).float() - 127) / 64)[None, :channels]

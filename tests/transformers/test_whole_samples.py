@@ -171,6 +171,19 @@ def assert_same(*calibrations: list[Any]) -> None:
             assert torch.equal(module.quantized_weight().codes, other.codes), name
 
 
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_an_encoder_decoder_can_be_trained(kind: str, tmp_path: Path) -> None:
+    """Its blocks and then the whole; T5 reads the weight of a layer to learn its dtype."""
+    config = bart() if kind == "Bart" else transformers.T5Config(**T5, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    settings = QuantizeConfig(group_size=32, quality="fast", block_epochs=1, distill_epochs=1)
+    data = [{"input_ids": ids, "labels": ids.flip(0)} for ids in samples()]
+    _, report = gptq_transformers.quantize(tmp_path, settings, data, batch_size=2)
+    assert len(report.blocks) == 4
+    assert report.distillation is not None
+
+
 @pytest.mark.parametrize("processor", [True, False])
 def test_a_model_that_hears_gets_sound(processor: bool, tmp_path: Path) -> None:
     model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(vocab_size=128, **WHISPER, **BART))
