@@ -236,8 +236,8 @@ def call_model(model: nn.Module, inputs: Mapping[str, Any], begun: Callable[[], 
     """Call a ``model`` whose blocks have hooks with :func:`model_inputs`.
 
     Raises:
-        CalibrationError: an error before a block was reached (``begun``): nothing of ours has run, so it means that the
-            model wants other inputs, like images or sound.
+        CalibrationError: an error before all blocks were reached, and in none (``begun``): nothing of ours was running,
+            so it means that the model wants other inputs, like images, sound, or what its decoder is to read.
     """
     names = set(inputs) - {"use_cache"}
     given = "token ids" if names <= {"input_ids", "attention_mask"} else ", ".join(sorted(names))

@@ -135,7 +135,7 @@ def find_blocks(model: nn.Module, block_name: BlockNames = None) -> dict[str, nn
     its stacks. Lists that are small beside another, like the heads of a byte model, do not count.
 
     Raises:
-        ConfigError: no repeated blocks.
+        ConfigError: no repeated blocks, or ``block_name`` names something else.
     """
     wanted = [block_name] if isinstance(block_name, str) else block_name
     names = _lists_of_blocks(model) if wanted is None else list(wanted)
@@ -143,6 +143,15 @@ def find_blocks(model: nn.Module, block_name: BlockNames = None) -> dict[str, nn
     for name in names:
         if name not in order:
             raise ConfigError(f"block_name_to_quantize={name!r} is not a module of the model")
+        if not _may_hold_blocks(model.get_submodule(name)):
+            raise ConfigError(
+                f"block_name_to_quantize={name!r} is no list of blocks: it is empty, or has linear layers of its own; "
+                f"the lists of this model are {', '.join(_lists_of_blocks(model))}"
+            )
+        if inner := next((each for each in names if each.startswith(f"{name}.")), None):
+            raise ConfigError(
+                f"block_name_to_quantize names {name!r} and {inner!r}, which lies in it; name one of them"
+            )
     found: dict[str, nn.Module] = {}
     for name in sorted(names, key=order.__getitem__):
         prefix = f"{name}." if name else ""
@@ -225,6 +234,12 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     except (NotImplementedError, AttributeError):  # of transformers, for a model without
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def _may_hold_blocks(module: nn.Module) -> bool:
+    """Whether its children can be blocks: linear layers lie in them, and none is one."""
+    children = list(module.children())
+    return not any(map(is_linear, children)) and any(is_linear(each) for child in children for each in child.modules())
 
 
 def _lists_of_blocks(model: nn.Module) -> list[str]:

@@ -76,6 +76,7 @@ class _Task:
     inputs: dict[str, Any]  # of the model
     masks: list[Tensor]  # [B, T] of each stack of the model, 0 marks padding
     original: bool
+    inside: bool = False  # whether it is in a block
     left: set[Block] = field(default_factory=set)  # blocks that it has passed
     weights: dict[nn.Module, Tensor] = field(default_factory=dict)  # of tokens, for the layers of the block it is in
 
@@ -133,7 +134,8 @@ class Passes:
 
     def _forward(self, task: _Task) -> None:
         _TASK.set(task)
-        call_model(self.model, task.inputs, lambda: bool(self.reached))
+        blocks = len(self.structure.blocks)
+        call_model(self.model, task.inputs, lambda: task.inside or len(self.reached) == blocks)
 
     def _set_hooks(self, hooks: ExitStack) -> None:
         """Make the passes wait at blocks and layers, and end them behind the last, until ``hooks`` is closed."""
@@ -166,6 +168,13 @@ class Passes:
         forward = block.module.forward
 
         def waiting_forward(*args: Any, **kwargs: Any) -> Any:
+            task = _TASK.get()
+            task.inside = True
+            output = wait_and_run(*args, **kwargs)
+            task.inside = False  # not after an error: it tells where that was
+            return output
+
+        def wait_and_run(*args: Any, **kwargs: Any) -> Any:
             run = partial(forward, *args, **kwargs)
             self.reached.add(block)
             if _TASK.get().original:
@@ -218,7 +227,7 @@ class Passes:
                 reached.update(module.modules())
         apart = [target.name for target in block.targets if target.may_be_idle and target.module not in reached]
         if apart:
-            text = "calibrate_all_experts: %s and %d layers like it are called in a way that no more tokens reach"
+            text = "calibrate_all_experts: %s and %d layers like it only get the tokens that their router sends to them"
             logger.warning(text, apart[0], len(apart) - 1)
 
     def _before_mixture(
@@ -227,7 +236,8 @@ class Passes:
         """Call each expert with all tokens once; afterwards their layers are done."""
         inside = set(module.modules())
         waiting = (target.module for target in block.targets if target.module in inside and target.may_be_idle)
-        if _TASK.get().original or self._busy() or all(each in self.layers.done for each in waiting):
+        # A training calls the block outside of any pass, so it is asked for first.
+        if self._busy() or _TASK.get().original or all(each in self.layers.done for each in waiting):
             return
         call(*args, **kwargs)
 

@@ -79,10 +79,14 @@ class _Trained(nn.Module):
         self.register_buffer("scales", quantized.scales.t().float().contiguous(), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.scales))
 
+    @property
+    def weight(self) -> Tensor:
+        """float32 [N, K]; the code of some models reads it, as T5's does for its dtype."""
+        return _Dequantize.apply(self.scales * (1 + self.change), self.centred, self.index)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = _Dequantize.apply(self.scales * (1 + self.change), self.centred, self.index)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight.to(x.dtype), bias)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
     def result(self) -> QuantizedWeight:
         scales = (self.scales * (1 + self.change.detach())).t().to(self.quantized.scales)

@@ -106,6 +106,11 @@ def _check_names(kind: Any, model: Any, files: Any, load_config: Any) -> None:
     tensors = {key: torch.empty(each.shape, device="meta") for key, each in stored.items()}
     load_config, whole = dataclasses.replace(load_config, device_map={"": "meta"}), copy.deepcopy(model)
     info, _ = kind._load_pretrained_model(whole, tensors, None, load_config)
+    if info.conversion_errors:
+        raise GPTQError(
+            f"{path} cannot be loaded: its files lack tensors, or have others, of which {type(model).__name__} makes "
+            f"{', '.join(sorted(info.conversion_errors)[:3])}; fetch all files"
+        )
     kind._finalize_model_loading(whole, load_config, info)
     check_complete(info.missing_keys, path, model)
 

@@ -74,7 +74,8 @@ def load_streamed(
 ) -> tuple[PreTrainedModel, Callable[[nn.Module], None]]:
     """The model, whose blocks stay in the checkpoint's files until needed -> it, and what brings a block's weights.
 
-    With transformers 4 they are on accelerate's disk offload. Blocks that share weights are loaded at once.
+    With transformers 4 they are on accelerate's disk offload. Blocks that share weights are loaded at once, and with
+    transformers 4 those that have fused experts.
 
     Raises:
         ConfigError: ``config`` does not fit the model; no weight was read. GPTQError: it cannot be loaded.
@@ -82,10 +83,11 @@ def load_streamed(
     model = skeleton(path, trust_remote_code)
     blocks = find_blocks(model, block_name)
     kind, apart = type(model), _are_apart(model, blocks.values())
-    unfuse_experts(model)
+    fused = unfuse_experts(model)
     if config is not None:
         find_structure(model, config, block_name)
-    if not apart:
+    # accelerate would bring the weights of modules that are split into others.
+    if not apart or (fused and not can_read_blocks()):
         return load_whole(path, "auto", trust_remote_code), lambda block: None
     if can_read_blocks():
         return load_around_blocks(kind, path, block_name)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import FEATURE_EXTRACTOR_MAPPING, AutoProcessor, PreTrainedModel
@@ -21,6 +22,7 @@ from .made_media import picture, sound
 logger = logging.getLogger(__name__)
 
 _TEXT = {"input_ids", "attention_mask"}
+_DECODED = {"decoder_input_ids", "decoder_inputs_embeds"}
 _RAW = {"text", "images", "audio"}  # what a processor takes, of a sample that is not tensors yet
 _SHARE = 8  # one sample with a picture or a sound for so many of text, of a model that needs none
 _MOST = 16  # such samples
@@ -36,59 +38,69 @@ def whole_samples(
     trust_remote_code: bool = False,
     added: bool = True,
 ) -> list[Any]:
-    """``samples`` with what ``model`` wants beside token ids; mappings that say more than the ids stay as they are.
+    """``samples`` with what ``model`` wants beside token ids; mappings that say more than the ids stay as they are, but
+    for ``labels``: those of an encoder-decoder become what its decoder reads to predict them.
 
     - Samples of ``text``, ``images`` and ``audio`` go through the processor in ``source`` or, if there is none, through
       ``tokenizer``, which may also be a processor.
-    - An encoder-decoder's decoder reads the same text, shifted by its start token.
+    - An encoder-decoder's decoder reads the same text, shifted by its start token. Padding is cut off.
     - A model whose main input is no text gets a picture or a sound with each sample, made here and prepared by the
       processor, or of the sizes in the model's configuration if there is none.
     - Of a model that can see or hear beside reading, a few samples with pictures or sounds are ``added``, if its
-      processor is there.
+      processor is there and no sample has more than text.
 
     Raises:
         CalibrationError: the model needs inputs that cannot be made here, or its processor does not take a sample.
     """
     takes = inspect.signature(model.forward).parameters
     main: str = getattr(model, "main_input_name", "input_ids")
+    decodes = "decoder_input_ids" in takes and getattr(model.config, "is_encoder_decoder", False)
     found: list[Any] = []
+    texts: list[Tensor] = []
+    only_text = True
     media = functools.cache(lambda: _Media(model, source, tokenizer, trust_remote_code))
     for number, sample in enumerate(samples):
         fields = dict(sample) if isinstance(sample, Mapping) else {"input_ids": sample}
+        if any(fields.get(key) is not None for key in _RAW):
+            sample = fields = media().prepared(fields, number)
         given = {key for key, value in fields.items() if value is not None}
-        if given & _RAW:
-            found.append(media().prepared(fields, number))
-        elif not given <= _TEXT:
-            found.append(sample)
-        elif main != "input_ids" and main in takes:
-            rows = _without_padding(fields)
+        rows = _without_padding(fields) if given <= _TEXT else None
+        texts += rows or []
+        only_text &= rows is not None
+        if rows is not None and main != "input_ids" and main in takes:
             found += [media().with_main_input(ids, main, number + 1000 * row) for row, ids in enumerate(rows)]
-        elif "decoder_input_ids" in takes and getattr(model.config, "is_encoder_decoder", False):
-            found.append(_with_decoder(fields, model.config))
+        elif rows is not None and decodes:
+            found += [{"input_ids": ids, "decoder_input_ids": _shifted(ids, _start(model.config))} for ids in rows]
+        elif decodes and "labels" in given and not given & _DECODED:
+            found.append(_reading_labels(fields, model))
         else:
             found.append(sample)
-    if added and main == "input_ids" and {"pixel_values", *_SOUNDS} & takes.keys():
-        texts = [sample for sample in found if not isinstance(sample, Mapping)]
-        found += media().added([texts[i] for i in range(0, len(texts), _SHARE)][:_MOST])
+    if added and only_text and main == "input_ids" and {"pixel_values", *_SOUNDS} & takes.keys():
+        found += media().added(texts[::_SHARE][:_MOST])
     return found
 
 
-def _without_padding(fields: Mapping[str, Any]) -> list[Tensor]:
-    """The token ids [T] of each sequence."""
-    ids = torch.atleast_2d(torch.as_tensor(fields["input_ids"]))
-    mask = fields.get("attention_mask")
-    kept = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask))
-    return [row[real != 0] for row, real in zip(ids, kept, strict=True)]
+def _without_padding(fields: Mapping[str, Any]) -> list[Tensor] | None:
+    """The token ids [T] of each sequence that has some; None if they are none, which ``make_batches`` refuses."""
+    try:
+        ids = torch.atleast_2d(torch.as_tensor(fields.get("input_ids")))
+        mask = fields.get("attention_mask")
+        kept = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask))
+        return [row[real != 0] for row, real in zip(ids, kept, strict=True) if real.any()]
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
 
 
-def _with_decoder(fields: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """The text for both stacks."""
-    result: dict[str, Any] = {}
-    for key, value in fields.items():
-        if value is not None:
-            first = _start(config) if key == "input_ids" else 1
-            result |= {key: value, f"decoder_{key}": _shifted(torch.as_tensor(value), first)}
-    return result
+def _reading_labels(fields: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The sample with what the decoder reads to predict ``labels``: the model would make the same of them, but tell
+    nobody where their padding (-100) is.
+    """
+    labels = torch.atleast_2d(torch.as_tensor(fields["labels"]))
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    ids = shift(labels) if shift else _shifted(labels.masked_fill(labels == -100, pad), _start(model.config))
+    others = {key: value for key, value in fields.items() if key != "labels" and value is not None}
+    return {"decoder_attention_mask": (labels != -100).long(), **others, "decoder_input_ids": ids}
 
 
 def _shifted(ids: Tensor, first: int) -> Tensor:
@@ -258,6 +270,6 @@ def _of_config(model: PreTrainedModel, main: str, number: int, reason: str) -> T
             "files beside the model, pass samples with all that it needs, or calibration=None, which rounds to nearest"
         )
     height, width = (size, size) if isinstance(size, int) else size
-    image = torch.tensor(list(picture(number).resize((width, height)).getdata())).view(height, width, 3)
+    image = torch.from_numpy(np.array(picture(number).resize((width, height))))
     channels = getattr(seen, "num_channels", 3)
     return ((image.permute(2, 0, 1).float() - 127) / 64)[None, :channels]

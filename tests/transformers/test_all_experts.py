@@ -94,6 +94,15 @@ def test_all_tokens_go_through_all_experts_on_demand(
     assert "calibrate_all_experts sends all tokens" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
+def test_all_experts_are_calibrated_in_blocks_that_train(kind: str) -> None:
+    model = build(kind, **{"llama4_text": LLAMA4, "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 48}}[kind])
+    config = QuantizeConfig(bits=8, group_size=16, quality="fast", block_epochs=1)
+    _, report = gptq_transformers.quantize(model, config, samples(4, 6), batch_size=2, calibrate_all_experts=True)
+    assert len(report.blocks) == 2
+    assert {layer.tokens for layer in report.layers if ".experts." in layer.name} <= {24}
+
+
 class Interleaved(nn.Module):
     """Looks like known experts, and computes something else."""
 

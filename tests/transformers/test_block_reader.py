@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from gptq_backend import GPTQError, QuantizeConfig
+from gptq_backend import ConfigError, GPTQError, QuantizeConfig
 from gptq_transformers import quantize, streaming
 from tests.toy import listener
 from tests.transformers.checkpoints import ids, tiny
@@ -101,6 +101,29 @@ def test_weights_that_a_block_lacks_are_named(tmp_path: Path) -> None:
     with pytest.raises(GPTQError, match=r"its files lack 1 weights .*model\.layers\.1\.mlp\.up_proj\.weight"):
         quantize(source, CONFIG, ids(24), output=tmp_path / "out", events=listener(block_needed=pytest.fail))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="reads by accelerate")
+def test_experts_of_which_one_is_missing_are_named(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", "qwen3_moe")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.gate_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GPTQError, match=r"lack tensors.*model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        quantize(source, CONFIG, ids(24), output=tmp_path / "out", events=listener(block_needed=pytest.fail))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model.layers.0.mlp"], "'model.layers.0.mlp' is no list of blocks.*are model.layers$"),
+        (["model.norm"], "'model.norm' is no list of blocks"),
+        (["model.layers", "model.layers.0"], "'model.layers' and 'model.layers.0', which lies in it"),
+    ],
+)
+def test_what_cannot_be_blocks_is_refused_before_the_work(tmp_path: Path, names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantize(saved(tmp_path / "source", "llama"), CONFIG, ids(24), block_name=names)
 
 
 def test_blocks_that_share_weights_are_loaded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,18 @@ def test_a_model_that_sees_is_calibrated_on_pictures_too_and_its_processor_is_ke
     assert type(transformers.AutoProcessor.from_pretrained(tmp_path / "out")).__name__ == "LlavaProcessor"
 
 
+def test_pictures_are_added_to_text_in_any_form_but_not_to_those_of_the_user(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, path = llava(tmp_path / "model"), tmp_path / "model"
+    ids = samples()[0]
+    for text in ({"text": "abc"}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        _, added = whole_samples([text], model, path)
+        assert {"input_ids", "pixel_values"} <= added.keys()
+    assert len(whole_samples([{"text": "<image>a", "images": picture(7)}, ids], model, path)) == 2
+    assert not caplog.records
+
+
 def test_the_tower_that_sees_can_be_named(tmp_path: Path) -> None:
     model = llava(tmp_path / "model")
     lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
@@ -95,12 +107,42 @@ def test_samples_may_be_what_the_processor_takes(tmp_path: Path) -> None:
 
 def test_a_decoder_reads_the_same_text_behind_its_start_token() -> None:
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5, decoder_start_token_id=5))
-    ids = torch.tensor([[8, 9, 10], [11, 12, 0]])
-    (sample,) = whole_samples([{"input_ids": ids, "attention_mask": (ids != 0).int()}], model, "")
-    assert sample["decoder_input_ids"].tolist() == [[5, 8, 9], [5, 11, 12]]
-    assert sample["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1]]
-    given = {"input_ids": ids, "labels": ids}
+    ids = torch.tensor([[8, 9, 10], [11, 12, 0], [0, 0, 0]])
+    found = whole_samples([{"input_ids": ids, "attention_mask": (ids != 0).int()}], model, "")
+    assert [sample["input_ids"].tolist() for sample in found] == [[8, 9, 10], [11, 12]]
+    assert [sample["decoder_input_ids"].tolist() for sample in found] == [[5, 8, 9], [5, 11]]
+    given = {"input_ids": ids, "decoder_input_ids": ids}
     assert whole_samples([given], model, "") == [given]
+
+
+def test_text_for_the_processor_alone_is_completed_too(tmp_path: Path) -> None:
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**T5, "vocab_size": 320}))
+    (sample,) = whole_samples([{"text": "abc"}], model, tmp_path, tokenizer())
+    assert {"input_ids", "decoder_input_ids"} <= sample.keys()
+
+
+@pytest.mark.parametrize("ids", ["abc", [[1, 2], [3]]])
+def test_what_is_no_token_ids_is_refused_in_a_sentence(ids: Any) -> None:
+    model = transformers.BartForConditionalGeneration(bart())
+    with pytest.raises(CalibrationError, match="calibration sample 0 is a dict; expected token ids"):
+        gptq_transformers.quantize(model, CONFIG, [{"input_ids": ids}])
+
+
+def test_a_decoder_that_has_nothing_to_read_is_told_after_the_encoder_has_run() -> None:
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(vocab_size=128, **WHISPER, **BART))
+    with pytest.raises(CalibrationError, match="cannot be called with input_features alone"):
+        gptq_transformers.quantize(model, CONFIG, [{"input_features": torch.randn(1, 80, 3000)}])
+
+
+@pytest.mark.parametrize("lengths", [[(9, 4), (5, 9), (3, 6)], [(9, 4), (5, 7), (3, 6)]])
+def test_padding_of_labels_changes_nothing(lengths: list[tuple[int, int]]) -> None:
+    """As a data collator pads them, also to the length of what the encoder reads."""
+    pairs = [(samples()[i][:n], samples()[-i - 1][:m]) for i, (n, m) in enumerate(lengths)]
+    ids, labels = (
+        torch.nn.utils.rnn.pad_sequence([pair[i] for pair in pairs], True, value) for i, value in enumerate((0, -100))
+    )
+    padded = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+    assert_same([{"input_ids": text, "labels": label} for text, label in pairs], [padded])
 
 
 def test_padding_of_both_stacks_changes_nothing() -> None:
@@ -111,17 +153,35 @@ def test_padding_of_both_stacks_changes_nothing() -> None:
         "input_ids": ids, "decoder_input_ids": torch.cat([out, zeros]),
         "attention_mask": torch.ones(9), "decoder_attention_mask": torch.cat([torch.ones(6), zeros]),
     }  # fmt: skip
+    assert_same([{"input_ids": ids, "decoder_input_ids": out}], [padded])
+
+
+def assert_same(*calibrations: list[Any]) -> None:
+    """Both quantize a model alike."""
     found = []
-    for sample in ({"input_ids": ids, "decoder_input_ids": out}, padded):
+    for data in calibrations:
         torch.manual_seed(0)
         model = transformers.BartForConditionalGeneration(bart()).double()
-        _, report = gptq_transformers.quantize(model, CONFIG, [sample])
+        _, report = gptq_transformers.quantize(model, CONFIG, data)
         found.append(({layer.name: layer.tokens for layer in report.layers}, model))
     assert found[0][0] == found[1][0]
     for name, module in found[0][1].named_modules():
         if isinstance(module, QuantLinear):
             other = found[1][1].get_submodule(name).quantized_weight()
             assert torch.equal(module.quantized_weight().codes, other.codes), name
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_an_encoder_decoder_can_be_trained(kind: str, tmp_path: Path) -> None:
+    """Its blocks and then the whole; T5 reads the weight of a layer to learn its dtype."""
+    config = bart() if kind == "Bart" else transformers.T5Config(**T5, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    settings = QuantizeConfig(group_size=32, quality="fast", block_epochs=1, distill_epochs=1)
+    data = [{"input_ids": ids, "labels": ids.flip(0)} for ids in samples()]
+    _, report = gptq_transformers.quantize(tmp_path, settings, data, batch_size=2)
+    assert len(report.blocks) == 4
+    assert report.distillation is not None
 
 
 @pytest.mark.parametrize("processor", [True, False])
