@@ -237,9 +237,9 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _may_hold_blocks(module: nn.Module) -> bool:
-    """Whether its children can be blocks: linear layers lie in them, and none is one."""
+    """Whether its children can be blocks: it has some, and none is a linear layer."""
     children = list(module.children())
-    return not any(map(is_linear, children)) and any(is_linear(each) for child in children for each in child.modules())
+    return bool(children) and not any(map(is_linear, children))
 
 
 def _lists_of_blocks(model: nn.Module) -> list[str]:
