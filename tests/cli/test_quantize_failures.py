@@ -20,6 +20,7 @@ from gptq_backend import CheckpointError, LayerReport
 from gptq_cli import quantize_command as quantizing
 from gptq_cli import run_progress
 from tests.cli.command import SMALL, TEXT, error, run
+from tests.transformers.checkpoints import VERSION_4
 
 
 def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: Path, tmp_path: Path) -> None:
@@ -209,4 +210,6 @@ def test_a_model_that_cannot_be_loaded_is_named(original: Path, tmp_path: Path, 
             f"error: no tokenizer could be loaded from {model} (",
         )
         assert last.startswith(found), last
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # transformers 4 meets a wrong shape when the block's turn comes; finished blocks are kept.
+    kept = {"out.progress"} if VERSION_4 and damage == "shape" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"model"} | kept
