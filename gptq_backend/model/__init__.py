@@ -20,7 +20,7 @@ from .structure import (
     is_linear,
     linear_shapes,
     replace_module,
-)  # fmt: skip
+)
 
 __all__ = [
     "BlockNames", "Progress", "Selection", "Structure", "check_fits", "evaluating", "find_blocks", "find_structure",

@@ -247,9 +247,8 @@ def _lists_of_blocks(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
-    repeated = {
-        name: each for name, each in lists.items() if not all(map(is_linear, each))
-    }  # projections are no blocks
+    # A list of nothing but linear layers holds projections.
+    repeated = {name: each for name, each in lists.items() if not all(map(is_linear, each))}
     sizes = {name: size for name, module in repeated.items() if (size := _linear_elements(module))}
     if not sizes:
         raise ConfigError(

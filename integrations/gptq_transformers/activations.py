@@ -27,9 +27,8 @@ def gated_name_of(function: Callable[[Tensor, Tensor], Tensor]) -> str | None:
     One that fails, because it expects other shapes for example, has none.
     """
     gate = torch.linspace(-60, 60, 1921, dtype=torch.float32, device="cpu")
-    large = torch.tensor(
-        [1e2, 1e3, 1e4], dtype=torch.float32, device="cpu"
-    )  # far enough to see where somebody cuts off
+    # Far enough to see where somebody cuts off.
+    large = torch.tensor([1e2, 1e3, 1e4], dtype=torch.float32, device="cpu")
     gate = torch.cat([gate, large, -large])[None]
     up = gate.roll(777)
     try:
