@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, GPTQError
+from ..errors import CalibrationError, GPTQError, is_out_of_memory
 from .structure import input_embeddings
 
 Batch = dict[str, Tensor]
@@ -208,9 +208,9 @@ def masks_of(inputs: Mapping[str, Tensor]) -> list[Tensor]:
     return [inputs[key] for key in ("attention_mask", "decoder_attention_mask") if key in inputs]
 
 
-def output_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+def output_mask(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """The mask of the tokens that the model predicts."""
-    decodes = any(key in inputs for key in ("decoder_input_ids", "labels"))
+    decodes = "decoder_input_ids" in inputs or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return inputs.get("decoder_attention_mask" if decodes else "attention_mask")
 
 
@@ -243,8 +243,8 @@ def call_model(model: nn.Module, inputs: Mapping[str, Any], begun: Callable[[], 
     given = "token ids" if names <= {"input_ids", "attention_mask"} else ", ".join(sorted(names))
     try:
         model(**inputs)
-    except (TypeError, ValueError, AttributeError) as error:
-        if begun() or isinstance(error, GPTQError):
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if begun() or isinstance(error, GPTQError) or is_out_of_memory(error):
             raise
         raise CalibrationError(
             f"{type(model).__name__} cannot be called with {given} alone ({error}); pass calibration samples "

@@ -151,7 +151,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     output = model(**{key: value.to(device) for key, value in batch.items()})
     logits: Tensor = getattr(output, "logits", output)
-    mask = output_mask(batch)
+    mask = output_mask(model, batch)
     return logits.flatten(0, 1) if mask is None else logits[mask.bool().to(device)]
 
 

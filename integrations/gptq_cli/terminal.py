@@ -16,8 +16,9 @@ from rich.segment import Segment
 from safetensors import SafetensorError
 
 from gptq_backend import CalibrationError, GPTQError
+from gptq_backend.errors import is_out_of_memory
 from gptq_backend.locks import write_text
-from gptq_transformers.errors import first_line, is_out_of_memory
+from gptq_transformers.errors import first_line
 
 from .formatting import to_json
 

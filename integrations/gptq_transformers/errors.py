@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from gptq_backend import GPTQError
+from gptq_backend.errors import is_out_of_memory
 
 
 def first_line(error: BaseException) -> str:
@@ -21,13 +21,6 @@ def first_line(error: BaseException) -> str:
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Also the plain RuntimeError of torch's CPU allocator."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("CPUAllocator", "out of memory"))
 
 
 # Of transformers, for a model that it cannot load; others are more likely bugs.

@@ -190,6 +190,25 @@ def test_quantized_by_the_command_and_loaded_by_its_auto_class(kind: str, tmp_pa
     torch.testing.assert_close(output(made, call), after, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["t5", "whisper", "qwen2.5-vl", "bart", "classifier"])
+def test_quantized_while_it_is_loaded_and_saved(kind: str, tmp_path: Path) -> None:
+    name, build, auto, expected = KINDS[kind]
+    torch.manual_seed(0)
+    config, call = build()
+    original = getattr(transformers, name)(config)
+    source = save(tmp_path / "source", original)
+    settings = transformers.GPTQConfig(
+        bits=8, group_size=32, dataset=[TEXT.read_text()[:600]], tokenizer=str(source), model_seqlen=32
+    )
+    load = getattr(transformers, auto).from_pretrained
+    made = load(source, quantization_config=settings, dtype=torch.float32)
+    assert len(layers(made)) == expected
+    before, after = output(original, call), output(made, call)
+    assert (after - before).norm() < 0.03 * before.norm()
+    made.save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(output(load(tmp_path / "out", dtype=torch.float32), call), after, rtol=1e-4, atol=1e-4)
+
+
 def test_the_tower_that_reads_is_chosen_at_the_sizes_of_llava_onevision_0_5b() -> None:
     """Its tower that sees has 396 million linear weights, the one that reads 358 million."""
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}

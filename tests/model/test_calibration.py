@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_backend import CalibrationError
-from gptq_backend.model.calibration import held_out_windows, make_batches, sample_windows, split_windows, tokenize
+from gptq_backend.model.calibration import (
+    held_out_windows,
+    make_batches,
+    output_mask,
+    sample_windows,
+    split_windows,
+    tokenize,
+)
 
 
 def words(text: str) -> dict[str, list[int]]:
@@ -183,3 +191,14 @@ def test_one_number_among_sequences_is_refused_and_named(rows: list[list[int]], 
     number = data.draw(st.sampled_from([7, torch.tensor(7), np.int64(7), {"input_ids": 7}, {"input_ids": np.array(7)}]))
     with pytest.raises(CalibrationError, match=f"sample {place} is one number"):
         make_batches([*samples[:place], number, *samples[place:]])
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_what_is_predicted_is_masked_by_the_decoders_mask_if_there_is_a_decoder(decodes: bool) -> None:
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(is_encoder_decoder=decodes)  # type: ignore[assignment]
+    labelled = {"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[4, 5, -100]])}
+    found = output_mask(model, labelled)
+    assert found is (None if decodes else labelled["attention_mask"])
+    both = {**labelled, "decoder_input_ids": torch.tensor([[4]]), "decoder_attention_mask": torch.tensor([[1]])}
+    assert output_mask(model, both) is both["decoder_attention_mask"]

@@ -159,6 +159,26 @@ def test_a_model_that_wants_other_inputs_says_so_before_its_blocks() -> None:
         quantize_model(Seeing().double(), config(), samples())
 
 
+def test_inputs_of_a_wrong_shape_are_said_so_before_the_blocks() -> None:
+    class Seeing(Toy):
+        def forward(self, input_ids: Tensor, attention_mask: Any = None, pixels: Any = None) -> Tensor:
+            torch.ones(4, 4) @ pixels
+            return super().forward(input_ids)
+
+    wrong = [{"input_ids": sample, "pixels": torch.ones(len(sample), 3)} for sample in samples()]
+    with pytest.raises(CalibrationError, match=r"Seeing cannot be called with input_ids, pixels alone \(mat1 and mat2"):
+        quantize_model(Seeing().double(), config(), wrong)
+
+
+def test_memory_that_runs_out_before_the_blocks_is_not_taken_for_wrong_inputs() -> None:
+    class Large(Toy):
+        def forward(self, input_ids: Tensor, attention_mask: Any = None) -> Tensor:
+            return torch.empty(1 << 60)
+
+    with pytest.raises(RuntimeError, match="CPUAllocator|out of memory"):
+        quantize_model(Large().double(), config(), samples())
+
+
 def test_an_error_behind_the_first_block_is_not_taken_for_missing_inputs() -> None:
     model = toy()
     model.norm.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("of its own")))
