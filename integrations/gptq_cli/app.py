@@ -100,8 +100,11 @@ def quantize(
     json_lines: Annotated[
         bool, typer.Option("--json-lines", help="Tell stdout what happens, a JSON object per line, and nothing else.")
     ] = False,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", metavar="REPO", help="Then upload OUT to the Hugging Face Hub.")
+    ] = None,
 ) -> None:
-    """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML)."""
+    """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML) and a model card (README.md)."""
     _check_usage(out, settings, calibration, text, rtn)
     if json_lines and json_target == "-":
         raise typer.BadParameter("--json-lines and --json - both write to stdout; --json-lines ends with the result")
@@ -110,7 +113,8 @@ def quantize(
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
     options = {"batch_size": batch_size, "block_name": block_name or None, "overwrite": overwrite, "resume": resume}
     options["calibrate_all_experts"] = calibrate_all_experts
-    run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, json_target, json_lines)
+    targets = json_target, json_lines, push_to
+    run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, *targets)
 
 
 def _check_out(out: str) -> None:

@@ -23,14 +23,15 @@ from gptq_transformers.memory import bytes_of, free_bytes
 from gptq_transformers.quantize_pretrained import quantize
 from gptq_transformers.streaming import skeleton
 
-from . import evaluate, models, terminal
+from . import evaluate, models, publish, terminal
 from .formatting import duration, megabytes, percent, significant, with_error
+from .model_card import write_card
 from .report import make_report, weights_size, write_reports
+from .report_page import places
 from .run_progress import RunProgress
 
 logger = logging.getLogger(__name__)
 
-_PLACES = 6  # that are shown of those that stay in 16 bits
 _SHARE = 0.9  # of the free memory may be the two models; activations and logits need some, too
 
 
@@ -69,12 +70,14 @@ def run(
     trust_remote_code: bool,
     json_target: str | None,
     json_lines: bool,
+    push_to: str | None,
 ) -> None:
     """Quantize, write the reports, compare and print; the arguments are the command's options.
 
     Args:
         settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
         options: ``batch_size``, ``block_name``, ``calibrate_all_experts``, ``overwrite`` and ``resume``.
+        push_to: repository on the hub, or None.
 
     Raises:
         GPTQError: something cannot be used; the message says what to do.
@@ -83,6 +86,7 @@ def run(
     console, _ = terminal.start(json_target, ignore="gptq_backend.kernels.table")  # the layers only get packed here
     models.require_model(model)
     models.require_device(device)
+    repo = None if push_to is None else publish.check_access(push_to)
     for file in (source.calibration, source.text):
         if file not in (None, "auto"):
             check_spared(out, file, "the text")
@@ -118,10 +122,13 @@ def run(
         report["evaluation"] = _compare(out, model, unseen, device, trust_remote_code)
     with _reporting(out):
         write_reports(report, out)
+        write_card(report, out, repo, trust_remote_code)
         terminal.write_json(json_target, report)
     progress.result(report)
     if json_target != "-":
         _print(report, page, partial(console.print, soft_wrap=True) if json_lines else terminal.say)
+    if repo is not None:
+        console.print(f"uploaded: {publish.push(out, repo)}", soft_wrap=True)
 
 
 @contextmanager
@@ -203,20 +210,13 @@ def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:
     return rules
 
 
-def _places(kept: Mapping[str, int]) -> str:
-    """The largest places and how many weights they have."""
-    shown = [f"{name} ({count / 1e6:.3g} M weights)" for name, count in list(kept.items())[:_PLACES]]
-    rest = sum(list(kept.values())[_PLACES:])
-    return ", ".join(shown + ([f"others ({rest / 1e6:.3g} M)"] if rest else []))
-
-
 def _print(report: dict[str, Any], page: Path, say: Callable[[str], None]) -> None:
     size = megabytes(report["bytes_after"])
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     say(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
     if kept := report["kept"]:
-        say(f"stays in 16 bits: {_places(kept)}")
+        say(f"stays in 16 bits: {places(kept)}")
     if unrouted := report["unrouted"]:
         say(f"{len(unrouted)} layers of experts got no calibration token; see --calibrate-all-experts")
     if blocks := report["blocks"]:

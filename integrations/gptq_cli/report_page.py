@@ -13,6 +13,8 @@ from typing import Any
 from .charts import error_bars, predicted_errors
 from .formatting import duration, megabytes, name_pattern, percent, significant, to_json, with_error
 
+_PLACES = 6  # that are shown of those that stay in 16 bits
+
 
 def render_html(report: Mapping[str, Any]) -> str:
     """A page that needs nothing beside itself: no scripts, fonts or pictures from elsewhere."""
@@ -22,7 +24,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     template = (resources.files(__package__) / "report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         name=escape(name),
-        summary=escape(_describe(report)),
+        summary=escape(describe(report)),
         cards=_cards(report),
         choice=_choice((calibration or {}).get("choice")),
         energy="weights'" if calibration is None else "layer's output",
@@ -55,12 +57,20 @@ def by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     return kinds
 
 
+def places(kept: Mapping[str, int]) -> str:
+    """The largest places that stay in 16 bits, and how many weights they have."""
+    shown = [f"{name} ({count / 1e6:.3g} M weights)" for name, count in list(kept.items())[:_PLACES]]
+    rest = sum(list(kept.values())[_PLACES:])
+    return ", ".join(shown + ([f"others ({rest / 1e6:.3g} M)"] if rest else []))
+
+
 def badness(layer: Mapping[str, Any]) -> float:
     """For sorting; NaN, which compares with nothing, is the worst."""
     return layer["relative_loss"] if math.isfinite(layer["relative_loss"]) else math.inf
 
 
-def _describe(report: Mapping[str, Any]) -> str:
+def describe(report: Mapping[str, Any]) -> str:
+    """The settings and the calibration in a line."""
     settings, calibration = report["settings"], report["calibration"]
     group = "one group per output channel" if settings["group_size"] == -1 else f"groups of {settings['group_size']}"
     words = [f"{settings['bits']} bits", group, "symmetric" if settings["sym"] else "asymmetric"]
