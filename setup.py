@@ -15,10 +15,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from pybind11.setup_helpers import ParallelCompile
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+BINDING = "csrc/python/binding.h"
+COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 REQUIRED = os.environ.get("GPTQ_BACKEND_REQUIRE_NATIVE", "0") not in ("", "0")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -120,7 +122,7 @@ def cuda_libraries() -> list[str]:
     return re.findall(r'"-L([^"]*)"', done.stderr)
 
 
-def cuda_extensions() -> list[Pybind11Extension]:
+def cuda_extensions() -> list[Extension]:
     """The CUDA extension, or nothing."""
     wanted = os.environ.get("GPTQ_BACKEND_CUDA", "auto")
     if wanted == "0" or (wanted != "1" and nvcc() is None):
@@ -129,12 +131,12 @@ def cuda_extensions() -> list[Pybind11Extension]:
         raise SystemExit("GPTQ_BACKEND_CUDA=1, but there is no nvcc on PATH; install a CUDA toolkit or set CUDA_HOME")
     folder = Path("csrc/cuda")
     return [
-        Pybind11Extension(
+        Extension(
             "gptq_backend._cuda",
             [str(path) for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.cu")])],
-            depends=[str(path) for path in sorted([*folder.glob("*.h"), *folder.glob("*.cuh")])],
-            cxx_std=17,
-            extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall"],
+            depends=[BINDING, *(str(path) for path in sorted([*folder.glob("*.h"), *folder.glob("*.cuh")]))],
+            py_limited_api=True,
+            extra_compile_args=COMMON,
             library_dirs=cuda_libraries(),
             libraries=["cudart_static", "dl", "rt", "pthread"],  # static: torch brings a runtime of another version
         )
@@ -156,13 +158,18 @@ PORTABLE = [
     "level_generic.cpp",
 ]
 sources = [*PORTABLE, *(LEVELS if X86 else [])]
-cpu = Pybind11Extension(
+cpu = Extension(
     "gptq_backend._cpu",
     [f"csrc/cpu/{name}" for name in sources],
-    depends=[str(path) for path in sorted(Path("csrc/cpu").glob("*.h"))],
-    cxx_std=17,
-    extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *EXTRA],
+    depends=[BINDING, *(str(path) for path in sorted(Path("csrc/cpu").glob("*.h")))],
+    py_limited_api=True,
+    extra_compile_args=[*COMMON, "-fopenmp", "-fno-math-errno", "-Wno-psabi", *EXTRA],
     extra_link_args=["-fopenmp", *EXTRA],
 )
 ParallelCompile(default=os.cpu_count()).install()
-setup(ext_modules=[cpu, *cuda_extensions()], cmdclass={"build_ext": BuildNative})
+# One wheel for every Python from 3.10 on: csrc/python/binding.h keeps to its stable ABI.
+setup(
+    ext_modules=[cpu, *cuda_extensions()],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -2,8 +2,6 @@
 // tensors; numbers are checked here, where it costs nothing. std::invalid_argument becomes a ValueError.
 #include "block_module.h"
 
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -11,8 +9,6 @@
 
 #include "block.h"
 #include "experts.h"
-
-namespace py = pybind11;
 
 namespace gptq {
 namespace {
@@ -200,23 +196,22 @@ bool same_bytes(uintptr_t a, uintptr_t b, size_t bytes) {
 
 }  // namespace
 
-void bind_blocks(py::module_& m) {
-    const py::call_guard<py::gil_scoped_release> release;
-    py::class_<Linear>(m, "Linear").def(py::init(&linear));
-    py::class_<Norm>(m, "Norm").def(py::init(&norm));
+void bind_blocks(PyObject* module) {
+    using namespace python;
+    static const std::vector<PyMethodDef> functions = {
+        function<&project_rows>("project"),     function<&rotate_rows>("rotate"),
+        function<&attend_rows>("attend"),       function<&finish_attention_rows>("finish_attention"),
+        function<&finish_rows>("finish_layer"), function<&run_expert_rows>("run_experts"),
+        function<&run>("run_layers"),           function<&same_bytes>("same_bytes"),
+    };
+    add_functions(module, functions);
+    add_type<&linear>(module, "gptq_backend._cpu.Linear");
+    add_type<&norm>(module, "gptq_backend._cpu.Norm");
     // The parts are kept by the caller.
-    py::class_<Output>(m, "Output").def(py::init(&output));
-    py::class_<Tail>(m, "Tail").def(py::init(&tail));
-    m.def("project", &project_rows, release);
-    m.def("rotate", &rotate_rows, release);
-    m.def("attend", &attend_rows, release);
-    m.def("finish_attention", &finish_attention_rows, release);
-    m.def("finish_layer", &finish_rows, release);
-    py::class_<ExpertMLPs>(m, "ExpertMLPs").def(py::init(&expert_mlps));
-    m.def("run_experts", &run_expert_rows, release);
-    py::class_<Layer>(m, "Layer").def(py::init(&layer));
-    m.def("run_layers", &run, release);
-    m.def("same_bytes", &same_bytes);
+    add_type<&output>(module, "gptq_backend._cpu.Output");
+    add_type<&tail>(module, "gptq_backend._cpu.Tail");
+    add_type<&expert_mlps>(module, "gptq_backend._cpu.ExpertMLPs");
+    add_type<&layer>(module, "gptq_backend._cpu.Layer");
 }
 
 }  // namespace gptq

@@ -1,15 +1,12 @@
 // Python bindings. Tensors arrive as addresses and sizes, so that one build serves every version of torch; the callers
 // in gptq_backend/kernels/cpu.py own the checks.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "../python/binding.h"
 #include "block_module.h"
 #include "gemm.h"
 #include "gradient.h"
 #include "places_module.h"
 #include "torch_op.h"
 
-namespace py = pybind11;
 using gptq::Dtype;
 
 namespace {
@@ -77,27 +74,41 @@ void repack(uintptr_t source, int source_rows, int word_bits, int field_bits, ui
     Function({&weight, at<void>(source), at<uint32_t>(words), source_rows, word_bits, field_bits}, threads);
 }
 
+const char* level_name() {
+    return gptq::level().name;
+}
+
+void advise(uintptr_t data, size_t bytes) {
+    gptq::advise_huge_pages(at<void>(data), bytes);
+}
+
+double read_bandwidth(uintptr_t data, size_t bytes, int passes, int threads) {
+    return gptq::read_bandwidth(at<void>(data), bytes, passes, threads);
+}
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "gptq_backend._cpu",
+                          "CPU kernels of gptq_backend; see csrc/cpu and docs/kernels.md.", -1, nullptr};
+
 }  // namespace
 
-PYBIND11_MODULE(_cpu, m) {
-    m.doc() = "CPU kernels of gptq_backend; see csrc/cpu and docs/kernels.md.";
-    const py::call_guard<py::gil_scoped_release> release;
-    m.def("levels", &gptq::levels);
-    m.def("level", [] { return gptq::level().name; });
-    m.def("gemm", &gemm<>, release);
-    m.def("moe_gemm", &gemm<uintptr_t, int, int, int, int>, release);
-    m.def("gradient", &gradient, release);
-    m.def("pack", &repack<gptq::pack>, release);
-    m.def("unpack", &repack<gptq::unpack>, release);
-    m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { gptq::advise_huge_pages(at<void>(data), bytes); });
-    gptq::bind_blocks(m);
-    gptq::bind_places(m);
-    m.def("torch_functions", &gptq::torch_functions);
-    m.def("register_with_torch", &gptq::register_with_torch);
-    m.def(
-        "read_bandwidth",
-        [](uintptr_t data, size_t bytes, int passes, int threads) {
-            return gptq::read_bandwidth(at<void>(data), bytes, passes, threads);
-        },
-        release);
+PyMODINIT_FUNC PyInit__cpu() {
+    using namespace gptq::python;
+    static const std::vector<PyMethodDef> functions = {
+        function<&gptq::levels>("levels"),
+        function<&level_name>("level"),
+        function<&gemm<>>("gemm"),
+        function<&gemm<uintptr_t, int, int, int, int>>("moe_gemm"),
+        function<&gradient>("gradient"),
+        function<&repack<gptq::pack>>("pack"),
+        function<&repack<gptq::unpack>>("unpack"),
+        function<&advise>("advise_huge_pages"),
+        function<&gptq::torch_functions>("torch_functions"),
+        function<&gptq::register_with_torch>("register_with_torch"),
+        function<&read_bandwidth>("read_bandwidth"),
+    };
+    return make_module(&definition, [&](PyObject* module) {
+        add_functions(module, functions);
+        gptq::bind_blocks(module);
+        gptq::bind_places(module);
+    });
 }

@@ -4,58 +4,62 @@
 
 #include <stdexcept>
 
-namespace py = pybind11;
-
 namespace gptq {
 namespace {
 
-PyObject* find(const py::tuple& dicts, const py::tuple& keys, size_t i) {
-    PyObject* const dict = PyTuple_GET_ITEM(dicts.ptr(), i);
+// Borrowed; the tuples' lengths were checked.
+PyObject* find(PyObject* dicts, PyObject* keys, Py_ssize_t i) {
+    PyObject* const dict = PyTuple_GetItem(dicts, i);
     if (!PyDict_Check(dict)) throw std::invalid_argument("one of dicts is none");
-    PyObject* const found = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys.ptr(), i));
-    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    PyObject* const found = PyDict_GetItemWithError(dict, PyTuple_GetItem(keys, i));
+    if (!found && PyErr_Occurred()) throw python::Raised();
     return found ? found : Py_None;
 }
 
 // Asks for the memory of all dictionaries at a time. Weights that have passed by in between left little of it in the
-// caches, and to wait for one dictionary after the other would take most of the time.
-void prefetch(const py::tuple& dicts) {
-    const size_t count = dicts.size();
-    for (size_t i = 0; i < count; ++i) __builtin_prefetch(PyTuple_GET_ITEM(dicts.ptr(), i));
-    for (size_t i = 0; i < count; ++i) {
-        PyObject* const dict = PyTuple_GET_ITEM(dicts.ptr(), i);
+// caches, and to wait for one dictionary after the other would take most of the time. Words 4 and 5 of a dictionary are
+// the addresses of its keys and values in CPython 3.10 to 3.14; a wrong address would be no error, only of no use.
+void prefetch(PyObject* dicts, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; ++i) __builtin_prefetch(PyTuple_GetItem(dicts, i));
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyObject* const dict = PyTuple_GetItem(dicts, i);
         if (!PyDict_Check(dict)) continue;
-        const auto* const fields = reinterpret_cast<const PyDictObject*>(dict);
-        for (const void* part :
-             {static_cast<const void*>(fields->ma_keys), static_cast<const void*>(fields->ma_values)}) {
-            for (int line = 0; part && line < 4; ++line) __builtin_prefetch(static_cast<const char*>(part) + 64 * line);
+        for (int word : {4, 5}) {
+            const char* const part = reinterpret_cast<const char* const*>(dict)[word];
+            for (int line = 0; part && line < 4; ++line) __builtin_prefetch(part + 64 * line);
         }
     }
 }
 
-void check(const py::tuple& dicts, const py::tuple& others) {
-    if (dicts.size() != others.size()) throw std::invalid_argument("tuples of different lengths");
+Py_ssize_t size_of_all(std::initializer_list<PyObject*> tuples) {
+    Py_ssize_t found = -1;
+    for (PyObject* tuple : tuples) {
+        const Py_ssize_t size = PyTuple_Size(tuple);
+        if (size < 0) throw python::Raised();
+        if (found >= 0 && size != found) throw std::invalid_argument("tuples of different lengths");
+        found = size;
+    }
+    return found;
 }
 
 // Whether each dictionary holds the very object, None where it holds nothing.
-bool unchanged(const py::tuple& dicts, const py::tuple& keys, const py::tuple& values) {
-    check(dicts, keys);
-    check(dicts, values);
-    prefetch(dicts);
-    for (size_t i = 0; i < dicts.size(); ++i) {
-        if (find(dicts, keys, i) != PyTuple_GET_ITEM(values.ptr(), i)) return false;
+bool unchanged(PyObject* dicts, PyObject* keys, PyObject* values) {
+    const Py_ssize_t count = size_of_all({dicts, keys, values});
+    prefetch(dicts, count);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        if (find(dicts, keys, i) != PyTuple_GetItem(values, i)) return false;
     }
     return true;
 }
 
 // Whether all that they hold is nothing, or false as a condition.
-bool empty(const py::tuple& dicts, const py::tuple& keys) {
-    check(dicts, keys);
-    prefetch(dicts);
-    for (size_t i = 0; i < dicts.size(); ++i) {
-        const auto found = py::reinterpret_borrow<py::object>(find(dicts, keys, i));  // code of its own may drop it
-        const int truth = PyObject_IsTrue(found.ptr());
-        if (truth < 0) throw py::error_already_set();
+bool empty(PyObject* dicts, PyObject* keys) {
+    const Py_ssize_t count = size_of_all({dicts, keys});
+    prefetch(dicts, count);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        const python::Owned found(Py_NewRef(find(dicts, keys, i)));  // code of its own may drop it
+        const int truth = PyObject_IsTrue(found.get());
+        if (truth < 0) throw python::Raised();
         if (truth) return false;
     }
     return true;
@@ -63,9 +67,13 @@ bool empty(const py::tuple& dicts, const py::tuple& keys) {
 
 }  // namespace
 
-void bind_places(py::module_& m) {
-    m.def("unchanged", &unchanged);
-    m.def("empty", &empty);
+void bind_places(PyObject* module) {
+    using namespace python;
+    static const std::vector<PyMethodDef> functions = {
+        function<&unchanged, kWithPython>("unchanged"),
+        function<&empty, kWithPython>("empty"),
+    };
+    add_functions(module, functions);
 }
 
 }  // namespace gptq

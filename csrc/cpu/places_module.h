@@ -1,9 +1,9 @@
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "../python/binding.h"
 
 namespace gptq {
 
-void bind_places(pybind11::module_&);
+void bind_places(PyObject* module);
 
 }  // namespace gptq

@@ -210,11 +210,11 @@ std::vector<std::string> torch_functions() {
     return names;
 }
 
-void register_with_torch(const char* name, const std::map<std::string, uintptr_t>& functions) {
+void register_with_torch(const std::string& name, const std::map<std::string, uintptr_t>& functions) {
     each_function([&](const char* each, void** address) { *address = reinterpret_cast<void*>(functions.at(each)); });
     void* library;  // for as long as the process lives
     check(torch.aoti_torch_library_init_impl("gptq_backend", "CPU", __FILE__, __LINE__, &library));
-    check(torch.aoti_torch_library_impl(library, name, kernel));
+    check(torch.aoti_torch_library_impl(library, name.c_str(), kernel));
 }
 
 }  // namespace gptq

@@ -1,10 +1,7 @@
 // Python bindings. Tensors arrive as addresses and sizes, so that one build serves every version of torch; the caller,
 // gptq_backend/kernels/cuda/operators.py, owns the checks.
-#include <pybind11/pybind11.h>
-
+#include "../python/binding.h"
 #include "api.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -13,54 +10,55 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+gptq::Weight weight(uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros, int bits, int out_features,
+                    int strips, int tiles, int chunks) {
+    return {at<uint32_t>(words),
+            at<void>(scales),
+            at<uint8_t>(zeros),
+            gptq::Dtype(scales_dtype),
+            bits,
+            out_features,
+            strips,
+            tiles,
+            chunks,
+            2 * tiles / chunks};
+}
+
+void multiply(int device, const gptq::Weight& weight, uintptr_t x, int dtype, int rows, int columns, uintptr_t bias,
+              int bias_dtype, uintptr_t y, uintptr_t partials, int strips, int tokens, int warps, int splits,
+              uintptr_t stream) {
+    const gptq::Product product{weight,          at<uint16_t>(x),    rows,
+                                columns,         at<void>(bias),     gptq::Dtype(bias_dtype),
+                                at<uint16_t>(y), at<float>(partials)};
+    gptq::multiply(device, product, gptq::Dtype(dtype), {strips, tokens, warps, splits}, at<void>(stream));
+}
+
+void dequantize(int device, const gptq::Weight& weight, int first, int channels, int columns, uintptr_t to, int dtype,
+                uintptr_t stream) {
+    gptq::dequantize(device, weight, first, channels, columns, at<void>(to), gptq::Dtype(dtype), at<void>(stream));
+}
+
+void gather(int device, uintptr_t x, int rows, int columns, int element_bytes, uintptr_t perm, int slots, uintptr_t to,
+            uintptr_t stream) {
+    gptq::gather(device, at<void>(x), rows, columns, element_bytes, at<int32_t>(perm), slots, at<void>(to),
+                 at<void>(stream));
+}
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "gptq_backend._cuda",
+                          "CUDA kernels of gptq_backend; see csrc/cuda and docs/kernels.md.", -1, nullptr};
+
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
-    m.doc() = "CUDA kernels of gptq_backend; see csrc/cuda and docs/kernels.md.";
-    const py::call_guard<py::gil_scoped_release> release;
-
-    m.def("unfit", &gptq::unfit);
-    py::class_<gptq::Weight>(m, "Weight", py::module_local())
-        .def(py::init([](uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros, int bits,
-                         int out_features, int strips, int tiles, int chunks) {
-                 return gptq::Weight{at<uint32_t>(words),
-                                     at<void>(scales),
-                                     at<uint8_t>(zeros),
-                                     gptq::Dtype(scales_dtype),
-                                     bits,
-                                     out_features,
-                                     strips,
-                                     tiles,
-                                     chunks,
-                                     2 * tiles / chunks};
-             }),
-             py::arg("words"), py::arg("scales"), py::arg("scales_dtype"), py::arg("zeros"), py::arg("bits"),
-             py::arg("out_features"), py::arg("strips"), py::arg("tiles"), py::arg("chunks"));
-    m.def(
-        "multiply",
-        [](int device, const gptq::Weight& weight, uintptr_t x, int dtype, int rows, int columns, uintptr_t bias,
-           int bias_dtype, uintptr_t y, uintptr_t partials, int strips, int tokens, int warps, int splits,
-           uintptr_t stream) {
-            const gptq::Product product{weight,          at<uint16_t>(x),    rows,
-                                        columns,         at<void>(bias),     gptq::Dtype(bias_dtype),
-                                        at<uint16_t>(y), at<float>(partials)};
-            gptq::multiply(device, product, gptq::Dtype(dtype), {strips, tokens, warps, splits}, at<void>(stream));
-        },
-        release);
-    m.def(
-        "dequantize",
-        [](int device, const gptq::Weight& weight, int first, int channels, int columns, uintptr_t to, int dtype,
-           uintptr_t stream) {
-            gptq::dequantize(device, weight, first, channels, columns, at<void>(to), gptq::Dtype(dtype),
-                             at<void>(stream));
-        },
-        release);
-    m.def(
-        "gather",
-        [](int device, uintptr_t x, int rows, int columns, int element_bytes, uintptr_t perm, int slots, uintptr_t to,
-           uintptr_t stream) {
-            gptq::gather(device, at<void>(x), rows, columns, element_bytes, at<int32_t>(perm), slots, at<void>(to),
-                         at<void>(stream));
-        },
-        release);
+PyMODINIT_FUNC PyInit__cuda() {
+    using namespace gptq::python;
+    static const std::vector<PyMethodDef> functions = {
+        function<&gptq::unfit>("unfit"),
+        function<&multiply>("multiply"),
+        function<&dequantize>("dequantize"),
+        function<&gather>("gather"),
+    };
+    return make_module(&definition, [&](PyObject* module) {
+        add_functions(module, functions);
+        add_type<&weight>(module, "gptq_backend._cuda.Weight");
+    });
 }

@@ -1,0 +1,71 @@
+"""What Python may pass to the C++ kernels; csrc/python/binding.h refuses the rest before any address is read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_cpu: Any = pytest.importorskip("gptq_backend._cpu", reason="the extension was not built")
+
+NORM = (0, 0, 0, 1e-6, 0.0, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (NORM[:-1], TypeError, "got 6 arguments where 7 were expected"),
+        (("x", *NORM[1:]), TypeError, "int"),
+        ((-1, *NORM[1:]), OverflowError, "negative"),
+        ((*NORM[:2], 2**40, *NORM[3:]), OverflowError, "a number is too large for the kernels"),
+        ((*NORM[:3], None, *NORM[4:]), TypeError, "must be real number"),
+    ],
+)
+def test_what_is_no_number_of_the_expected_kind_is_refused(arguments: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        _cpu.Norm(*arguments)
+
+
+def test_an_object_of_another_type_and_a_missing_one_are_refused() -> None:
+    norm = _cpu.Norm(*NORM)
+    with pytest.raises(TypeError, match=r"got <gptq_backend\._cpu\.Norm .* an object of .*Linear.* was expected"):
+        _cpu.Output(norm, None, None, 1.0, False)
+    with pytest.raises(TypeError, match=r"got None where an object of .*ExpertMLPs.* was expected"):
+        _cpu.run_experts(None, 0, 1, 1, 0, 0, 8, 0, 0, 1)
+
+
+def test_sequences_are_lists_or_tuples_of_the_expected_length() -> None:
+    with pytest.raises(TypeError, match="got 2 values where 3 were expected"):
+        _cpu.run_layers([], [], 0, (1, 1), 0, (0, 0), 0, 0, 0, 0, False, (0, 0), 0, 1)
+    with pytest.raises(TypeError, match="where a list or a tuple was expected"):
+        _cpu.run_layers({}, [], 0, (1, 1, 1), 0, (0, 0), 0, 0, 0, 0, False, (0, 0), 0, 1)
+
+
+def test_what_a_kernel_refuses_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="the number of heads is 0; expected a divisor of 8"):
+        _cpu.rotate(0, 1, 8, 0, 0, None, 0, 0, 0, 1, 0, 0, 1)
+
+
+def test_objects_are_freed(tmp_path: Path) -> None:
+    code = """
+import resource, gptq_backend._cpu as cpu
+def grow(count):
+    for _ in range(count): cpu.Norm(0, 0, 0, 1e-6, 0.0, False, 0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = grow(20_000)
+assert grow(500_000) < before + 4096, "kilobytes"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_extension_keeps_to_pythons_stable_interface() -> None:
+    """So that one build serves every version; no name with an underscore but the three that its macros bring."""
+    assert Path(_cpu.__file__).name == "_cpu.abi3.so"
+    names = set(re.findall(rb"\b_Py[A-Za-z_]+", Path(_cpu.__file__).read_bytes()))
+    assert names <= {b"_Py_Dealloc", b"_Py_NoneStruct"}
+    assert torch.ops.gptq_backend.cpu_gemm is not None
