@@ -51,7 +51,7 @@ test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.2
 	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" $(ON_TRANSFORMERS)
 
 # libgomp stays out: torch brings the one that both use. auditwheel says which Linux is the oldest that it runs on; the
-# release builds in an older one (docs/contributing.md).
+# release builds in an older one (RELEASE.md).
 wheel: $(VENV)/.wheel
 	rm -rf build dist
 	GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
