@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_backend import QuantLinear
+from gptq_backend import QuantLinear, TiedHead
 
 
 def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
@@ -23,6 +23,8 @@ def untie_quantized(model: Any) -> None:
     """Stop transformers from tying the embedding to an output layer that is quantized."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter else None
+    if isinstance(head, TiedHead):
+        forget_tie(model, next(name for name, module in model.named_modules() if module is head))
     for name, layer in quant_linears(model):
         if layer is head:
             # T5 and its kin compute otherwise without the key: there a tied head is only left out below.
@@ -33,6 +35,29 @@ def untie_quantized(model: Any) -> None:
             tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
             if tied is not None:
                 model.all_tied_weights_keys = {k: v for k, v in tied.items() if not k.startswith(f"{name}.")}
+
+
+def is_tied(model: Any, head: str) -> bool:
+    """Whether transformers ties the output embedding called ``head`` to the input embedding."""
+    tied = getattr(model, "all_tied_weights_keys", None)  # transformers 5
+    if tied is not None:
+        return f"{head}.weight" in tied
+    return bool(model.config.get_text_config(decoder=True).tie_word_embeddings)
+
+
+def forget_tie(model: Any, head: str) -> None:
+    """Stop transformers from tying the output embedding called ``head``, which shares its weight in its own way. The
+    model's config still says that they are one.
+    """
+    key, known = f"{head}.weight", getattr(model, "_tied_weights_keys", None)
+    if known:  # a dictionary in version 5, a list in version 4
+        kept = (
+            {k: v for k, v in known.items() if k != key} if isinstance(known, dict) else [k for k in known if k != key]
+        )
+        model._tied_weights_keys = kept
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is not None:
+        model.all_tied_weights_keys = {k: v for k, v in tied.items() if k != key}
 
 
 def tied_names(model: Any) -> Collection[str]:

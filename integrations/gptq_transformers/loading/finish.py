@@ -49,15 +49,11 @@ def _load_dense(model: Any, plan: LoadPlan) -> None:
         tensors = {part: read_tensor(plan.manifest[f"{name}.{part}"]) for part in spec.shapes if part != "bias"}
         weight = read_packed(spec, tensors, name).unpack().dequantize()
         module = model.get_submodule(name)
-        if isinstance(module, nn.Embedding):
-            weight = weight.t().contiguous()
         old = module.weight
         device = "cpu" if old.is_meta else old.device
         new: Any = nn.Parameter(weight.to(device, plan.dtypes[f"{name}.weight"]), requires_grad=False)
         new._is_hf_initialized = True
         module.weight = new
-    if any(isinstance(model.get_submodule(name), nn.Embedding) for name in plan.dense):
-        model.tie_weights()
 
 
 def _restore_dtypes(name: str, layer: QuantLinear, manifest: Manifest) -> None:
