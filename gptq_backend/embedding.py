@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .kernels.reference import look_up_input
 from .lazy_weight import LazyWeight
 from .linear import QuantLinear
 from .module_moves import offloading_hook
+
+_MARK = "dtype_of_rows"  # an empty parameter of a prepared embedding
 
 
 class QuantEmbedding(QuantLinear):
@@ -126,6 +128,22 @@ class QuantEmbedding(QuantLinear):
         finally:
             hook.post_forward(self, None)
 
+    def _hold(
+        self, tensors: Mapping[str, Tensor], bias: nn.Parameter | None, prepared: PreparedWeight | None = None
+    ) -> None:
+        if prepared is not None:
+            # The first parameter of floating point tells frameworks the dtype of the model, and scales have their own.
+            home = tensors["qweight"].device
+            tensors = {_MARK: torch.empty(0, dtype=self.compute_dtype, device=home), **_without_mark(tensors)}
+        super()._hold(tensors, bias, prepared)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
+        super()._apply(fn, recurse)
+        weight, parameters = self._served
+        if weight is not None and parameters[_MARK].dtype != self.compute_dtype:
+            self._hold({key: each.data for key, each in parameters.items() if each is not None}, None, weight)
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where it computes."""
@@ -225,6 +243,10 @@ def embed_scale(dense: nn.Embedding, name: str, dtype: torch.dtype) -> float | N
         return None
     rounded = isinstance(getattr(dense, "embed_scale", None), Tensor)  # by Gemma, to the dtype of its weight
     return float(torch.as_tensor(scale).to(dtype)) if rounded else float(scale)
+
+
+def _without_mark(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if key != _MARK}
 
 
 def _without_weight(dense: nn.Embedding) -> Any:

@@ -12,7 +12,7 @@ from gptq_backend import CheckpointError, QuantEmbedding, StoredSpec, TiedHead
 from gptq_backend.format import Manifest
 from gptq_backend.model import replace_module
 
-from ..quantized_layers import dtype_of_parameter, forget_tie, is_tied
+from ..quantized_layers import dtype_of_parameter, forget_tie, is_tied, untie_head
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class StoredEmbedding:
         embedding = QuantEmbedding(spec, self.dense, self.name, backend, "meta", dtype, self.by_token)
         replace_module(model, self.name, embedding)
         if self.head is None:
+            untie_head(model)  # it has a weight of its own, whatever the config says
             return
         if not self.by_token:
             raise CheckpointError(
