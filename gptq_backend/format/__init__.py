@@ -30,10 +30,9 @@ from .writer import Shards, write_checkpoint
 
 __all__ = [
     "EMBEDDINGS", "INDEX", "SETTINGS_FILES", "STANDARD_FILES", "TGI_TENSORS", "ExpertLayout", "Manifest",
-    "PackedWeight",
-    "QuantizedWeight", "Shards", "StoredSpec", "TensorFile", "TensorInfo", "WeightSpec", "by_gptqmodel",
-    "checkpoint_files", "claimed_group_size", "default_layout", "dense_embeddings", "embedded_settings", "encode",
-    "expert_layout", "expert_renaming", "indexed_files", "layer_names", "quantized_modules", "read_json", "read_manifest", "read_packed",
-    "read_settings", "read_tensor", "renamed", "resolve", "resolve_specs", "selected", "settings_in",
-    "side_by_side", "write_checkpoint",
+    "PackedWeight", "QuantizedWeight", "Shards", "StoredSpec", "TensorFile", "TensorInfo", "WeightSpec",
+    "by_gptqmodel", "checkpoint_files", "claimed_group_size", "default_layout", "dense_embeddings",
+    "embedded_settings", "encode", "expert_layout", "expert_renaming", "indexed_files", "layer_names",
+    "quantized_modules", "read_json", "read_manifest", "read_packed", "read_settings", "read_tensor", "renamed",
+    "resolve", "resolve_specs", "selected", "settings_in", "side_by_side", "write_checkpoint",
 ]  # fmt: skip

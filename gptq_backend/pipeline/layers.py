@@ -120,7 +120,8 @@ class Layers:
         share = loss / max(float(dense.float().square().sum()), 1e-30)
         dense.data = rounded.to(dense.dtype).contiguous()
         config, seconds = target.config, time.perf_counter() - start
-        self.add_report(LayerReport(target.name, config.bits, config.group_size, loss, share, seconds=seconds))
+        sizes = config.bits, config.group_size
+        self.add_report(LayerReport(target.name, *sizes, loss, share, method="nearest", seconds=seconds))
 
     def install_embedding(self) -> None:
         """Put the quantized embedding into the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
-from gptq_backend import CheckpointError, ConfigError, QuantEmbedding, QuantizeConfig, QuantLinear, TiedHead
+from gptq_backend import ConfigError, QuantEmbedding, QuantizeConfig, QuantLinear, TiedHead
 from gptq_backend.format import checkpoint_files, read_manifest
 from gptq_transformers import GPTQConfig, quantize
 from tests.transformers.checkpoints import distance, load, logits, tiny
@@ -199,8 +200,8 @@ def test_a_head_of_its_own_is_quantized_beside(source: Path, tmp_path: Path) -> 
     assert torch.equal(logits(again), logits(model))
 
 
-def test_a_head_in_the_file_is_never_tied_and_a_missing_one_not_to_an_embedding_by_channel(
-    source: Path, tmp_path: Path
+def test_a_head_in_the_file_is_never_tied_and_a_missing_one_makes_an_embedding_by_channel_dense(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(source)
     if model.config.tie_word_embeddings:
@@ -214,8 +215,13 @@ def test_a_head_in_the_file_is_never_tied_and_a_missing_one_not_to_an_embedding_
     state = load_file(tmp_path / "model.safetensors")
     del state["lm_head.weight"]
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="cannot be tied to model.embed_tokens"):
-        load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    again = load(tmp_path)
+    assert "packed along its tokens" in caplog.text
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    expected = model.get_input_embeddings().weight
+    assert torch.equal(again.get_input_embeddings().weight, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

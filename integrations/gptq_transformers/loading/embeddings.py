@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from gptq_backend import CheckpointError, QuantEmbedding, StoredSpec, TiedHead
+from gptq_backend import QuantEmbedding, StoredSpec, TiedHead
 from gptq_backend.format import Manifest
 from gptq_backend.model import replace_module
 
-from ..quantized_layers import dtype_of_parameter, forget_tie, is_tied, untie_head
+from ..quantized_layers import dtype_of_parameter, forget_tie, is_tied, make_dense, untie_head
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,24 @@ class StoredEmbedding:
         return size[::-1] if self.by_token else size
 
     def put(self, model: Any, spec: StoredSpec, backend: str | None) -> None:
-        """Replace the dense module by an empty quantized one on meta, and the tied head.
-
-        Raises:
-            CheckpointError: the head is to be tied to a weight that it cannot multiply with.
-        """
+        """Replace the dense module by an empty quantized one on meta, and the tied head."""
         dtype = dtype_of_parameter(model, f"{self.name}.weight", self.dense.weight.dtype)
         embedding = QuantEmbedding(spec, self.dense, self.name, backend, "meta", dtype, self.by_token)
         replace_module(model, self.name, embedding)
         if self.head is None:
             untie_head(model)  # it has a weight of its own, whatever the config says
             return
-        if not self.by_token:
-            raise CheckpointError(
-                f"{self.head}.weight is not in the checkpoint, and cannot be tied to {self.name}, whose tokens are "
-                "packed along the other dimension; fetch all files, or export the checkpoint anew"
-            )
         replace_module(model, self.head, TiedHead(embedding, model.get_submodule(self.head).bias))
         forget_tie(model, self.head)
+
+
+def keep_dense(model: Any) -> None:
+    """Dequantize an embedding that is loaded and whose head cannot multiply with it, as no known tool writes it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, TiedHead) and not head.embedding.by_token:
+        embedding = head.embedding
+        logger.warning("%s is packed along its tokens and tied to the head; it is dequantized", embedding.name)
+        make_dense(model, embedding.name, embedding, embedding.compute_dtype).requires_grad_(False)
 
 
 def find_embeddings(model: Any, manifest: Manifest, quantized: Iterable[str]) -> list[StoredEmbedding]:

@@ -14,6 +14,7 @@ from gptq_backend.module_moves import offloading_hook
 from ..experts.unfuse import group_experts
 from ..quantized_layers import dtype_of_parameter, quant_linears
 from .checks import check_finite, check_loaded, not_loaded
+from .embeddings import keep_dense
 from .prepare import LoadPlan
 
 
@@ -31,6 +32,7 @@ def finish_model(model: nn.Module, plan: LoadPlan) -> None:
         _restore_dtypes(name, layer, plan.manifest)
         for parameter in layer.parameters():
             parameter.requires_grad_(False)  # transformers makes new ones, with gradients for floats
+    keep_dense(model)
     group_experts(model)
     for _, layer in quant_linears(model):
         if not any(parameter.is_meta for parameter in layer.parameters()):
