@@ -151,6 +151,7 @@ PORTABLE = [
     "gemm.cpp",
     "gradient.cpp",
     "layers.cpp",
+    "lookup.cpp",
     "places_module.cpp",
     "repack.cpp",
     "team.cpp",

@@ -1,6 +1,7 @@
 """GPTQ quantization and quantized linear layers for PyTorch. Imports torch and safetensors, no framework."""
 
 from .config import QuantizeConfig
+from .embedding import QuantEmbedding, TiedHead
 from .errors import CalibrationError, CheckpointError, ConfigError, GPTQError
 from .format.stored_tensors import StoredSpec
 from .format.weight import PackedWeight, QuantizedWeight, WeightSpec
@@ -12,6 +13,6 @@ from .version import __version__ as __version__
 
 __all__ = [
     "KERNELS", "CalibrationError", "CheckpointError", "ConfigError", "Events", "GPTQError", "Kernel", "LayerReport",
-    "PackedWeight", "QuantLinear", "QuantizeConfig", "QuantizeReport", "QuantizedWeight", "RunOptions",
-    "StoredSpec", "WeightSpec", "kernel_report", "quantize_model", "select_kernel",
+    "PackedWeight", "QuantEmbedding", "QuantLinear", "QuantizeConfig", "QuantizeReport", "QuantizedWeight",
+    "RunOptions", "StoredSpec", "TiedHead", "WeightSpec", "kernel_report", "quantize_model", "select_kernel",
 ]  # fmt: skip

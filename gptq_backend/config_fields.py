@@ -21,6 +21,7 @@ class Format(NamedTuple):
 
 FORMATS = {"gptq": Format(zero_offset=1), "gptq_v2": Format(zero_offset=0), "gptq_p": Format(0, planar_bits=(3,))}
 SUPPORTED_BITS = (2, 3, 4, 8)
+EMBED_BITS = (4, 8)
 PACK_DTYPES = ("int8", "int16", "int32", "int64")
 
 
@@ -158,6 +159,13 @@ class Settings:
         None, 0, "passes in which those of the whole model are trained, at the end", Scope.RUN
     )
     lm_head: bool = _flag(False, "also quantize the output embedding", Scope.RUN, option="--lm-head")
+    embed_bits: int | None = _setting(
+        None,
+        "quantize the input embedding to 8 or 4 bits, and with it an output embedding that is the same weight",
+        Scope.RUN,
+        lambda value: value is None or (type(value) is int and value in EMBED_BITS),
+        f"choose one of {EMBED_BITS}, or None to leave it in 16 bits",
+    )
     keep_edge_blocks: int = _count(0, 0, "leave so many first and as many last blocks in 16 bits", Scope.RUN)
     dynamic: Mapping[str, Mapping[str, Any]] | None = _setting(  # matched with re.match
         None,

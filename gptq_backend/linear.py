@@ -113,9 +113,11 @@ class QuantLinear(nn.Module):
         """First call, or a layer whose weights an accelerate hook brings for this call only."""
         if offloading_hook(self) is None:
             return self.prepare()(x)
+        return self._prepared_for_call(x.device).multiply(x, self.bias)
+
+    def _prepared_for_call(self, device: torch.device) -> PreparedWeight:
         weight = read_packed(self.stored_spec, self._stored(), self.name)
-        kernel = select_kernel(weight.spec, x.device, self.backend)
-        return PreparedWeight.of(weight, kernel).multiply(x, self.bias)
+        return PreparedWeight.of(weight, select_kernel(weight.spec, device, self.backend))
 
     @changing_layout()
     def prepare(self, expert: bool | None = None) -> QuantLinear:
@@ -203,9 +205,8 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """An ordinary ``nn.Linear`` with the same weight, rounded once to ``dtype``."""
-        weight = self.quantized_weight().dequantize(torch.float32).to(dtype)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight)
+        linear.weight = nn.Parameter(self.quantized_weight().dequantize(torch.float32).to(dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.to(dtype))
         return linear
@@ -247,8 +248,7 @@ class QuantLinear(nn.Module):
             try:
                 weight = self._served[0]
                 if weight is None:
-                    wide = torch.promote_types(dtype, torch.float32)
-                    return self.quantized_weight().dequantize(wide).to(dtype)
+                    return self.quantized_weight().dequantize(torch.promote_types(dtype, torch.float32)).to(dtype)
                 return weight.dequantize(dtype)
             finally:
                 if hook is not None:
@@ -388,9 +388,9 @@ class QuantLinear(nn.Module):
 def _stored(spec: StoredSpec, weight: PreparedWeight | None, parameters: Mapping[str, Any]) -> Tensors:
     """The checkpoint's tensors, bit for bit, bias excluded."""
     check_whole(parameters["qweight"])
-    if weight is None:
-        return _without_bias(parameters)
     held = _without_bias(parameters)
+    if weight is None:
+        return held
     qweight, scales, _ = weight.kernel.unprepare(weight.spec, held)
     kept = {old: held[new] for old, new in _KEPT.items() if new in held}
     return {"qweight": stored_words(spec, qweight), "qzeros": kept.pop("qzeros"), "scales": scales, **kept}

@@ -36,10 +36,11 @@ ROOMS = {
     "format": set(),
     "kernels": {"format"},
     "linear": {"format", "kernels", "lazy_weight"},
+    "embedding": {"format", "kernels", "linear", "lazy_weight"},
     "algorithm": {"format", "kernels"},
     "model": {"format", "kernels", "algorithm"},
-    "training": {"format", "kernels", "linear", "algorithm", "model"},
-    "pipeline": {"format", "kernels", "linear", "algorithm", "model", "training"},
+    "training": {"format", "kernels", "linear", "embedding", "algorithm", "model"},
+    "pipeline": {"format", "kernels", "linear", "embedding", "algorithm", "model", "training"},
     "bench": {"format", "kernels", "linear"},
 }
 # What each package beside the core may import of the others.

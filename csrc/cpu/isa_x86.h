@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "gradient_impl.h"
+#include "lookup_impl.h"
 #include "rows_impl.h"
 
 namespace gptq {

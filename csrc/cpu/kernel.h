@@ -53,6 +53,7 @@ struct Call {
 struct RowKernels;    // rows.h
 struct GradientCall;  // gradient.h
 struct GradientPanel;
+struct LookupCall;  // lookup.h
 
 // The code that depends on the instruction set.
 struct Level {
@@ -63,6 +64,8 @@ struct Level {
     void (*multiply)(const Call&, int m0, int m1, int s0, int s1);
     // Rows [m0, m1) of x's gradient in the channels of a block; at most kGradientRows rows.
     void (*gradient)(const GradientCall&, int m0, int m1, int block, GradientPanel&);
+    // A row of y; scratch: [in_features].
+    void (*look_up)(const LookupCall&, int row, float* scratch);
     const RowKernels* rows;
 };
 

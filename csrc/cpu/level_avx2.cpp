@@ -11,7 +11,11 @@ struct Avx2 : Wide256 {
 
 }  // namespace
 
-const Level level_avx2 = {"avx2", quantize<Madd<Avx2>>, multiply<Madd<Avx2>>, gradient<Madd<Avx2>>,
+const Level level_avx2 = {"avx2",
+                          quantize<Madd<Avx2>>,
+                          multiply<Madd<Avx2>>,
+                          gradient<Madd<Avx2>>,
+                          look_up_row<Madd<Avx2>>,
                           &row_kernels<Madd<Avx2>>};
 
 }  // namespace gptq

@@ -11,7 +11,11 @@ struct Avx512 : Wide512 {
 
 }  // namespace
 
-const Level level_avx512 = {"avx512", quantize<Madd<Avx512>>, multiply<Madd<Avx512>>, gradient<Madd<Avx512>>,
+const Level level_avx512 = {"avx512",
+                            quantize<Madd<Avx512>>,
+                            multiply<Madd<Avx512>>,
+                            gradient<Madd<Avx512>>,
+                            look_up_row<Madd<Avx512>>,
                             &row_kernels<Madd<Avx512>>};
 
 }  // namespace gptq

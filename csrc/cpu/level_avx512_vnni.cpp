@@ -13,7 +13,7 @@ struct Avx512Vnni : Wide512 {
 
 }  // namespace
 
-const Level level_avx512_vnni = {"avx512_vnni", quantize<Avx512Vnni>, multiply<Avx512Vnni>, gradient<Avx512Vnni>,
-                                 &row_kernels<Avx512Vnni>};
+const Level level_avx512_vnni = {"avx512_vnni",        quantize<Avx512Vnni>,    multiply<Avx512Vnni>,
+                                 gradient<Avx512Vnni>, look_up_row<Avx512Vnni>, &row_kernels<Avx512Vnni>};
 
 }  // namespace gptq

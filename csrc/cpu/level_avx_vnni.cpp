@@ -15,7 +15,7 @@ struct AvxVnni : Wide256 {
 
 }  // namespace
 
-const Level level_avx_vnni = {"avx_vnni", quantize<AvxVnni>, multiply<AvxVnni>, gradient<AvxVnni>,
-                              &row_kernels<AvxVnni>};
+const Level level_avx_vnni = {"avx_vnni",        quantize<AvxVnni>,    multiply<AvxVnni>,
+                              gradient<AvxVnni>, look_up_row<AvxVnni>, &row_kernels<AvxVnni>};
 
 }  // namespace gptq

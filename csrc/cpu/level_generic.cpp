@@ -1,5 +1,6 @@
 // Any CPU: the compiler lowers the vector types to what the baseline has. Same geometry as AVX-512.
 #include "gradient_impl.h"
+#include "lookup_impl.h"
 #include "rows_impl.h"
 
 namespace gptq {
@@ -48,6 +49,7 @@ struct Generic {
 
 }  // namespace
 
-const Level level_generic = {"generic", quantize<Generic>, multiply<Generic>, gradient<Generic>, &row_kernels<Generic>};
+const Level level_generic = {"generic",         quantize<Generic>,    multiply<Generic>,
+                             gradient<Generic>, look_up_row<Generic>, &row_kernels<Generic>};
 
 }  // namespace gptq

@@ -4,6 +4,7 @@
 #include "block_module.h"
 #include "gemm.h"
 #include "gradient.h"
+#include "lookup.h"
 #include "places_module.h"
 #include "torch_op.h"
 
@@ -63,6 +64,14 @@ void gradient(uintptr_t y_grad, int dtype, int rows, uintptr_t words, uintptr_t 
     gptq::gradient({weight, at<void>(y_grad), at<void>(x_grad), Dtype(dtype), rows}, threads);
 }
 
+void look_up(uintptr_t ids, int rows, uintptr_t words, uintptr_t scales, int scales_dtype, uintptr_t zeros,
+             uintptr_t perm, uintptr_t blocks, int bits, int in_features, int out_features, int slots, int groups,
+             int n_blocks, uintptr_t y, int dtype, int threads) {
+    const gptq::Weight weight = weight_at(words, scales, scales_dtype, zeros, perm, blocks, bits, in_features,
+                                          out_features, slots, groups, n_blocks);
+    gptq::look_up({weight, at<int64_t>(ids), rows, at<void>(y), Dtype(dtype)}, threads);
+}
+
 template <void (*Function)(const gptq::Repack&, int)>
 void repack(uintptr_t source, int source_rows, int word_bits, int field_bits, uintptr_t words, uintptr_t perm, int bits,
             int out_features, int slots, int threads) {
@@ -99,6 +108,7 @@ PyMODINIT_FUNC PyInit__cpu() {
         function<&gemm<>>("gemm"),
         function<&gemm<uintptr_t, int, int, int, int>>("moe_gemm"),
         function<&gradient>("gradient"),
+        function<&look_up>("look_up"),
         function<&repack<gptq::pack>>("pack"),
         function<&repack<gptq::unpack>>("unpack"),
         function<&advise>("advise_huge_pages"),

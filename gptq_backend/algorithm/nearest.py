@@ -18,10 +18,13 @@ def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
 
     Args:
         weight: float [N, K].
-        config: bits, group_size (which divides K, or is -1), sym and scale_search.
+        config: bits, group_size, sym and scale_search.
     """
-    outputs, inputs = weight.shape
-    size = inputs if config.group_size == -1 else config.group_size
+    (outputs, channels), size = weight.shape, config.group_size
+    size = channels if size == -1 else min(size, channels)
+    if channels % size:  # zeros, which every grid has, cost the last group nothing
+        weight = torch.nn.functional.pad(weight, (0, -channels % size))
+    inputs = weight.shape[1]
     price = torch.ones(size, device=weight.device)
     codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
     scales: list[Tensor] = []
@@ -34,6 +37,10 @@ def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
         into.copy_((centred + grid.zero).t().reshape(into.shape))
         scales.append(grid.scale.to(SCALE_DTYPE).view(len(part), -1))
         zeros.append(grid.zero.to(torch.uint8).view(len(part), -1))
-    groups = torch.arange(inputs, dtype=torch.int32, device=weight.device) // size
-    by_input = codes.t().contiguous(), torch.cat(scales).t().contiguous(), torch.cat(zeros).t().contiguous()
+    groups = torch.arange(channels, dtype=torch.int32, device=weight.device) // size
+    by_input = (
+        codes[:, :channels].t().contiguous(),
+        torch.cat(scales).t().contiguous(),
+        torch.cat(zeros).t().contiguous(),
+    )
     return QuantizedWeight(*by_input, groups, config.bits)

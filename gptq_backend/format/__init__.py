@@ -1,5 +1,6 @@
 """What lies in a checkpoint's files, and the one value that a packed weight is in memory."""
 
+from .embeddings import EMBEDDINGS, dense_embeddings
 from .expert_names import (
     ExpertLayout,
     by_gptqmodel,
@@ -28,10 +29,10 @@ from .weight import PackedWeight, QuantizedWeight, WeightSpec, selected, side_by
 from .writer import Shards, write_checkpoint
 
 __all__ = [
-    "INDEX", "SETTINGS_FILES", "STANDARD_FILES", "TGI_TENSORS", "ExpertLayout", "Manifest", "PackedWeight",
-    "QuantizedWeight", "Shards", "StoredSpec", "TensorFile", "TensorInfo", "WeightSpec", "by_gptqmodel",
-    "checkpoint_files", "claimed_group_size", "default_layout", "embedded_settings", "encode", "expert_layout",
-    "expert_renaming", "indexed_files", "layer_names", "quantized_modules", "read_json", "read_manifest", "read_packed",
-    "read_settings", "read_tensor", "renamed", "resolve", "resolve_specs", "selected", "settings_in",
-    "side_by_side", "write_checkpoint",
+    "EMBEDDINGS", "INDEX", "SETTINGS_FILES", "STANDARD_FILES", "TGI_TENSORS", "ExpertLayout", "Manifest",
+    "PackedWeight", "QuantizedWeight", "Shards", "StoredSpec", "TensorFile", "TensorInfo", "WeightSpec",
+    "by_gptqmodel", "checkpoint_files", "claimed_group_size", "default_layout", "dense_embeddings",
+    "embedded_settings", "encode", "expert_layout", "expert_renaming", "indexed_files", "layer_names",
+    "quantized_modules", "read_json", "read_manifest", "read_packed", "read_settings", "read_tensor", "renamed",
+    "resolve", "resolve_specs", "selected", "settings_in", "side_by_side", "write_checkpoint",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from ..format.weight import PackedWeight, WeightSpec
 from .devices import DTYPE_CODES
 from .expert_routing import Routing
 from .interface import ExpertKernel, Kernel, Layout, Tensors
-from .operators import check_input, check_prepared, define_grouped, define_operators
+from .operators import check_ids, check_input, check_prepared, define_grouped, define_operators
 from .slots import group_slots, rows_of, strips
 
 _cpu: Any
@@ -275,6 +275,23 @@ def dequantize(*layout_and_dtype: Any) -> Tensor:
     return dense.mul_(rows_of(scales, out_features).to(dtype)[index])
 
 
+def look_up(ids: Tensor, *layout_and_dtype: Any) -> Tensor:
+    """Rows of ``nn.Linear.weight``. ids: int [...] -> [..., K] in ``dtype``.
+
+    Raises:
+        ValueError: see ``check_ids`` and ``check_prepared``. IndexError: there is no such row.
+    """
+    *layout, dtype = layout_and_dtype
+    w = WeightFields(*layout)
+    check_prepared(w.qweight)
+    check_ids(ids, w.qweight.device)
+    numbers = ids.long().contiguous()
+    rows = torch.empty((*ids.shape, w.in_features), dtype=dtype if dtype in DTYPE_CODES else torch.float32)
+    code, threads = DTYPE_CODES[rows.dtype], torch.get_num_threads()
+    _cpu.look_up(numbers.data_ptr(), ids.numel(), *addresses(w), rows.data_ptr(), code, threads)
+    return rows.to(dtype)
+
+
 def _torch_functions() -> dict[str, int]:
     """Addresses of what csrc/cpu/torch_op.cpp calls; none where torch lacks one of them, as before 2.10."""
     if _cpu is None:
@@ -294,6 +311,7 @@ _OPERATORS = define_operators(
     _LAYOUT,
     gemm,
     dequantize,
+    look_up,
     dispatch="CPU",
     gradient=gradient,
     register_inference=(lambda name: _cpu.register_with_torch(name, _FUNCTIONS)) if _FUNCTIONS else None,

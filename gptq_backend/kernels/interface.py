@@ -61,6 +61,8 @@ class Kernel:
         gemm: ``(x [..., K], *layout, bias [N] | None) -> y [..., N]`` in the dtype of x, called directly.
         op: the same through ``torch.ops``, for traces and gradients.
         dequantize: ``(*layout, dtype) -> weight [K, N]``, the transpose of ``nn.Linear.weight``, through ``torch.ops``.
+        look_up: ``(ids int [...], *layout, dtype) -> [..., K]``: rows of ``nn.Linear.weight``, which an embedding of
+            tokens is, through ``torch.ops``.
         opt_in: less exact than the others, hence never chosen unless asked for by name.
     """
 
@@ -72,6 +74,7 @@ class Kernel:
     gemm: Callable[..., Tensor]
     op: Callable[..., Tensor]
     dequantize: Callable[..., Tensor]
+    look_up: Callable[..., Tensor]
     opt_in: bool = False
 
 
@@ -148,6 +151,13 @@ class PreparedWeight(NamedTuple):
         wide = torch.promote_types(dtype, torch.float32)
         dense = self.kernel.dequantize(*map(tensors.get, self.kernel.layout.tensors), *self.facts, wide)
         return dense.t().to(dtype).contiguous()
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype, parameters: Mapping[str, Any] | None = None) -> Tensor:
+        """Rows of the weight [N, K], rounded once to ``dtype``. ids: int [...] -> [..., K]. parameters: see
+        :meth:`multiply_in_graph`.
+        """
+        tensors: Mapping[str, Any] = self.tensors if parameters is None else parameters
+        return self.kernel.look_up(ids, *map(tensors.get, self.kernel.layout.tensors), *self.facts, dtype)
 
     def describe(self) -> str:
         """For the ``repr`` of modules."""

@@ -19,12 +19,14 @@ def define_operators(
     layout: Layout,
     gemm: Callable[..., Tensor],
     dequantize: Callable[..., Tensor],
+    look_up: Callable[..., Tensor],
     dispatch: str = "CompositeExplicitAutograd",
     by_output: bool = False,
     gradient: Callable[..., Tensor] | None = None,
     register_inference: Callable[[str], None] | None = None,
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Register the operators of a kernel, with all that torch wants of them -> ``op`` and ``dequantize`` of its row.
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    """Register the operators of a kernel, with all that torch wants of them -> ``op``, ``dequantize`` and ``look_up``
+    of its row.
 
     ``gptq_backend::{prefix}gemm`` has gradients with respect to x and bias (the quantized weight is not trainable), by
     ``gptq_backend::{prefix}gradient`` where there is one, else by ``gptq_backend::{prefix}dequantize``.
@@ -36,7 +38,8 @@ def define_operators(
         layout: of the weight; its fields include ``qweight``.
         gemm: ``(x [..., K], *layout, bias [N] | None) -> y [..., N]`` in the dtype of x.
         dequantize: ``(*layout, dtype) -> [K, N]``, the transpose of ``nn.Linear.weight``.
-        dispatch: key that both are registered for.
+        look_up: ``(ids int [...], *layout, dtype) -> [..., K]``, rows of ``nn.Linear.weight``.
+        dispatch: key that all are registered for.
         by_output: the result of ``dequantize`` lies in memory as [N, K].
         gradient: ``(y_grad [..., N], *layout) -> x_grad [..., K]`` in the dtype of y_grad.
         register_inference: gives the operator of that name another implementation than ``gemm``.
@@ -44,6 +47,7 @@ def define_operators(
     for name in ("gemm", "gemm_inference"):
         _LIBRARY.define(f"{prefix}{name}(Tensor x, {layout.schema}, Tensor? bias) -> Tensor")
     _LIBRARY.define(f"{prefix}dequantize({layout.schema}, ScalarType dtype) -> Tensor")
+    look_up_op = define_lookup(f"{prefix}look_up", layout, look_up, lambda weight: weight.in_features, dispatch)
     _LIBRARY.impl(f"{prefix}gemm", gemm, dispatch)
     _LIBRARY.impl(f"{prefix}dequantize", dequantize, dispatch)
     if register_inference is None:
@@ -66,7 +70,32 @@ def define_operators(
     def op(*arguments: Any) -> Tensor:
         return (with_gradients if torch.is_grad_enabled() else without)(*arguments)
 
-    return op, dense
+    return op, dense, look_up_op
+
+
+def define_lookup(
+    name: str,
+    layout: Layout,
+    look_up: Callable[..., Tensor],
+    width: Callable[[Any], int],
+    dispatch: str = "CompositeExplicitAutograd",
+) -> Callable[..., Tensor]:
+    """Register ``gptq_backend::{name}``: rows of a weight by their numbers.
+
+    Args:
+        look_up: ``(ids int [...], *layout, dtype) -> [..., width]`` in ``dtype``.
+        width: of a row, by the layout's fields.
+    """
+
+    def fake(ids: Tensor, *rest: Any) -> Tensor:
+        check_ids(ids, rest[0].device)
+        return ids.new_empty((*ids.shape, width(layout.fields(*rest[:-1]))), dtype=rest[-1])
+
+    _LIBRARY.define(f"{name}(Tensor ids, {layout.schema}, ScalarType dtype) -> Tensor")
+    _LIBRARY.impl(name, look_up, dispatch)
+    torch.library.register_fake(f"gptq_backend::{name}", fake, lib=_LIBRARY)
+    operator: Callable[..., Tensor] = getattr(torch.ops.gptq_backend, name)
+    return operator
 
 
 def _register_fakes(prefix: str, layout: Layout, by_output: bool) -> None:
@@ -192,6 +221,26 @@ def check_input(x: Tensor, device: torch.device, in_features: int, out_features:
         )
     if bias is not None and (bias.device != device or bias.shape != (out_features,)):
         raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}, expected ({out_features},) on {device}")
+
+
+def check_ids(ids: Tensor, device: torch.device, rows: int | None = None) -> None:
+    """Refuse numbers of rows that cannot be looked up.
+
+    Args:
+        rows: how many there are; compared on a CPU only, since elsewhere it would be a wait for the device.
+
+    Raises:
+        ValueError: no int32 or int64 tensor on ``device``. IndexError: there is no such row.
+    """
+    if ids.device != device or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids are {ids.dtype} on {ids.device}, expected int32 or int64 on {device}")
+    if rows is not None and ids.is_cpu and ids.numel():
+        low, high = (int(each) for each in torch.aminmax(ids))
+        if low < 0 or high >= rows:
+            bad = low if low < 0 else high
+            raise IndexError(
+                f"token id {bad} is not in the vocabulary of {rows}; tokenize with the model's own tokenizer"
+            )
 
 
 def check_prepared(qweight: Tensor) -> None:

@@ -10,6 +10,7 @@ the ``reference`` row of the kernel table calls. Arguments common to both, with 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from ..format import packing
 from ..format.stored_tensors import StoredSpec, unpack_codes, unpack_zeros
 from ..format.weight import PackedWeight, WeightSpec
-from .interface import Kernel, Layout, Tensors
-from .operators import check_input, define_operators
+from .interface import Kernel, Layout, PreparedWeight, Tensors
+from .operators import check_ids, check_input, define_lookup, define_operators
 
 
 class WeightFields(NamedTuple):
@@ -96,6 +97,44 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], w.out_features)
 
 
+def look_up(ids: Tensor, *layout_and_dtype: Any) -> Tensor:
+    """Rows of ``nn.Linear.weight``. ids: int [...] -> [..., K] in ``dtype``. Other arguments: see the module."""
+    *fields, dtype = layout_and_dtype
+    w = WeightFields(*fields)
+    check_ids(ids, w.qweight.device, w.out_features)
+    if not ids.numel():
+        return w.scales.new_empty((*ids.shape, w.in_features), dtype=dtype)
+    columns = ids.reshape(-1)
+    zeros = unpack_zeros(w.spec, w.qzeros)
+    few = w._replace(qweight=w.qweight.index_select(1, columns), scales=w.scales.index_select(1, columns))
+    dense = few.dense(zeros.index_select(1, columns), slice(None), torch.promote_types(dtype, torch.float32))
+    return dense.t().to(dtype).contiguous().view(*ids.shape, w.in_features)
+
+
+def _look_up_input(ids: Tensor, *layout_and_dtype: Any) -> Tensor:
+    """Rows of the weight [K, N], for one whose input channels are tokens. ids: int [...] -> [..., N] in ``dtype``.
+
+    Other arguments: as :func:`prepare` makes them.
+    """
+    *fields, dtype = layout_and_dtype
+    w = WeightFields(*fields)
+    check_ids(ids, w.qweight.device, w.in_features)
+    if not ids.numel():
+        return w.scales.new_empty((*ids.shape, w.out_features), dtype=dtype)
+    flat = ids.reshape(-1).long()
+    # Codes of 3 bits cross words: the words of a whole run are taken. A ragged tail is stored without its last ones.
+    run = 32 if w.bits == 3 else 32 // w.bits
+    first = flat.div(run, rounding_mode="floor").unsqueeze(1) * (run * w.bits // 32)
+    places = (first + torch.arange(run * w.bits // 32, device=flat.device)).clamp(max=w.qweight.shape[0] - 1)
+    words = w.qweight.index_select(0, places.view(-1)).view(*places.shape, -1)
+    codes = packing.unpack_stream(words, w.bits)[torch.arange(len(flat), device=flat.device), flat % run]
+    groups = flat.div(w.group_size, rounding_mode="floor") if w.g_idx is None else w.g_idx[flat].long()
+    wide = torch.promote_types(dtype, torch.float32)
+    zeros = unpack_zeros(w.spec, w.qzeros.index_select(0, groups)).to(wide)
+    dense = (codes.to(wide) - zeros) * w.scales.index_select(0, groups).to(wide)
+    return dense.to(dtype).contiguous().view(*ids.shape, w.out_features)
+
+
 def prepare(weight: PackedWeight) -> Tensors:
     """The tensors of a checkpoint again; see ``Kernel``."""
     qzeros = packing.pack(weight.zeros.t(), weight.spec.bits).t().contiguous()
@@ -116,5 +155,11 @@ KERNEL = Kernel(
     unprepare,
     LAYOUT,
     gemm,
-    *define_operators("", LAYOUT, gemm, dequantize),
+    *define_operators("", LAYOUT, gemm, dequantize, look_up),
 )
+_look_up_input_op = define_lookup("look_up_input", LAYOUT, _look_up_input, lambda weight: weight.out_features)
+
+
+def look_up_input(ids: Tensor, weight: PreparedWeight, dtype: torch.dtype, parameters: Mapping[str, Any]) -> Tensor:
+    """Rows of the weight [K, N] that this row of the table has prepared, as ``PreparedWeight.look_up`` of [N, K]."""
+    return _look_up_input_op(ids, *map(parameters.get, LAYOUT.tensors), *weight.facts, dtype)

@@ -85,3 +85,12 @@ def strips(rows: Tensor, width: int) -> Tensor:
 def rows_of(strips: Tensor, columns: int) -> Tensor:
     """Undo :func:`strips`; columns: N."""
     return strips.transpose(0, 1).reshape(strips.shape[1], -1)[:, :columns].contiguous()
+
+
+def by_channel(by_slot: Tensor, perm: Tensor | None, channels: int) -> Tensor:
+    """[n, slots] -> [n, channels]."""
+    if perm is None:
+        return by_slot[:, :channels]
+    # Padding lands in one more column, so that nothing has to be counted on the host.
+    place = torch.where((perm >= 0) & (perm < channels), perm, channels).long()
+    return by_slot.new_empty((len(by_slot), channels + 1)).index_copy_(1, place, by_slot)[:, :channels]

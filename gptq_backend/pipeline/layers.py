@@ -21,6 +21,7 @@ from ..model.joint_rounding import JointRounding
 from ..model.layer_inputs import InputFactor
 from ..model.placement import Placement
 from ..model.structure import Block, Target, dense_weight, find_structure, is_conv1d, replace_module
+from .embeddings import find_embedding
 from .options import Events, RunOptions
 from .report import LayerReport, QuantizeReport
 
@@ -34,9 +35,22 @@ class Layers:
         self.model, self.backend, self.events, self.before = model, options.backend, events, options.before
         self.calibrate_all_experts = options.calibrate_all_experts
         self.structure, self.placement = find_structure(model, config, options.block_name), Placement(options.device)
+        self.embedding = find_embedding(model, config)
+        if (embedding := self.embedding) is not None:
+            if embedding.calibrated and embedding.head is not None:
+                head = Target(embedding.head, model.get_submodule(embedding.head), embedding.config)
+                self.structure = dataclasses.replace(self.structure, head=head)
+            config = dataclasses.replace(config, dynamic={**embedding.rule, **(config.dynamic or {})})
         self.done: dict[nn.Module, QuantLinear] = {}  # by the dense module
+        self.embedded: QuantizedWeight | None = None
         self.joint = JointRounding()
         self.report = QuantizeReport(self.structure.describe(config))
+
+    @property
+    def count(self) -> int:
+        """Of all layers that will be in the report."""
+        rounded = self.embedding is not None and not self.embedding.calibrated
+        return len(self.structure.targets) + rounded
 
     def weights(self, block: Block) -> dict[Target, QuantizedWeight]:
         """Those of the block's layers that are quantized."""
@@ -94,6 +108,31 @@ class Layers:
             weight, bias, config.checkpoint_format, words, target.name, self.backend, home, old.dtype
         )
 
+    def quantize_embedding(self) -> None:
+        """Round the embedding that is to be quantized without calibration; the passes see what they will see later."""
+        if (target := self.embedding) is None or target.calibrated:
+            return
+        start, dense = time.perf_counter(), target.module.weight
+        self.embedded = target.round()
+        rounded = self.embedded.dequantize()
+        rounded = rounded if target.head is not None else rounded.t()
+        loss = float((rounded - dense.float()).square().sum())
+        share = loss / max(float(dense.float().square().sum()), 1e-30)
+        dense.data = rounded.to(dense.dtype).contiguous()
+        config, seconds = target.config, time.perf_counter() - start
+        sizes = config.bits, config.group_size
+        self.add_report(LayerReport(target.name, *sizes, loss, share, method="nearest", seconds=seconds))
+
+    def install_embedding(self) -> None:
+        """Put the quantized embedding into the model."""
+        if (target := self.embedding) is None:
+            return
+        if target.calibrated:
+            assert self.structure.head is not None
+            self.embedded = self.done[self.structure.head.module].quantized_weight()
+        assert self.embedded is not None
+        target.install(self.model, self.embedded, self.backend)
+
     def install(self, target: Target) -> None:
         """Put the quantized layer into the model, if there is one, and free the dense weight."""
         if target.module in self.done:
@@ -110,4 +149,4 @@ class Layers:
     def add_report(self, entry: LayerReport) -> None:
         """Count a layer as done."""
         self.report.layers.append(entry)
-        self.events.layer_done(entry, len(self.report.layers), len(self.structure.targets))
+        self.events.layer_done(entry, len(self.report.layers), self.count)

@@ -98,14 +98,16 @@ class _Run:
         """The whole model but for a distillation; without ``batches`` by rounding to nearest."""
         if self.structure.head is not None:
             untie(self.structure.head.module)
-        self.events.structure_found(len(self.structure.blocks), len(self.structure.targets))
+        self.events.structure_found(len(self.structure.blocks), self.layers.count)
         # A caller's inference mode would leave no derivatives to take; a model that was loaded in it works only there.
         inference = any(tensor.is_inference() for tensor in tensors_of(self.model))
         with torch.inference_mode(inference), torch.no_grad(), evaluating(self.model):
+            self.layers.quantize_embedding()
             if batches is None:
                 self.round_to_nearest()
             else:
                 self.calibrate(batches)
+            self.layers.install_embedding()
         blocks, done = self.structure.blocks, self.layers.done
         wanted = [target.module for block in blocks for target in block.targets]
         if wanted and not any(module in done for module in wanted):

@@ -12,9 +12,10 @@ from ..training.distill import DistillReport
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer went. Losses and steps as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn" or as in
-    :class:`Factor`; ``tokens`` counts rows, whatever their weights. With ``token_weights`` the losses of layers before
-    attention are weighted, and not comparable with those of a run without. A training of the block comes after it.
+    """How one layer went. Losses and steps as in :class:`gptq.QuantizedLayer`; ``method`` is "rtn", "nearest" (of an
+    embedding, which has no inputs to calibrate on) or as in :class:`Factor`; ``tokens`` counts rows, whatever their
+    weights. With ``token_weights`` the losses of layers before attention are weighted, and not comparable with those of
+    a run without. A training of the block comes after it.
     """
 
     name: str
@@ -52,4 +53,4 @@ class QuantizeReport:
     def unrouted(self) -> list[str]:
         """Layers of experts that no calibration token reached, of a run that had some; rounded to nearest."""
         calibrated = any(layer.tokens for layer in self.layers)
-        return [layer.name for layer in self.layers if calibrated and not layer.tokens]
+        return [layer.name for layer in self.layers if calibrated and layer.method == "rtn"]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..embedding import QuantEmbedding
 from ..format.weight import QuantizedWeight
 from ..linear import QuantLinear
 from ..model.calibration import Batch, output_mask
@@ -72,7 +73,8 @@ def distill(
     """
     held_out, steps = [batches[i] for i in validation_batches(len(batches))], schedule(len(batches), epochs)
     progress = progress or Progress(None)
-    sources = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    sources = {name: layer for name, layer in layers if not isinstance(layer, QuantEmbedding)}  # that one is frozen
     weights = {name: source.quantized_weight() for name, source in sources.items()}
     inside = {id(parameter) for source in sources.values() for parameter in source.parameters()}
     vectors = [p for p in model.parameters() if id(p) not in inside and p.is_floating_point() and p.dim() == 1]

@@ -34,7 +34,7 @@ def make_report(
     distilled = report.distillation
     layers = [dataclasses.asdict(layer) for layer in report.layers]
     for layer in layers:
-        layer["needed_help"] = calibration is not None and layer["method"] != "cholesky"
+        layer["needed_help"] = calibration is not None and layer["method"] not in ("cholesky", "nearest")
     errors = [layer["relative_loss"] for layer in layers if math.isfinite(layer["relative_loss"])]
     return {
         "model": str(model),

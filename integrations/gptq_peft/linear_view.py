@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_backend import QuantLinear
+from gptq_backend import QuantEmbedding, QuantLinear
 
 
 class _View:
@@ -53,7 +53,7 @@ def unmarked(model: nn.Module) -> Iterator[None]:
 def _other_classes(model: nn.Module) -> Iterator[None]:
     outermost = not any(isinstance(module, _View) for module in model.modules())
     for module in model.modules():
-        if isinstance(module, QuantLinear) and not isinstance(module, _View):
+        if isinstance(module, QuantLinear) and not isinstance(module, _View | QuantEmbedding):
             quantized: Any = type(module)
             module.__class__ = _view_of(quantized)
     try:

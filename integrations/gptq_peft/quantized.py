@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_backend import QuantLinear
+from gptq_backend import QuantLinear, TiedHead
 
 
 def base_of(tuner_layer: Any) -> QuantLinear | None:
@@ -18,7 +18,7 @@ def base_of(tuner_layer: Any) -> QuantLinear | None:
 
 def has_quantized(model: nn.Module) -> bool:
     """Whether any layer of ``model`` is quantized."""
-    return any(isinstance(module, QuantLinear) for module in model.modules())
+    return any(isinstance(module, QuantLinear | TiedHead) for module in model.modules())
 
 
 def is_loaded(model: Any) -> bool:

@@ -6,7 +6,7 @@ import copy
 
 from torch import nn
 
-from gptq_backend import QuantLinear
+from gptq_backend import QuantLinear, TiedHead
 from gptq_backend.model import replace_module
 
 
@@ -14,6 +14,9 @@ def dense_copy(module: nn.Module) -> nn.Module:
     """A copy of ``module`` in which quantized layers are dense, in the dtype that dense ones would have."""
     if isinstance(module, QuantLinear):
         return module.dequantize(module.compute_dtype)
+    if isinstance(module, TiedHead):
+        embedding = module.embedding
+        return module.dequantize(embedding.dequantize(embedding.compute_dtype).weight)
     dense = copy.deepcopy(module)
     for name, layer in [*dense.named_modules()]:
         if isinstance(layer, QuantLinear):

@@ -15,7 +15,7 @@ from gptq_backend.model import replace_module
 from .dispatch import keeping_hooks
 from .experts.expert_list import ExpertList
 from .loading.split_layers import join_layers
-from .quantized_layers import dtype_of_parameter, quant_linears
+from .quantized_layers import dtype_of_parameter, make_dense, quant_linears
 
 logger = logging.getLogger(__name__)
 
@@ -45,32 +45,30 @@ def forbid_changes(model: nn.Module) -> None:
 def _resize(
     model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *more: Any, **options: Any
 ) -> Any:
-    """As the model's class does it, after a quantized output embedding of another size was dequantized."""
-    head = model.get_output_embeddings()
-    if isinstance(head, QuantLinear):
-        rows = model.get_input_embeddings().weight.shape[0] if new_num_tokens is None else new_num_tokens
-        multiple = pad_to_multiple_of or 1
-        if -(-rows // multiple) * multiple != head.out_features:
-            _dequantize_head(model, head)
+    """As the model's class does it, after quantized embeddings of another size were dequantized."""
+    rows, multiple = model.get_input_embeddings().weight.shape[0], pad_to_multiple_of or 1
+    rows = -(-(new_num_tokens or rows) // multiple) * multiple
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(layer, QuantLinear) and layer.weight.shape[0] != rows:
+            _dequantize_embedding(model, layer)
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *more, **options)
 
 
-def _dequantize_head(model: Any, head: QuantLinear) -> None:
-    name = next(name for name, module in model.named_modules() if module is head)
-    dense = head.dequantize(head.compute_dtype)
+def _dequantize_embedding(model: Any, layer: QuantLinear) -> None:
+    """The input or the output embedding."""
+    name = next(name for name, module in model.named_modules() if module is layer)
+    settings: Any = getattr(model.config, "quantization_config", None)
+    if layer is model.get_output_embeddings() and getattr(settings, "lm_head", None):
+        settings.lm_head = False
+    with keeping_hooks(model):
+        dense = make_dense(model, name, layer, layer.compute_dtype).requires_grad_(False)
     logger.warning(
         "%s is quantized, and new tokens need rows in full precision: it was dequantized to resize it (%d MB instead "
         "of %d), and will be saved that way",
         name,
         dense.weight.nbytes >> 20,
-        head.stored_spec.nbytes >> 20,
+        layer.stored_spec.nbytes >> 20,
     )
-    dense.requires_grad_(False)
-    with keeping_hooks(model):
-        replace_module(model, name, dense)
-    settings: Any = getattr(model.config, "quantization_config", None)
-    if getattr(settings, "lm_head", None):
-        settings.lm_head = False
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
@@ -97,9 +95,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
             own = layer.compute_dtype
             if dtype is not None and own == old:
                 own = dtype_of_parameter(model, f"{name}.weight", dtype)  # not by way of the old one
-            dense = layer.dequantize(own)
-            dense.requires_grad_(not adapted)
-            replace_module(model, name, dense)
+            make_dense(model, name, layer, own).requires_grad_(not adapted)
     if dtype is not None:
         # Others, and buffers such as rotary frequencies, have their dtype on purpose.
         for name, parameter in model.named_parameters():

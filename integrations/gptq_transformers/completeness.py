@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from gptq_backend import CheckpointError
+from gptq_backend import CheckpointError, TiedHead
 from gptq_backend.format import Shards, checkpoint_files, read_manifest, read_tensor
 
 from .experts.conversions import converters
@@ -77,6 +77,7 @@ def missing_tensors(model: nn.Module, original: Iterable[str], written: Iterable
     computed = {
         f"{name}.{key}".removeprefix(".") for name, m in model.named_modules() for key in m._non_persistent_buffers_set
     }
+    computed |= {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, TiedHead)}
     used = {*parameters, *dict(model.named_buffers(remove_duplicate=False))}
     lists = {name: m for name, m in model.named_modules() if isinstance(m, ExpertList | ParallelLinears)}
     split = {f"{name}.{key}" for name, m in lists.items() for key in m.fused_names}

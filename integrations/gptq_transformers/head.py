@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_backend import ConfigError, QuantizeConfig, QuantLinear
+from gptq_backend import ConfigError, QuantizeConfig, QuantLinear, TiedHead
 from gptq_backend.algorithm import round_to_nearest
 from gptq_backend.model import replace_module
 
@@ -30,7 +30,7 @@ def quantize_head(model: Any, bits: int) -> None:
     if bits not in BITS:
         raise ConfigError(f"quantize_head={bits!r}, expected one of {BITS}, or None to leave the head as it is")
     head = model.get_output_embeddings()
-    if isinstance(head, QuantLinear):
+    if isinstance(head, QuantLinear | TiedHead):
         return
     if not isinstance(head, nn.Linear):
         raise ConfigError(

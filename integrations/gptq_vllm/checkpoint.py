@@ -12,6 +12,7 @@ import torch
 
 from gptq_backend import CheckpointError, QuantizeConfig
 from gptq_backend.format import (
+    EMBEDDINGS,
     INDEX,
     STANDARD_FILES,
     ExpertLayout,
@@ -178,6 +179,12 @@ class Checkpoint:
         """Whether layer ``module`` is quantized; None when the file does not have it under a name known here."""
         name = self.stored_name(module)
         return None if name is None else f"{name}.qweight" in self.manifest
+
+    def embedding(self) -> str | None:
+        """The only quantized layer that has the name of an embedding of tokens; None if there is none, or several."""
+        found = [name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")]
+        found = [name for name in found if name.rpartition(".")[2] in EMBEDDINGS]
+        return found[0] if len(found) == 1 else None
 
     def quantized_inside(self, module: str) -> bool:
         """Whether any layer inside ``module`` is quantized."""

@@ -27,6 +27,7 @@ NAMES = {
     "LinearMethodBase": f"{_LAYERS}.linear",
     "ParallelLMHead": f"{_LAYERS}.vocab_parallel_embedding",
     "QKVParallelLinear": f"{_LAYERS}.linear",
+    "VocabParallelEmbedding": f"{_LAYERS}.vocab_parallel_embedding",
     "QuantizeMethodBase": f"{_LAYERS}.quantization.base_config",
     "UnquantizedLinearMethod": f"{_LAYERS}.linear",
     "register_weight_loader_v2_supported_method": f"{_LAYERS}.linear",

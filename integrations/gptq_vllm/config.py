@@ -20,10 +20,12 @@ from .compat import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
     UnquantizedLinearMethod,
+    VocabParallelEmbedding,
     WeightsMapper,
     download_weights_from_hf,
     get_current_vllm_config,
 )
+from .embedding import embedding_method, tied_method
 from .fused_moe import GPTQMoEMethod, find_experts
 from .linear import GPTQHeadMethod, GPTQLinearMethod
 from .method_facts import MethodFacts
@@ -92,7 +94,10 @@ class GPTQBackendConfig(MethodFacts):
             layout = find_experts(stored, layer)
             return GPTQMoEMethod(stored, layer, layout) if layout else UnquantizedFusedMoEMethod(layer.moe_config)
         if isinstance(layer, ParallelLMHead):
-            return GPTQHeadMethod(stored, [prefix]) if stored.checkpoint.is_quantized(prefix) else None
+            own = stored.checkpoint.is_quantized(prefix)
+            return GPTQHeadMethod(stored, [prefix]) if own else tied_method(stored, layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return embedding_method(stored, layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         names = stored.names(prefix, self.packed_modules_mapping)

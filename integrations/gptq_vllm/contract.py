@@ -96,6 +96,7 @@ ATTRIBUTES = {
     "MergedColumnParallelLinear": "has_bias output_sizes weight_loader_v2",
     "QKVParallelLinear": "total_num_heads total_num_kv_heads head_size v_head_size",
     "ParallelLMHead": "org_vocab_size tp_rank tp_size",
+    "VocabParallelEmbedding": "embedding_dim org_vocab_size tp_rank tp_size",
     "RoutedExperts": "ckpt_gate_proj_name ckpt_up_proj_name ckpt_down_proj_name layer_name moe_config activation "
     "swiglu_alpha swiglu_beta swiglu_limit apply_router_weight_on_input expert_map expert_map_manager "
     "local_num_experts global_num_experts",

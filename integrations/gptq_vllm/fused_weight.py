@@ -34,6 +34,10 @@ class QuantizedSegment(nn.Module):
             return self.prepared.multiply_in_graph(self._parameters, x, bias)
         return self.prepared.multiply(x, bias)
 
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of W.T [N, K]. ids: int [...] -> [..., K] in ``dtype``."""
+        return self.prepared.look_up(ids, dtype, self._parameters if torch.compiler.is_compiling() else None)
+
     def serve_alone(self) -> None:
         """Take back what being an expert had to do with the choice of the kernel."""
         weight = self.prepared
@@ -65,6 +69,10 @@ class DenseSegment(nn.Module):
         if self.extra_bias is not None:
             bias = self.extra_bias if bias is None else bias + self.extra_bias
         return F.linear(x, self.weight, bias)
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """As of a :class:`QuantizedSegment`."""
+        return F.embedding(ids, self.weight).to(dtype)
 
     def extra_repr(self) -> str:
         biased = ", biased" if self.extra_bias is not None else ""
@@ -99,6 +107,12 @@ class FusedWeight(nn.Module):
             return self._forwards[0](x, bias)
         biases = [None] * len(self._sizes) if bias is None else bias.split(self._sizes)
         return torch.cat([multiply(x, part) for multiply, part in zip(self._forwards, biases)], dim=-1)
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of W.T [N, K], which is one segment. ids: int [...] -> [..., K] in ``dtype``."""
+        (part,) = self.parts
+        rows: Tensor = part.look_up(ids, dtype)  # type: ignore[operator]
+        return rows
 
     def serve_alone(self) -> None:
         """See :meth:`QuantizedSegment.serve_alone`."""

@@ -60,10 +60,13 @@ class GPTQLinearMethod(LinearMethodBase):
         has_bias = bool(getattr(layer, "has_bias", False))
         layers = {self._prefix: ExpectedLayer(input_size, None, has_bias)}
         for i, name in enumerate(self.names):
-            layers[name] = ExpectedLayer(input_size, _stored_outputs(layer, self.names, i), has_bias)
+            layers[name] = self._expected(layer, i, input_size, has_bias)
         self._collector = TensorCollector(self.stored, layers, self._place, self._placed.clear)
         add_parameters(layer, self._load, self.stored.checkpoint.parts(self.names[0]))
         self._device = layer.qweight.device
+
+    def _expected(self, layer: Any, index: int, input_size: int, has_bias: bool) -> ExpectedLayer:
+        return ExpectedLayer(input_size, _stored_outputs(layer, self.names, index), has_bias)
 
     def process_weights_after_loading(self, layer: LinearBase | ParallelLMHead) -> None:
         with self._collector.finished(layer):

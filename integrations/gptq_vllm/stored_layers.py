@@ -122,6 +122,19 @@ class StoredLayers:
         # Not known by these names: a model that renames in its loader. What arrives will tell.
         return names if None in found and self.settings.for_module(own_name(prefix)) is not None else []
 
+    def embedding(self, prefix: str) -> str | None:
+        """vLLM's name of the input embedding ``prefix``; some models do not tell it, and then it is found by its name.
+        None if it is not known.
+        """
+        return prefix or self.checkpoint.embedding()
+
+    def embedding_by_token(self, name: str, vocabulary: int, width: int) -> bool:
+        """The layout of a quantized embedding, see :mod:`gptq_backend.embedding`."""
+        stored = self.checkpoint.stored_name(name)
+        if vocabulary == width:
+            return not any(f"{HEAD}.{part}" in self.checkpoint.manifest for part in ("weight", "qweight"))
+        return self.checkpoint.manifest[f"{stored}.qweight"].shape[-1] == vocabulary
+
     def expect(self, name: str, layer: ExpectedLayer) -> None:
         """Announce what the model expects of layer ``name``, before a spec is asked for."""
         self._expected[name] = layer

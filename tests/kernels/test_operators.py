@@ -10,17 +10,19 @@ from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import native, prepared
 
 SERVING = [kernel for kernel in KERNELS if kernel.supports(WeightSpec(90, 33, 4, 30, 3), torch.device("cpu")) is None]
-NAMES = ("gemm", "gemm_inference", "dequantize", "gradient")
+NAMES = ("gemm", "gemm_inference", "dequantize", "gradient", "look_up", "look_up_input")
 # Checked where their devices are, or are emulated.
 ELSEWHERE = {
     "cpu_moe_gemm": "tests/kernels/test_experts.py",
     "triton_gemm": "tests/kernels/interpret_triton.py",
     "triton_gemm_inference": "tests/kernels/interpret_triton.py",
     "triton_dequantize": "tests/kernels/interpret_triton.py",
+    "triton_look_up": "tests/kernels/test_look_up.py",
     "triton_moe_gemm": "tests/kernels/interpret_triton.py",
     "cuda_gemm": "tests/gpu/test_cuda.py",
     "cuda_gemm_inference": "tests/gpu/test_cuda.py",
     "cuda_dequantize": "tests/gpu/test_cuda.py",
+    "cuda_look_up": "tests/kernels/test_look_up.py",
 }
 
 
@@ -42,6 +44,10 @@ def test_operators_pass_opcheck(kernel: Kernel, sym: bool, act_order: bool) -> N
     torch.library.opcheck(inference, (torch.randn(5, 90), *layout, torch.randn(33)))
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(getattr(operators, f"{prefix(kernel)}dequantize").default, (*layout, dtype))
+    for name, rows in (("look_up", 33), ("look_up_input", 90)):
+        if hasattr(operators, f"{prefix(kernel)}{name}"):
+            ids = torch.randint(rows, (2, 3))
+            torch.library.opcheck(getattr(operators, f"{prefix(kernel)}{name}").default, (ids, *layout, torch.bfloat16))
     if hasattr(operators, f"{prefix(kernel)}gradient"):
         y_grad = torch.randn(2, 1, 33, requires_grad=True)
         torch.library.opcheck(getattr(operators, f"{prefix(kernel)}gradient").default, (y_grad, *layout))

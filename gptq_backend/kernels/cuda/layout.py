@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...format.weight import PackedWeight, WeightSpec
 from ..interface import Tensors
-from ..slots import codes_by_slot, group_sizes, group_slots, rows_of, strips, words_by_channel
+from ..slots import by_channel, codes_by_slot, group_sizes, group_slots, rows_of, strips, words_by_channel
 
 STRIP, TILE = 16, 64
 _UNIT = 32
@@ -171,6 +171,35 @@ def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tenso
 
     scales = tensors["stored_scales"] if "stored_scales" in tensors else by_group(tensors["scales"])
     return torch.cat(parts, 1), scales, by_group(tensors["zeros"]) if "zeros" in tensors else None
+
+
+def rows_at(
+    ids: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, bits: int, in_features: int
+) -> Tensor:
+    """Rows of ``nn.Linear.weight``: float32 [n, K].
+
+    Args:
+        ids: int64 [n], output channels.
+        qweight, scales, zeros, perm: as above.
+    """
+    slots = qweight.shape[1] * TILE
+    # Whole strips are unpacked, of which a row is one of 16; so few at a time that this takes little memory.
+    parts = []
+    for few in ids.split(max(1, (1 << 24) // (slots * STRIP))):
+        strip, column = few // STRIP, few % STRIP
+
+        def of_row(by_strip: Tensor, column: Tensor = column) -> Tensor:
+            by_strip = by_strip.view(len(by_strip), -1, STRIP)
+            return by_strip[:, torch.arange(len(column), device=column.device), column].t().float()
+
+        def of_slot(tensor: Tensor, strip: Tensor = strip) -> Tensor:
+            by_chunk = of_row(_rows(tensor.index_select(0, strip), len(strip) * STRIP))
+            return by_chunk.repeat_interleave(slots // tensor.shape[1], 1)
+
+        codes = of_row(_unpack(qweight.index_select(0, strip), bits))
+        offset = 1 << (bits - 1) if zeros is None else of_slot(zeros)
+        parts.append(by_channel((codes - offset) * of_slot(scales), perm, in_features))
+    return torch.cat(parts) if parts else scales.new_empty((0, in_features), dtype=torch.float32)
 
 
 def _slices(spec: WeightSpec, slots: int) -> list[slice]:

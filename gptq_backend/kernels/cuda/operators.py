@@ -16,7 +16,8 @@ from torch import Tensor
 from ...format.weight import WeightSpec
 from ..devices import DTYPE_CODES
 from ..interface import Kernel, Layout
-from ..operators import check_input, check_prepared, define_operators
+from ..operators import check_ids, check_input, check_prepared, define_operators
+from ..slots import by_channel
 from . import layout
 from .plan import Plan, machine, plan
 
@@ -211,12 +212,17 @@ def dequantize(*layout_and_dtype: Any) -> Tensor:
     compute = dtype if dtype in DTYPE_CODES else torch.float32
     with _on(w.qweight):
         dense = _dense(_weight(w), w.qweight, 0, w.out_features, columns, compute)
-    if w.perm is not None:
-        # Padding lands in one more column, so that nothing has to be counted on the host.
-        channel = torch.where((w.perm >= 0) & (w.perm < w.in_features), w.perm, w.in_features).long()
-        by_channel = torch.empty((w.out_features, w.in_features + 1), dtype=dense.dtype, device=dense.device)
-        dense = by_channel.index_copy_(1, channel, dense)[:, : w.in_features]
-    return dense.to(dtype).contiguous().t()
+    return by_channel(dense, w.perm, w.in_features).to(dtype).contiguous().t()
+
+
+def look_up(ids: Tensor, *layout_and_dtype: Any) -> Tensor:
+    """Rows of ``nn.Linear.weight``. ids: int [...] -> [..., K] in ``dtype``."""
+    *fields, dtype = layout_and_dtype
+    w = WeightFields(*fields)
+    check_ids(ids, w.qweight.device)
+    weight = (w.qweight, w.scales, w.zeros, w.perm)
+    rows = layout.rows_at(ids.reshape(-1).long(), *weight, w.bits, w.in_features)
+    return rows.to(dtype).contiguous().view(*ids.shape, w.in_features)
 
 
 _LAYOUT = Layout(WeightFields)
@@ -227,5 +233,5 @@ KERNEL = Kernel(
     layout.unprepare,
     _LAYOUT,
     gemm,
-    *define_operators("cuda_", _LAYOUT, gemm, dequantize, dispatch="CUDA", by_output=True),
+    *define_operators("cuda_", _LAYOUT, gemm, dequantize, look_up, dispatch="CUDA", by_output=True),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...format.weight import PackedWeight, WeightSpec
 from ..interface import Tensors
-from ..slots import codes_by_slot, group_slots, words_by_channel
+from ..slots import by_channel, codes_by_slot, group_slots, words_by_channel
 
 PLANE = 16
 
@@ -87,3 +87,33 @@ def unprepare(spec: WeightSpec, tensors: Tensors) -> tuple[Tensor, Tensor, Tenso
     scales, zeros = tensors["scales"][:, : spec.out_features].contiguous(), tensors.get("zeros")
     qweight = words_by_channel(codes, spec.bits, tensors.get("perm"))
     return qweight, scales, None if zeros is None else zeros[:, : spec.out_features].contiguous()
+
+
+def rows_at(
+    ids: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    groups: Tensor,
+    perm: Tensor | None,
+    bits: int,
+    in_features: int,
+) -> Tensor:
+    """Rows of ``nn.Linear.weight``: float32 [n, K].
+
+    Args:
+        ids: int64 [n], output channels.
+        groups: int [slots/16], the group of every 16 slots; where there are none, any.
+        qweight, scales, zeros, perm: as above.
+    """
+    if bits == 3:  # the third bits of two channels share a word
+        high = qweight[:, PLANE:].contiguous().view(torch.int16).view(len(qweight), PLANE, -1)
+        low, high = qweight[:, :PLANE].index_select(2, ids), high.index_select(2, ids)
+        codes = _separate(low.flatten(1), 2) | (_separate(high.flatten(1), 1) << 2)
+        codes = codes.view(-1, len(ids))
+    else:
+        codes = _unpack(qweight.index_select(2, ids), bits)
+    of_slot = groups.long().repeat_interleave(PLANE)
+    offset = 1 << (bits - 1) if zeros is None else zeros.index_select(1, ids).float()[of_slot]
+    dense = ((codes.float() - offset) * scales.index_select(1, ids).float()[of_slot]).t()
+    return by_channel(dense, perm, in_features)

@@ -19,7 +19,7 @@ from ...format.weight import WeightSpec
 from ..devices import DTYPE_CODES, cdiv, on_device
 from ..expert_routing import Routing
 from ..interface import ExpertKernel, Kernel, Layout
-from ..operators import check_input, check_prepared, define_grouped, define_operators
+from ..operators import check_ids, check_input, check_prepared, define_grouped, define_operators
 from . import layout
 from . import plan as triton_plan
 from .layout import PLANE, planes
@@ -221,6 +221,22 @@ def dequantize(*layout_and_dtype: Any) -> Tensor:
     return _dense(w, dtype, 0, w.out_features)
 
 
+def look_up(ids: Tensor, *layout_and_dtype: Any) -> Tensor:
+    """Rows of ``nn.Linear.weight``. ids: int [...] -> [..., K] in ``dtype``. Other arguments: see the module."""
+    *fields, dtype = layout_and_dtype
+    w = WeightFields(*fields)
+    check_ids(ids, w.qweight.device)
+    if not ids.numel():
+        return w.scales.new_empty((*ids.shape, w.in_features), dtype=dtype)
+    groups = w.groups
+    if groups is None:
+        plane = torch.arange(w.slots // PLANE, device=ids.device)
+        groups = plane.div(w.group_planes, rounding_mode="floor").clamp(max=w.scales.shape[0] - 1)
+    weight = (w.qweight, w.scales, w.zeros, groups, w.perm)
+    rows = layout.rows_at(ids.reshape(-1).long(), *weight, w.bits, w.in_features)
+    return rows.to(dtype).contiguous().view(*ids.shape, w.in_features)
+
+
 def moe_gemm(x: Tensor, *layout_and_more: Any) -> Tensor:
     """Each row of x times the weight of its expert; see experts.py. The layout's tensors have a leading dimension E."""
     *fields, order, experts, top_k, bias = layout_and_more
@@ -244,7 +260,7 @@ KERNEL = Kernel(
     layout.unprepare,
     _LAYOUT,
     gemm,
-    *define_operators("triton_", _LAYOUT, gemm, dequantize),
+    *define_operators("triton_", _LAYOUT, gemm, dequantize, look_up),
 )
 moe_op = define_grouped(
     "triton_moe_gemm",

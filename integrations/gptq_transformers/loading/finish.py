@@ -14,6 +14,7 @@ from gptq_backend.module_moves import offloading_hook
 from ..experts.unfuse import group_experts
 from ..quantized_layers import dtype_of_parameter, quant_linears
 from .checks import check_finite, check_loaded, not_loaded
+from .embeddings import keep_dense
 from .prepare import LoadPlan
 
 
@@ -31,6 +32,7 @@ def finish_model(model: nn.Module, plan: LoadPlan) -> None:
         _restore_dtypes(name, layer, plan.manifest)
         for parameter in layer.parameters():
             parameter.requires_grad_(False)  # transformers makes new ones, with gradients for floats
+    keep_dense(model)
     group_experts(model)
     for _, layer in quant_linears(model):
         if not any(parameter.is_meta for parameter in layer.parameters()):
@@ -49,15 +51,11 @@ def _load_dense(model: Any, plan: LoadPlan) -> None:
         tensors = {part: read_tensor(plan.manifest[f"{name}.{part}"]) for part in spec.shapes if part != "bias"}
         weight = read_packed(spec, tensors, name).unpack().dequantize()
         module = model.get_submodule(name)
-        if isinstance(module, nn.Embedding):
-            weight = weight.t().contiguous()
         old = module.weight
         device = "cpu" if old.is_meta else old.device
         new: Any = nn.Parameter(weight.to(device, plan.dtypes[f"{name}.weight"]), requires_grad=False)
         new._is_hf_initialized = True
         module.weight = new
-    if any(isinstance(model.get_submodule(name), nn.Embedding) for name in plan.dense):
-        model.tie_weights()
 
 
 def _restore_dtypes(name: str, layer: QuantLinear, manifest: Manifest) -> None:

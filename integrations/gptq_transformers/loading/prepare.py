@@ -29,6 +29,7 @@ from ..experts.unfuse import replace_fused_experts
 from ..quantized_layers import dtype_of_parameter, untie_quantized
 from .checkpoint_names import CheckpointNames
 from .checks import check_dense_shapes
+from .embeddings import find_embeddings
 from .split_layers import split_layers
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def prepare_model(
     split_layers(model, layers)
     shapes = linear_shapes(model)
     biased = {name for name in shapes if model.get_submodule(name).bias is not None}
+    embeddings = {each.name: each for each in find_embeddings(model, manifest, quantized)}
+    shapes |= {name: each.shape for name, each in embeddings.items()}
     specs = resolve_specs(manifest, config, shapes, biased)
     plan = LoadPlan(manifest, names.renaming, renamed={name for key, name in names.of.items() if key != name})
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
@@ -94,6 +97,10 @@ def prepare_model(
         )
     unused = [f"{name}.{part}" for name in plan.dense for part in ("qweight", "qzeros", "scales", "g_idx")]
     for name, spec in specs.items():
+        if name in embeddings:
+            embeddings[name].put(model, spec, backend)
+            unused.append(f"{name}.weight")
+            continue
         weight: Any = model.get_submodule(name).weight
         dtype = dtype_of_parameter(model, f"{name}.weight", weight.dtype)
         replace_module(model, name, QuantLinear(spec, name, backend, device="meta", dtype=dtype))
@@ -160,9 +167,8 @@ def _other_modules(
 ) -> dict[str, StoredSpec]:
     """What to do with layers that are quantized in the file and not linear in the model.
 
-    A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight, and so does an
-    embedding, which GPTQModel can quantize as if it were multiplied by one-hot rows. A layer that the
-    model lacks altogether (a head that the user did not ask for, multi-token prediction) is skipped like any other
+    A router of transformers 5 multiplies by a weight of its own: it gets the dequantized weight. A layer that the model
+    lacks altogether (a head that the user did not ask for, multi-token prediction) is skipped like any other
     tensor that is too much, unless the model waits for something in its place.
     """
     modules = dict(model.named_modules())
@@ -170,9 +176,7 @@ def _other_modules(
     for name in names:
         weight = getattr(modules.get(name), "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2:
-            rows, columns = weight.shape
-            # Its tokens are the input channels.
-            shapes[name] = (rows, columns) if isinstance(modules[name], nn.Embedding) else (columns, rows)
+            shapes[name] = (weight.shape[1], weight.shape[0])
             logger.warning("%s: %s cannot be quantized; its weight is dequantized", name, type(modules[name]).__name__)
             continue
         parent = name
