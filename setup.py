@@ -151,6 +151,8 @@ PORTABLE = [
     "layers.cpp",
     "places_module.cpp",
     "repack.cpp",
+    "router.cpp",
+    "tail.cpp",
     "team.cpp",
     "torch_op.cpp",
     "level_generic.cpp",

@@ -136,6 +136,44 @@ void combine(Dtype dtype, const void* x, const float* factors, int rows, void* y
 }
 
 template <class Isa>
+void widen(Dtype dtype, const void* x, float* y, int n) {
+    to_float<Isa>(dtype, x, y, n);
+}
+
+template <class Isa>
+void dots(const Dense& dense, int output, Dtype dtype, const void* x, int count, bool rounded, float* y,
+          int64_t stride) {
+    constexpr int kSums = 4 * kWide;  // enough that no addition waits for the one before
+    alignas(64) float weight[kChunk], in[kChunk], sums[kDotRows][kSums] = {};
+    in_chunks(dense.width, [&](int first, int n) {
+        to_float<Isa>(dense.dtype, element(dense.weight, dense.dtype, int64_t(output) * dense.width + first), weight,
+                      n);
+        for (int row = 0; row < count; ++row) {
+            to_float<Isa>(dtype, element(x, dtype, int64_t(row) * dense.width + first), in, n);
+            float (&sum)[kSums] = sums[row];
+            int i = 0;
+            for (; i + kSums <= n; i += kSums) {
+                for (int j = 0; j < kSums; ++j) sum[j] += weight[i + j] * in[i + j];
+            }
+            for (int j = 0; i + j < n; ++j) sum[j] += weight[i + j] * in[i + j];
+        }
+    });
+    float bias = 0.0f;
+    if (dense.bias) to_float<Isa>(dense.bias_dtype, element(dense.bias, dense.bias_dtype, output), &bias, 1);
+    for (int row = 0; row < count; ++row) {
+        float total = 0.0f;
+        for (int j = 0; j < kSums; ++j) total += sums[row][j];
+        total += bias;
+        if (rounded) {
+            uint32_t stored;
+            from_float<Isa>(dtype, &total, &stored, 1);
+            to_float<Isa>(dtype, &stored, &total, 1);
+        }
+        y[row * stride] = total;
+    }
+}
+
+template <class Isa>
 void add(Dtype dtype, const void* a, const void* b, float factor, void* y, int n) {
     alignas(64) float left[kChunk], right[kChunk];
     in_chunks(n, [&](int first, int count) {
@@ -350,7 +388,8 @@ void attend(const Attention& a, int batch, int row, int head, int heads) {
 }
 
 template <class Isa>
-constexpr RowKernels row_kernels = {normalize<Isa>, add<Isa>, activate<Isa>, rotate<Isa>, combine<Isa>, attend<Isa>};
+constexpr RowKernels row_kernels = {normalize<Isa>, add<Isa>,  activate<Isa>, rotate<Isa>,
+                                    combine<Isa>,   dots<Isa>, widen<Isa>,    attend<Isa>};
 
 }  // namespace
 }  // namespace gptq
