@@ -187,7 +187,7 @@ for again in range(3):
     "call",
     [
         "cpu_attention.rotate_(torch.ones(999, 640), 10, norm=cpu_block.Norm(None).native)",
-        "cpu_tail.Tail(cpu_tail.TailParts(cpu_block.OutputParts(part), cpu_tail.MLP((part, part), part, 'silu')))(x, x)",
+        "cpu_tail.Tail(cpu_tail.TailParts(cpu_block.OutputParts(part), cpu_tail.MLP((part,) * 2, part, 'silu')))(x, x)",
     ],
 )
 def test_a_level_that_the_machine_lacks_is_an_error_and_no_crash(call: str) -> None:

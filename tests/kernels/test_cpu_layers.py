@@ -14,8 +14,8 @@ from torch import Tensor
 from gptq_backend.kernels import cpu_attention
 from gptq_backend.kernels.cpu_attention import PAIRS
 from gptq_backend.kernels.cpu_block import Norm, OutputParts, Projections
-from gptq_backend.kernels.cpu_tail import MLP, Tail, TailParts
 from gptq_backend.kernels.cpu_layers import Layer, Room, run_layers
+from gptq_backend.kernels.cpu_tail import MLP, Tail, TailParts
 from tests.kernels.checks import LIMITS, native
 from tests.kernels.test_cpu_block import Dense, random_norm
 

@@ -70,9 +70,7 @@ def rules(draw: Any) -> tuple[int, Rule]:
     return groups * size, rule
 
 
-@given(
-    rules(), st.sampled_from([0, 1, 2, 7, 9, 33]), st.integers(8, 700), dtypes, dtypes, st.booleans(), st.booleans()
-)
+@given(rules(), st.sampled_from([0, 1, 2, 7, 9, 33]), st.integers(8, 700), dtypes, dtypes, st.booleans(), st.booleans())
 def test_routers_are_exact(sizes, tokens, width, dtype, weight_dtype, bias, corrected) -> None:
     experts, rule = sizes
     torch.manual_seed(tokens)
@@ -103,8 +101,7 @@ def test_of_equal_scores_the_same_are_chosen_as_by_torch(experts, top_k, levels,
     ids, _ = Router(parts)(torch.eye(5))
     logits = torch.nn.functional.linear(torch.eye(5), scores.t())
     wanted = logits.sigmoid().topk(top_k, sorted=False).indices
-    for a, b in zip(ids.long()[1:], wanted[1:]):  # NaN times 0 is in each row
-        assert torch.equal(a.sort().values, b.sort().values) or nan
+    assert torch.equal(ids.long().sort().values, wanted.sort().values)
 
 
 def mixture(
@@ -130,9 +127,7 @@ def test_the_tail_with_a_mixture_is_exact(tokens, hidden, inner, experts, beside
     o, up, last = Dense(4, hidden, hidden, 1), Dense(4, hidden, inner, 2), Dense(4, inner, hidden, 3)
     mlp = None if beside == "nothing" else MLP((up.linear,), last.linear, "silu", gated=False)
     gate = torch.randn(1, hidden) / hidden**0.5
-    parts = TailParts(
-        OutputParts(o.linear), mlp, Mixture(router, run, Gate(gate) if beside == "gated mlp" else None)
-    )
+    parts = TailParts(OutputParts(o.linear), mlp, Mixture(router, run, Gate(gate) if beside == "gated mlp" else None))
     x, residual = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens, hidden).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
