@@ -2,7 +2,10 @@
 // decoder layer's call. The caller's tuples own everything, so that Python's garbage collector sees what is held.
 #include "places_module.h"
 
+#include <pybind11/stl.h>
+
 #include <stdexcept>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -18,11 +21,14 @@ PyObject* find(const py::tuple& dicts, const py::tuple& keys, size_t i) {
 }
 
 // Asks for the memory of all dictionaries at a time. Weights that have passed by in between left little of it in the
-// caches, and to wait for one dictionary after the other would take most of the time.
+// caches, and to wait for one dictionary after the other would take most of the time. First for what describes them,
 void prefetch(const py::tuple& dicts) {
-    const size_t count = dicts.size();
-    for (size_t i = 0; i < count; ++i) __builtin_prefetch(PyTuple_GET_ITEM(dicts.ptr(), i));
-    for (size_t i = 0; i < count; ++i) {
+    for (size_t i = 0; i < dicts.size(); ++i) __builtin_prefetch(PyTuple_GET_ITEM(dicts.ptr(), i));
+}
+
+// then for what they hold,
+void prefetch_tables(const py::tuple& dicts) {
+    for (size_t i = 0; i < dicts.size(); ++i) {
         PyObject* const dict = PyTuple_GET_ITEM(dicts.ptr(), i);
         if (!PyDict_Check(dict)) continue;
         const auto* const fields = reinterpret_cast<const PyDictObject*>(dict);
@@ -38,10 +44,9 @@ void check(const py::tuple& dicts, const py::tuple& others) {
 }
 
 // Whether each dictionary holds the very object, None where it holds nothing.
-bool unchanged(const py::tuple& dicts, const py::tuple& keys, const py::tuple& values) {
+bool hold(const py::tuple& dicts, const py::tuple& keys, const py::tuple& values) {
     check(dicts, keys);
     check(dicts, values);
-    prefetch(dicts);
     for (size_t i = 0; i < dicts.size(); ++i) {
         if (find(dicts, keys, i) != PyTuple_GET_ITEM(values.ptr(), i)) return false;
     }
@@ -49,9 +54,8 @@ bool unchanged(const py::tuple& dicts, const py::tuple& keys, const py::tuple& v
 }
 
 // Whether all that they hold is nothing, or false as a condition.
-bool empty(const py::tuple& dicts, const py::tuple& keys) {
+bool hold_nothing(const py::tuple& dicts, const py::tuple& keys) {
     check(dicts, keys);
-    prefetch(dicts);
     for (size_t i = 0; i < dicts.size(); ++i) {
         const auto found = py::reinterpret_borrow<py::object>(find(dicts, keys, i));  // code of its own may drop it
         const int truth = PyObject_IsTrue(found.ptr());
@@ -61,11 +65,43 @@ bool empty(const py::tuple& dicts, const py::tuple& keys) {
     return true;
 }
 
+bool unchanged(const py::tuple& dicts, const py::tuple& keys, const py::tuple& values) {
+    prefetch(dicts);
+    prefetch_tables(dicts);
+    return hold(dicts, keys, values);
+}
+
+bool empty(const py::tuple& dicts, const py::tuple& keys) {
+    prefetch(dicts);
+    prefetch_tables(dicts);
+    return hold_nothing(dicts, keys);
+}
+
+// Both for each of some tuples, which begin with the five arguments.
+bool untouched(const std::vector<py::tuple>& all) {
+    const auto dicts = [](const py::tuple& each, int field) { return py::reinterpret_borrow<py::tuple>(each[field]); };
+    for (const py::tuple& each : all) check(dicts(each, 0), dicts(each, 1)), check(dicts(each, 3), dicts(each, 4));
+    for (const py::tuple& each : all) prefetch(dicts(each, 0)), prefetch(dicts(each, 3));
+    for (const py::tuple& each : all) prefetch_tables(dicts(each, 0)), prefetch_tables(dicts(each, 3));
+    // and for what lies there: hooks are dictionaries themselves, and the tensors are asked for their addresses next.
+    for (const py::tuple& each : all) {
+        const py::tuple places = dicts(each, 3), keys = dicts(each, 4), values = dicts(each, 2);
+        for (size_t i = 0; i < places.size(); ++i) __builtin_prefetch(find(places, keys, i));
+        for (size_t i = 0; i < values.size(); ++i) __builtin_prefetch(PyTuple_GET_ITEM(values.ptr(), i));
+    }
+    for (const py::tuple& each : all) {
+        if (!hold(dicts(each, 0), dicts(each, 1), dicts(each, 2))) return false;
+        if (!hold_nothing(dicts(each, 3), dicts(each, 4))) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 void bind_places(py::module_& m) {
     m.def("unchanged", &unchanged);
     m.def("empty", &empty);
+    m.def("untouched", &untouched);
 }
 
 }  // namespace gptq

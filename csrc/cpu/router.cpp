@@ -83,7 +83,9 @@ void route(const Router& r, const Rows& shape, const void* x, int32_t* ids, floa
     constexpr int kOutputs = 8;  // of a task
     const RowKernels& kernels = *level().rows;
     const int n = r.gate->outputs;
-    thread_local Scratch<float> kept, kept_correction;
+    thread_local Scratch<float> kept, kept_x, kept_correction;
+    float* const wide = kept_x.reserve(size_t(shape.rows) * shape.width);
+    kernels.widen(shape.dtype, x, wide, shape.rows * shape.width);
     float* const scores = kept.reserve(size_t(shape.rows) * n);
     float* correction = nullptr;
     if (r.correction) {
@@ -94,8 +96,8 @@ void route(const Router& r, const Rows& shape, const void* x, int32_t* ids, floa
     share_elements((n + kOutputs - 1) / kOutputs, work, threads, [&](int task) {
         for (int output = task * kOutputs; output < std::min((task + 1) * kOutputs, n); ++output) {
             for (int row = 0; row < shape.rows; row += kDotRows) {
-                kernels.dots(*r.gate, output, shape.dtype, row_of(x, shape, row), std::min(kDotRows, shape.rows - row),
-                             r.rounded, scores + int64_t(row) * n + output, n);
+                kernels.dots(*r.gate, output, wide + int64_t(row) * shape.width, std::min(kDotRows, shape.rows - row),
+                             r.rounded ? shape.dtype : Dtype::f32, scores + int64_t(row) * n + output, n);
             }
         }
     });

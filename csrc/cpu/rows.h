@@ -71,9 +71,9 @@ struct RowKernels {
     void (*rotate)(const Rotary&, Dtype, const void* cos, const void* sin, void* head);
     // The sum of factors[i] times row i of x [count][n].
     void (*combine)(Dtype, const void* x, const float* factors, int count, void* y, int n);
-    // y[i * stride] = row i of x [count][width] times row `output` of the weight, and the bias; rounded to the dtype of
-    // x or not. count is at most kDotRows.
-    void (*dots)(const Dense&, int output, Dtype, const void* x, int count, bool rounded, float* y, int64_t stride);
+    // y[i * stride] = row i of x [count][width] times row `output` of the weight, and the bias, rounded to a dtype.
+    // count is at most kDotRows.
+    void (*dots)(const Dense&, int output, const float* x, int count, Dtype rounding, float* y, int64_t stride);
     void (*widen)(Dtype, const void* x, float* y, int n);  // to float32
     // Heads [head, head + count) of one row; they have the same keys, and count is at most kHeadsAtOnce.
     void (*attend)(const Attention&, int batch, int row, int head, int count);

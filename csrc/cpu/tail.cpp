@@ -54,7 +54,10 @@ void run_mixture(const Mixture& m, const Rows& shape, const void* x, const void*
     share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
         float factor = 1.0f;
         if (m.mlp_gate) {
-            rows.dots(*m.mlp_gate, 0, shape.dtype, row_of(x, shape, row), 1, false, &factor, 1);
+            thread_local Scratch<float> kept_x;
+            float* const wide = kept_x.reserve(shape.width);
+            rows.widen(shape.dtype, row_of(x, shape, row), wide, shape.width);
+            rows.dots(*m.mlp_gate, 0, wide, 1, Dtype::f32, &factor, 1);
             factor = 1.0f / (1.0f + std::exp(-factor));
         }
         char* const sum = row_of(y, shape, row);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -109,13 +108,8 @@ class GroupedExperts:
     def untouched(self, experts: Iterable[int]) -> bool:
         """Whether the layers of these experts hold what lies in the stacks, and nobody hears when they are called."""
         watches = [self._watches[i] for i in experts]
-        if not watches:
-            return True
-        dicts, names, values, listeners, hooks, tensors, addresses = map(_joined, zip(*watches))
-        return (
-            places.unchanged(dicts, names, values)
-            and places.empty(listeners, hooks)
-            and tuple(map(Tensor.data_ptr, tensors)) == addresses
+        return places.untouched(watches) and all(
+            tuple(map(Tensor.data_ptr, tensors)) == addresses for *_, tensors, addresses in watches
         )
 
     def serve(self, x: Tensor) -> bool:
@@ -139,8 +133,8 @@ class GroupedExperts:
 
 # A layer where it was found, place[name], and how often it had changed.
 _Held = tuple[dict[str, Any], str, Any, int]
-# Of one expert: dictionaries, keys in them and what lies there; dictionaries, and keys of hooks in them; tensors and
-# their addresses.
+# Of one expert: dictionaries, keys in them and what lies there; dictionaries, and keys of hooks in them; scales and
+# biases, and their addresses.
 _Watch = tuple[tuple[Any, ...], ...]
 _PARAMETERS = "qweight", "scales", "zeros", "bias"
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "forward"
@@ -156,17 +150,12 @@ def _watch_of(
         found += [
             (place, name, layer),
             (layer.__dict__, "changes", layer.changes),
-            (layer.__dict__, "_parameters", held),
         ]
         found += [(held, key, held.get(key)) for key in _PARAMETERS]
     dicts, names, values = zip(*found)
-    tensors = tuple(value for value in values if isinstance(value, Tensor))
+    tensors = tuple(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
     listeners, hooks = zip(*((place[name].__dict__, key) for place, name in layers_at for key in _HOOKS))
     return dicts, names, values, listeners, hooks, tensors, tuple(map(Tensor.data_ptr, tensors))
-
-
-def _joined(parts: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
-    return tuple(chain.from_iterable(parts))
 
 
 def _stack(layers: Sequence[QuantLinear]) -> Grouped:

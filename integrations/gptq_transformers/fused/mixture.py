@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from gptq_backend.kernels.cpu_router import Dense, Router, RouterParts, Rule
 from ..experts.expert_list import ExpertList
 from .match import MLP, Mixture, NoMatch, Place, known_mlp
 
-_TOKENS = 64
+_TOKENS = 256
+_NEAR_TIES = 4  # tokens for which the last bit decides between experts that are nearly alike
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "forward"
 
 
@@ -108,21 +110,37 @@ def find_rule(pieces: Pieces, dtype: torch.dtype) -> Found:
     x = (2 * torch.randn(1, _TOKENS, width, generator=generator)).to(dtype)
     index, counts = _watched(pieces, x, weight, vectors, generator)
     wanted = _spread(index, counts, experts)
-    best: tuple[int, float] = 7 * _TOKENS // 8, 0.0  # the last bit decides between two experts that are nearly alike
-    found = None
-    for trial in _trials(index, experts, len(vectors), dtype):
-        bias, correction = (None if i is None else vectors[i].view(-1) for i in (trial.bias, trial.correction))
-        spread = _spread(*Router(RouterParts(Dense(weight, bias), trial.rule, correction))(x), experts)
-        alike = ((spread > 0) == (wanted > 0)).all(-1)
-        scale = _scale(pieces, trial.rule, wanted[alike], spread[alike]) if int(alike.sum()) >= best[0] else None
-        if scale is None:
-            continue
-        error = float((wanted[alike] - scale * spread[alike]).abs().max() / wanted.abs().max())
-        if error < (1e-4 if dtype is torch.float32 else 2e-2) and (int(alike.sum()), -error) > best:
-            best, found = (int(alike.sum()), -error), replace(trial, rule=replace(trial.rule, scale=scale))
+    flat = [vector.view(-1) for vector in vectors]
+    best, found = _TOKENS - _NEAR_TIES - 1, None
+    for base in _trials(pieces, index.shape[1], experts):
+        tried = [replace(base, rule=replace(base.rule, rounded=rounded)) for rounded in (True, False)]
+        alike, _, trial = max(
+            (_compared(pieces, each, x, weight, flat, wanted) for each in tried), key=itemgetter(0, 1)
+        )
+        if alike > best:  # a rule that differs in rare cases only is no better for that
+            best, found = alike + _NEAR_TIES, trial
     if found is None:
         raise NoMatch("its router chooses by a rule that is not known")
     return found
+
+
+def _compared(
+    pieces: Pieces, trial: Found, x: Tensor, weight: Tensor, vectors: list[Tensor], wanted: Tensor
+) -> tuple[int, float, Found]:
+    """For how many tokens the experts are those that are wanted, how well it gives what they count, and with a scale.
+
+    Args:
+        wanted: [T, experts], what each counts.
+    """
+    bias, correction = (None if i is None else vectors[i] for i in (trial.bias, trial.correction))
+    spread = _spread(*Router(RouterParts(Dense(weight, bias), trial.rule, correction))(x), len(weight))
+    alike = ((spread > 0) == (wanted > 0)).all(-1)
+    ratios = wanted[alike].sum(-1) / spread[alike].sum(-1)
+    measured = float(ratios.median()) if len(ratios) else 0.0
+    scale = min((1.0, 1.0 / trial.rule.top_k, *_settings(pieces)), key=lambda each: abs(each - measured))
+    error = (wanted - scale * spread)[alike].abs().sum() / wanted[alike].sum()
+    exact = float(error) < (1e-4 if x.dtype is torch.float32 else 1e-2)
+    return int(alike.sum()) if exact else 0, -float(error), replace(trial, rule=replace(trial.rule, scale=scale))
 
 
 def _random_vector(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -194,41 +212,27 @@ def _twin(module: Any, tensors: dict[int, Tensor], stubs: dict[int, nn.Module]) 
     return twin
 
 
-def _trials(index: Tensor, experts: int, vectors: int, dtype: torch.dtype) -> Iterator[Found]:
+def _trials(pieces: Pieces, top_k: int, experts: int) -> Iterator[Found]:
     """Rules to try, the plain ones first."""
-    uses = {0: [(None, None)], 1: [(0, None), (None, 0)], 2: [(0, 1), (1, 0)]}[vectors]
-    rounded = (False,) if dtype is torch.float32 else (True, False)
-    for groups, (bias, correction), sigmoid, normalized, rounds in itertools.product(
-        _groups(index, experts), uses, (False, True), (True, False), rounded
+    uses = {0: [(None, None)], 1: [(0, None), (None, 0)], 2: [(0, 1), (1, 0)]}[len(pieces.vectors)]
+    numbers = sorted({int(each) for each in _settings(pieces) if each == int(each)})
+    groups = [(1, 1, 1)] + [
+        (groups, chosen, best)
+        for groups, chosen, best in itertools.product(numbers, numbers, (1, 2))
+        if 0 < chosen < groups < experts and experts % groups == 0 and best <= experts // groups
+        if top_k <= chosen * (experts // groups)
+    ]
+    for limits, (bias, correction), sigmoid, normalized in itertools.product(
+        groups, uses, (False, True), (True, False)
     ):
-        rule = Rule(index.shape[1], sigmoid, rounds, *groups, normalized)
-        yield Found(rule, bias, correction)
+        yield Found(Rule(top_k, sigmoid, False, *limits, normalized), bias, correction)
 
 
-def _groups(index: Tensor, experts: int) -> Iterator[tuple[int, int, int]]:
-    """Numbers of groups, of those that can be chosen, and of scores that count, which the choice does not rule out."""
-    yield 1, 1, 1
-    top_k = index.shape[1]
-    for groups in range(2, experts):
-        if experts % groups:
-            continue
-        size = experts // groups
-        seen = max(len(row.unique()) for row in index // size)
-        for chosen in range(seen, groups) if seen == top_k else (seen,):
-            if chosen < groups and top_k <= chosen * size:
-                yield from ((groups, chosen, best) for best in (1, 2) if best <= size)
-
-
-def _scale(pieces: Pieces, rule: Rule, wanted: Tensor, found: Tensor) -> float | None:
-    """A number among the settings, or 1, by which what experts count is multiplied."""
-    measured = float((wanted.sum(-1) / found.sum(-1)).median()) if len(found) else 0.0
-    settings = [1.0, 1.0 / rule.top_k]
+def _settings(pieces: Pieces) -> list[float]:
+    """Numbers that the block and its router keep."""
     inside = {id(module) for module in pieces.experts.modules()}
-    for module in pieces.block.modules():
-        if id(module) not in inside:
-            settings += [float(each) for each in vars(module).values() if type(each) in (int, float)]
-    nearest = min(settings, key=lambda each: abs(each - measured))
-    return nearest if abs(nearest - measured) < 1e-2 * abs(measured) else None
+    settings = [vars(module) for module in pieces.block.modules() if id(module) not in inside]
+    return [float(each) for held in settings for each in held.values() if type(each) in (int, float)]
 
 
 def _spread(index: Tensor, counts: Tensor, experts: int) -> Tensor:
