@@ -154,6 +154,8 @@ PORTABLE = [
     "lookup.cpp",
     "places_module.cpp",
     "repack.cpp",
+    "router.cpp",
+    "tail.cpp",
     "team.cpp",
     "torch_op.cpp",
     "level_generic.cpp",

@@ -18,16 +18,6 @@ void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int 
     });
 }
 
-// y = residual + factor * norm(x)
-void add(const Norm* norm, float factor, const Rows& shape, const void* residual, void* x, void* y, int threads) {
-    const RowKernels& rows = *level().rows;
-    share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
-        char* const from = row_of(x, shape, row);
-        if (norm) rows.normalize(*norm, shape.dtype, from, from, shape.width);
-        rows.add(shape.dtype, row_of(residual, shape, row), from, factor, row_of(y, shape, row), shape.width);
-    });
-}
-
 void multiply(const Rows& shape, const void* x, const std::vector<const Linear*>& weights, const std::vector<void*>& ys,
               int threads) {
     std::vector<Call> calls;
@@ -42,6 +32,15 @@ void* scratch(int which, const Rows& shape) {
 }
 
 }  // namespace
+
+void add(const Norm* norm, float factor, const Rows& shape, const void* residual, void* x, void* y, int threads) {
+    const RowKernels& rows = *level().rows;
+    share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
+        char* const from = row_of(x, shape, row);
+        if (norm) rows.normalize(*norm, shape.dtype, from, from, shape.width);
+        rows.add(shape.dtype, row_of(residual, shape, row), from, factor, row_of(y, shape, row), shape.width);
+    });
+}
 
 Call call_of(const Linear& linear, const Rows& shape, const void* x, void* y) {
     Call call{};
@@ -115,37 +114,6 @@ void finish_attention_rows(const Output& out, const Rows& shape, const void* x, 
     }
 }
 
-void finish(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
-    const int inner = t.down->weight.in_features;
-    const RowKernels& rows = *level().rows;
-    for (int first = 0; first < whole.rows; first += kRowsAtATime) {
-        const Rows some = {whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width};
-        const Rows attended = {whole.dtype, some.rows, t.output.o->weight.in_features};
-        const Rows middle = {whole.dtype, some.rows, inner};
-        void* const wide = scratch(0, some);
-        void* const normed = scratch(1, some);
-        char* const h = row_of(y, whole, first);
-        finish_attention_rows(t.output, some, row_of(x, attended, first), row_of(residual, whole, first), h, normed,
-                              threads);
-        const bool joined = t.gated && t.gate_up.size() == 1;
-        const Rows outputs = {whole.dtype, some.rows, joined ? 2 * inner : inner};
-        void* const gate = scratch(2, outputs);
-        void* const up = t.gated && !joined ? scratch(3, outputs) : nullptr;
-        std::vector<void*> to = {gate};
-        if (up) to.push_back(up);
-        multiply(some, normed, t.gate_up, to, threads);
-        void* const activated = joined ? scratch(3, middle) : gate;
-        share_elements(some.rows, int64_t(some.rows) * inner, threads, [&](int row) {
-            char* const from = row_of(gate, outputs, row);
-            const void* factor = up ? row_of(up, outputs, row) : nullptr;
-            if (joined) factor = from + int64_t(inner) * size_of(whole.dtype);
-            rows.activate(t.activation, whole.dtype, from, factor, row_of(activated, middle, row), inner);
-        });
-        multiply(middle, activated, {t.down}, {wide}, threads);
-        add(t.after_mlp, t.output.factor, some, h, wide, h, threads);
-    }
-}
-
 }  // namespace
 
 void finish_attention(const Output& out, const Rows& whole, const void* x, const void* residual, void* h, void* n,
@@ -159,11 +127,6 @@ void finish_attention(const Output& out, const Rows& whole, const void* x, const
                                   row_of(h, whole, first), row_of(n, whole, first), threads);
         }
     });
-}
-
-void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int threads) {
-    const int64_t work = int64_t(whole.rows) * whole.width * t.down->weight.in_features;
-    Crew::with(threads, work >= kSerialWork, [&] { finish(t, whole, x, residual, y, threads); });
 }
 
 }  // namespace gptq

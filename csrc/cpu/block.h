@@ -47,18 +47,10 @@ struct Output {
 void finish_attention(const Output&, const Rows& shape, const void* x, const void* residual, void* h, void* n,
                       int threads);
 
-// All that follows the attention: y = h + factor * after_mlp(down(activation(gate(n)) * up(n))), with h and n of
-// Output.
-struct Tail {
-    Output output;
-    std::vector<const Linear*> gate_up;  // gate and up; or one weight with the outputs of both, unless gated is false
-    bool gated;
-    Activation activation;
-    const Linear* down;
-    const Norm* after_mlp;  // or null
-};
-// shape: of y and residual. x: [rows][o's in_features].
-void finish_layer(const Tail&, const Rows& shape, const void* x, const void* residual, void* y, int threads);
+// y = residual + factor * norm(x), after which x is lost. norm: or null.
+void add(const Norm* norm, float factor, const Rows& shape, const void* residual, void* x, void* y, int threads);
+
+struct Tail;  // tail.h
 
 // A whole decoder layer: y = Tail(attention(rotated norm(x) @ q, k, v), x).
 struct Layer {
@@ -91,8 +83,9 @@ struct Step {
 };
 
 // Runs layers one after the other. Each writes its keys and values behind those in use, and its result to
-// ys[layer] [batch][positions][width], which the next one reads. Nothing is written but these.
+// ys[layer] [batch][positions][width], which the next one reads. What mixtures choose goes to ids[layer], of each layer
+// `ids_stride` numbers, or null. Nothing is written but these.
 void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
-                const void* x, void* ys, int threads);
+                const void* x, void* ys, int32_t* ids, int64_t ids_stride, int threads);
 
 }  // namespace gptq

@@ -7,8 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "block.h"
-#include "experts.h"
+#include "tail.h"
 
 namespace gptq {
 namespace {
@@ -69,6 +68,11 @@ void rotate_rows(int dtype, int rows, int width, uintptr_t x, int heads, const N
            threads);
 }
 
+// How many experts a row chooses.
+int tail_ids(const Tail& tail) {
+    return tail.mixture ? tail.mixture->router->top_k : 0;
+}
+
 using Strides = std::array<int64_t, 4>;  // the last is 1
 
 template <size_t N>
@@ -100,8 +104,10 @@ void attend_rows(int dtype, const std::array<int, 7>& sizes, uintptr_t q, const 
 }
 
 void finish_rows(const Tail& tail, int dtype, int rows, int width, uintptr_t x, uintptr_t residual, uintptr_t y,
-                 int threads) {
-    finish_layer(tail, {Dtype(dtype), rows, width}, at<void>(x), at<void>(residual), at<void>(y), threads);
+                 uintptr_t ids, int threads) {
+    if (tail.mixture && rows && !ids) refuse("the address of ids", 0, "room for the experts of a row,", tail_ids(tail));
+    finish_layer(tail, {Dtype(dtype), rows, width}, at<void>(x), at<void>(residual), at<void>(y), at<int32_t>(ids),
+                 threads);
 }
 
 Output output(const Linear* o, const Norm* after_attention, const Norm* before_mlp, float factor, bool parallel) {
@@ -131,9 +137,51 @@ void run_expert_rows(const ExpertMLPs& experts, int dtype, int tokens, int top_k
                 threads);
 }
 
-Tail tail(const Output& output, const std::vector<const Linear*>& gate_up, bool gated, int activation,
-          const Linear* down, const Norm* after_mlp) {
-    return {output, gate_up, gated, Activation(activation), down, after_mlp};
+Dense dense(uintptr_t weight, int dtype, int outputs, int width, uintptr_t bias, int bias_dtype) {
+    return {at<void>(weight), Dtype(dtype), outputs, width, at<void>(bias), Dtype(bias_dtype)};
+}
+
+Router router(const Dense* gate, bool rounded, bool sigmoid, uintptr_t correction, int correction_dtype, int groups,
+              int chosen_groups, int best, int top_k, bool normalized, float scale) {
+    const int experts = gate->outputs;
+    if (groups < 1 || experts % groups) refuse("groups", groups, "a divisor of the experts,", experts);
+    if (chosen_groups < 1 || chosen_groups > groups) refuse("chosen_groups", chosen_groups, "1 to groups,", groups);
+    const int size = experts / groups, candidates = chosen_groups * size;
+    if (best < 1 || best > size) refuse("best", best, "1 to the experts of a group,", size);
+    if (top_k < 1 || top_k > candidates) refuse("top_k", top_k, "1 to the experts of the groups,", candidates);
+    return {gate,  rounded,    sigmoid, at<void>(correction), Dtype(correction_dtype), groups, chosen_groups, best,
+            top_k, normalized, scale};
+}
+
+void route_rows(const Router& router, int dtype, int rows, uintptr_t x, uintptr_t ids, uintptr_t factors, int threads) {
+    route(router, {Dtype(dtype), rows, router.gate->width}, at<void>(x), at<int32_t>(ids), at<float>(factors), threads);
+}
+
+MLP mlp(const std::vector<const Linear*>& gate_up, bool gated, int activation, const Linear* down) {
+    return {gate_up, gated, Activation(activation), down};
+}
+
+Mixture mixture(const Router* router, const ExpertMLPs* experts, const Dense* mlp_gate) {
+    const int width = experts->down.weight.out_features;
+    if (router->gate->outputs != experts->count) {
+        refuse("outputs of the router", router->gate->outputs, "the number of experts,", experts->count);
+    }
+    if (router->gate->width != width) refuse("inputs of the router", router->gate->width, "those of experts,", width);
+    if (mlp_gate && mlp_gate->outputs != 1) refuse("outputs of mlp_gate", mlp_gate->outputs, "just", 1);
+    if (mlp_gate && mlp_gate->width != width) refuse("inputs of mlp_gate", mlp_gate->width, "those of experts,", width);
+    return {router, experts, mlp_gate};
+}
+
+Tail tail(const Output& output, const MLP* mlp, const Mixture* mixture, const Norm* after_mlp) {
+    const int width = output.o->weight.out_features;
+    if (!mlp && !mixture) refuse("the number of MLPs and mixtures", 0, "at least", 1);
+    if (mlp && mlp->down->weight.out_features != width) {
+        refuse("outputs of an MLP", mlp->down->weight.out_features, "those of o,", width);
+    }
+    if (mixture && mixture->router->gate->width != width) {
+        refuse("inputs of a mixture", mixture->router->gate->width, "outputs of o,", width);
+    }
+    return {output, mlp, mixture, after_mlp};
 }
 
 Layer layer(const Norm* before_attention, const std::vector<const Linear*>& inputs, const Norm* q_norm,
@@ -167,7 +215,7 @@ using CacheNumbers = std::tuple<uintptr_t, uintptr_t, int, int>;
 void run(const std::vector<const Layer*>& layers, const std::vector<CacheNumbers>& numbers, int dtype,
          const std::array<int, 3>& shape, uintptr_t x, const std::array<uintptr_t, 2>& angles, int angles_dtype,
          int angle_rows, int dims, uintptr_t mask, bool mask_is_bool, const std::array<int64_t, 2>& mask_strides,
-         uintptr_t ys, int threads) {
+         uintptr_t ys, uintptr_t ids, int64_t ids_stride, int threads) {
     Step step{};
     step.dtype = Dtype(dtype);
     step.batch = shape[0], step.positions = shape[1], step.width = shape[2];
@@ -182,12 +230,14 @@ void run(const std::vector<const Layer*>& layers, const std::vector<CacheNumbers
         if (length + step.positions > capacity) refuse("capacity", capacity, "at least", length + step.positions);
         caches.push_back({at<void>(keys), at<void>(values), length, capacity});
         const Layer& layer = *layers[i];
+        const int64_t chosen = tail_ids(*layer.tail) * int64_t(step.batch) * step.positions;
+        if (chosen && (!ids || chosen > ids_stride)) refuse("ids_stride", int(ids_stride), "at least", int(chosen));
         const int width = layer.tail->output.o->weight.out_features;
         if (width != step.width) refuse("the width of a layer", width, "that of x,", step.width);
         if (layer.turns && dims <= 0) refuse("dims of cos", dims, "at least", 1);
         if (layer.turns) check_turning({step.angles_dtype, dims, layer.pairs}, layer.head_dim);
     }
-    run_layers(layers, caches, step, at<void>(x), at<void>(ys), threads);
+    run_layers(layers, caches, step, at<void>(x), at<void>(ys), at<int32_t>(ids), ids_stride, threads);
 }
 
 bool same_bytes(uintptr_t a, uintptr_t b, size_t bytes) {
@@ -202,15 +252,20 @@ void bind_blocks(PyObject* module) {
         function<&project_rows>("project"),     function<&rotate_rows>("rotate"),
         function<&attend_rows>("attend"),       function<&finish_attention_rows>("finish_attention"),
         function<&finish_rows>("finish_layer"), function<&run_expert_rows>("run_experts"),
-        function<&run>("run_layers"),           function<&same_bytes>("same_bytes"),
+        function<&run>("run_layers"),           function<&route_rows>("route"),
+        function<&same_bytes>("same_bytes"),
     };
     add_functions(module, functions);
     add_type<&linear>(module, "gptq_backend._cpu.Linear");
     add_type<&norm>(module, "gptq_backend._cpu.Norm");
     // The parts are kept by the caller.
     add_type<&output>(module, "gptq_backend._cpu.Output");
-    add_type<&tail>(module, "gptq_backend._cpu.Tail");
+    add_type<&dense>(module, "gptq_backend._cpu.Dense");
+    add_type<&router>(module, "gptq_backend._cpu.Router");
+    add_type<&mlp>(module, "gptq_backend._cpu.MLP");
     add_type<&expert_mlps>(module, "gptq_backend._cpu.ExpertMLPs");
+    add_type<&mixture>(module, "gptq_backend._cpu.Mixture");
+    add_type<&tail>(module, "gptq_backend._cpu.Tail");
     add_type<&layer>(module, "gptq_backend._cpu.Layer");
 }
 

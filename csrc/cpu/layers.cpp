@@ -5,6 +5,7 @@
 #include "crew.h"
 #include "gemm.h"
 #include "scratch.h"
+#include "tail.h"
 
 namespace gptq {
 namespace {
@@ -86,7 +87,7 @@ void attend_cache(const Layer& layer, const Step& step, const KeysAndValues& cac
 namespace {
 
 void run(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
-         const void* x, void* ys, int threads) {
+         const void* x, void* ys, int32_t* ids, int64_t ids_stride, int threads) {
     const Rows shape = {step.dtype, step.batch * step.positions, step.width};
     char* y = static_cast<char*>(ys);
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -102,7 +103,7 @@ void run(const std::vector<const Layer*>& layers, const std::vector<KeysAndValue
         store(layer, step, caches[i], parts[2], caches[i].values);
         char* const attended = scratch(kAttended, q, step.dtype);
         attend_cache(layer, step, caches[i], parts[0], attended, threads);
-        finish_layer(*layer.tail, shape, attended, x, y, threads);
+        finish_layer(*layer.tail, shape, attended, x, y, ids ? ids + int64_t(i) * ids_stride : nullptr, threads);
         x = y;
         y += int64_t(shape.rows) * shape.width * size_of(shape.dtype);
     }
@@ -111,8 +112,8 @@ void run(const std::vector<const Layer*>& layers, const std::vector<KeysAndValue
 }  // namespace
 
 void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
-                const void* x, void* ys, int threads) {
-    Crew::with(threads, true, [&] { run(layers, caches, step, x, ys, threads); });
+                const void* x, void* ys, int32_t* ids, int64_t ids_stride, int threads) {
+    Crew::with(threads, true, [&] { run(layers, caches, step, x, ys, ids, ids_stride, threads); });
 }
 
 }  // namespace gptq

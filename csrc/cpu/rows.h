@@ -14,6 +14,17 @@ struct Norm {
     int size;  // 0: any
 };
 
+// A weight that is not quantized, [outputs][width] of dtype, with its bias [outputs] of bias_dtype or null.
+struct Dense {
+    const void* weight;
+    Dtype dtype;
+    int outputs, width;
+    const void* bias;
+    Dtype bias_dtype;
+};
+
+constexpr int kDotRows = 8;  // rows that meet one row of a Dense at a time
+
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
 
 // Which channels of a head turn together, and where their angle lies among the `dims` of a row of cosines and sines:
@@ -60,6 +71,10 @@ struct RowKernels {
     void (*rotate)(const Rotary&, Dtype, const void* cos, const void* sin, void* head);
     // The sum of factors[i] times row i of x [count][n].
     void (*combine)(Dtype, const void* x, const float* factors, int count, void* y, int n);
+    // y[i * stride] = row i of x [count][width] times row `output` of the weight, and the bias, rounded to a dtype.
+    // count is at most kDotRows.
+    void (*dots)(const Dense&, int output, const float* x, int count, Dtype rounding, float* y, int64_t stride);
+    void (*widen)(Dtype, const void* x, float* y, int n);  // to float32
     // Heads [head, head + count) of one row; they have the same keys, and count is at most kHeadsAtOnce.
     void (*attend)(const Attention&, int batch, int row, int head, int count);
 };

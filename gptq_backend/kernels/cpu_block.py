@@ -134,38 +134,20 @@ class OutputParts:
     parallel: bool = False
 
 
-class Output:
-    """Runs :class:`OutputParts`."""
+class AfterAttention:
+    """A call that follows the attention.
 
-    def __init__(self, parts: OutputParts) -> None:
-        for norm in (parts.after_attention, parts.before_mlp):
-            _check_norm(norm, parts.o.out_features)
-        norms = [None if each is None else each.native for each in (parts.after_attention, parts.before_mlp)]
-        o = parts.o.native
-        self._kept = parts, norms, o
-        self._in_features, self._width = parts.o.in_features, parts.o.out_features
-        self.native = _cpu.Output(o, *norms, parts.factor, parts.parallel)
+    Args:
+        o: the weight that it begins with.
+    """
 
-    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [..., o's K]; residual: [..., hidden] of the same dtype -> h and n, [..., hidden]."""
-        code = self.code(x, residual)
-        x, residual = x.contiguous(), residual.contiguous()
-        h, n = torch.empty_like(residual), torch.empty_like(residual)
-        _cpu.finish_attention(
-            self.native,
-            code,
-            residual.numel() // self._width,
-            self._width,
-            x.data_ptr(),
-            residual.data_ptr(),
-            h.data_ptr(),
-            n.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return h, n
+    native: Any
 
-    def code(self, x: Tensor, residual: Tensor) -> int:
-        """Of their dtype.
+    def __init__(self, o: Linear) -> None:
+        self._in_features, self._width = o.in_features, o.out_features
+
+    def _call(self, function: Any, x: Tensor, residual: Tensor, *outputs: Tensor) -> None:
+        """Call ``function`` for x [..., o's K] and residual [..., hidden] of the same dtype.
 
         Raises:
             ValueError: their shapes do not fit together.
@@ -176,73 +158,31 @@ class Output:
             raise ValueError(
                 f"x is {describe(x)} and residual {describe(residual)}; expected as many rows of the same dtype"
             )
-        return code
-
-
-@dataclass(frozen=True)
-class TailParts:
-    """All that follows the attention: ``y = h + factor * after_mlp(down(activation(gate(n)) * up(n)))``, with h, n and
-    factor of ``output``.
-
-    Args:
-        gate_up: gate and up, or one weight with the outputs of both; or, unless ``gated``, the only one.
-    """
-
-    output: OutputParts
-    gate_up: tuple[Linear, ...]
-    down: Linear
-    activation: str
-    gated: bool = True
-    after_mlp: Norm | None = None
-
-
-class Tail:
-    """Runs :class:`TailParts`."""
-
-    def __init__(self, parts: TailParts) -> None:
-        _check_tail(parts)
-        self._output = Output(parts.output)
-        after_mlp = None if parts.after_mlp is None else parts.after_mlp.native
-        gate_up, down = [each.native for each in parts.gate_up], parts.down.native
-        self._kept = parts, after_mlp, gate_up, down
-        self._width = parts.output.o.out_features
-        kind = ACTIVATIONS[parts.activation]
-        self.native = _cpu.Tail(self._output.native, gate_up, parts.gated, kind, down, after_mlp)
-
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x: [..., o's K]; residual: [..., hidden] of the same dtype -> [..., hidden]."""
-        code = self._output.code(x, residual)
         x, residual = x.contiguous(), residual.contiguous()
-        y = torch.empty_like(residual)
-        _cpu.finish_layer(
-            self.native,
-            code,
-            residual.numel() // self._width,
-            self._width,
-            x.data_ptr(),
-            residual.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return y
+        rows, addresses = residual.numel() // width, map(Tensor.data_ptr, (x, residual, *outputs))
+        function(self.native, code, rows, width, *addresses, torch.get_num_threads())
 
 
-def _check_tail(parts: TailParts) -> None:
-    if parts.activation not in ACTIVATIONS:
-        raise ValueError(f"activation={parts.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    hidden, inner = parts.output.o.out_features, parts.down.in_features
-    shapes = [(each.in_features, each.out_features) for each in (*parts.gate_up, parts.down)]
-    expected = [[(hidden, inner)]]
-    if parts.gated:
-        expected = [[(hidden, inner)] * 2, [(hidden, 2 * inner)]]
-    if shapes not in [[*each, (inner, hidden)] for each in expected]:
-        raise ValueError(
-            f"gate_up and down map {shapes} channels; expected {' or '.join(map(str, expected))} and {(inner, hidden)}"
-        )
-    _check_norm(parts.after_mlp, hidden)
+class Output(AfterAttention):
+    """Runs :class:`OutputParts`."""
+
+    def __init__(self, parts: OutputParts) -> None:
+        super().__init__(parts.o)
+        for norm in (parts.after_attention, parts.before_mlp):
+            check_norm(norm, parts.o.out_features)
+        norms = [None if each is None else each.native for each in (parts.after_attention, parts.before_mlp)]
+        o = parts.o.native
+        self._kept = parts, norms, o
+        self.native = _cpu.Output(o, *norms, parts.factor, parts.parallel)
+
+    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [..., o's K]; residual: [..., hidden] of the same dtype -> h and n, [..., hidden]."""
+        h, n = (torch.empty_like(residual, memory_format=torch.contiguous_format) for _ in range(2))
+        self._call(_cpu.finish_attention, x, residual, h, n)
+        return h, n
 
 
-def _check_norm(norm: Norm | None, size: int) -> None:
+def check_norm(norm: Norm | None, size: int) -> None:
     for tensor in () if norm is None else (norm.weight, norm.bias):
         if tensor is not None:
             vector_code(tensor, size, "a norm's weight or bias")

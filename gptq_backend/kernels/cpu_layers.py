@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .cpu import _cpu
 from .cpu_attention import PAIRS, mask_strides
-from .cpu_block import Projections, Tail
+from .cpu_block import Projections
+from .cpu_tail import Tail
 from .cpu_tensors import address, describe, dtype_code
 from .devices import DTYPE_CODES
 
@@ -42,7 +43,7 @@ class Layer:
     ) -> None:
         self._kept = inputs, head_norms, tail
         norm, linears = inputs.native
-        self.kv_shape = kv_heads, head_dim
+        self.kv_shape, self.top_k = (kv_heads, head_dim), tail.top_k
         code = -1 if pairs is None else PAIRS[pairs]
         self.native = _cpu.Layer(
             norm, linears, *head_norms, code, heads, kv_heads, head_dim, scale, softcap, tail.native
@@ -76,13 +77,22 @@ class Room:
 
 
 class Results:
-    """What each layer gave: ``ys`` [L, B, T, H]; knows later whether somebody changed it."""
+    """What each layer gave: ``ys`` [L, B, T, H]; knows later whether somebody changed it.
 
-    def __init__(self, ys: Tensor) -> None:
-        self.ys = ys
+    Args:
+        chosen: int32, for each layer the experts of all rows, of each as many as ``top_k`` says.
+    """
+
+    def __init__(self, ys: Tensor, chosen: Tensor, top_k: Sequence[int]) -> None:
+        self.ys, self._chosen, self._top_k = ys, chosen, top_k
         self._copy = ys.clone()
         self._bytes = ys[0].numel() * ys.element_size()
         self._first = ys.data_ptr(), self._copy.data_ptr()
+
+    def chosen(self, index: int) -> Tensor:
+        """The experts that rows chose in layer ``index``, int32 [B * T * top_k]."""
+        rows = self.ys[0, ..., 0].numel()
+        return self._chosen[index, : rows * self._top_k[index]]
 
     def intact(self, index: int, y: Tensor) -> bool:
         """Whether ``y`` is the result of layer ``index``, as it was."""
@@ -124,6 +134,8 @@ def run_layers(
     if mask is not None:
         strides = mask_strides(mask, x, max(lengths) + positions)
     ys = x.new_empty((len(layers), batch, positions, width))
+    top_k = [layer.top_k for layer in layers]
+    chosen = torch.empty((len(layers), batch * positions * max(top_k)), dtype=torch.int32)
     _cpu.run_layers(
         [layer.native for layer in layers],
         numbers,
@@ -138,9 +150,11 @@ def run_layers(
         mask is not None and mask.dtype == torch.bool,
         strides,
         ys.data_ptr(),
+        chosen.data_ptr(),
+        chosen.shape[1],
         torch.get_num_threads(),
     )
-    return Results(ys)
+    return Results(ys, chosen, top_k)
 
 
 def _angles(angles: tuple[Tensor, Tensor] | None, x: Tensor) -> tuple[tuple[int, int], int, int, int]:

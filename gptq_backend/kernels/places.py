@@ -15,3 +15,8 @@ def unchanged(dicts: tuple[dict[str, Any], ...], keys: tuple[str, ...], values: 
 def empty(dicts: tuple[dict[str, Any], ...], keys: tuple[str, ...]) -> bool:
     """``not any(d.get(key) for ...)``."""
     return _cpu.empty(dicts, keys)
+
+
+def untouched(watches: list[tuple[tuple[Any, ...], ...]]) -> bool:
+    """``unchanged(*each[:3]) and empty(*each[3:5])`` for all of them."""
+    return _cpu.untouched(watches)

@@ -20,7 +20,7 @@ from gptq_backend.kernels import table as kernels
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, ROOT, assert_passes_at, error, exact, native, prepared
 
-OTHERS = tuple(f"test_cpu_{name}.py" for name in ("gradient", "block", "block_calls", "layers", "experts"))
+OTHERS = tuple(f"test_cpu_{name}.py" for name in ("gradient", "block", "block_calls", "layers", "experts", "router"))
 SANITIZED = [str(Path(__file__).with_name(name)) for name in OTHERS]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gptq_backend import QuantizedWeight
 from gptq_backend.kernels import cpu, cpu_attention, cpu_block
-from gptq_backend.kernels.cpu_block import Linear, Norm, Output, OutputParts, Projections, Tail, TailParts
+from gptq_backend.kernels.cpu_block import Linear, Norm, Output, OutputParts, Projections
+from gptq_backend.kernels.cpu_tail import MLP, Tail, TailParts
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, error, native, prepared
 
@@ -262,7 +263,8 @@ def test_the_tail_is_exact(
     down = Dense(bits[3], inner, hidden, act_order=act_order)
     norms = [random_norm(kind, hidden, torch.float32) for kind in norm_kinds]
     output = OutputParts(o.linear, *norms[:2], factor, parallel)
-    parts = TailParts(output, tuple(each.linear for each in gate_up), down.linear, activation, mlp != "plain", norms[2])
+    dense = MLP(tuple(each.linear for each in gate_up), down.linear, activation, mlp != "plain")
+    parts = TailParts(output, dense, after_mlp=norms[2])
     x, residual = torch.randn(rows, attended).to(dtype), torch.randn(rows, hidden).to(dtype)
 
     def rounded(y: Tensor) -> Tensor:
@@ -295,7 +297,8 @@ def activated(activation: str, values: Tensor) -> Tensor:
         g_idx = torch.zeros(len(codes), dtype=torch.int32)
         return Linear(prepared(QuantizedWeight(codes, ones, (ones * 8).to(torch.uint8), g_idx, 4), cpu.KERNEL))
 
-    parts = TailParts(OutputParts(weight([0], [0])), (weight([1, 0]),), weight([0], [1]), activation, gated=False)
+    mlp = MLP((weight([1, 0]),), weight([0], [1]), activation, gated=False)
+    parts = TailParts(OutputParts(weight([0], [0])), mlp)
     residual = torch.stack([values, torch.zeros_like(values)], -1)
     return Tail(parts)(torch.zeros(len(values), 1), residual)[:, 1]
 
@@ -338,9 +341,8 @@ def test_nan_reaches_its_own_row_only(rows: int, dtype: torch.dtype) -> None:
         assert torch.equal(calls(bad)[0][other], calls(x)[0][other])
         assert calls(bad)[0][1].isnan().all()
         for activation in cpu_block.ACTIVATIONS:
-            tail = Tail(
-                TailParts(OutputParts(layer.linear, before_mlp=norm), (inner.linear,), layer.linear, activation)
-            )
+            mlp = MLP((inner.linear,), layer.linear, activation)
+            tail = Tail(TailParts(OutputParts(layer.linear, before_mlp=norm), mlp))
             for arguments in ((bad, x), (x, bad)):
                 y = tail(*arguments)
                 assert torch.equal(y[other], tail(x, x)[other])

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from gptq_backend.kernels import cpu, cpu_attention, reference
-from gptq_backend.kernels.cpu_block import Linear, Norm, OutputParts, Projections, Tail, TailParts
+from gptq_backend.kernels.cpu_block import Linear, Norm, OutputParts, Projections
+from gptq_backend.kernels.cpu_tail import MLP, Tail, TailParts
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import ROOT, assert_passes_at, native, prepared
 
@@ -38,8 +39,12 @@ def linear(columns: int = 64, outputs: int = 64, bias: torch.Tensor | None = Non
 
 
 def tail(**changes: Any) -> Tail:
-    parts = TailParts(OutputParts(linear()), (linear(), linear()), linear(), "silu")
+    parts = TailParts(OutputParts(linear()), mlp())
     return Tail(dataclasses.replace(parts, **changes))
+
+
+def mlp(**changes: Any) -> MLP:
+    return dataclasses.replace(MLP((linear(), linear()), linear(), "silu"), **changes)
 
 
 def attend(q=(1, 2, 4, 16), keys=(1, 2, 9, 16), values=(1, 2, 9, 16), mask=None, dtype=torch.float32) -> None:
@@ -78,9 +83,9 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "its tensors are on meta",
     ),
-    "an unknown activation": (lambda: tail(activation="mish"), "activation='mish'; expected one of silu"),
-    "gate without up": (lambda: tail(gate_up=(linear(),)), "gate_up and down map"),
-    "a narrow down": (lambda: tail(down=linear(64, 32)), "gate_up and down map"),
+    "an unknown activation": (lambda: tail(mlp=mlp(activation="mish")), "activation='mish'; expected one of silu"),
+    "gate without up": (lambda: tail(mlp=mlp(gate_up=(linear(),))), "gate_up and down map"),
+    "a narrow down": (lambda: tail(mlp=mlp(down=linear(64, 32))), "gate_up and down map"),
     "a short norm of the tail": (lambda: tail(after_mlp=Norm(torch.ones(63))), "last dimension of 64"),
     "a short norm before the MLP": (
         lambda: tail(output=OutputParts(linear(), before_mlp=Norm(torch.ones(63)))),
@@ -182,14 +187,14 @@ for again in range(3):
     "call",
     [
         "cpu_attention.rotate_(torch.ones(999, 640), 10, norm=cpu_block.Norm(None).native)",
-        "cpu_block.Tail(cpu_block.TailParts(cpu_block.OutputParts(part), (part, part), part, 'silu'))(x, x)",
+        "cpu_tail.Tail(cpu_tail.TailParts(cpu_block.OutputParts(part), cpu_tail.MLP((part,) * 2, part, 'silu')))(x, x)",
     ],
 )
 def test_a_level_that_the_machine_lacks_is_an_error_and_no_crash(call: str) -> None:
     code = f"""
 import torch
 torch.set_num_threads(2)
-from gptq_backend.kernels import cpu_attention, cpu_block
+from gptq_backend.kernels import cpu_attention, cpu_block, cpu_tail
 from tests.kernels.test_cpu_block import Dense
 part, x = Dense(4, 512, 512, 0).linear, torch.ones(2, 512)
 {call}

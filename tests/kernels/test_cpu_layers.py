@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gptq_backend.kernels import cpu_attention
 from gptq_backend.kernels.cpu_attention import PAIRS
-from gptq_backend.kernels.cpu_block import Norm, OutputParts, Projections, Tail, TailParts
+from gptq_backend.kernels.cpu_block import Norm, OutputParts, Projections
 from gptq_backend.kernels.cpu_layers import Layer, Room, run_layers
+from gptq_backend.kernels.cpu_tail import MLP, Tail, TailParts
 from tests.kernels.checks import LIMITS, native
 from tests.kernels.test_cpu_block import Dense, random_norm
 
@@ -70,7 +71,8 @@ def random_parts(seed: int, joined: bool, pairs: str | None, norms: str, softcap
         None if norms == "none" else Norm(torch.randn(count * head_dim if wide else head_dim)) for count in (4, 2)
     ]
     o, gate, up = (Dense(4, hidden, size, seed + 5 + i).linear for i, size in enumerate((hidden, inner, inner)))
-    parts = TailParts(OutputParts(o, before_mlp=Norm(None)), (gate, up), Dense(8, inner, hidden, seed).linear, "silu")
+    mlp = MLP((gate, up), Dense(8, inner, hidden, seed).linear, "silu")
+    parts = TailParts(OutputParts(o, before_mlp=Norm(None)), mlp)
     projections = Projections(random_norm("rms", hidden, torch.float32), inputs)
     return Parts(projections, tuple(head_norms), pairs, heads, kv_heads, head_dim, softcap, Tail(parts))  # type: ignore[arg-type]
 

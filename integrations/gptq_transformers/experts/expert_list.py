@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,8 +79,11 @@ class ExpertList(nn.Module):
             grouped = self._group()
         if not grouped.serve(hidden_states):
             return self._by_expert(hidden_states, top_k_index, top_k_weights)
-        if grouped.one_call is not None and self._in_one_call(hidden_states, top_k_index, top_k_weights):
-            return grouped.one_call(hidden_states, top_k_index, top_k_weights)
+        if grouped.one_call is not None and not operators_are_seen():
+            if not grouped.untouched(self._chosen(top_k_index)):
+                return self._by_expert(hidden_states, top_k_index, top_k_weights)
+            if self._in_one_call(hidden_states, top_k_index, top_k_weights):
+                return grouped.one_call(hidden_states, top_k_index, top_k_weights)
         routing = Routing(top_k_index, self.num_experts)
         outputs = [y for call in grouped.before for y in call(hidden_states, routing, top_k_index.shape[1])]
         y = self._after(grouped.after[0](self._activate(outputs), routing, 1)[0]).unflatten(0, top_k_index.shape)
@@ -130,6 +133,11 @@ class ExpertList(nn.Module):
             )
         return grouped
 
+    @property
+    def grouped(self) -> GroupedExperts | None:
+        """What :meth:`group` found, which may be outdated."""
+        return self._grouped
+
     def ungroup(self) -> None:
         """Forget what :meth:`group` found; the next call finds it again."""
         self._grouped = None
@@ -149,10 +157,21 @@ class ExpertList(nn.Module):
 
     def _in_one_call(self, x: Tensor, index: Tensor, weights: Tensor) -> bool:
         """Whether nobody expects more of it than the result: no gradient, no hook, no trace, no other activation."""
-        if operators_are_seen() or type(x) is not Tensor or type(weights) is not Tensor:
+        if type(x) is not Tensor or type(weights) is not Tensor:
             return False
         if index.numel() > cpu_experts.MOST_ROWS or (torch.is_grad_enabled() and weights.requires_grad):
             return False
+        return self.activates_as_known()
+
+    def _chosen(self, index: Tensor) -> Iterable[int]:
+        """The experts in ``index``, or all where those are many."""
+        everyone = range(self.num_experts)
+        if index.numel() > cpu_experts.MOST_ROWS:
+            return everyone
+        return set(index.flatten().tolist()).intersection(everyone)
+
+    def activates_as_known(self) -> bool:
+        """Whether the activation is the one that the experts were grouped with, and nobody hears it."""
         code, names, values = self._tried
         return (
             self._code() == code and places.unchanged((vars(self),) * len(names), names, values) and not self._heard()

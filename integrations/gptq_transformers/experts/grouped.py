@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,10 @@ class GroupedExperts:
         self._dicts, self._names, self._objects = zip(*(held[:3] for held in self._held), *changes)
         self._layers = tuple(layers) * 2
         self._hooks = ("_forward_hooks",) * len(layers) + ("_forward_pre_hooks",) * len(layers)
+        self._watches: list[_Watch] = []  # of each expert
+        if self.one_call is not None:
+            parents = {id(place[name]._modules): (place, name, place[name]) for place, name in parents_at}
+            self._watches = [_watch_of(of_expert, parents) for of_expert in zip(*layers_at.values())]
         self._biased = [layer for _, _, layer, _ in self._held if getattr(layer, "bias", None) is not None]
 
     def _calls(self, columns: dict[str, list[Any]]) -> list[_Call]:
@@ -101,6 +105,13 @@ class GroupedExperts:
                 return False
         return True
 
+    def untouched(self, experts: Iterable[int]) -> bool:
+        """Whether the layers of these experts hold what lies in the stacks, and nobody hears when they are called."""
+        watches = [self._watches[i] for i in experts]
+        return places.untouched(watches) and all(
+            tuple(map(Tensor.data_ptr, tensors)) == addresses for *_, tensors, addresses in watches
+        )
+
     def serve(self, x: Tensor) -> bool:
         """Whether a projection is grouped, and nothing needs the layers to be called: no gradient, no hook."""
         if not self._grouped or x.dtype not in _DTYPES:
@@ -122,6 +133,29 @@ class GroupedExperts:
 
 # A layer where it was found, place[name], and how often it had changed.
 _Held = tuple[dict[str, Any], str, Any, int]
+# Of one expert: dictionaries, keys in them and what lies there; dictionaries, and keys of hooks in them; scales and
+# biases, and their addresses.
+_Watch = tuple[tuple[Any, ...], ...]
+_PARAMETERS = "qweight", "scales", "zeros", "bias"
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "forward"
+
+
+def _watch_of(
+    layers_at: Sequence[tuple[dict[str, Any], str]], parents: Mapping[int, tuple[dict[str, Any], str, Any]]
+) -> _Watch:
+    """All that must stay as it is for the stacks to give what these layers would."""
+    found = [parents[id(place)] for place, _ in layers_at if id(place) in parents]
+    for place, name in layers_at:
+        layer, held = place[name], place[name]._parameters
+        found += [
+            (place, name, layer),
+            (layer.__dict__, "changes", layer.changes),
+        ]
+        found += [(held, key, held.get(key)) for key in _PARAMETERS]
+    dicts, names, values = zip(*found)
+    tensors = tuple(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    listeners, hooks = zip(*((place[name].__dict__, key) for place, name in layers_at for key in _HOOKS))
+    return dicts, names, values, listeners, hooks, tensors, tuple(map(Tensor.data_ptr, tensors))
 
 
 def _stack(layers: Sequence[QuantLinear]) -> Grouped:

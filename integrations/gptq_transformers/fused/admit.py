@@ -7,22 +7,28 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from gptq_backend.kernels import cpu_attention
+from gptq_backend.kernels import cpu_attention, cpu_block
 
+from ..experts.expert_list import ExpertList
+from .calls import Calls
 from .forward import FusedForward
 from .match import NoMatch, Parts, find_parts, mlp_of
+from .mixture import Found, find_pieces, find_rule
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "GPTQ_BACKEND_FUSE"
 _TOKENS = 5  # of the comparison's prompt, longer than one row and no multiple of anything
 _LIMIT = 1e-4  # relative difference in float32
+# Of what a mixture gives for half of some tokens, in its own dtype: for others the last bit may choose another expert.
+_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def fuse_layers(model: Any) -> int:
@@ -43,12 +49,16 @@ def fuse_layers(model: Any) -> int:
             found.append(find_parts(layer))
     inputs = _inputs(model, [parts.layer for parts in found]) if found else []
     admitted: dict[Any, str | None] = {}  # the pairs of layers that are alike
+    rules: dict[Any, Found] = {}  # likewise of their routers
     count = 0
     for parts, given in zip(found, inputs):
         with _refusing(parts.layer, reasons):
             kind = _kind(parts)
             if kind not in admitted:
                 admitted[kind] = _pairs(parts, given)
+            if parts.known_mlp is None:
+                with _refusing(parts.mlp, reasons):
+                    parts = _with_mixture(parts, admitted[kind], kind, rules, given["hidden_states"].dtype)
             parts.layer.forward = FusedForward(parts, admitted[kind])
             count += 1
     for why, names in reasons.items():
@@ -81,11 +91,41 @@ def _kind(parts: Parts) -> tuple[Any, ...]:
     """Layers with the same need one comparison."""
     facts: list[Any] = [(each.in_features, each.out_features, each.bias is None) for each in parts.linears]
     facts += [type(module) for module in parts.layer.modules()]
-    for module in (parts.layer, parts.attention, parts.mlp):
+    inside = {id(each) for module in parts.mlp.modules() if isinstance(module, ExpertList) for each in module.modules()}
+    of_mlp = (module for module in parts.mlp.modules() if id(module) not in inside)
+    for module in (parts.layer, parts.attention, *of_mlp):
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None)))}
         plain.pop("layer_idx", None)
         facts.append(tuple(sorted(plain.items())))
     return (*facts, parts.known_mlp and parts.known_mlp.activation)
+
+
+def _with_mixture(parts: Parts, pairs: str | None, kind: Any, rules: dict[Any, Found], dtype: torch.dtype) -> Parts:
+    """The same parts, with those of the mixture that is called as it is.
+
+    Raises:
+        NoMatch: it is something else, or the call for all that follows the attention gives something else.
+    """
+    pieces = find_pieces(parts.mlp)
+    known = kind in rules
+    found = rules[kind] if known else find_rule(pieces, dtype)
+    more = replace(parts, mixture=pieces.completed(found, dtype))
+    if not known:
+        calls = Calls(more, pairs)
+        generator = torch.Generator().manual_seed(0)
+        # Small, and nothing beside it: norms make it as large as it usually is.
+        attended = 1e-2 * torch.randn(2, _TOKENS + 1, parts.o.in_features, generator=generator)
+        residual = torch.zeros(2, _TOKENS + 1, parts.o.out_features, dtype=dtype)
+        with torch.no_grad():
+            h, _ = cpu_block.Output(parts.output())(attended.to(dtype), residual)
+            given, wanted = (
+                (each(attended.to(dtype), residual) - h).float() for each in (calls.finish, calls.finish_by_modules)
+            )
+        difference = float(((given - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-30)).median())
+        if not difference < _LIMITS[dtype]:
+            raise NoMatch(f"it computes something else than the fused calls (relative difference {difference:.1e})")
+        rules[kind] = found
+    return more
 
 
 def _inputs(model: Any, layers: list[Any]) -> list[dict[str, Any]]:

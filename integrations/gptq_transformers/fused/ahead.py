@@ -102,6 +102,10 @@ class _Run:
             and self._results.intact(index - 1, x)
         )
 
+    def stands(self, index: int) -> bool:
+        """Whether nobody touched the experts that layer ``index`` was computed with."""
+        return self.calls[index].stands(self._results.chosen(index))
+
     def give(self, index: int, link: Link, given: tuple[Any, ...]) -> Tensor:
         layer, room = self._held[index]
         room.give(layer, self._length)
@@ -135,9 +139,10 @@ def resume(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor
             link.learn(own)
         return None
     if follows and calls is run.calls[index]:
-        if run.unseen(index, x):
+        unseen = run.unseen(index, x)
+        if unseen and run.stands(index):
             return run.give(index, own, given)
-        link.cut(for_good=True)  # it would be learnt again, in vain
+        link.cut(for_good=not unseen)  # it would be learnt again, in vain
     else:
         link.cut()
     latest.clear()
@@ -175,7 +180,8 @@ def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor 
     rooms = [room.place for _, room in held]
     results = cpu_layers.run_layers(layers, rooms, [length] * len(chain), x, beginning.angles, mask)
     read = [each for each in (mask, *(beginning.angles or ())) if each is not None]
-    return _Run(chain, held, read, results).give(0, own, given)
+    run = _Run(chain, held, read, results)
+    return run.give(0, own, given) if run.stands(0) else None
 
 
 def note(own: Link, y: Tensor, given: tuple[Any, ...]) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gptq_backend.kernels import cpu_attention, cpu_block, cpu_layers, places
+from gptq_backend.kernels import cpu_attention, cpu_block, cpu_layers, cpu_tail, places
 
 from .cache import append
-from .match import SINKS, NoMatch, Parts, linear_of, norm_of
+from .match import SINKS, Mixture, NoMatch, Parts, linear_of, norm_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 8  # of queries, up to which our attention is faster than torch's
@@ -37,8 +37,9 @@ class Calls:
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._projections = cpu_block.Projections(norm_of(parts.norms[0]), [linear_of(each) for each in parts.inputs])
         tail = parts.tail()
-        self._output = cpu_block.Output(parts.output()) if tail is None else None
-        self._tail = None if tail is None else cpu_block.Tail(tail)
+        self._output = cpu_block.Output(parts.output()) if parts.known_mlp is None else None
+        self._tail = None if tail is None else cpu_tail.Tail(tail)
+        self._experts = None if parts.mixture is None else parts.mixture.experts.grouped
         self._layer: tuple[tuple[float, float], cpu_layers.Layer] | None = None
         norms = [norm_of(norm) for norm in parts.head_norms]
         self._kept += norms
@@ -87,13 +88,31 @@ class Calls:
             extra = () if cache_position is None else ({"cache_position": cache_position},)
             keys, values = append(past_key_values, keys, values, self.parts.attention.layer_idx, *extra)
         attended = self._attend(q, keys, values, attention_mask, kwargs)
-        if self._tail is not None:
-            return self._tail(attended, hidden_states)
-        return self._call_mlp(*self._output(attended, hidden_states))  # type: ignore[misc]
+        return self.finish(attended, hidden_states)
 
-    def _call_mlp(self, h: Tensor, n: Tensor) -> Tensor:
-        """h, n: see :class:`cpu_block.OutputParts`."""
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """All that follows the attention. attended: [B, T, heads * D]; residual: [B, T, H] -> [B, T, H]."""
+        if self._tail is not None and self._in_one_call(residual):
+            y, chosen = self._tail.with_choice(attended, residual)
+            if self.stands(chosen):
+                return y
+        return self.finish_by_modules(attended, residual)
+
+    def _in_one_call(self, x: Tensor) -> bool:
+        """Whether the call for all that follows the attention serves rows like these."""
+        mixture, tail = self.parts.mixture, self._tail
+        if tail is None or mixture is None:
+            return tail is not None
+        return x.dtype is mixture.dtype and tail.most_rows is not None and x[..., 0].numel() <= tail.most_rows
+
+    def stands(self, chosen: Tensor) -> bool:
+        """Whether a result that these experts had a part in is theirs, int32 [rows, k]: nobody touched one of them."""
+        return not chosen.numel() or self._experts.untouched(set(chosen.flatten().tolist()))  # type: ignore[union-attr]
+
+    def finish_by_modules(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """The same, for which the MLP or mixture is called as it is."""
         parts = self.parts
+        h, n = self._output(attended, residual)  # type: ignore[misc]
         y = parts.mlp(n)
         if isinstance(y, tuple):  # with the logits of a router
             y = y[0]
@@ -153,12 +172,12 @@ class Calls:
         _, ours, softcap = self._attention()
         if not ours or rows > _FEW_ROWS or not _served_mask(mask, x, batch, rows, length + rows):
             return None
-        return Beginning(self, softcap, angles if _served_angles(angles, x) else None)
+        return Beginning(self, softcap, angles if _served_angles(angles, x) else None, x)
 
     def joined(self, beginning: Beginning) -> cpu_layers.Layer | None:
         """The whole layer for one call, if it can be run with the one that begins."""
         attention, first = self.parts.attention, beginning.first
-        if self._tail is None or self._sinks is not None:
+        if self._tail is None or self._sinks is not None or not self._in_one_call(beginning.x):
             return None
         same = attention.config is first.parts.attention.config and type(attention) is type(first.parts.attention)
         if not same or self._width != first._width or self._head_dim != first._head_dim or self.outdated():
@@ -188,11 +207,13 @@ class Beginning:
     Args:
         softcap: of scores.
         angles: cos and sin, where they can be read.
+        x: [B, T, H], what it is called with.
     """
 
     first: Calls
     softcap: float
     angles: Any
+    x: Tensor
 
 
 def _sinks_of(attention: Any, heads: int) -> Tensor | None:
@@ -213,7 +234,16 @@ def _weights(parts: Parts) -> list[tuple[dict[str, Any], str, Any]]:
     for norm in (*parts.norms, *parts.head_norms):
         if norm is not None:
             found += [(norm._parameters, name, norm._parameters.get(name)) for name in ("weight", "bias")]
-    return found
+    return found if parts.mixture is None else [*found, *_of_mixture(parts.mixture)]
+
+
+def _of_mixture(mixture: Mixture) -> list[tuple[dict[str, Any], str, Any]]:
+    """Likewise of the router, and which stacks the experts' layers are part of."""
+    held = [
+        (module._parameters if name in module._parameters else module._buffers, name) for module, name in mixture.places
+    ]
+    experts = vars(mixture.experts)
+    return [*((tensors, name, tensors.get(name)) for tensors, name in held), (experts, "_grouped", experts["_grouped"])]
 
 
 def _served_angles(angles: Any, x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from gptq_backend.kernels import operators_are_seen
 from . import ahead
 from .calls import DTYPES, Calls
 from .match import Parts
-from .watch import Watch
+from .watch import Watches
 
 # A layer that is called with more, or asked for more, serves as it always did.
 _MORE = "output_attentions", "output_hidden_states", "output_router_logits"
@@ -33,8 +33,8 @@ class FusedForward:
     def __init__(self, parts: Parts, pairs: str | None) -> None:
         self.layer, self.pairs = parts.layer, pairs
         self.parts: Parts | None = parts
-        self._watch: Watch | None = Watch(parts)
         self._link = ahead.Link()
+        self._watch: Watches | None = Watches(parts)
         self._code = self._watch.code()
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **kwargs: Any) -> Any:
@@ -72,17 +72,19 @@ class FusedForward:
         if parts is None:
             return None
         if watch is None:  # of a copy
-            watch = self._watch = Watch(parts)
+            watch = self._watch = Watches(parts)
             if watch.code() != self._code:
                 self._retire()
                 return None
-        if not watch.untouched():
-            if watch.replaced():
+        served = watch.served()
+        if served is None:
+            if watch.layer.replaced():
                 self._retire()
             return None
-        if calls is None or calls.outdated():
+        self.parts = watch.parts
+        if calls is None or calls.parts is not served or calls.outdated():
             try:
-                self._link.calls = calls = Calls(parts, self.pairs)
+                self._link.calls = calls = Calls(served, self.pairs)
             except Exception:  # the layer's own code serves, or says better what is wrong
                 self._link.calls = calls = None
         return calls

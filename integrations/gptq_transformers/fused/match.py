@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gptq_backend import QuantLinear
-from gptq_backend.kernels import cpu_block
+from gptq_backend.kernels import cpu_block, cpu_router, cpu_tail
 
 from ..activations import name_of
 
@@ -45,6 +45,74 @@ class MLP:
     down: QuantLinear
     activation: str
 
+    def part(self) -> cpu_tail.MLP:
+        """For the fused call."""
+        return cpu_tail.MLP(tuple(map(linear_of, self.gate_up)), linear_of(self.down), self.activation, self.gated)
+
+
+Place = tuple[nn.Module, str]  # a module, and the name of a parameter or buffer of it
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a mixture of experts consists of, which nobody but its own code names.
+
+    Args:
+        experts: an ``ExpertList``.
+        weight, bias, correction: where the tensors of the router are, of which the last two may be missing.
+        mlp: what sees each token beside the experts, or None.
+        mlp_gate: the linear layer whose sigmoid says what that counts, or None.
+        dtype: in which it was compared.
+    """
+
+    block: Any
+    experts: Any
+    weight: Place
+    bias: Place | None
+    correction: Place | None
+    mlp: MLP | None
+    mlp_gate: Any
+    rule: cpu_router.Rule
+    dtype: torch.dtype
+
+    @property
+    def linears(self) -> tuple[QuantLinear, ...]:
+        return () if self.mlp is None else (*self.mlp.gate_up, self.mlp.down)
+
+    @property
+    def places(self) -> list[Place]:
+        """Of all tensors but those of quantized layers."""
+        gate = [] if self.mlp_gate is None else [(self.mlp_gate, "weight"), (self.mlp_gate, "bias")]
+        return [place for place in (self.weight, self.bias, self.correction, *gate) if place is not None]
+
+    def modules(self) -> list[nn.Module]:
+        """All but those inside the experts."""
+        inside = {id(module) for module in self.experts.modules()} - {id(self.experts)}
+        return [module for module in self.block.modules() if id(module) not in inside]
+
+    def part(self) -> cpu_tail.Mixture | None:
+        """For the fused call, if the experts run in one."""
+        grouped = self.experts.grouped
+        if grouped is None or grouped.one_call is None:
+            return None
+        weight, bias, correction = map(tensor_at, (self.weight, self.bias, self.correction))
+        router = cpu_router.RouterParts(cpu_router.Dense(weight, bias), self.rule, correction)
+        gate = self.mlp_gate
+        return cpu_tail.Mixture(router, grouped.one_call, None if gate is None else dense_of(gate))
+
+
+def tensor_at(place: Place | None) -> Any:
+    """The tensor, as a vector where all but one of its dimensions are 1; None where there is none."""
+    if place is None:
+        return None
+    module, name = place
+    found = module._parameters.get(name, module._buffers.get(name))
+    return found if found is None or max(found.shape, default=1) != found.numel() else found.detach().view(-1)
+
+
+def dense_of(linear: nn.Linear) -> cpu_router.Dense:
+    return cpu_router.Dense(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -53,7 +121,8 @@ class Parts:
     Args:
         mlp: the module that follows the attention.
         inputs: q, k and v, or one module with the outputs of all.
-        known_mlp: what ``mlp`` consists of; None: it is called as it is, such as a mixture of experts.
+        known_mlp: what ``mlp`` consists of; None: it is something else.
+        mixture: likewise, if it is a mixture. Where both are None, it is called as it is.
         norms: before the attention, after it, before the MLP, after it.
         head_norms: of q and k; per head, or over all heads where they are as wide.
     """
@@ -66,11 +135,13 @@ class Parts:
     known_mlp: MLP | None
     norms: tuple[Any, ...]
     head_norms: tuple[Any, Any]
+    mixture: Mixture | None = None
 
     @property
     def linears(self) -> tuple[QuantLinear, ...]:
-        mlp = self.known_mlp
-        return (*self.inputs, self.o, *(() if mlp is None else (*mlp.gate_up, mlp.down)))
+        mlp, mixture = self.known_mlp, self.mixture
+        of_mlp = () if mlp is None else (*mlp.gate_up, mlp.down)
+        return (*self.inputs, self.o, *of_mlp, *(() if mixture is None else mixture.linears))
 
     @property
     def parents(self) -> tuple[nn.Module, ...]:
@@ -78,7 +149,7 @@ class Parts:
         return (self.layer, self.attention, *(() if self.known_mlp is None else (self.mlp,)))
 
     def modules(self) -> list[nn.Module]:
-        """All whose hooks, code or replacement would go unheard; the layer is the first."""
+        """All whose hooks, code or replacement would go unheard, but those of a mixture; the layer is the first."""
         called = set() if self.known_mlp is not None else set(self.mlp.modules())
         return [module for module in self.layer.modules() if module not in called]
 
@@ -94,13 +165,13 @@ class Parts:
         norms = norm_of(after_attention), norm_of(before_mlp)
         return cpu_block.OutputParts(linear_of(self.o), *norms, self.factor, parallel)
 
-    def tail(self) -> cpu_block.TailParts | None:
+    def tail(self) -> cpu_tail.TailParts | None:
         """For the fused call, if there can be one for all that follows the attention."""
-        mlp = self.known_mlp
-        if mlp is None:
+        mixture = None if self.mixture is None else self.mixture.part()
+        mlp = self.known_mlp if mixture is None or self.mixture is None else self.mixture.mlp
+        if mlp is None and mixture is None:
             return None
-        gate_up, down = tuple(map(linear_of, mlp.gate_up)), linear_of(mlp.down)
-        return cpu_block.TailParts(self.output(), gate_up, down, mlp.activation, mlp.gated, norm_of(self.norms[3]))
+        return cpu_tail.TailParts(self.output(), None if mlp is None else mlp.part(), mixture, norm_of(self.norms[3]))
 
 
 def find_parts(layer: Any) -> Parts:
@@ -122,7 +193,7 @@ def find_parts(layer: Any) -> Parts:
         mlp=mlp,
         inputs=_linears(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
         o=o,
-        known_mlp=_known_mlp(mlp),
+        known_mlp=known_mlp(mlp),
         norms=tuple(None if name is None else getattr(layer, name) for name in names),
         head_norms=(getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)),
     )
@@ -140,7 +211,7 @@ def mlp_of(layer: Any) -> Any:
     return next((getattr(layer, name) for name in MLPS if hasattr(layer, name)), None)
 
 
-def _known_mlp(module: Any) -> MLP | None:
+def known_mlp(module: Any) -> MLP | None:
     """Its parts, if they are all quantized, and the activation is known."""
     try:
         (down,) = _linears(module, ("down_proj",), ("c_proj",), ("fc2",))
@@ -153,10 +224,10 @@ def _known_mlp(module: Any) -> MLP | None:
         return None
     gated = hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")
     mlp = MLP(gate_up, gated, down, activation)
-    return mlp if {id(each) for each in (*gate_up, down)} == _with_weights(module) else None
+    return mlp if {id(each) for each in (*gate_up, down)} == with_weights(module) else None
 
 
-def _with_weights(module: nn.Module) -> set[int]:
+def with_weights(module: nn.Module) -> set[int]:
     """``id`` of the modules inside that hold a tensor themselves."""
     inside = ((each, *each._parameters.values(), *each._buffers.values()) for each in module.modules())
     return {id(each) for each, *tensors in inside if any(tensor is not None for tensor in tensors)}
@@ -231,5 +302,5 @@ def _check_children(parts: Parts) -> None:
             if tensor is not None and (parent, name) != (parts.attention, SINKS):
                 raise NoMatch(f"it has a {name} besides")
         for name, child in parent.named_children():
-            if child is not parts.attention and id(child) not in known and _with_weights(child):
+            if child is not parts.attention and id(child) not in known and with_weights(child):
                 raise NoMatch(f"it has a {name} besides")

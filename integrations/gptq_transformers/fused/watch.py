@@ -1,9 +1,10 @@
-"""Tells whether anything inside a decoder layer was hooked, replaced, patched or set since it was admitted."""
+"""Tells whether anything in a decoder layer or its mixture was hooked, replaced, patched or set since its admission."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, repeat
 from operator import is_
 from types import FunctionType
@@ -14,7 +15,8 @@ from torch.nn.modules import module as nn_module
 
 from gptq_backend.kernels import places
 
-from .match import Parts
+from ..experts.expert_list import ExpertList
+from .match import Mixture, Parts
 
 # Read in each call, or no concern of the calls.
 _LIVE = frozenset(("scaling", "layer_idx", "training"))
@@ -25,27 +27,54 @@ _Place = tuple[dict[str, Any], str, Any]  # a dictionary, a key in it, and what 
 
 
 class Watch:
-    """What a layer was when it was made.
+    """What some modules were when it was made.
 
     This is on the way of every call. So all that may change is looked up in one pass, without loops in Python.
+
+    Args:
+        heard: the modules whose hooks would go unheard.
+        parents: those whose settings count.
+        served: those that do not care whether they are in training.
+        norms: whose epsilons count.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        modules = parts.modules()
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        heard: list[nn.Module],
+        parents: Sequence[nn.Module],
+        served: Sequence[nn.Module],
+        norms: Sequence[Any] = (),
+    ) -> None:
         self._children: list[_Place] = [
-            (parent._modules, name, child) for parent in modules for name, child in parent._modules.items()
+            (parent._modules, name, child)
+            for parent in modules
+            if not isinstance(parent, ExpertList)  # experts are looked at when they are chosen
+            for name, child in parent._modules.items()
         ]
-        watched = [*self._children, *_settings(parts), *_functions(modules)]
+        watched = [*self._children, *_settings(parents, norms), *_functions(modules)]
         self._dicts, self._keys, self._values = zip(*watched)
         self._modules = modules
         self._types = [type(module) for module in self._modules]
         self._classes: list[Any] = list(dict.fromkeys(self._types))
         self._forwards = [each.forward for each in self._classes]
-        served = {id(module) for module in (*parts.linears, *parts.norms, *parts.head_norms)}
-        flags = [(module, name) for module in self._modules[1:] for name in _HOOKS]  # the layer's own hooks are called
-        flags += [(module, "training") for module in self._modules if id(module) not in served]
+        careless = set(map(id, served))
+        flags = [(module, name) for module in heard for name in _HOOKS]
+        flags += [(module, "training") for module in self._modules if id(module) not in careless]
         self._states = tuple(module.__dict__ for module, _ in flags)
         self._flags = tuple(name for _, name in flags)
+
+    @classmethod
+    def of_layer(cls, parts: Parts) -> Watch:
+        """All but what is inside a mixture, or an MLP that is called as it is. The layer's own hooks are called."""
+        modules, norms = parts.modules(), (*parts.norms, *parts.head_norms)
+        return cls(modules, modules[1:], parts.parents, (*parts.linears, *filter(None, norms)), norms)
+
+    @classmethod
+    def of_mixture(cls, mixture: Mixture) -> Watch:
+        """All but what is inside the experts."""
+        modules, served = mixture.modules(), (*mixture.linears, mixture.experts)
+        return cls(modules, modules, [module for module in modules if module not in served], served)
 
     def untouched(self) -> bool:
         """Whether it computes what it did, and nobody listens."""
@@ -85,9 +114,39 @@ class Watch:
         )
 
     def code(self) -> list[tuple[str, str]]:
-        """Names of the code that the layer runs, which another process can compare."""
+        """See :class:`Watches`."""
         functions = [value for value in self._values if isinstance(value, FunctionType)]
         return [(each.__module__, each.__qualname__) for each in chain(self._forwards, functions)]
+
+
+class Watches:
+    """That of a layer, and that of its mixture if it has one."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self._plain = parts, replace(parts, mixture=None)
+        self.layer = Watch.of_layer(parts)
+        self._mixture = None if parts.mixture is None else Watch.of_mixture(parts.mixture)
+
+    def served(self) -> Parts | None:
+        """What the calls can serve: all parts; those but the mixture, where that was touched; or None."""
+        if not self.layer.untouched():
+            return None
+        mixture = self.parts.mixture
+        if mixture is None or self._mixture is None:
+            return self.parts
+        if self._mixture.untouched() and mixture.experts.activates_as_known():
+            return self.parts
+        if self._mixture.replaced():
+            self.parts, self._mixture = self._plain, None
+        return self._plain
+
+    def unchanged(self) -> bool:
+        """Whether all is what it was."""
+        return self.layer.unchanged() and (self._mixture is None or self._mixture.unchanged())
+
+    def code(self) -> list[tuple[str, str]]:
+        """Names of the code that runs, which another process can compare."""
+        return self.layer.code() + ([] if self._mixture is None else self._mixture.code())
 
 
 def _passes_to(module: Any, inner: nn.Module) -> bool:
@@ -99,14 +158,14 @@ def _passes_to(module: Any, inner: nn.Module) -> bool:
     return True
 
 
-def _settings(parts: Parts) -> Iterator[_Place]:
+def _settings(parents: Sequence[nn.Module], norms: Sequence[Any]) -> Iterator[_Place]:
     """Plain attributes that the modules' code may read."""
-    for module in parts.parents:
+    for module in parents:
         state = module.__dict__
         for name in state.keys() - _LIVE:
             if not name.startswith("_"):
                 yield state, name, state[name]
-    for norm in (*parts.norms, *parts.head_norms):
+    for norm in norms:
         if norm is not None:
             yield from ((norm.__dict__, name, norm.__dict__.get(name)) for name in _EPSILONS)
 
