@@ -40,10 +40,11 @@ def test_an_object_of_another_type_and_a_missing_one_are_refused() -> None:
 
 
 def test_sequences_are_lists_or_tuples_of_the_expected_length() -> None:
-    with pytest.raises(TypeError, match="got 2 values where 3 were expected"):
-        _cpu.run_layers([], [], 0, (1, 1), 0, (0, 0), 0, 0, 0, 0, False, (0, 0), 0, 1)
+    strides = (0, 0, 0, 0)
+    with pytest.raises(TypeError, match="got 2 values where 7 were expected"):
+        _cpu.attend(0, (1, 1), 0, strides, 0, strides, 0, strides, 0, False, (0, 0), 1.0, 0.0, 0, 0, 0, 1)
     with pytest.raises(TypeError, match="where a list or a tuple was expected"):
-        _cpu.run_layers({}, [], 0, (1, 1, 1), 0, (0, 0), 0, 0, 0, 0, False, (0, 0), 0, 1)
+        _cpu.MLP({}, True, 0, None)
 
 
 def test_what_a_kernel_refuses_is_a_value_error() -> None:
