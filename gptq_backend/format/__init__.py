@@ -21,6 +21,7 @@ from .files import (
     read_settings,
     settings_in,
 )
+from .foreign import STORED_PARTS, ForeignLayer, as_gptq
 from .headers import Manifest, TensorFile, TensorInfo, read_manifest, read_tensor
 from .layer_specs import claimed_group_size, quantized_modules, resolve_specs
 from .stored_tensors import StoredSpec, encode, read_packed, resolve

@@ -14,6 +14,7 @@ import torch
 
 from ..config import FORMATS, SUPPORTED_BITS, QuantizeConfig
 from ..errors import CheckpointError
+from .foreign import settings_of
 from .headers import Manifest, TensorInfo, read_tensor
 from .stored_tensors import StoredSpec, check_groups
 
@@ -89,6 +90,8 @@ def _warn_once_for_all(
 
 def _layer_config(name: str, manifest: Manifest, config: QuantizeConfig) -> QuantizeConfig:
     """``dynamic`` rules were written for the names in the file; a newer framework may have renamed the modules."""
+    if (own := settings_of(manifest[f"{name}.qweight"], config)) is not None:
+        return own
     for candidate in (manifest[f"{name}.qweight"].key.removesuffix(".qweight"), name):
         found = config.for_module(candidate)
         if found is not None and found is not config:
@@ -239,11 +242,6 @@ def _check_orphans(manifest: Manifest) -> None:
         layer, _, part = name.rpartition(".")
         if f"{layer}.qweight" in manifest:
             continue
-        if part == "B" and f"{layer}.s" in manifest:
-            raise CheckpointError(
-                f"{layer} is serialized for Marlin (tensors B and s); that layout cannot be read here: use the GPTQ "
-                "checkpoint that it was made from"
-            )
         if part in ("qzeros", "g_idx"):
             raise CheckpointError(
                 f"{layer}: {part} is stored without qweight; fetch the checkpoint again or export it anew"

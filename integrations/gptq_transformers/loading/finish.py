@@ -14,6 +14,7 @@ from gptq_backend.module_moves import offloading_hook
 from ..experts.unfuse import group_experts
 from ..quantized_layers import dtype_of_parameter, quant_linears
 from .checks import check_finite, check_loaded, not_loaded
+from ..foreign_linear import translate_layers
 from .prepare import LoadPlan
 
 
@@ -27,6 +28,7 @@ def finish_model(model: nn.Module, plan: LoadPlan) -> None:
     vars(model).pop("_get_key_renaming_mapping", None)
     _load_dense(model, plan)
     check_loaded(model, [key for key in not_loaded(model) if key not in plan.resized])
+    translate_layers(model)
     for name, layer in quant_linears(model):
         _restore_dtypes(name, layer, plan.manifest)
         for parameter in layer.parameters():
