@@ -20,7 +20,7 @@ from ..config import QuantizeConfig
 from ..errors import CheckpointError
 from . import packing
 from .headers import read_tensor
-from .layout import FLOATS, LayerShape, Parts, group_size, require, require_shapes
+from .layout import FLOATS, LayerShape, Parts, group_size, require, require_shapes, widened
 from .weight import QuantizedWeight
 
 LAYOUT = "compressed-tensors"
@@ -104,7 +104,8 @@ def read(name: str, tensors: Mapping[str, Tensor], shape: LayerShape) -> Quantiz
         zeros = signed.to(torch.uint8)
     trivial = torch.arange(shape.in_features, dtype=torch.int32, device=codes.device) // shape.group_size
     g_idx = tensors["weight_g_idx"].int() if shape.act_order else trivial
-    return QuantizedWeight(codes, scales, zeros.t().contiguous(), g_idx, shape.bits)
+    codes, zeros = widened(codes, zeros.t().contiguous(), shape)
+    return QuantizedWeight(codes, scales, zeros, g_idx, shape.bits)
 
 
 def write(weight: QuantizedWeight) -> dict[str, Tensor]:

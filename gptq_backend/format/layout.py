@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..config import SUPPORTED_BITS, QuantizeConfig
 from ..errors import CheckpointError
@@ -40,6 +41,14 @@ class LayerShape:
     def bits(self) -> int:
         """Width of a code in memory: the next one that is supported, which holds the same numbers."""
         return min((bits for bits in SUPPORTED_BITS if bits >= self.stored_bits), default=self.stored_bits)
+
+
+def widened(codes: Tensor, zeros: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor]:
+    """uint8 codes and zeros of ``shape.stored_bits`` as ones of ``shape.bits`` with the same differences; the middle
+    stays the middle, so what is symmetric stays so.
+    """
+    more = (1 << (shape.bits - 1)) - (1 << (shape.stored_bits - 1))
+    return codes + more, zeros + more
 
 
 def group_size(name: str, features: int, groups: int, config: QuantizeConfig) -> int:

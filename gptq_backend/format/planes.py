@@ -15,7 +15,7 @@ from ..config import QuantizeConfig
 from ..errors import CheckpointError
 from . import packing
 from .headers import read_tensor
-from .layout import FLOATS, LayerShape, Parts, group_size, require, require_shapes
+from .layout import FLOATS, LayerShape, Parts, group_size, require, require_shapes, widened
 from .stored_tensors import check_groups
 from .weight import QuantizedWeight
 
@@ -55,6 +55,7 @@ def shape(name: str, parts: Parts, config: QuantizeConfig) -> LayerShape:
 def read(name: str, tensors: Mapping[str, Tensor], shape: LayerShape) -> QuantizedWeight:
     codes = _unpack(tensors["qweight"], shape.stored_bits)
     zeros = _unpack(tensors["qzeros"].t().contiguous(), shape.stored_bits).t().contiguous()
+    codes, zeros = widened(codes, zeros, shape)
     return QuantizedWeight(codes, tensors["scales"], zeros, tensors["g_idx"].int(), shape.bits)
 
 
