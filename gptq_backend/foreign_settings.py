@@ -6,6 +6,7 @@ is one that is known, and whether its weights are all that is quantized.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from .errors import ConfigError
 
 # The layouts of AWQ's files. exllama and ipex were ways to run what GEMM had stored.
 _AWQ_VERSIONS = ("gemm", "exllama", "ipex", "gemv", "gemv_fast")
+_AUTO_ROUND = ("gptq", "awq", "exllama", "triton", "auto_round")  # one of which its packing is called by,
+_NOT_THESE = ("fake", "llm_compressor", "fp", "mlx")  # unless by one of these, too
 AWQ_VERSION = "awq_version"  # the key that the settings keep it under, where the tensors do not tell
 
 
@@ -97,10 +100,8 @@ def _awq(source: Mapping[str, Any]) -> dict[str, Any]:
 def _auto_round(source: Mapping[str, Any]) -> dict[str, Any]:
     values = canonical(source)
     packing = str(values.get("packing_format") or values.get("backend") or "auto_round:auto_gptq").lower()
-    known = ("gptq", "awq", "exllama", "triton", "auto_round")
-    if str(values.get("data_type", "int")) != "int" or packing.rpartition(":")[2].split("_zp")[0] == "fake":
-        known = ()
-    if not any(word in packing for word in known) or "llm_compressor" in packing or "fp" in packing:
+    integers = str(values.get("data_type", "int")) == "int"
+    if not integers or not any(word in packing for word in _AUTO_ROUND) or any(word in packing for word in _NOT_THESE):
         raise ConfigError(
             f"packing_format={packing!r} with data_type={values.get('data_type', 'int')!r} is not known here, expected "
             "integers in auto_round:auto_gptq, auto_round:auto_awq or auto_round; export the checkpoint again with "
@@ -110,8 +111,20 @@ def _auto_round(source: Mapping[str, Any]) -> dict[str, Any]:
         raise _activations(f"act_bits={values['act_bits']}")
     # Only those that say auto_gptq store a zero less one.
     less_one = "gptq" in packing and "gptqmodel" not in packing
-    out = {key: values[key] for key in ("bits", "group_size", "sym") if key in values}
+    out: dict[str, Any] = {key: values[key] for key in ("bits", "group_size", "sym") if key in values}
+    if isinstance(layers := values.get("extra_config"), Mapping):
+        rules = [_auto_round_rule(str(name), rule) for name, rule in layers.items() if isinstance(rule, Mapping)]
+        out["dynamic"] = dict(rules) or None
     return {**out, "checkpoint_format": "gptq" if less_one else "gptq_v2"}
+
+
+def _auto_round_rule(name: str, rule: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """An entry of ``extra_config``, by a name or a pattern, as one of ``dynamic``."""
+    pattern = name if re.search(r"[*\\^$|+]", name) else f"{re.escape(name)}$"
+    own = canonical(rule)
+    if (as_integer(own.get("bits")) or 4) >= 16:
+        return f"-:{pattern}", {}
+    return f"+:{pattern}", {key: own[key] for key in ("bits", "group_size", "sym") if key in own}
 
 
 def _compressed_tensors(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,8 +160,7 @@ def _compressed_tensors(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def _activations(what: str) -> ConfigError:
     return ConfigError(
-        f"{what}: the checkpoint quantizes activations too, expected weights only; use a checkpoint with activations in "
-        "16 bits"
+        f"{what}: the checkpoint quantizes activations too, expected weights only; use one with activations in 16 bits"
     )
 
 

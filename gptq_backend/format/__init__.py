@@ -23,7 +23,7 @@ from .files import (
     read_settings,
     settings_in,
 )
-from .foreign import STORED_PARTS, ForeignLayer, as_gptq
+from .foreign import STORED_PARTS, ForeignLayer, as_gptq, settings_of
 from .gguf_blocks import EXACT_TYPES, read_blocks
 from .headers import Manifest, TensorFile, TensorInfo, read_manifest, read_tensor
 from .layer_specs import claimed_group_size, quantized_modules, resolve_specs
@@ -37,6 +37,6 @@ __all__ = [
     "WeightSpec", "as_gptq", "by_gptqmodel", "checkpoint_files", "claimed_group_size", "default_layout",
     "embedded_settings", "encode", "expert_layout", "expert_renaming", "indexed_files", "layer_names",
     "quantized_modules", "read_blocks", "read_json", "read_manifest", "read_packed", "read_settings", "read_tensor",
-    "renamed", "resolve", "resolve_specs", "selected", "settings_in", "side_by_side", "write_awq", "write_checkpoint",
+    "renamed", "resolve", "resolve_specs", "selected", "settings_in", "settings_of", "side_by_side", "write_awq", "write_checkpoint",
     "write_compressed_tensors",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ cross-checked: published configs miss ``dynamic`` rules, list wrong modules and 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Collection, Mapping
@@ -120,8 +121,11 @@ def _resolve(
     if shape:
         _check_sizes(name, shape, qweight, scales, g_idx)
         features = shape[0]
-    else:
-        features = qweight.shape[0] * word_bits // config.bits if g_idx is None else g_idx.numel
+    elif g_idx is not None:
+        features = g_idx.numel
+    else:  # the zeros tell the bits: they lie along the outputs, of which the number is known
+        config = dataclasses.replace(config, bits=_width(qweight.shape[1], parts["qzeros"].shape[1], config, word_bits))
+        features = qweight.shape[0] * word_bits // config.bits
     bits = _bits(name, qweight, features, config, word_bits)
     groups = scales.shape[0]
     spec = StoredSpec(
@@ -144,6 +148,12 @@ def _resolve(
     )
     _check_shapes(name, spec, manifest)
     return spec
+
+
+def _width(count: int, words: int, config: QuantizeConfig, word_bits: int) -> int:
+    """Of ``count`` codes in so many words: what the config says, if that can be."""
+    fitting = (bits for bits in (config.bits, *SUPPORTED_BITS) if math.ceil(count * bits / word_bits) == words)
+    return next(fitting, config.bits)
 
 
 def _check_sizes(

@@ -24,7 +24,8 @@ class ForeignLinear(nn.Module):
 
     def __init__(self, layer: Any, stored: TensorFile) -> None:
         super().__init__()
-        assert isinstance(layer, QuantLinear) and isinstance(stored, ForeignLayer)
+        assert isinstance(layer, QuantLinear)
+        assert isinstance(stored, ForeignLayer)
         self._made, self.stored = [layer], stored  # in a list, that it be no child
         for part, info in stored.parts.items():
             empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
@@ -41,7 +42,8 @@ class ForeignLinear(nn.Module):
         tensors: dict[str, Tensor] = {part: self._value(part) for part in self.stored.parts}
         device = getattr(self, next(iter(tensors))).device
         made = {part: tensor.to(device) for part, tensor in self.stored.translate(tensors).items()}
-        layer.hold(made if self.bias is None else {**made, "bias": self.bias.data})
+        bias: Any = self.bias
+        layer.hold(made if bias is None else {**made, "bias": bias.data})
         return layer
 
     def _value(self, part: str) -> Tensor:

@@ -32,8 +32,9 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
     weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Checkpoints of AWQ, AutoRound and
-    compressed-tensors are loaded by gptq_backend, whether their own packages are installed or not. Everything else equals ``from_pretrained``
-    of the class that the checkpoint names in ``architectures``: of ``AutoModelForCausalLM`` for a language model.
+    compressed-tensors are loaded by gptq_backend, whether their own packages are installed or not. Everything else
+    equals ``from_pretrained`` of the class that the checkpoint names in ``architectures``: of ``AutoModelForCausalLM``
+    for a language model.
 
     Args:
         path: a folder, or a name on the hub (which must then be in transformers' own layout).

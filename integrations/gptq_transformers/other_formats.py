@@ -1,4 +1,4 @@
-"""Who loads checkpoints of AWQ, AutoRound and compressed-tensors in plain ``from_pretrained``: we, or their own package.
+"""Who loads checkpoints of AWQ, AutoRound and compressed-tensors in plain ``from_pretrained``: we or their own package.
 
 As with GPTQ, the stock way serves where it can work. Where the package that it needs is missing, gptq_backend serves
 what it can read (``gptq_backend/foreign_settings.py``) and leaves the rest, whose error names the package.

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from gptq_backend import ConfigError, QuantizeConfig
-from gptq_backend import foreign_settings
+from gptq_backend import ConfigError, QuantizeConfig, foreign_settings
 
 from .compat import current_platform, init_logger
 

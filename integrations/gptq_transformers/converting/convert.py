@@ -119,7 +119,7 @@ def _write(
             f"{wrapping} layers have zeros of 0, which format gptq stores as the largest number; other readers may not "
             "take it back: gptq_v2 is safe for them"
         )
-    return kinds, notes, source.rounded
+    return kinds, notes, dict(source.rounded)
 
 
 def _write_config(source: Source, folder: Path, to: str, kinds: dict[str, Kind]) -> None:
@@ -143,7 +143,7 @@ def _compared(source: Source, folder: Path, to: str, notes: list[str], dense: di
         original = source.dense(name)
         differences[name] = difference = float((weight.float() - original).abs().max())
         relative = max(relative, difference / max(float(original.abs().max()), 1e-30))
-    return ConvertReport(differences, relative, dict(dense), notes)
+    return ConvertReport(differences, relative, dense, notes)
 
 
 def _written(folder: Path, to: str, layers: list[str]) -> Iterator[tuple[str, Tensor]]:

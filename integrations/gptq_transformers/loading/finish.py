@@ -12,9 +12,9 @@ from gptq_backend.format import Manifest, read_packed, read_tensor
 from gptq_backend.module_moves import offloading_hook
 
 from ..experts.unfuse import group_experts
+from ..foreign_linear import translate_layers
 from ..quantized_layers import dtype_of_parameter, quant_linears
 from .checks import check_finite, check_loaded, not_loaded
-from ..foreign_linear import translate_layers
 from .prepare import LoadPlan
 
 

@@ -28,10 +28,10 @@ from gptq_backend.format import (
 from gptq_backend.model import linear_shapes, replace_module
 
 from ..experts.unfuse import replace_fused_experts
+from ..foreign_linear import ForeignLinear
 from ..quantized_layers import dtype_of_parameter, untie_quantized
 from .checkpoint_names import CheckpointNames
 from .checks import check_dense_shapes
-from ..foreign_linear import ForeignLinear
 from .split_layers import split_layers
 
 logger = logging.getLogger(__name__)
