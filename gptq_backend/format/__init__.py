@@ -37,6 +37,6 @@ __all__ = [
     "WeightSpec", "as_gptq", "by_gptqmodel", "checkpoint_files", "claimed_group_size", "default_layout",
     "embedded_settings", "encode", "expert_layout", "expert_renaming", "indexed_files", "layer_names",
     "quantized_modules", "read_blocks", "read_json", "read_manifest", "read_packed", "read_settings", "read_tensor",
-    "renamed", "resolve", "resolve_specs", "selected", "settings_in", "settings_of", "side_by_side", "write_awq", "write_checkpoint",
-    "write_compressed_tensors",
+    "renamed", "resolve", "resolve_specs", "selected", "settings_in", "settings_of", "side_by_side", "write_awq",
+    "write_checkpoint", "write_compressed_tensors",
 ]  # fmt: skip
