@@ -137,7 +137,7 @@ def _compressed_tensors(source: Mapping[str, Any]) -> dict[str, Any]:
     if not packed or not integers or len(integers) != len(schemes):
         raise ConfigError(
             f"format={layout!r} of compressed-tensors is not known here, expected 'pack-quantized' with integer "
-            "weights (W4A16, W8A16); load the checkpoint with vLLM, or with transformers and the package "
+            "weights (W4A16, W8A16); load it with vLLM, or with transformers and the package "
             "compressed-tensors"
         )
     if any(each.get("input_activations") for each in schemes):

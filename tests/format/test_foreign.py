@@ -204,9 +204,7 @@ def test_a_damaged_awq_layer_is_refused_by_name(tmp_path: Path, change: Change, 
         (_set("weight_zero_point", lambda t: t[:1]), r"l.weight_zero_point has shape"),
     ],
 )
-def test_a_damaged_layer_of_compressed_tensors_is_refused_by_name(
-    tmp_path: Path, change: Change, message: str
-) -> None:
+def test_a_damaged_layer_of_compressed_tensors_is_refused_by_name(tmp_path: Path, change: Change, message: str) -> None:
     parts = write_compressed_tensors(weight(64, 16, 2, 4, 0))
     change(parts)
     with pytest.raises(CheckpointError, match=message):

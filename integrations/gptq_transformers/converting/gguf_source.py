@@ -8,6 +8,7 @@ dequantized to float16.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,11 +69,12 @@ class GGUFSource(Source):
         """The file's tensors by transformers' names, and what transformers does to their values."""
         from transformers import modeling_gguf_pytorch_utils as mapping
 
-        kind = getattr(self._config, "model_type", "")
         architecture = str(self._reader.fields["general.architecture"].contents())
         processors = getattr(mapping, "TENSOR_PROCESSORS", {})
         processor = processors.get(architecture, mapping.TensorProcessor)(config=self._config.to_dict())
-        names = mapping.get_gguf_hf_weights_map(model, processor, model_type=None if kind else architecture)
+        name_map: Any = mapping.get_gguf_hf_weights_map
+        more = [processor] if "processor" in inspect.signature(name_map).parameters else []  # not in transformers 4
+        names = name_map(model, *more)
         found = {names[tensor.name]: tensor for tensor in self._reader.tensors if tensor.name in names}
         unnamed = (tensor.name for tensor in self._reader.tensors if tensor.name not in names)
         missing = [name for name in unnamed if name != "rope_freqs.weight"]  # a table that models compute
