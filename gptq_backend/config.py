@@ -11,8 +11,9 @@ from .config_fields import FORMATS as FORMATS
 from .config_fields import QUALITIES as QUALITIES
 from .config_fields import SUPPORTED_BITS as SUPPORTED_BITS
 from .config_fields import Preset, Scope, Setting, Settings
-from .dialects import as_flag, as_integer, as_number, canonical, require_gptq
+from .dialects import as_flag, as_integer, as_number, canonical
 from .errors import ConfigError
+from .foreign_settings import gptq_settings
 from .name_patterns import Patterns, compiled
 
 _SETTINGS: dict[str, Setting] = {item.name: item.metadata["setting"] for item in dataclasses.fields(Settings)}
@@ -112,11 +113,12 @@ class QuantizeConfig(Settings):
         Numbers and booleans may be JSON strings. A checkpoint is not refused for how it was made: values of ``quality``
         and the like that are not known here go to ``extra``, and :meth:`check_quantizer_settings` raises for them.
 
+        Those of AWQ, AutoRound, compressed-tensors and Marlin become GPTQ's (see ``foreign_settings``).
+
         Raises:
-            ConfigError: another format, or a value that a reader needs is not supported.
+            ConfigError: a format that cannot be read, or a value that a reader needs is not supported.
         """
-        require_gptq(source)
-        known, extra = _known(canonical(source))
+        known, extra = _known(canonical(gptq_settings(source)))
         return cls(**known, extra=extra)
 
     def check_quantizer_settings(self) -> None:

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import ConfigError
-
 # Spellings found in published checkpoints -> ours.
 ALIASES = {
     "w_bit": "bits",
@@ -18,13 +16,6 @@ ALIASES = {
     "method": "quant_method",
     "act_order": "desc_act",
     "percdamp": "damp_percent",
-}
-# Formats that carry the GPTQ name but not the GPTQ tensors, with what to do about each.
-_REFUSED_METHODS = {
-    "auto-round": "export it again with AutoRound's `format='auto_gptq'`",
-    "intel/auto-round": "export it again with AutoRound's `format='auto_gptq'`",
-    "awq": "load it with an AWQ library",
-    "compressed-tensors": "load it with vLLM, or with transformers and the package compressed-tensors",
 }
 _INTEGER = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False}
@@ -41,33 +32,6 @@ def canonical(source: Mapping[str, Any]) -> dict[str, Any]:
     if "pack_dtype" in out:
         out["pack_dtype"] = str(out["pack_dtype"]).removeprefix("torch.")
     return out
-
-
-def require_gptq(source: Mapping[str, Any]) -> None:
-    """Refuse settings of other formats, with what to do about each.
-
-    Raises:
-        ConfigError: ``source`` is not a mapping, or its quantization method is another one.
-    """
-    if not isinstance(source, Mapping):
-        raise ConfigError(
-            f"quantization_config is {_shown(source)}, expected an object with bits, group_size and so on; correct the "
-            "config file or fetch it again"
-        )
-    values = canonical(source)
-    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "gptq")).lower()
-    if "marlin" in (method, values.get("checkpoint_format")) or source.get("is_marlin_format"):
-        raise ConfigError(
-            "this checkpoint is serialized for Marlin (tensors B and s); that layout cannot be read here: "
-            "use the GPTQ checkpoint that it was made from"
-        )
-    if method in _REFUSED_METHODS:
-        raise ConfigError(f"quant_method={method!r} is not a GPTQ checkpoint; {_REFUSED_METHODS[method]}")
-    if method != "gptq":
-        raise ConfigError(
-            f"quant_method={_shown(method)} is not supported, expected 'gptq'; load the checkpoint with a library for "
-            "that method"
-        )
 
 
 def as_integer(value: Any) -> Any:
@@ -94,8 +58,3 @@ def as_number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -24,6 +24,7 @@ FLOOR = {
     "config",
     "dialects",
     "errors",
+    "foreign_settings",
     "locks",
     "module_moves",
     "output_folder",

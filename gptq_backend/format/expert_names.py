@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..config import QuantizeConfig
 from ..errors import CheckpointError
+from .foreign import MARKS
 
 # Names of gate, up and down.
 _APART = (
@@ -187,7 +188,7 @@ def renamed(name: str, renaming: Mapping[str, str]) -> str:
 def layer_names(keys: Iterable[str]) -> list[str]:
     """The names of layers that have a weight, quantized or not, each once."""
     layers = (key.rpartition(".") for key in keys)
-    return list(dict.fromkeys(layer for layer, _, part in layers if part in ("qweight", "weight")))
+    return list(dict.fromkeys(layer for layer, _, part in layers if part in (*MARKS, "weight")))
 
 
 def _paths(module: str, names: Iterable[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ cross-checked: published configs miss ``dynamic`` rules, list wrong modules and 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Collection, Mapping
@@ -14,6 +15,7 @@ import torch
 
 from ..config import FORMATS, SUPPORTED_BITS, QuantizeConfig
 from ..errors import CheckpointError
+from .foreign import settings_of
 from .headers import Manifest, TensorInfo, read_tensor
 from .stored_tensors import StoredSpec, check_groups
 
@@ -89,6 +91,8 @@ def _warn_once_for_all(
 
 def _layer_config(name: str, manifest: Manifest, config: QuantizeConfig) -> QuantizeConfig:
     """``dynamic`` rules were written for the names in the file; a newer framework may have renamed the modules."""
+    if (own := settings_of(manifest[f"{name}.qweight"], config)) is not None:
+        return own
     for candidate in (manifest[f"{name}.qweight"].key.removesuffix(".qweight"), name):
         found = config.for_module(candidate)
         if found is not None and found is not config:
@@ -117,8 +121,11 @@ def _resolve(
     if shape:
         _check_sizes(name, shape, qweight, scales, g_idx)
         features = shape[0]
-    else:
-        features = qweight.shape[0] * word_bits // config.bits if g_idx is None else g_idx.numel
+    elif g_idx is not None:
+        features = g_idx.numel
+    else:  # the zeros tell the bits: they lie along the outputs, of which the number is known
+        config = dataclasses.replace(config, bits=_width(qweight.shape[1], parts["qzeros"].shape[1], config, word_bits))
+        features = qweight.shape[0] * word_bits // config.bits
     bits = _bits(name, qweight, features, config, word_bits)
     groups = scales.shape[0]
     spec = StoredSpec(
@@ -141,6 +148,12 @@ def _resolve(
     )
     _check_shapes(name, spec, manifest)
     return spec
+
+
+def _width(count: int, words: int, config: QuantizeConfig, word_bits: int) -> int:
+    """Of ``count`` codes in so many words: what the config says, if that can be."""
+    fitting = (bits for bits in (config.bits, *SUPPORTED_BITS) if math.ceil(count * bits / word_bits) == words)
+    return next(fitting, config.bits)
 
 
 def _check_sizes(
@@ -239,11 +252,6 @@ def _check_orphans(manifest: Manifest) -> None:
         layer, _, part = name.rpartition(".")
         if f"{layer}.qweight" in manifest:
             continue
-        if part == "B" and f"{layer}.s" in manifest:
-            raise CheckpointError(
-                f"{layer} is serialized for Marlin (tensors B and s); that layout cannot be read here: use the GPTQ "
-                "checkpoint that it was made from"
-            )
         if part in ("qzeros", "g_idx"):
             raise CheckpointError(
                 f"{layer}: {part} is stored without qweight; fetch the checkpoint again or export it anew"

@@ -1,4 +1,4 @@
-"""The command line: ``gptq-backend quantize``, ``merge``, ``eval``, ``inspect`` and ``bench``. See docs/cli.md.
+"""The command line: ``gptq-backend quantize``, ``merge``, ``convert``, ``eval``, ``inspect``, ``bench``: docs/cli.md.
 
 Commands import what they work with when they run: torch and transformers take seconds, help and wrong usage none.
 """
@@ -190,6 +190,41 @@ def merge(
     options = {"batch_size": batch_size, "block_name": block_name or None, "overwrite": overwrite}
     work = Merge(model, adapter, Path(out), to.value, source, kld_windows, device, trust_remote_code)
     work.run(options, json_target)
+
+
+class Format(str, Enum):
+    """What a checkpoint is converted to."""
+
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    awq = "awq"
+    compressed_tensors = "compressed-tensors"
+    bf16 = "bf16"
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN", help="Folder or hub name of a quantized model, or a .gguf file.", show_default=False
+        ),
+    ],
+    out: Out,
+    to: Annotated[Format, typer.Option(help="The format to write.")] = Format.gptq,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also compare the predictions of IN and OUT on this UTF-8 text.")
+    ] = None,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window of the text.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, from the start of the text.")] = 4,
+    overwrite: Overwrite = False,
+    json_target: Json = None,
+) -> None:
+    """Write the quantized model IN in another format into the folder OUT, and say what that cost."""
+    _check_out(out)
+    from .convert_command import run
+
+    run(model, Path(out), to.value, text, seqlen, windows, overwrite, json_target)
 
 
 @app.command("eval")

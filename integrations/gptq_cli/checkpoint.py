@@ -17,8 +17,10 @@ from torch import nn
 
 from gptq_backend import CheckpointError, GPTQError, QuantizeConfig, StoredSpec
 from gptq_backend.format import (
+    ForeignLayer,
     Manifest,
     TensorInfo,
+    as_gptq,
     checkpoint_files,
     read_manifest,
     read_settings,
@@ -58,6 +60,12 @@ class Checkpoint:
     unbiased: Collection[str] = ()  # quantized modules that the model has without a bias
     unknown: str = ""  # why the model's structure is not known; "" if it is
 
+    @property
+    def layouts(self) -> list[str]:
+        """Those of other tools, in which layers are stored."""
+        files = (info.file for info in self.manifest.values())
+        return sorted({file.layout.name for file in files if isinstance(file, ForeignLayer)})
+
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Settings, headers and the small tensors of the checkpoint in folder ``path``.
@@ -71,7 +79,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     settings = read_settings(folder)
     config = QuantizeConfig.from_dict(settings)
     files = checkpoint_files(folder, settings)
-    checkpoint = Checkpoint(folder, settings, config, files, read_manifest(files))
+    checkpoint = Checkpoint(folder, settings, config, files, as_gptq(read_manifest(files), config))
     modules = _modules(checkpoint.manifest)
     if not modules:
         raise CheckpointError(
@@ -101,7 +109,7 @@ def _modules(manifest: Manifest) -> dict[str, Manifest]:
     modules: dict[str, Manifest] = {}
     for name, info in manifest.items():
         modules.setdefault(name.rpartition(".")[0], {})[name] = info
-    parts = ("qweight", "qzeros", "g_idx", "B")
+    parts = ("qweight", "qzeros", "g_idx")
     return {name: found for name, found in modules.items() if any(f"{name}.{part}" in found for part in parts)}
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig
-from gptq_backend.format import SETTINGS_FILES, claimed_group_size, read_tensor, settings_in
+from gptq_backend.foreign_settings import METHODS as READABLE
+from gptq_backend.foreign_settings import method_of
+from gptq_backend.format import SETTINGS_FILES, claimed_group_size, read_tensor, settings_in, settings_of
 
 from .checkpoint import Checkpoint, Layer
 from .formatting import name_pattern
@@ -37,7 +39,7 @@ def _where_settings_are(checkpoint: Checkpoint) -> Iterator[str]:
             f"the quantization settings are in {next(iter(found), 'the tensors')}, not in config.json: plain "
             "from_pretrained does not see them; load with gptq_transformers.from_quantized"
         )
-    elif (method := found["config.json"].get("quant_method")) != "gptq":
+    elif (method := found["config.json"].get("quant_method")) not in READABLE:
         yield (
             f"quant_method is {method!r} in config.json, not 'gptq': plain from_pretrained fails or leaves random "
             "weights; load with gptq_transformers.from_quantized"
@@ -73,7 +75,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _format(checkpoint: Checkpoint) -> Iterator[str]:
     spec_format = checkpoint.config.checkpoint_format
-    if not any(key in checkpoint.settings for key in ("checkpoint_format", "format")):
+    if method_of(checkpoint.settings) == "gptq" and not {"checkpoint_format", "format"} & checkpoint.settings.keys():
         yield f"no checkpoint_format in the settings; read as {spec_format}"
     wrong = [layer for layer in checkpoint.layers if layer.spec.zero_offset != layer.claimed.zero_offset]
     if wrong:
@@ -100,17 +102,23 @@ def _grid(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _expected(checkpoint: Checkpoint, layer: Layer, key: str) -> int:
-    config = checkpoint.config.for_module(layer.name) or checkpoint.config
+    config = _claims(checkpoint, layer)
     if key == "bits":
         return config.bits
     return claimed_group_size(layer.spec.in_features, config)
+
+
+def _claims(checkpoint: Checkpoint, layer: Layer) -> QuantizeConfig:
+    """What the settings say of a layer; in words of its own, where another tool stored it."""
+    own = settings_of(checkpoint.manifest[f"{layer.name}.qweight"], checkpoint.config)
+    return own or checkpoint.config.for_module(layer.name) or checkpoint.config
 
 
 def _act_order(checkpoint: Checkpoint) -> Iterator[str]:
     layers = checkpoint.layers
 
     def flagged(layer: Layer) -> bool:
-        return (checkpoint.config.for_module(layer.name) or checkpoint.config).desc_act
+        return _claims(checkpoint, layer).desc_act
 
     trivial = [layer for layer in layers if flagged(layer) and not layer.spec.act_order and layer.spec.groups > 1]
     if trivial:

@@ -28,7 +28,8 @@ def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -
         devices: to choose kernels for, as ``torch.device`` takes them; None: all of this machine.
 
     Returns:
-        Among others ``modules``: one entry per quantized module; ``odd``: sentences; ``damaged``: reasons by module;
+        Among others ``modules``: one entry per quantized module; ``layouts``: of other tools, in which they are stored;
+        ``odd``: sentences; ``damaged``: reasons by module;
         ``kernels``: per device, rows of the kernel table that would be used, for how many modules, and why faster rows
         declined.
 
@@ -45,6 +46,7 @@ def inspect_checkpoint(path: str | Path, devices: Sequence[str] | None = None) -
         "path": str(path),
         "files": [file.name for file in checkpoint.files],
         "settings": checkpoint.config.to_dict(),
+        "layouts": checkpoint.layouts,
         "quantized_modules": len(modules),
         "quantized_weights": quantized,
         "bits_per_weight": 8 * packed / quantized if quantized else None,
@@ -117,6 +119,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     per_weight = "" if found["bits_per_weight"] is None else f", {found['bits_per_weight']:.2f} bits per weight"
     rest = f"{megabytes(found['bytes_quantized'])} packed, {megabytes(found['bytes_other'])} other tensors"
     yield f"\n{found['quantized_modules']} quantized modules{per_weight}; {rest}"
+    if found["layouts"]:
+        yield f"stored in the layout of {', '.join(found['layouts'])}; gptq-backend convert writes others"
     yield "\nodd:" + ("" if found["odd"] else " nothing")
     yield from (f"  - {sentence}" for sentence in found["odd"])
     if found["damaged"]:

@@ -1,4 +1,7 @@
-"""GPTQ in transformers: importing this package makes ``from_pretrained`` serve GPTQ checkpoints with gptq_backend."""
+"""GPTQ in transformers: importing this package makes ``from_pretrained`` serve GPTQ checkpoints with gptq_backend.
+
+Those of AWQ, AutoRound and compressed-tensors too, where their own package is missing (``other_formats``).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ _LAZY = {
 
 
 def register() -> None:
-    """Put our config and quantizer in the place of transformers' own for ``quant_method: gptq``. Idempotent.
+    """Put our config and quantizer in the place of transformers' own for ``quant_method: gptq``, and beside it for
+    other formats that we can read. Idempotent.
 
     transformers has two dictionaries and no entry points; its ``register_*`` functions refuse names that exist.
     peft is adapted when it is imported.
@@ -29,10 +33,12 @@ def register() -> None:
 
     from .config import GPTQConfig
     from .hf_quantizer import GPTQBackendQuantizer
+    from .other_formats import register_other_formats
 
     relax_config(StockGPTQConfig)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
     auto.AUTO_QUANTIZER_MAPPING["gptq"] = GPTQBackendQuantizer
+    register_other_formats(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     watch_peft()
 
 

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from gptq_autoload.stock_config import LOADING
 from gptq_backend import KERNELS, ConfigError, QuantizeConfig, WeightSpec
 from gptq_backend.dialects import ALIASES
+from gptq_backend.foreign_settings import AWQ_VERSION, gptq_settings, method_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ _FOREIGN_BACKENDS = frozenset([
     "torch_aten", "torch_fused", "torch_int8", "triton", "trainable", "vllm",
 ])  # fmt: skip
 # How to load, not what was stored: saved, they would bind a checkpoint to the machine that wrote it.
-_NOT_STORED = (*LOADING, "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length")
+_NOT_STORED = (
+    *LOADING, AWQ_VERSION, "dataset", "tokenizer", "use_exllama", "exllama_config", "use_cuda_fp16", "max_input_length",
+)  # fmt: skip
 # What a run of quantizing needs and a reader of its result does not.
 _RUN = (
     "batch_size", "block_name_to_quantize", "cache_block_outputs", "model_seqlen", "module_name_preceding_first_block",
@@ -69,6 +72,11 @@ class GPTQConfig(StockGPTQConfig):
             elif key not in ("checkpoint_format", "quant_method") and alias in kwargs:  # those keep both spellings
                 value = kwargs.pop(alias)
                 kwargs.setdefault(key, value)
+        if (method := method_of(kwargs)) != "gptq":
+            raise ConfigError(
+                f"GPTQConfig has the settings of {method}, expected those of GPTQ; load such a checkpoint without a "
+                "quantization_config of your own"
+            )
         read = QuantizeConfig.from_dict(kwargs | ({} if bits is None else {"bits": bits}))
         # The stock class checks how a checkpoint was made, too (damp_percent, the name of the data set), which is not
         # for its reader to judge; and it warns of an act_group_aware that it would turn off by itself.
@@ -94,7 +102,7 @@ class GPTQConfig(StockGPTQConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """What a checkpoint says. If it names an unknown kernel, it is not refused: another one is chosen."""
-        stored = {key: value for key, value in config_dict.items() if key != "self"}
+        stored = {key: value for key, value in gptq_settings(config_dict).items() if key != "self"}
         name = _kernel_name(stored.get("backend"))
         if name not in (None, *_FOREIGN_BACKENDS, *(row.name for row in KERNELS)):
             del stored["backend"]
@@ -139,7 +147,8 @@ class GPTQConfig(StockGPTQConfig):
 
     def to_quantize_config(self) -> QuantizeConfig:
         """The core's settings; keys that mean nothing there are in its ``extra``."""
-        return QuantizeConfig.from_dict(self.to_dict())
+        version = getattr(self, AWQ_VERSION, None)  # which only the reading needs
+        return QuantizeConfig.from_dict(self.to_dict() | ({} if version is None else {AWQ_VERSION: version}))
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json, as plain values."""

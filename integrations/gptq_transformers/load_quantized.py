@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gptq_backend import QuantizeConfig
+from gptq_backend.foreign_settings import gptq_settings
 from gptq_backend.format import (
     INDEX,
     STANDARD_FILES,
@@ -30,8 +31,10 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a quantized checkpoint, also one that plain ``from_pretrained`` cannot see as such.
 
     That is: settings in ``quantize_config.json`` or ``quant_config.json`` only, or without ``quant_method: gptq``, or a
-    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Everything else equals ``from_pretrained``
-    of the class that the checkpoint names in ``architectures``: of ``AutoModelForCausalLM`` for a language model.
+    weights file with AutoGPTQ's name (``gptq_model-4bit-128g.safetensors``). Checkpoints of AWQ, AutoRound and
+    compressed-tensors are loaded by gptq_backend, whether their own packages are installed or not. Everything else
+    equals ``from_pretrained`` of the class that the checkpoint names in ``architectures``: of ``AutoModelForCausalLM``
+    for a language model.
 
     Args:
         path: a folder, or a name on the hub (which must then be in transformers' own layout).
@@ -45,7 +48,7 @@ def from_quantized(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if not source.is_dir():
         return from_pretrained(class_to_load(path, kwargs), path, **kwargs)
     settings = read_settings(source)
-    QuantizeConfig.from_dict(settings)  # refuses what is not GPTQ by another name
+    QuantizeConfig.from_dict(settings)  # refuses what cannot be read
     weights = checkpoint_files(source, settings)
     if _is_standard(source):
         return _load(path, path, kwargs)
@@ -92,5 +95,5 @@ def _link_as_standard(folder: Path, settings: Mapping[str, Any], weights: list[P
     if len(weights) > 1:
         where = {key: str(info.file.path.relative_to(folder)) for key, info in read_manifest(weights).items()}
         (view / f"{single}{INDEX}").write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
-    config["quantization_config"] = {**settings, "quant_method": "gptq"}
+    config["quantization_config"] = {**gptq_settings(settings), "quant_method": "gptq"}
     (view / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -16,7 +16,9 @@ from gptq_backend.format import (
     INDEX,
     STANDARD_FILES,
     ExpertLayout,
+    ForeignLayer,
     Manifest,
+    as_gptq,
     checkpoint_files,
     expert_layout,
     expert_renaming,
@@ -51,7 +53,9 @@ class Checkpoint:
                 f"{folder} has both {STANDARD_FILES[0]}, which transformers reads, and the shards of {index.name}, "
                 "which vLLM reads; remove one of them"
             )
-        self.manifest: Manifest = read_manifest(files)
+        stored = read_manifest(files)
+        # Also by GPTQ's names, where another tool stored a layer; the loader brings the tensors by its own.
+        self.manifest: Manifest = stored | as_gptq(stored, QuantizeConfig.from_dict(settings))
         if not quantized_modules(self.manifest):
             raise CheckpointError(
                 f"{folder}: its config says that the model is quantized with GPTQ, but no tensor is called *.qweight; "
@@ -172,8 +176,15 @@ class Checkpoint:
     def parts(self, module: str) -> dict[str, torch.dtype | None]:
         """Dtypes in the file of the parts of layer ``module``; empty when it is not known."""
         name, manifest = self.stored_name(module), self.manifest
+        if (foreign := self.foreign(module)) is not None:
+            return {part: info.dtype for part, info in foreign.parts.items()}
         parts = PARTS if f"{name}.qweight" in manifest else ("weight",)
         return {part: manifest[key].dtype for part in parts if (key := f"{name}.{part}") in manifest}
+
+    def foreign(self, module: str) -> ForeignLayer | None:
+        """What another tool stored of layer ``module``; None if GPTQ stored it, or if it is dense or not known."""
+        qweight = self.manifest.get(f"{self.stored_name(module)}.qweight")
+        return qweight.file if qweight is not None and isinstance(qweight.file, ForeignLayer) else None
 
     def is_quantized(self, module: str) -> bool | None:
         """Whether layer ``module`` is quantized; None when the file does not have it under a name known here."""

@@ -153,6 +153,15 @@ class StoredLayers:
                 biased |= {name} if layer.has_bias else set()
         return resolve_specs(manifest, self.settings, shapes, biased)
 
+    def translated(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of layer ``name`` that the loader brought, as GPTQ would have stored it; other dense layers as they are.
+
+        Raises:
+            CheckpointError: damaged values.
+        """
+        foreign = self.checkpoint.foreign(name)
+        return tensors if foreign is None else foreign.translate(tensors)
+
     def spec(self, name: str, layer: ExpectedLayer, tensors: Mapping[str, Tensor]) -> tuple[StoredSpec, Tensor | None]:
         """Spec of layer ``name``, and its bias if the model does not know of one that is not zero.
 

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import CheckpointError
-from gptq_backend.format import read_packed
+from gptq_backend.format import STORED_PARTS, read_packed
 
-from .checkpoint import PARTS
 from .compat import ModelWeightParameter, set_weight_attrs, weigh
 from .pieces import AnyPiece, DensePiece
 from .reloads import await_again
 from .stored_layers import ExpectedLayer, StoredLayers
 
-_PARTS = (*PARTS, "weight")
+_PARTS = (*STORED_PARTS, "weight")
 _WEIGHED = 1 << 20  # elements that vLLM takes each empty parameter for; more than tensors ever come for a layer
 _DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32}
 
@@ -133,6 +132,7 @@ class TensorCollector:
     def _complete(self, name: str) -> None:
         tensors, layer = self._tensors.pop(name), self._layers[name]
         self._waiting.discard(name)
+        tensors = self._stored.translated(name, tensors)
         if "qweight" not in tensors and "weight" in tensors:
             _check_dense(name, tensors["weight"], layer)
             self._place(name, DensePiece(tensors["weight"], self._stored.unknown_bias(name, layer)))

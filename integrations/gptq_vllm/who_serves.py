@@ -1,4 +1,8 @@
-"""Who serves a GPTQ checkpoint: this plugin, or the method built into vLLM."""
+"""Who serves a GPTQ checkpoint, or one of AWQ, AutoRound or compressed-tensors: this plugin, or vLLM's built-in method.
+
+By ``--quantization gptq``, this plugin serves all that it can read. Without a word from the user, it serves GPTQ on
+CPUs and where the built-in would refuse; the other formats on CPUs only, as elsewhere the built-in serves them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gptq_backend import ConfigError, QuantizeConfig
+from gptq_backend import ConfigError, QuantizeConfig, foreign_settings
 
 from .compat import current_platform, init_logger
 
@@ -22,7 +26,8 @@ def asks_for_gptq(settings: Mapping[str, Any], requested: str | None) -> bool:
     """Whether this plugin may take a checkpoint, by its ``quantization_config`` and the user's ``--quantization``."""
     # AutoGPTQ wrote no method at first; then it is the user's word that counts.
     method = settings.get("quant_method") or settings.get("method") or requested
-    return str(method).lower() in METHODS and requested in (None, *METHODS)
+    known = str(method).lower().removeprefix("intel/") in (*METHODS, *foreign_settings.METHODS)
+    return known and requested in (None, *METHODS)
 
 
 def serves(settings: Mapping[str, Any], requested: str | None) -> bool:
@@ -30,8 +35,11 @@ def serves(settings: Mapping[str, Any], requested: str | None) -> bool:
 
     Logs the decision and its reason once per process.
     """
+    method = foreign_settings.method_of(settings)
     if requested is not None:
         reason = f"--quantization {requested} asks for it"
+    elif method != "gptq" and (not current_platform.is_cpu() or not _readable(settings)):
+        return False
     elif current_platform.is_cpu():
         reason = _on_a_cpu()
     elif (refused := _refused_by_built_in(settings)) is not None:
@@ -42,7 +50,15 @@ def serves(settings: Mapping[str, Any], requested: str | None) -> bool:
             "--quantization gptq makes gptq-backend serve it"
         )
         return False
-    logger.info_once("gptq-backend serves this GPTQ checkpoint: %s", reason)
+    logger.info_once("gptq-backend serves this checkpoint of %s: %s", method.upper(), reason)
+    return True
+
+
+def _readable(settings: Mapping[str, Any]) -> bool:
+    try:
+        QuantizeConfig.from_dict(settings)
+    except ConfigError:
+        return False
     return True
 
 
@@ -55,7 +71,7 @@ def _on_a_cpu() -> str:
         )
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         return "with AVX-512 it was measured to be faster than vLLM's built-in GPTQ"
-    return "vLLM's built-in GPTQ needs AVX-512 on a CPU"
+    return "vLLM's built-in method needs AVX-512 on a CPU"
 
 
 def _refused_by_built_in(settings: Mapping[str, Any]) -> str | None:

@@ -36,7 +36,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
     gguf.write_bytes(b"GGUF")
     other = shutil.copytree(quantized, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     (other / "config.json").write_text(json.dumps(config))
     expected = [
         (["quantize", original, out, *with_text, "--bits", "5"], "bits=5 is not supported"),

@@ -146,9 +146,7 @@ def test_missing_or_broken_settings_are_refused_with_a_reason(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 4, "checkpoint_format": "marlin"}, "arlin"),
-        ({"bits": 4, "is_marlin_format": True}, "Marlin"),
-        ({"bits": 4, "quant_method": "auto-round"}, "auto_gptq"),
+        ({"bits": 4, "quant_method": "hqq"}, "hqq"),
         ({"bits": 4, "checkpoint_format": "exotic"}, "exotic"),
         ({"bits": 5}, "bits=5"),
     ],
@@ -372,10 +370,12 @@ def test_a_missing_bias_is_named(tmp_path: Path) -> None:
         specs(tmp_path, CONFIG, linear_shapes={"a": (K, N)}, biased={"a"})
 
 
-def test_marlin_tensors_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, {"a.B": torch.zeros(4, 8, dtype=torch.int32), "a.s": torch.ones(1, 8).half()})
-    with pytest.raises(CheckpointError, match=r"^a is serialized for Marlin"):
-        specs(tmp_path, CONFIG)
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_zeros_tell_the_bits_where_nothing_else_does(bits: int, tmp_path: Path) -> None:
+    tensors = {part: tensor for part, tensor in layer(bits).items() if part != "g_idx"}
+    write(tmp_path, named("a", tensors))
+    found = specs(tmp_path, CONFIG)["a"]  # which says 4 bits
+    assert (found.bits, found.in_features) == (bits, K)
 
 
 def test_the_planes_of_gptq_p_are_told_from_a_stream(tmp_path: Path) -> None:

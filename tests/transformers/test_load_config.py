@@ -134,8 +134,8 @@ def test_an_unknown_kernel_is_refused() -> None:
     ("settings", "message"),
     [
         ({"bits": 5}, "bits=5"),
-        ({"bits": 4, "checkpoint_format": "marlin"}, "arlin"),
-        ({"bits": 4, "is_marlin_format": True}, "Marlin"),
+        ({"bits": 4, "checkpoint_format": "marlin"}, "the settings of marlin, expected those of GPTQ"),
+        ({"bits": 4, "quant_method": "awq"}, "the settings of awq, expected those of GPTQ"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

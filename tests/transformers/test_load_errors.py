@@ -96,8 +96,6 @@ def test_a_broken_checkpoint_is_refused(damage: str, folder: Path) -> None:
     ("settings", "message"),
     [
         ({"checkpoint_format": "exotic"}, "checkpoint_format='exotic'"),
-        ({"checkpoint_format": "marlin"}, "arlin"),
-        ({"is_marlin_format": True}, "Marlin"),
         ({"bits": 6}, "bits=6"),
     ],
 )

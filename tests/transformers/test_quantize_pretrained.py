@@ -193,8 +193,8 @@ def test_from_quantized_loads_settings_that_plain_loading_does_not_take_for_gptq
 
 def test_another_method_is_refused(source, tmp_path):
     quantize(source, CONFIG, None, output=tmp_path / "out")
-    _set_method(tmp_path / "out", "awq")
-    with pytest.raises(ConfigError, match="quant_method='awq' is not a GPTQ checkpoint"):
+    _set_method(tmp_path / "out", "hqq")
+    with pytest.raises(ConfigError, match="quant_method='hqq' is not supported"):
         from_quantized(tmp_path / "out")
 
 

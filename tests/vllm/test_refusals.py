@@ -48,7 +48,6 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, object],
     ),
     "nothing is quantized": (lambda tensors: {"model.norm.weight": tensors["model.norm.weight"]}, {}, "no tensor is"),
     "5 bits": (None, {"bits": 5}, "bits=5 is not supported; choose one of"),
-    "Marlin's layout": (None, {"checkpoint_format": "marlin", "format": "marlin"}, "serialized for Marlin"),
     "a fixed unknown format": (None, {"checkpoint_format": "x9", "format": "x9"}, "checkpoint_format='x9' is not"),
 }
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from gptq_backend import QuantLinear
 
+from ..foreign_linear import ForeignLinear
 from .expert_list import ExpertList
 from .parallel import ParallelLinears
 
@@ -55,7 +56,7 @@ def drop_fused_conversions(
     for name, module in model.named_modules():
         if isinstance(module, ExpertList | ParallelLinears):
             gone += [f"{name}.{parameter}" for parameter in module.fused_names]
-        elif isinstance(module, QuantLinear):
+        elif isinstance(module, QuantLinear | ForeignLinear):
             gone += [f"{name}.weight", f"{name}.bias"]
     return [
         conversion

@@ -12,6 +12,7 @@ from gptq_backend.format import Manifest, read_packed, read_tensor
 from gptq_backend.module_moves import offloading_hook
 
 from ..experts.unfuse import group_experts
+from ..foreign_linear import translate_layers
 from ..quantized_layers import dtype_of_parameter, quant_linears
 from .checks import check_finite, check_loaded, not_loaded
 from .embeddings import keep_dense
@@ -28,6 +29,7 @@ def finish_model(model: nn.Module, plan: LoadPlan) -> None:
     vars(model).pop("_get_key_renaming_mapping", None)
     _load_dense(model, plan)
     check_loaded(model, [key for key in not_loaded(model) if key not in plan.resized])
+    translate_layers(model)
     for name, layer in quant_linears(model):
         _restore_dtypes(name, layer, plan.manifest)
         for parameter in layer.parameters():

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from gptq_backend import CheckpointError, QuantizeConfig, QuantLinear
 from gptq_backend.format import (
+    STORED_PARTS,
     TGI_TENSORS,
     Manifest,
     StoredSpec,
+    as_gptq,
     by_gptqmodel,
     layer_names,
     quantized_modules,
@@ -26,6 +28,7 @@ from gptq_backend.format import (
 from gptq_backend.model import linear_shapes, replace_module
 
 from ..experts.unfuse import replace_fused_experts
+from ..foreign_linear import ForeignLinear
 from ..quantized_layers import dtype_of_parameter, untie_quantized
 from .checkpoint_names import CheckpointNames
 from .checks import check_dense_shapes
@@ -40,12 +43,13 @@ class LoadPlan:
     """What has to be remembered from before the weights are loaded until after.
 
     Args:
-        manifest: the checkpoint's tensors by the model's names.
+        manifest: the checkpoint's tensors by the model's names; of layers in another layout than GPTQ's, also GPTQ's.
         renaming: of experts, beside transformers' own (see ``expert_renaming``).
         renamed: those whose name in the file differs.
         resized: dense ones of another size than the model's, which the user allows and transformers makes anew.
         dtypes: of the model's own parameters, as they should be after loading.
         dense: layers that are quantized in the file but are no linear layers in the model (routers), by name.
+        specs: of the quantized layers that are.
     """
 
     manifest: Manifest
@@ -54,6 +58,7 @@ class LoadPlan:
     resized: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     dense: dict[str, StoredSpec] = field(default_factory=dict)
+    specs: dict[str, StoredSpec] = field(default_factory=dict)
 
 
 def prepare_model(
@@ -64,7 +69,8 @@ def prepare_model(
     backend: str | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> LoadPlan:
-    """Swap the modules that are quantized in a checkpoint for empty :class:`QuantLinear` on meta.
+    """Swap the modules that are quantized in a checkpoint for empty :class:`QuantLinear` on meta, or
+    :class:`ForeignLinear` where GPTQ did not store them.
 
     Args:
         stored: the checkpoint's tensors, by their names in the files.
@@ -73,7 +79,8 @@ def prepare_model(
     Raises:
         CheckpointError: the checkpoint's tensors do not fit together or to the model.
     """
-    manifest = {names.of[key]: info for key, info in stored.items()}
+    held = {names.of[key]: info for key, info in stored.items()}
+    manifest = as_gptq(held, config)
     quantized = quantized_modules(manifest)
     if not quantized:
         raise CheckpointError(
@@ -88,14 +95,15 @@ def prepare_model(
     embeddings = {each.name: each for each in find_embeddings(model, manifest, quantized)}
     shapes |= {name: each.shape for name, each in embeddings.items()}
     specs = resolve_specs(manifest, config, shapes, biased)
-    plan = LoadPlan(manifest, names.renaming, renamed={name for key, name in names.of.items() if key != name})
+    renamed_keys = {name for key, name in names.of.items() if key != name}
+    plan = LoadPlan({**held, **manifest}, names.renaming, renamed_keys, specs=specs)
     plan.dense = _other_modules(model, manifest, config, [name for name in quantized if name not in specs])
     if not specs and not plan.dense:
         raise CheckpointError(
             f"the model that config.json describes has none of the checkpoint's {len(quantized)} quantized layers "
             f"({quantized[0]}, ...); config.json and the weights belong to different models: fetch both again"
         )
-    unused = [f"{name}.{part}" for name in plan.dense for part in ("qweight", "qzeros", "scales", "g_idx")]
+    unused = [f"{name}.{part}" for name in plan.dense for part in STORED_PARTS]
     for name, spec in specs.items():
         if name in embeddings:
             embeddings[name].put(model, spec, backend)
@@ -105,8 +113,11 @@ def prepare_model(
         dtype = dtype_of_parameter(model, f"{name}.weight", weight.dtype)
         replace_module(model, name, QuantLinear(spec, name, backend, device="meta", dtype=dtype))
         unused += [f"{name}.weight"] if spec.has_bias else [f"{name}.weight", f"{name}.bias"]
-    _expect_unused(model, {manifest[key].key for key in unused if key in manifest}, stored)
+    _expect_unused(model, {held[key].key for key in unused if key in held}, stored)
     untie_quantized(model)
+    for name in specs:
+        if held.get(f"{name}.qweight") is not (first := manifest[f"{name}.qweight"]):
+            replace_module(model, name, ForeignLinear(model.get_submodule(name), first.file))
     dense = {key: p for key, p in model.named_parameters() if key.rpartition(".")[0] not in specs}
     plan.dtypes = {key: parameter.dtype for key, parameter in dense.items()}
     if ignore_mismatched_sizes:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig, QuantizedWeight
 from gptq_backend.format import (
+    as_gptq,
     checkpoint_files,
     quantized_modules,
     read_manifest,
@@ -47,7 +48,7 @@ class Base:
             ) from None
         self.config = QuantizeConfig.from_dict(self.settings)
         self.files = checkpoint_files(self.folder, self.settings)
-        self.manifest = read_manifest(self.files)
+        self.manifest = as_gptq(read_manifest(self.files), self.config)
         self.specs = resolve_specs(self.manifest, self.config)
 
     @property

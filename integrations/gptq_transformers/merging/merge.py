@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptq_backend import CalibrationError, ConfigError, Events, LayerReport, QuantizedWeight, RunOptions
 from gptq_backend.algorithm import quantize_weight, round_changed
+from gptq_backend.foreign_settings import method_of
 from gptq_backend.format import INDEX, Shards, encode, read_json, read_tensor
 from gptq_backend.model import BlockNames
 from gptq_backend.output_folder import atomic_folder, check_spared
@@ -90,6 +91,10 @@ def merge_adapter(
     for source, what in ((model, "the quantized model"), (adapter, "the adapter")):
         check_spared(output, source, what)
     base = Base(model)
+    if (method := method_of(base.settings)) != "gptq":
+        raise ConfigError(
+            f"{model} is a checkpoint of {method}, expected one of GPTQ; convert it first (gptq-backend convert)"
+        )
     learned = Adapter(Path(adapter), base.manifest, base.shapes)
     window: Any = {"seqlen": seqlen, "samples": samples, "seed": seed}
     options = RunOptions(batch_size, block_name, None, device)

@@ -1,0 +1,290 @@
+"""Layers in other tools' layouts: their values against definitions written out here, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptq_backend import CheckpointError, ConfigError, QuantizeConfig, QuantizedWeight
+from gptq_backend.foreign_settings import gptq_settings
+from gptq_backend.format import (
+    ForeignLayer,
+    as_gptq,
+    read_manifest,
+    read_packed,
+    read_tensor,
+    resolve_specs,
+    write_awq,
+    write_compressed_tensors,
+)
+
+FORMATS = Path(__file__).parents[1] / "data" / "formats"
+AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+
+def scheme(**weights: Any) -> dict[str, Any]:
+    return {**COMPRESSED, "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int", **weights}}}}
+
+
+def stored(tmp_path: Path, parts: Mapping[str, Tensor], source: Mapping[str, Any]) -> QuantizedWeight:
+    """Layer ``l`` as anybody reads it from a file with these tensors."""
+    file = tmp_path / "model.safetensors"
+    save_file({f"l.{part}": tensor.contiguous() for part, tensor in parts.items()}, file)
+    config = QuantizeConfig.from_dict(source)
+    manifest = as_gptq(read_manifest([file]), config)
+    spec = resolve_specs(manifest, config)["l"]
+    return read_packed(spec, {part: read_tensor(manifest[f"l.{part}"]) for part in spec.shapes}, "l").unpack()
+
+
+def weight(features: int, outputs: int, groups: int, bits: int, seed: int, sym: bool = False) -> QuantizedWeight:
+    make = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (features, outputs), generator=make).to(torch.uint8)
+    zeros = torch.randint(0, 1 << bits, (groups, outputs), generator=make).to(torch.uint8)
+    if sym:
+        zeros.fill_(1 << (bits - 1))
+    scales = torch.rand(groups, outputs, generator=make).to(torch.float16) + 0.01
+    g_idx = torch.arange(features, dtype=torch.int32) // (features // groups)
+    return QuantizedWeight(codes, scales, zeros, g_idx, bits)
+
+
+def assert_same(found: QuantizedWeight, expected: QuantizedWeight) -> None:
+    assert found.bits == expected.bits
+    for part in ("codes", "scales", "zeros", "g_idx"):
+        assert torch.equal(getattr(found, part), getattr(expected, part)), part
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(0, 1 << 30))
+
+
+def awq_by_definition(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Nibble i of a word is channel (0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight, one at a time."""
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def pack(codes: Tensor) -> Tensor:
+        words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64)
+        for i, channel in enumerate(order):
+            words |= codes[:, channel::8].long() << (4 * i)
+        return words.to(torch.int32)  # wraps
+
+    return {"qweight": pack(weight.codes), "qzeros": pack(weight.zeros), "scales": weight.scales}
+
+
+@settings(deadline=None, max_examples=25)
+@given(shapes)
+def test_awq_lies_as_its_definition_says(tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, ...]) -> None:
+    groups, outputs, size, seed = shape
+    original = weight(groups * size * 8, outputs * 8, groups, 4, seed)
+    parts = awq_by_definition(original)
+    for part, tensor in write_awq("l", original).items():
+        assert torch.equal(tensor, parts[part]), part
+    source = {**AWQ, "group_size": size * 8}
+    assert_same(stored(tmp_path_factory.mktemp("awq"), parts, source), original)
+
+
+@settings(deadline=None, max_examples=25)
+@given(shapes, st.sampled_from([2, 3, 4, 8]), st.booleans())
+def test_compressed_tensors_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, ...], bits: int, sym: bool
+) -> None:
+    groups, outputs, size, seed = shape
+    original = weight(groups * size * 16, outputs * 5, groups, bits, seed, sym)
+    source = scheme(num_bits=bits, group_size=size * 16, symmetric=sym)
+    assert_same(stored(tmp_path_factory.mktemp("ct"), write_compressed_tensors(original), source), original)
+
+
+def test_compressed_tensors_keeps_act_order(tmp_path: Path) -> None:
+    original = weight(64, 16, 4, 4, 0)
+    shuffled = original.g_idx[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    original = QuantizedWeight(original.codes, original.scales, original.zeros, shuffled, 4)
+    parts = write_compressed_tensors(original)
+    assert_same(stored(tmp_path, parts, scheme(num_bits=4, group_size=16, symmetric=False, actorder="group")), original)
+
+
+def test_zeros_that_are_not_packed_and_one_scale_for_all_are_read(tmp_path: Path) -> None:
+    original = weight(32, 8, 1, 4, 3)
+    parts = write_compressed_tensors(original) | {
+        "weight_zero_point": (original.zeros.t().int() - 8).to(torch.int8),
+        "weight_scale": torch.tensor([0.25]),
+    }
+    found = stored(tmp_path, parts, scheme(num_bits=4, strategy="tensor", symmetric=False))
+    assert torch.equal(found.zeros, original.zeros)
+    assert found.scales.unique().tolist() == [0.25]
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_codes_of_odd_widths_are_held_in_eight_bits_around_the_same_middle(tmp_path: Path, bits: int) -> None:
+    original = weight(64, 32, 2, bits, bits)
+    differences = original.codes.int() - original.zeros.int().repeat_interleave(32, 0)
+    found = stored(tmp_path, write_compressed_tensors(original), scheme(num_bits=bits, group_size=32, symmetric=False))
+    assert found.bits == 8
+    assert torch.equal(found.codes.int() - found.zeros.int().repeat_interleave(32, 0), differences)
+
+
+# -- the tools' own files ----------------------------------------------------------------------------------------------
+
+
+def test_what_autoawq_wrote_is_written_again_bit_for_bit() -> None:
+    tensors = load_file(FORMATS / "awq-gemm" / "model.safetensors")
+    config = QuantizeConfig.from_dict({**AWQ, "group_size": 32})
+    manifest = as_gptq(read_manifest([FORMATS / "awq-gemm" / "model.safetensors"]), config)
+    specs = resolve_specs(manifest, config)
+    assert specs
+    for name, spec in specs.items():
+        parts = {part: read_tensor(manifest[f"{name}.{part}"]) for part in spec.shapes}
+        again = write_awq(name, read_packed(spec, parts, name).unpack())
+        for part in ("qweight", "qzeros", "scales"):
+            assert torch.equal(again[part], tensors[f"{name}.{part}"]), f"{name}.{part}"
+
+
+def test_what_compressed_tensors_wrote_is_written_again_bit_for_bit() -> None:
+    tensors = load_file(FORMATS / "ct-w4a16-asym" / "model.safetensors")
+    config = QuantizeConfig.from_dict(scheme(num_bits=4, group_size=32, symmetric=False))
+    manifest = as_gptq(read_manifest([FORMATS / "ct-w4a16-asym" / "model.safetensors"]), config)
+    for name, spec in resolve_specs(manifest, config).items():
+        parts = {part: read_tensor(manifest[f"{name}.{part}"]) for part in spec.shapes}
+        for part, tensor in write_compressed_tensors(read_packed(spec, parts, name).unpack()).items():
+            assert torch.equal(tensor, tensors[f"{name}.{part}"]), f"{name}.{part}"
+
+
+def test_a_manifest_of_gptq_stays_as_it_is_and_a_translated_one_too() -> None:
+    peers = FORMATS.parent / "checkpoints" / "llama-4-32-sym" / "model.safetensors"
+    manifest = read_manifest([peers])
+    config = QuantizeConfig()
+    assert all(as_gptq(manifest, config)[key] is info for key, info in manifest.items())
+    config = QuantizeConfig.from_dict({**AWQ, "group_size": 32})
+    once = as_gptq(read_manifest([FORMATS / "awq-gemm" / "model.safetensors"]), config)
+    again = as_gptq(once, config)
+    assert again.keys() == once.keys()
+    assert all(again[key] is info for key, info in once.items())
+    assert any(isinstance(info.file, ForeignLayer) for info in once.values())
+
+
+# -- damaged files -----------------------------------------------------------------------------------------------------
+
+Change = Callable[[dict[str, Tensor]], None]
+
+
+def _set(part: str, change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda parts: parts.__setitem__(part, change(parts[part]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.pop("qzeros"), r"l: qzeros is missing, expected qweight, qzeros, scales"),
+        (_set("qzeros", lambda t: t[:1]), r"l.qzeros has shape \[1, 2\], expected \[2, 2\]"),
+        (_set("scales", lambda t: t * float("inf")), r"l.scales: .* are NaN or infinite"),
+        (_set("scales", lambda t: t.to(torch.int32)), r"l.scales is torch.int32 of shape"),
+    ],
+)
+def test_a_damaged_awq_layer_is_refused_by_name(tmp_path: Path, change: Change, message: str) -> None:
+    parts = awq_by_definition(weight(64, 16, 2, 4, 0))
+    change(parts)
+    with pytest.raises(CheckpointError, match=message):
+        stored(tmp_path, parts, {**AWQ, "group_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.pop("weight_shape"), "l: weight_shape is missing"),
+        (_set("weight_shape", lambda t: t + 1), "expected"),
+        (_set("weight_scale", lambda t: t[:3]), r"l.weight_scale has shape \[3, 2\], expected \[16, 2\]"),
+        (_set("weight_packed", lambda t: t[:, :5]), "l.weight_packed has 5 words for 64 inputs"),
+        (_set("weight_packed", lambda t: t.to(torch.uint8)), r"l.weight_packed is torch.uint8"),
+        (_set("weight_zero_point", lambda t: t[:1]), r"l.weight_zero_point has shape"),
+    ],
+)
+def test_a_damaged_layer_of_compressed_tensors_is_refused_by_name(tmp_path: Path, change: Change, message: str) -> None:
+    parts = write_compressed_tensors(weight(64, 16, 2, 4, 0))
+    change(parts)
+    with pytest.raises(CheckpointError, match=message):
+        stored(tmp_path, parts, scheme(num_bits=4, group_size=32, symmetric=False))
+
+
+def test_zeros_of_fast_gemv_that_no_integer_made_are_refused(tmp_path: Path) -> None:
+    parts = load_file(FORMATS / "awq-gemv-fast" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    layer = {part: parts[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")}
+    layer["qzeros"] = layer["qzeros"] * 1.01
+    with pytest.raises(CheckpointError, match="zeros that are no integers from 0 to 15"):
+        stored(tmp_path, layer, {**AWQ, "version": "gemv_fast", "group_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("bent", "message"),
+    [
+        ({"bits": 8}, "8 bits"),
+        ({"g_idx": torch.arange(64, dtype=torch.int32) % 2}, "act-order"),
+        ({"outputs": 12}, "12 outputs"),
+    ],
+)
+def test_what_awq_cannot_hold_is_refused(bent: dict[str, Any], message: str) -> None:
+    made = weight(64, bent.get("outputs", 16), 2, bent.get("bits", 4), 0)
+    made = QuantizedWeight(made.codes, made.scales, made.zeros, bent.get("g_idx", made.g_idx), made.bits)
+    with pytest.raises(ConfigError, match=f"l has {message}.*convert to gptq or compressed-tensors instead"):
+        write_awq("l", made)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"quant_method": "awq", "version": "llm-awq"}, "version='llm_awq' is not a layout of AWQ"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:fp8_static"}, "is not known here"),
+        ({"quant_method": "auto-round", "data_type": "mx_fp"}, "data_type='mx_fp' is not known here"),
+        ({"quant_method": "auto-round", "act_bits": 8}, "quantizes activations too"),
+        ({**COMPRESSED, "format": "float-quantized"}, "format='float-quantized' of compressed-tensors is not known"),
+        ({**COMPRESSED}, "expected 'pack-quantized' with integer weights"),
+        ({**scheme(num_bits=4), "transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        ({"quant_method": "hqq"}, "quant_method='hqq' is not supported"),
+    ],
+)
+def test_settings_that_mean_something_else_are_refused(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantizeConfig.from_dict(source)
+
+
+def test_activations_in_few_bits_are_refused() -> None:
+    source = scheme(num_bits=4)
+    source["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+    with pytest.raises(ConfigError, match="quantizes activations too"):
+        QuantizeConfig.from_dict(source)
+
+
+@pytest.mark.parametrize(
+    ("packing", "format"),
+    [
+        ("auto_round:auto_gptq", "gptq"),
+        ("auto_round:exllamav2", "gptq_v2"),
+        ("auto_round", "gptq_v2"),
+        ("auto_round:gptqmodel", "gptq_v2"),
+        ("auto_round:auto_awq", "gptq_v2"),
+    ],
+)
+def test_autorounds_packing_says_what_a_zero_is(packing: str, format: str) -> None:
+    found = gptq_settings({"quant_method": "intel/auto-round", "bits": 4, "packing_format": packing})
+    assert found["checkpoint_format"] == format
+
+
+def test_autorounds_own_settings_of_layers_become_rules() -> None:
+    extra = {"model.layers.0.mlp.up_proj": {"bits": 16}, "model.layers.1.mlp.up_proj": {"bits": 8, "sym": True}}
+    config = QuantizeConfig.from_dict({"quant_method": "auto-round", "bits": 4, "sym": False, "extra_config": extra})
+    assert config.for_module("model.layers.0.mlp.up_proj") is None
+    eight = config.for_module("model.layers.1.mlp.up_proj")
+    assert eight is not None
+    assert (eight.bits, eight.sym) == (8, True)
+    other = config.for_module("model.layers.11.mlp.up_proj")
+    assert other is not None
+    assert (other.bits, other.sym) == (4, False)
