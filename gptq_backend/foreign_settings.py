@@ -59,12 +59,13 @@ def _without_odd_bits(source: Mapping[str, Any]) -> Mapping[str, Any]:
         return source
     rules = values.get("dynamic")
     if isinstance(rules, Mapping):
-        values["dynamic"] = {
-            key: {**canonical(rule), "bits": _held(canonical(rule)["bits"])} if "bits" in canonical(rule) else rule
-            for key, rule in rules.items()
-            if isinstance(rule, Mapping)
-        }
+        values["dynamic"] = {key: _rule_with_held_bits(rule) for key, rule in rules.items()}
     return {**values, "bits": _held(values.get("bits", 4))}
+
+
+def _rule_with_held_bits(rule: Any) -> Any:
+    own = canonical(rule) if isinstance(rule, Mapping) else {}
+    return {**own, "bits": _held(own["bits"])} if "bits" in own else rule
 
 
 def _held(bits: Any) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,9 @@ class ForeignLayer(TensorFile):
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # two may be of the same file
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForeignLayer, (self.path, self.name, self.layout, self.shape, self.parts, self.checkpoint_format)
+
     def tensor(self, key: str) -> Tensor:
         """qweight, qzeros, scales or g_idx; the other parts come at no cost if they are read next."""
         return _translated(self)[key]
@@ -130,10 +134,11 @@ def as_gptq(manifest: Manifest, config: QuantizeConfig) -> Manifest:
         layer, _, part = name.rpartition(".")
         if part in STORED_PARTS:
             layers.setdefault(layer, {})[part] = info
+    foreign = {layer: _foreign(layer, parts, config) for layer, parts in layers.items()}
     out: Manifest = {}
     for name, info in manifest.items():
         layer, _, part = name.rpartition(".")
-        if (found := _foreign(layer, layers.get(layer, {}), config)) is None:
+        if (found := foreign.get(layer)) is None:
             out[name] = info
         elif part == found.layout.parts[0]:
             out.update({f"{layer}.{key}": each for key, each in found.infos})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,13 @@ def test_a_manifest_of_gptq_stays_as_it_is_and_a_translated_one_too() -> None:
     assert again.keys() == once.keys()
     assert all(again[key] is info for key, info in once.items())
     assert any(isinstance(info.file, ForeignLayer) for info in once.values())
+
+
+def test_a_translated_layer_can_be_pickled() -> None:
+    file = FORMATS / "awq-gemm" / "model.safetensors"
+    manifest = as_gptq(read_manifest([file]), QuantizeConfig.from_dict({**AWQ, "group_size": 32}))
+    info = manifest["model.layers.0.mlp.up_proj.qweight"]
+    assert torch.equal(read_tensor(pickle.loads(pickle.dumps(info))), read_tensor(info))
 
 
 # -- damaged files -----------------------------------------------------------------------------------------------------
