@@ -112,7 +112,7 @@ class QuantEmbedding(QuantLinear):
         """First call, or weights that an accelerate hook has brought for this call only."""
         if offloading_hook(self) is None:
             self.prepare()
-            return self(ids)  # type: ignore[no-any-return]
+            return self(ids)
         weight = self._prepared_for_call(ids.device)
         return self._look_up(ids, weight, weight.tensors)
 
@@ -204,8 +204,8 @@ class TiedHead(nn.Module):
         y = embedding.multiply(x.to(embedding.device)).to(x.device)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def dequantize(self, weight: nn.Parameter) -> nn.Linear:
-        """An ordinary ``nn.Linear`` that shares ``weight`` [V, H]."""
+    def dequantize(self, weight: Any) -> nn.Linear:
+        """An ordinary ``nn.Linear`` that shares the parameter ``weight`` [V, H]."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = weight
         if self.bias is not None:

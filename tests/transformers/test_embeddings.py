@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,27 @@ def test_an_embedding_that_scales_its_rows_still_does(dtype: torch.dtype, tmp_pa
     assert type(dense.get_input_embeddings()).__name__ == "Gemma3TextScaledWordEmbedding"
     assert torch.equal(again.get_input_embeddings()(ids), dense.get_input_embeddings()(ids))
     assert torch.equal(model.get_input_embeddings()(ids), dense.get_input_embeddings()(ids))
+
+
+def test_a_model_is_quantized_while_it_is_loaded(source: Path, tmp_path: Path) -> None:
+    config = GPTQConfig(bits=4, group_size=32, embed_bits=8, dataset=calibration(100), quality="fast")
+    model = load(source, quantization_config=config)
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+    assert is_tied(model) == bool(model.config.tie_word_embeddings)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_an_original_that_stores_its_tied_head_too_loses_nothing_and_gains_nothing(
+    source: Path, tmp_path: Path
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(source)
+    if not model.config.tie_word_embeddings:
+        pytest.skip("its head is another weight")
+    shutil.copytree(source, tmp_path / "twice")
+    state = load_file(tmp_path / "twice" / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    quantize(tmp_path / "twice", settings(8), None, output=tmp_path / "out")
+    assert not any("lm_head" in key for key in stored(tmp_path / "out"))
+    assert is_tied(load(tmp_path / "out"))
