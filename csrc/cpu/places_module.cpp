@@ -83,11 +83,10 @@ bool untouched(const std::vector<py::tuple>& all) {
     for (const py::tuple& each : all) check(dicts(each, 0), dicts(each, 1)), check(dicts(each, 3), dicts(each, 4));
     for (const py::tuple& each : all) prefetch(dicts(each, 0)), prefetch(dicts(each, 3));
     for (const py::tuple& each : all) prefetch_tables(dicts(each, 0)), prefetch_tables(dicts(each, 3));
-    // and for what lies there: hooks are dictionaries themselves, and the tensors are asked for their addresses next.
+    // and for what lies there: hooks are dictionaries themselves.
     for (const py::tuple& each : all) {
-        const py::tuple places = dicts(each, 3), keys = dicts(each, 4), values = dicts(each, 2);
+        const py::tuple places = dicts(each, 3), keys = dicts(each, 4);
         for (size_t i = 0; i < places.size(); ++i) __builtin_prefetch(find(places, keys, i));
-        for (size_t i = 0; i < values.size(); ++i) __builtin_prefetch(PyTuple_GET_ITEM(values.ptr(), i));
     }
     for (const py::tuple& each : all) {
         if (!hold(dicts(each, 0), dicts(each, 1), dicts(each, 2))) return false;

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import QuantLinear
-from gptq_backend.kernels.cpu_router import Dense, Router, RouterParts, Rule
+from gptq_backend.kernels import cpu_router
 
 from ..experts.expert_list import ExpertList
 from .match import MLP, Mixture, NoMatch, Place, known_mlp
@@ -27,7 +27,7 @@ _HOOKS = "_forward_hooks", "_forward_pre_hooks", "forward"
 class Found:
     """The rule of a router, and which of its vectors is the bias of its logits, and which corrects scores."""
 
-    rule: Rule
+    rule: cpu_router.Rule
     bias: int | None
     correction: int | None
 
@@ -133,7 +133,10 @@ def _compared(
         wanted: [T, experts], what each counts.
     """
     bias, correction = (None if i is None else vectors[i] for i in (trial.bias, trial.correction))
-    spread = _spread(*Router(RouterParts(Dense(weight, bias), trial.rule, correction))(x), len(weight))
+    spread = _spread(
+        *cpu_router.Router(cpu_router.RouterParts(cpu_router.Dense(weight, bias), trial.rule, correction))(x),
+        len(weight),
+    )
     alike = ((spread > 0) == (wanted > 0)).all(-1)
     ratios = wanted[alike].sum(-1) / spread[alike].sum(-1)
     measured = float(ratios.median()) if len(ratios) else 0.0
@@ -216,16 +219,16 @@ def _trials(pieces: Pieces, top_k: int, experts: int) -> Iterator[Found]:
     """Rules to try, the plain ones first."""
     uses = {0: [(None, None)], 1: [(0, None), (None, 0)], 2: [(0, 1), (1, 0)]}[len(pieces.vectors)]
     numbers = sorted({int(each) for each in _settings(pieces) if each == int(each)})
-    groups = [(1, 1, 1)] + [
+    limits = [(1, 1, 1)] + [
         (groups, chosen, best)
         for groups, chosen, best in itertools.product(numbers, numbers, (1, 2))
         if 0 < chosen < groups < experts and experts % groups == 0 and best <= experts // groups
         if top_k <= chosen * (experts // groups)
     ]
-    for limits, (bias, correction), sigmoid, normalized in itertools.product(
-        groups, uses, (False, True), (True, False)
-    ):
-        yield Found(Rule(top_k, sigmoid, False, *limits, normalized), bias, correction)
+    for (groups, chosen, best), (bias, correction) in itertools.product(limits, uses):
+        for sigmoid, normalized in itertools.product((False, True), (True, False)):
+            rule = cpu_router.Rule(top_k, sigmoid, False, groups, chosen, best, normalized)
+            yield Found(rule, bias, correction)
 
 
 def _settings(pieces: Pieces) -> list[float]:
