@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import QuantLinear
 from gptq_backend.kernels import cpu_router
 
 from ..experts.expert_list import ExpertList
@@ -66,11 +66,7 @@ def find_pieces(block: Any) -> Pieces:
     if experts is None or experts.passing or experts.grouped is None or experts.grouped.one_call is None:
         raise NoMatch("it has no experts that run in one call")
     mlps = [(mlp, child) for child in block.children() if child is not experts and (mlp := known_mlp(child))]
-    gates = [
-        child
-        for child in block.children()
-        if isinstance(child, nn.Linear) and not isinstance(child, QuantLinear) and child.out_features == 1
-    ]
+    gates = [child for child in block.children() if type(child) is nn.Linear and child.out_features == 1]
     apart = {id(each) for child in (experts, *(child for _, child in mlps), *gates) for each in child.modules()}
     places = [
         (module, name)
@@ -133,10 +129,8 @@ def _compared(
         wanted: [T, experts], what each counts.
     """
     bias, correction = (None if i is None else vectors[i] for i in (trial.bias, trial.correction))
-    spread = _spread(
-        *cpu_router.Router(cpu_router.RouterParts(cpu_router.Dense(weight, bias), trial.rule, correction))(x),
-        len(weight),
-    )
+    router = cpu_router.RouterParts(cpu_router.Dense(weight, bias), trial.rule, correction)
+    spread = _spread(*cpu_router.Router(router)(x), len(weight))
     alike = ((spread > 0) == (wanted > 0)).all(-1)
     ratios = wanted[alike].sum(-1) / spread[alike].sum(-1)
     measured = float(ratios.median()) if len(ratios) else 0.0
@@ -169,7 +163,7 @@ def _watched(
         return beside.clone().view(hidden.shape)
 
     tensors = {id(_at(place)): value for place, value in zip((pieces.weight, *pieces.vectors), (weight, *vectors))}
-    stubs = {id(pieces.experts): _Stub(experts), id(pieces.mlp_module): _Stub(mlp)}
+    stubs: dict[int, nn.Module] = {id(pieces.experts): _Stub(experts), id(pieces.mlp_module): _Stub(mlp)}
     try:
         y = type(pieces.block).forward(_twin(pieces.block, tensors, stubs), x.clone())
     except NoMatch:
@@ -217,8 +211,9 @@ def _twin(module: Any, tensors: dict[int, Tensor], stubs: dict[int, nn.Module]) 
 
 def _trials(pieces: Pieces, top_k: int, experts: int) -> Iterator[Found]:
     """Rules to try, the plain ones first."""
-    uses = {0: [(None, None)], 1: [(0, None), (None, 0)], 2: [(0, 1), (1, 0)]}[len(pieces.vectors)]
-    numbers = sorted({int(each) for each in _settings(pieces) if each == int(each)})
+    few: list[list[tuple[int | None, int | None]]] = [[(None, None)], [(0, None), (None, 0)], [(0, 1), (1, 0)]]
+    uses = few[len(pieces.vectors)]  # as bias and as correction
+    numbers = sorted({int(each) for each in _settings(pieces) if each.is_integer()})
     limits = [(1, 1, 1)] + [
         (groups, chosen, best)
         for groups, chosen, best in itertools.product(numbers, numbers, (1, 2))
@@ -235,7 +230,8 @@ def _settings(pieces: Pieces) -> list[float]:
     """Numbers that the block and its router keep."""
     inside = {id(module) for module in pieces.experts.modules()}
     settings = [vars(module) for module in pieces.block.modules() if id(module) not in inside]
-    return [float(each) for held in settings for each in held.values() if type(each) in (int, float)]
+    numbers = [float(each) for held in settings for each in held.values() if type(each) in (int, float)]
+    return [each for each in numbers if math.isfinite(each)]
 
 
 def _spread(index: Tensor, counts: Tensor, experts: int) -> Tensor:
