@@ -102,12 +102,9 @@ bool untouched(const std::vector<PyObject*>& tuples) {
     }
     for (size_t i = 0; i < held.size(); ++i) prefetch(held[i]), prefetch(vacant[i]);
     for (size_t i = 0; i < held.size(); ++i) prefetch_tables(held[i]), prefetch_tables(vacant[i]);
-    // and for what lies there: hooks are dictionaries themselves, and the tensors are asked for their addresses next.
+    // and for what lies there: hooks are dictionaries themselves.
     for (const Places& each : vacant) {
         for (Py_ssize_t i = 0; i < each.count; ++i) __builtin_prefetch(find(each.dicts, each.keys, i));
-    }
-    for (const Places& each : held) {
-        for (Py_ssize_t i = 0; i < each.count; ++i) __builtin_prefetch(PyTuple_GetItem(each.values, i));
     }
     for (size_t i = 0; i < held.size(); ++i) {
         if (!hold(held[i]) || !hold_nothing(vacant[i])) return false;

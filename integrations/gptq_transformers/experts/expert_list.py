@@ -172,6 +172,8 @@ class ExpertList(nn.Module):
 
     def activates_as_known(self) -> bool:
         """Whether the activation is the one that the experts were grouped with, and nobody hears it."""
+        if not self._tried:
+            return False
         code, names, values = self._tried
         return (
             self._code() == code and places.unchanged((vars(self),) * len(names), names, values) and not self._heard()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -12,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import QuantLinear
-from gptq_backend.kernels.cpu_router import Dense, Router, RouterParts, Rule
+from gptq_backend.kernels import cpu_router
 
 from ..experts.expert_list import ExpertList
 from .match import MLP, Mixture, NoMatch, Place, known_mlp
@@ -27,7 +27,7 @@ _HOOKS = "_forward_hooks", "_forward_pre_hooks", "forward"
 class Found:
     """The rule of a router, and which of its vectors is the bias of its logits, and which corrects scores."""
 
-    rule: Rule
+    rule: cpu_router.Rule
     bias: int | None
     correction: int | None
 
@@ -66,11 +66,7 @@ def find_pieces(block: Any) -> Pieces:
     if experts is None or experts.passing or experts.grouped is None or experts.grouped.one_call is None:
         raise NoMatch("it has no experts that run in one call")
     mlps = [(mlp, child) for child in block.children() if child is not experts and (mlp := known_mlp(child))]
-    gates = [
-        child
-        for child in block.children()
-        if isinstance(child, nn.Linear) and not isinstance(child, QuantLinear) and child.out_features == 1
-    ]
+    gates = [child for child in block.children() if type(child) is nn.Linear and child.out_features == 1]
     apart = {id(each) for child in (experts, *(child for _, child in mlps), *gates) for each in child.modules()}
     places = [
         (module, name)
@@ -133,7 +129,8 @@ def _compared(
         wanted: [T, experts], what each counts.
     """
     bias, correction = (None if i is None else vectors[i] for i in (trial.bias, trial.correction))
-    spread = _spread(*Router(RouterParts(Dense(weight, bias), trial.rule, correction))(x), len(weight))
+    router = cpu_router.RouterParts(cpu_router.Dense(weight, bias), trial.rule, correction)
+    spread = _spread(*cpu_router.Router(router)(x), len(weight))
     alike = ((spread > 0) == (wanted > 0)).all(-1)
     ratios = wanted[alike].sum(-1) / spread[alike].sum(-1)
     measured = float(ratios.median()) if len(ratios) else 0.0
@@ -166,7 +163,7 @@ def _watched(
         return beside.clone().view(hidden.shape)
 
     tensors = {id(_at(place)): value for place, value in zip((pieces.weight, *pieces.vectors), (weight, *vectors))}
-    stubs = {id(pieces.experts): _Stub(experts), id(pieces.mlp_module): _Stub(mlp)}
+    stubs: dict[int, nn.Module] = {id(pieces.experts): _Stub(experts), id(pieces.mlp_module): _Stub(mlp)}
     try:
         y = type(pieces.block).forward(_twin(pieces.block, tensors, stubs), x.clone())
     except NoMatch:
@@ -214,25 +211,27 @@ def _twin(module: Any, tensors: dict[int, Tensor], stubs: dict[int, nn.Module]) 
 
 def _trials(pieces: Pieces, top_k: int, experts: int) -> Iterator[Found]:
     """Rules to try, the plain ones first."""
-    uses = {0: [(None, None)], 1: [(0, None), (None, 0)], 2: [(0, 1), (1, 0)]}[len(pieces.vectors)]
-    numbers = sorted({int(each) for each in _settings(pieces) if each == int(each)})
-    groups = [(1, 1, 1)] + [
+    few: list[list[tuple[int | None, int | None]]] = [[(None, None)], [(0, None), (None, 0)], [(0, 1), (1, 0)]]
+    uses = few[len(pieces.vectors)]  # as bias and as correction
+    numbers = sorted({int(each) for each in _settings(pieces) if each.is_integer()})
+    limits = [(1, 1, 1)] + [
         (groups, chosen, best)
         for groups, chosen, best in itertools.product(numbers, numbers, (1, 2))
         if 0 < chosen < groups < experts and experts % groups == 0 and best <= experts // groups
         if top_k <= chosen * (experts // groups)
     ]
-    for limits, (bias, correction), sigmoid, normalized in itertools.product(
-        groups, uses, (False, True), (True, False)
-    ):
-        yield Found(Rule(top_k, sigmoid, False, *limits, normalized), bias, correction)
+    for (groups, chosen, best), (bias, correction) in itertools.product(limits, uses):
+        for sigmoid, normalized in itertools.product((False, True), (True, False)):
+            rule = cpu_router.Rule(top_k, sigmoid, False, groups, chosen, best, normalized)
+            yield Found(rule, bias, correction)
 
 
 def _settings(pieces: Pieces) -> list[float]:
     """Numbers that the block and its router keep."""
     inside = {id(module) for module in pieces.experts.modules()}
     settings = [vars(module) for module in pieces.block.modules() if id(module) not in inside]
-    return [float(each) for held in settings for each in held.values() if type(each) in (int, float)]
+    numbers = [float(each) for held in settings for each in held.values() if type(each) in (int, float)]
+    return [each for each in numbers if math.isfinite(each)]
 
 
 def _spread(index: Tensor, counts: Tensor, experts: int) -> Tensor:
