@@ -54,7 +54,7 @@ test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.2
 # libgomp stays out: torch brings the one that both use. auditwheel says which Linux is the oldest that it runs on; the
 # release builds in an older one (RELEASE.md).
 wheel: $(VENV)/.wheel
-	rm -rf build dist/*x86_64.whl
+	rm -rf build dist
 	GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	$(VENV)/bin/abi3audit --strict dist/*.whl
