@@ -4,6 +4,7 @@
 #   make test       the default suite with vLLM, then tests/{transformers,peft,cli} again under transformers 4.57
 #   make test-all   with the slow tests (the newest vLLM on PyPI among them), and both under the newest 5.x too
 #   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
+#   make wheel-aarch64   the same for ARM, by a cross compiler; its kernels are tested under qemu-user, for half an hour
 #   make lint       ruff, mypy, clang-format
 #   make test-gpu   on a machine with an NVIDIA GPU and nvcc: build in place, then the tests that need the GPU
 #   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again
@@ -35,7 +36,7 @@ export PYTHONUNBUFFERED := 1
 GPU_PYTHON ?= python3
 GPU_PEERS ?=
 
-.PHONY: demo test test-all wheel lint format clean test-gpu bench-gpu
+.PHONY: demo test test-all wheel wheel-aarch64 lint format clean test-gpu bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -58,6 +59,19 @@ wheel: $(VENV)/.wheel
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	$(VENV)/bin/abi3audit --strict dist/*.whl
 	$(VENV)/bin/python .ci/try_wheel.py dist/*.whl --torch "$(TORCH)" --others $(OTHER_PYTHONS)
+
+AARCH64 := aarch64-linux-gnu
+AARCH64_TESTS ?= tests/kernels/test_cpu.py tests/kernels/test_cpu_gradient.py tests/kernels/test_cpu_block.py \
+	tests/kernels/test_cpu_block_calls.py tests/kernels/test_cpu_experts.py tests/kernels/test_cpu_router.py \
+	tests/kernels/test_binding.py
+
+wheel-aarch64: $(VENV)/.wheel
+	rm -rf build dist/*aarch64.whl
+	$(PIP) install --quiet "pybind11>=2.13" "setuptools>=77"
+	_PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(AARCH64)-gcc CXX=$(AARCH64)-g++ LDSHARED="$(AARCH64)-gcc -shared" \
+		LDCXXSHARED="$(AARCH64)-g++ -shared" LDFLAGS=-Wl,--strip-all GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 \
+		$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	.ci/qemu_aarch64.sh dist/*aarch64.whl $(VENV)/bin/python $(VENV)/aarch64 $(AARCH64_TESTS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

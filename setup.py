@@ -22,16 +22,23 @@ from setuptools.command.build_ext import build_ext
 BINDING = "csrc/python/binding.h"
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 REQUIRED = os.environ.get("GPTQ_BACKEND_REQUIRE_NATIVE", "0") not in ("", "0")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 # A level per file, chosen at run time: each has the flags of its instruction set, and no other file has them.
-LEVELS = {
+X86 = {
     "level_avx2.cpp": AVX2,
     "level_avx_vnni.cpp": [*AVX2, "-mavxvnni"],
     "level_avx512.cpp": AVX512,
     "level_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
 }
+ARM = {
+    "level_neon.cpp": [],
+    "level_neon_dotprod.cpp": ["-march=armv8.2-a+dotprod"],
+    "level_neon_i8mm.cpp": ["-march=armv8.2-a+dotprod+i8mm"],
+}
+# Of what is built for, which _PYTHON_HOST_PLATFORM names where it is another machine.
+MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower().rpartition("-")[2]
+LEVELS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(MACHINE, {})
 SANITIZE = os.environ.get("GPTQ_BACKEND_SANITIZE")  # e.g. address,undefined
 EXTRA = ["-g", "-O1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 COMPILER = "g++ or clang++"
@@ -160,7 +167,7 @@ PORTABLE = [
     "torch_op.cpp",
     "level_generic.cpp",
 ]
-sources = [*PORTABLE, *(LEVELS if X86 else [])]
+sources = [*PORTABLE, *LEVELS]
 cpu = Extension(
     "gptq_backend._cpu",
     [f"csrc/cpu/{name}" for name in sources],

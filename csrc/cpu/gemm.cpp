@@ -2,6 +2,13 @@
 #include "gemm.h"
 
 #include <omp.h>
+#ifdef __aarch64__
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#else
+#include <sys/auxv.h>
+#endif
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,6 +21,30 @@
 namespace gptq {
 namespace {
 
+#ifdef __aarch64__
+#ifdef __APPLE__
+bool has(const char* feature) {
+    int found = 0;
+    size_t size = sizeof found;
+    return !sysctlbyname(feature, &found, &size, nullptr, 0) && found;
+}
+bool has_dotprod() {
+    return has("hw.optional.arm.FEAT_DotProd");
+}
+bool has_i8mm() {
+    return has("hw.optional.arm.FEAT_I8MM");
+}
+#else
+// Bits of Linux's interface, which older headers do not name.
+bool has_dotprod() {
+    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+}
+bool has_i8mm() {
+    return getauxval(AT_HWCAP2) >> 13 & 1;  // HWCAP2_I8MM
+}
+#endif
+#endif
+
 std::vector<const Level*> available() {
     std::vector<const Level*> found = {&level_generic};
 #ifdef __x86_64__
@@ -25,6 +56,10 @@ std::vector<const Level*> available() {
     if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&level_avx_vnni);
     if (avx512) found.push_back(&level_avx512);
     if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&level_avx512_vnni);
+#elif defined(__aarch64__)
+    found.push_back(&level_neon);
+    if (has_dotprod()) found.push_back(&level_neon_dotprod);
+    if (has_dotprod() && has_i8mm()) found.push_back(&level_neon_i8mm);
 #endif
     return found;
 }

@@ -72,6 +72,8 @@ struct Level {
 extern const Level level_generic;
 #ifdef __x86_64__
 extern const Level level_avx2, level_avx_vnni, level_avx512, level_avx512_vnni;
+#elif defined(__aarch64__)
+extern const Level level_neon, level_neon_dotprod, level_neon_i8mm;
 #endif
 
 }  // namespace gptq

@@ -277,15 +277,15 @@ GPTQ_INLINE const uint32_t* words_at(const Weight& w, int strip, int slot) {
 
 // -- results -----------------------------------------------------------------------------------------------------
 
-// sums: [planes][16] float, `stride` floats apart.
-template <class Isa>
+// sums: [Planes][16] float, `stride` floats apart.
+template <class Isa, int Planes>
 GPTQ_INLINE void finish(const Call& c, int m, int strip, const float* sums, int stride) {
     alignas(64) float y[kStrip];
     const int n0 = strip * kStrip;
     const int n = c.weight.out_features - n0 < kStrip ? c.weight.out_features - n0 : kStrip;
     for (int i = 0; i < kStrip; ++i) y[i] = sums[i];
-    for (int plane = 1; plane < c.planes; ++plane) {
-        for (int i = 0; i < kStrip; ++i) y[i] += sums[plane * stride + i];
+    if constexpr (Planes == 2) {
+        for (int i = 0; i < kStrip; ++i) y[i] += sums[stride + i];
     }
     if (c.bias) {
         alignas(64) float bias[kStrip] = {};
@@ -394,9 +394,12 @@ void multiply_tile(const Call& c, int m0, int strip) {
     GPTQ_UNROLL for (int r = 0; r < Rows; ++r) {
         GPTQ_UNROLL for (int v = 0; v < V; ++v) Vec::store(&out[r][v * Isa::lanes], y[r][v]);
     }
-    for (int r = 0; r < Rows; r += c.planes) {
-        for (int s = 0; s < Strips; ++s) {
-            finish<Isa>(c, m0 + r / c.planes, strip + s, out[r] + s * kStrip, Strips * kStrip);
+    for (int s = 0; s < Strips; ++s) {
+        const auto sums = [&](int row) { return out[row] + s * kStrip; };
+        if (Rows % 2 || c.planes == 1) {  // rows of two planes come in pairs
+            for (int r = 0; r < Rows; ++r) finish<Isa, 1>(c, m0 + r, strip + s, sums(r), 0);
+        } else {
+            for (int r = 0; r < Rows; r += 2) finish<Isa, 2>(c, m0 + r / 2, strip + s, sums(r), Strips * kStrip);
         }
     }
 }
