@@ -1,7 +1,7 @@
 """Memory and interruptions of quantizing a mixture of experts that is larger than the machine's memory.
 
     python docs/benchmarks/large_mixture.py make MODEL --layers 24         # 30.2 GB on disk, a layer per file
-    python docs/benchmarks/large_mixture.py run MODEL OUT --kill-after 2 9 17 --json FILE
+    python docs/benchmarks/large_mixture.py run MODEL OUT --kill-after 2 7 10 --json FILE
 
 The model has Qwen3-30B-A3B's layers and random weights. ``run`` quantizes it in a process of its own, which it kills
 (SIGKILL) in the middle of the block after each named number of finished ones and begins again. It notes each block's
@@ -126,9 +126,10 @@ def run(model: Path, output: Path, kill_after: list[int], tokens: int, delay: fl
         "model_gb": _size(model),
         "output_gb": _size(output),
         "memory_of_the_machine_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
-        "cpu": platform.processor() or platform.machine(),
+        "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "calibration_tokens": tokens,
+        "kill_after": kill_after,
         "peak_resident_gb": max(one["peak_gb"] for one in runs),
         "most_of_its_own_at_a_blocks_end_gb": max(block["own_gb"] for block in blocks),
         "seconds_per_block_median": sorted(block["seconds"] for block in blocks)[len(blocks) // 2],
@@ -142,28 +143,30 @@ def _one_run(arguments: list[str], stop: int | None, delay: float) -> dict[str, 
     command = [sys.executable, __file__, "quantize", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    blocks, restored, peak, layers, needed = [], 0, 0.0, None, 0.0
+    blocks: list[dict[str, Any]] = []
+    restored: list[str] = []
+    peak, layers, needed = 0.0, None, 0.0
     for line in process.stdout:
         fact = json.loads(line) if line.startswith("{") else {}
         peak = max(peak, fact.get("peak_gb", 0.0))
         event = fact.get("event")
         if event == "needed":
             needed = fact["time"]
-            if stop is not None and restored + len(blocks) == stop:
+            if stop is not None and len(restored) + len(blocks) == stop:
                 time.sleep(delay)
                 peak = max(peak, _memory(process.pid)["peak_gb"])
                 process.kill()
                 break
         elif event == "restored":
-            restored += 1
-        elif event == "done":
+            restored.append(fact["block"])
+        elif event == "done" and fact["block"] not in restored:
             blocks.append({"block": fact["block"], "seconds": fact["time"] - needed, "own_gb": fact["own_gb"]})
         elif event == "finished":
             layers = fact["layers"]
     code = process.wait()
     if stop is None and code != 0:
         raise SystemExit(f"{' '.join(command)} ended with {code}")
-    return {"killed": stop is not None, "restored": restored, "peak_gb": peak, "layers": layers, "blocks": blocks}
+    return {"killed": stop is not None, "restored": len(restored), "peak_gb": peak, "layers": layers, "blocks": blocks}
 
 
 def _size(folder: Path) -> float:
