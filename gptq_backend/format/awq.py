@@ -77,6 +77,8 @@ def write_gemm(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         "act-order, or groups of several sizes": not contiguous,
         f"{out_features} outputs, which 8 does not divide": out_features % _PER_WORD != 0,
     }
+    scales = weight.scales.to(torch.float16)
+    lacks["scales that float16 cannot hold"] = not bool(scales.isfinite().all())
     if reasons := [reason for reason, wrong in lacks.items() if wrong]:
         raise ConfigError(
             f"{name} has {reasons[0]}, expected what AWQ can hold (4 bits, groups of contiguous inputs, outputs in "
@@ -85,7 +87,7 @@ def write_gemm(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     return {
         "qweight": _out_of_order(weight.codes),
         "qzeros": _out_of_order(weight.zeros),
-        "scales": weight.scales.to(torch.float16) if weight.scales.dtype != torch.float16 else weight.scales,
+        "scales": scales,
     }
 
 

@@ -82,14 +82,11 @@ def _width(name: str, words: int, features: int, config: QuantizeConfig) -> tupl
     Versions before 0.20 put no code into two words, so 7-bit codes with gaps fill as many as 8-bit codes: only the
     settings tell them apart.
     """
-    for claimed in (config.extra.get(WIDTHS, ()), range(1, 9)):
-        fitting = {
-            bits: gaps for bits in claimed for gaps in (True, False) if _words(features, bits, gaps) == words
-        }  # without gaps where both would do
-        if len(fitting) == 1:
-            return fitting.popitem()
-        if claimed and fitting:
-            break
+    claimed = config.extra.get(WIDTHS, range(1, 9))
+    # Without gaps where both would do.
+    fitting = {bits: gaps for bits in claimed for gaps in (True, False) if _words(features, bits, gaps) == words}
+    if len(fitting) == 1:
+        return fitting.popitem()
     found = " or ".join(f"{bits}-bit codes" for bits in sorted(fitting)) or "codes of no whole width"
     raise CheckpointError(
         f"{name}.weight_packed has {words} words for {features} inputs, which make {found}, expected one width of 1 to "
