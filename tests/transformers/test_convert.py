@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from gptq_backend import CheckpointError, ConfigError, QuantEmbedding, QuantizeConfig, QuantLinear
+from gptq_backend import CheckpointError, ConfigError, GPTQError, QuantEmbedding, QuantizeConfig, QuantLinear
 from gptq_transformers import from_quantized, quantize
 from gptq_transformers.converting import TARGETS, convert
 from gptq_transformers.converting.plain_names import PlainNames
@@ -319,8 +320,71 @@ def test_blocks_with_a_minimum_are_rounded_and_it_is_said(kind: str, tmp_path: P
     assert distance(logits(from_quantized(tmp_path / "out", dtype=torch.float32), tokens), expected) < 0.05
 
 
+def _bent(tmp_path: Path, after: bytes, skip: int, kind: str, value: int) -> Path:
+    """A file with another number so many bytes after a name."""
+    write_gguf(tmp_path / "in.gguf", "Q8_0")
+    data = bytearray((tmp_path / "in.gguf").read_bytes())
+    struct.pack_into(kind, data, data.index(after) + len(after) + skip, value)
+    (tmp_path / "in.gguf").write_bytes(data)
+    return tmp_path / "in.gguf"
+
+
+@pytest.mark.parametrize(
+    ("after", "skip", "kind", "value", "message"),
+    [
+        (b"GGUF\3\0\0\0", 0, "<Q", 2**60, "ends at byte .* expected .* more after byte 24"),
+        (b"GGUF\3\0\0\0", 8, "<Q", 2**60, "ends at byte .* expected .* more after byte 24"),
+        (b"GGUF", 0, "<I", 3 << 24, r"has version 50331648, expected one of \(2, 3\) in little-endian order"),
+        (b"llama.block_count", 4, "<I", 10**9, "says llama.block_count=1000000000, but holds only 12 tensors"),
+        (b"llama.vocab_size", 4, "<I", 7, r"embed_tokens.weight has shape \[64, 256\], expected \[7, 256\]"),
+        (b"llama.attention.head_count_kv", 4, "<I", 2**31, "expected|cannot be loaded"),
+        (b"blk.0.attn_q.weight", 0, "<I", 9, "has a tensor of 9 dimensions"),
+        (b"blk.0.attn_q.weight", 4, "<Q", 2**50, "bytes, expected at least .* with all its tensors"),
+        (b"blk.0.attn_q.weight", 4, "<Q", 0, r"q_proj.weight has shape \[256, 0\], expected \[256, 256\]"),
+        (b"blk.0.attn_q.weight", 4, "<Q", 128, r"q_proj.weight has shape \[256, 128\], expected \[256, 256\]"),
+        (b"blk.0.attn_q.weight", 20, "<I", 77, "cannot be loaded: .*77"),
+        (b"blk.0.attn_q.weight", 24, "<Q", 2**62, "bytes, expected at least .* with all its tensors"),
+        (b"general.architecture", 12, "<I", 0x6D756C6C, "cannot be loaded: .*not supported yet"),
+    ],
+)
+def test_a_gguf_file_that_lies_is_refused_at_once(
+    after: bytes, skip: int, kind: str, value: int, message: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    file = _bent(tmp_path, after, skip, kind, value)
+    with pytest.raises(GPTQError, match=message):
+        convert(file, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.gguf"}
+
+
+@pytest.mark.parametrize("size", [0, 10, 24, 200, 700, 200_000, -1])
+def test_a_truncated_gguf_file_is_refused(size: int, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "in.gguf", "Q8_0")
+    (tmp_path / "in.gguf").write_bytes((tmp_path / "in.gguf").read_bytes()[:size])
+    with pytest.raises(GPTQError, match=r"in.gguf (does not begin|ends at byte|has \d+ bytes|cannot be loaded)"):
+        convert(tmp_path / "in.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["gptq", "bf16"])
+def test_scales_that_are_no_numbers_are_no_exact_conversion(to: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "in.gguf", "Q8_0")
+    data = bytearray((tmp_path / "in.gguf").read_bytes())
+    data[-34:-32] = struct.pack("<e", float("nan"))  # of the last block
+    (tmp_path / "in.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match="lm_head: 1 of its scales or values are NaN or infinite"):
+        convert(tmp_path / "in.gguf", tmp_path / "out", to)
+
+
+def test_a_gguf_file_is_known_by_a_name_in_capitals_too(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "Model.GGUF", "Q4_0")
+    assert convert(tmp_path / "Model.GGUF", tmp_path / "out").exact
+
+
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "model.gguf").write_bytes(b"nothing")
-    with pytest.raises(Exception, match=r"model.gguf cannot be loaded"):
+    with pytest.raises(Exception, match=r"model.gguf does not begin like a GGUF file"):
         convert(tmp_path / "model.gguf", tmp_path / "out")
