@@ -337,6 +337,19 @@ def test_zeros_one_below_the_middle_are_meant_though_another_group_is_symmetric(
     assert_same(stored(tmp_path, write_compressed_tensors(original), scheme(num_bits=4, group_size=32)), original)
 
 
+def test_the_parts_of_a_layer_may_lie_in_different_files(tmp_path: Path) -> None:
+    original = weight(64, 16, 2, 4, 0)
+    files = []
+    for part, tensor in awq_by_definition(original).items():
+        files.append(tmp_path / f"{part}.safetensors")
+        save_file({f"l.{part}": tensor}, files[-1])
+    config = QuantizeConfig.from_dict({**AWQ, "group_size": 32})
+    manifest = as_gptq(read_manifest(files), config)
+    spec = resolve_specs(manifest, config)["l"]
+    parts = {part: read_tensor(manifest[f"l.{part}"]) for part in spec.shapes}
+    assert_same(read_packed(spec, parts, "l").unpack(), original)
+
+
 def test_zeros_of_fast_gemv_that_no_integer_made_are_refused(tmp_path: Path) -> None:
     parts = load_file(FORMATS / "awq-gemv-fast" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
