@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .config_fields import SUPPORTED_BITS
-from .dialects import as_integer, canonical
+from .dialects import as_flag, as_integer, canonical
 from .errors import ConfigError
 
 # The layouts of AWQ's files. exllama and ipex were ways to run what GEMM had stored.
 _AWQ_VERSIONS = ("gemm", "exllama", "ipex", "gemv", "gemv_fast")
 _AUTO_ROUND = ("gptq", "awq", "exllama", "triton", "auto_round")  # one of which its packing is called by,
 _NOT_THESE = ("fake", "llm_compressor", "fp", "mlx")  # unless by one of these, too
+WIDTHS = "stored_bits"  # the key that the settings keep the widths of compressed-tensors' codes under
 AWQ_VERSION = "awq_version"  # the key that the settings keep it under, where the tensors do not tell
 
 
@@ -46,7 +47,8 @@ def gptq_settings(source: Mapping[str, Any]) -> Mapping[str, Any]:
 def method_of(source: Mapping[str, Any]) -> str:
     """Who made a checkpoint, by its settings: a key of those that are read here, or another tool's name."""
     values = canonical(source)
-    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or "gptq")).lower()
+    implied = "awq" if {"zero_point", "version"} <= source.keys() else "gptq"  # AutoAWQ's quant_config.json names none
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method") or implied)).lower()
     if "marlin" in (method, values.get("checkpoint_format")) or source.get("is_marlin_format"):
         return "marlin"
     return method.removeprefix("intel/")
@@ -92,7 +94,7 @@ def _awq(source: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "bits": values.get("bits", 4),
         "group_size": values.get("group_size", 128),
-        "sym": not source.get("zero_point", True),
+        "sym": not as_flag(values.get("zero_point", True)),
         "checkpoint_format": "gptq_v2",
         **({AWQ_VERSION: version} if version == "gemv" else {}),
     }
@@ -133,16 +135,23 @@ def _compressed_tensors(source: Mapping[str, Any]) -> dict[str, Any]:
     schemes = [each for each in groups.values() if isinstance(each, Mapping)] if isinstance(groups, Mapping) else []
     weights = [each.get("weights") for each in schemes]
     layout = str(source.get("format", "pack-quantized"))
-    packed = layout in ("pack-quantized", "mixed-precision")
+    own = {str(each.get("format") or "pack-quantized") for each in schemes}
+    packed = layout in ("pack-quantized", "mixed-precision") and own == {"pack-quantized"}
     integers = [each for each in weights if isinstance(each, Mapping) and each.get("type", "int") == "int"]
     if not packed or not integers or len(integers) != len(schemes):
         raise ConfigError(
-            f"format={layout!r} of compressed-tensors is not known here, expected 'pack-quantized' with integer "
-            "weights (W4A16, W8A16); load it with vLLM, or with transformers and the package "
-            "compressed-tensors"
+            f"format={' with '.join(sorted({layout, *own}))!r} of compressed-tensors is not known here, expected "
+            "'pack-quantized' with integer weights (W4A16, W8A16); load it with vLLM, or with transformers and the "
+            "package compressed-tensors"
         )
-    if any(each.get("input_activations") for each in schemes):
-        raise _activations("input_activations of compressed-tensors")
+    if any(each.get(f"{side}_activations") for each in schemes for side in ("input", "output")):
+        raise _activations("input_activations or output_activations of compressed-tensors")
+    sparse = source.get("sparsity_config")
+    if isinstance(sparse, Mapping) and str(sparse.get("format") or "dense") != "dense":
+        raise ConfigError(
+            f"sparsity_config of compressed-tensors has format={sparse['format']!r}, expected 'dense'; load the "
+            "checkpoint with vLLM, or with transformers and the package compressed-tensors"
+        )
     if isinstance(rotations := source.get("transform_config"), Mapping) and rotations.get("config_groups"):
         raise ConfigError(
             "transform_config of compressed-tensors rotates what goes into layers, which is not done here; load the "
@@ -150,12 +159,15 @@ def _compressed_tensors(source: Mapping[str, Any]) -> dict[str, Any]:
         )
     first = integers[0]
     size = first.get("group_size")
+    widths = {as_integer(each.get("num_bits", 4)) for each in integers}
+    # What is said of all layers, so that one that stores something else is damaged.
     return {
         "bits": _held(first.get("num_bits", 4)),
         "group_size": -1 if size is None else size,
-        "sym": bool(first.get("symmetric", True)),
-        "desc_act": str(first.get("actorder") or "").lower() in ("group", "true"),
+        "sym": any(as_flag(each.get("symmetric", True)) for each in integers),
+        "desc_act": all(str(each.get("actorder") or "").lower() in ("group", "true") for each in integers),
         "checkpoint_format": "gptq_v2",
+        WIDTHS: sorted(width for width in widths if width in range(1, 9)),
     }
 
 

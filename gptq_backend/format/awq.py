@@ -41,7 +41,7 @@ def shape_of_gemm(name: str, parts: Parts, config: QuantizeConfig) -> LayerShape
     features, words = parts["qweight"].shape
     groups = parts["scales"].shape[0]
     require_shapes(name, "AWQ (GEMM)", parts, {"qzeros": (groups, words), "scales": (groups, words * _PER_WORD)})
-    return _shape(features, words * _PER_WORD, groups, group_size(name, features, groups, config), parts)
+    return _shape(features, words * _PER_WORD, groups, group_size(name, features, groups), parts)
 
 
 def read_gemm(name: str, tensors: Mapping[str, Tensor], shape: LayerShape) -> QuantizedWeight:
@@ -77,6 +77,8 @@ def write_gemm(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         "act-order, or groups of several sizes": not contiguous,
         f"{out_features} outputs, which 8 does not divide": out_features % _PER_WORD != 0,
     }
+    scales = weight.scales.to(torch.float16)
+    lacks["scales that float16 cannot hold"] = not bool(scales.isfinite().all())
     if reasons := [reason for reason, wrong in lacks.items() if wrong]:
         raise ConfigError(
             f"{name} has {reasons[0]}, expected what AWQ can hold (4 bits, groups of contiguous inputs, outputs in "
@@ -85,7 +87,7 @@ def write_gemm(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     return {
         "qweight": _out_of_order(weight.codes),
         "qzeros": _out_of_order(weight.zeros),
-        "scales": weight.scales.to(torch.float16) if weight.scales.dtype != torch.float16 else weight.scales,
+        "scales": scales,
     }
 
 
@@ -111,7 +113,9 @@ def shape_of_gemv(name: str, parts: Parts, config: QuantizeConfig) -> LayerShape
 def read_gemv(name: str, tensors: Mapping[str, Tensor], shape: LayerShape) -> QuantizedWeight:
     codes = packing.unpack(tensors["qweight"].t().contiguous(), BITS, shape.in_features)
     zeros = packing.unpack(tensors["qzeros"].t().contiguous(), BITS, shape.groups)
-    return _weight(codes, tensors["scales"][:, : shape.groups].t(), zeros, shape)
+    scales = tensors["scales"].t()
+    _check_room(name, scales, shape)
+    return _weight(codes, scales[: shape.groups], zeros, shape)
 
 
 # -- fast GEMV: qweight int16 [N/4, K], qzeros and scales float16 [8W, N] ----------------------------------------------
@@ -145,6 +149,7 @@ def read_gemv_fast(name: str, tensors: Mapping[str, Tensor], shape: LayerShape) 
     rows = runs.transpose(1, 2).reshape(out_features, features // 32, 4, 2, 4)
     pairs = rows.transpose(3, 4)  # eight codes lie as 0 2 4 6 1 3 5 7
     codes = pairs.transpose(2, 3).reshape(out_features, features)  # and 32 of them as 0 1 8 9 16 17 24 25 2 3 ...
+    _check_room(name, tensors["scales"], shape)
     scales, stored = tensors["scales"][: shape.groups], tensors["qzeros"][: shape.groups].float()
     zeros = (-stored / scales.float()).nan_to_num().round()
     again = -(scales.float() * zeros).to(tensors["qzeros"].dtype).float()
@@ -168,6 +173,16 @@ def _padded_shape(
             "group_size in the config or export the checkpoint anew"
         )
     return _shape(features, out_features, groups, size, parts)
+
+
+def _check_room(name: str, scales: Tensor, shape: LayerShape) -> None:
+    """Raises CheckpointError where the scales [room, N] show that the settings tell another number of groups."""
+    used = (scales != 0).any(1).nonzero()
+    if len(used) != shape.groups or int(used.max()) >= shape.groups:
+        raise CheckpointError(
+            f"{name}.scales has {len(used)} groups for {shape.in_features} inputs, expected {shape.groups} of "
+            f"{shape.group_size}; correct group_size in the config or fetch the checkpoint again"
+        )
 
 
 def _shape(features: int, out_features: int, groups: int, size: int, parts: Parts) -> LayerShape:

@@ -7,6 +7,8 @@
 | ``weight_zero_point`` | int32 | [ceil(N*b/32), G], packed along N in the same way; older ones int8 [N, G]; absent: 0 |
 | ``weight_shape`` | int64 | [2]: N and K |
 | ``weight_g_idx`` | int32 | [K], the group of each input channel; absent or -1 without act-order |
+
+Versions before 0.20 put ``32 // b`` codes into each word, which makes a difference for 3, 5, 6 and 7 bits: read too.
 """
 
 from __future__ import annotations
@@ -18,22 +20,29 @@ from torch import Tensor
 
 from ..config import QuantizeConfig
 from ..errors import CheckpointError
+from ..foreign_settings import WIDTHS
 from . import packing
 from .headers import read_tensor
-from .layout import FLOATS, LayerShape, Parts, group_size, require, require_shapes, widened
+from .layout import FLOATS, INDICES, LayerShape, Parts, group_size, read_order, require, require_shapes, widened
 from .weight import QuantizedWeight
 
 LAYOUT = "compressed-tensors"
 
 
 def matches(parts: Parts, config: QuantizeConfig) -> bool:
-    return "weight_scale" in parts
+    return True
 
 
 def shape(name: str, parts: Parts, config: QuantizeConfig) -> LayerShape:
     require(name, LAYOUT, parts, {"weight_packed": (torch.int32,)})
-    if "weight_shape" not in parts or parts["weight_shape"].shape != (2,):
-        raise CheckpointError(f"{name}: weight_shape is missing or no pair of numbers; export the checkpoint anew")
+    for part in ("weight_shape", "weight_scale"):
+        if part not in parts:
+            raise CheckpointError(
+                f"{name}: {part} is missing, expected it in the layout of {LAYOUT}; fetch the checkpoint again or "
+                "export it anew"
+            )
+    if parts["weight_shape"].shape != (2,) or parts["weight_shape"].dtype not in INDICES:
+        raise CheckpointError(f"{name}.weight_shape is no pair of integers; export the checkpoint anew")
     out_features, features = (int(size) for size in read_tensor(parts["weight_shape"]))
     scales = parts["weight_scale"]
     if scales.dtype not in FLOATS or not scales.shape or scales.numel == 0 or len(scales.shape) > 2:
@@ -47,56 +56,81 @@ def shape(name: str, parts: Parts, config: QuantizeConfig) -> LayerShape:
             f"{name}.weight_scale has shape {list(scales.shape)}, expected {[out_features, groups]} for "
             f"{out_features} outputs; fetch the checkpoint again or export it anew"
         )
-    bits = _bits(name, parts, features, config)
-    require_shapes(name, LAYOUT, parts, {"weight_packed": (out_features, packing.words_for(features, bits))})
+    bits, gaps = _width(name, parts["weight_packed"].shape[1], features, config)
+    require_shapes(name, LAYOUT, parts, {"weight_packed": (out_features, parts["weight_packed"].shape[1])})
     zeros = parts.get("weight_zero_point")
+    if zeros is None and not config.sym:
+        raise CheckpointError(
+            f"{name}: weight_zero_point is missing, though the config says symmetric=false; fetch the checkpoint again"
+        )
     if zeros is not None:
-        rows = packing.words_for(out_features, bits) if zeros.dtype == torch.int32 else out_features
+        rows = _words(out_features, bits, gaps) if zeros.dtype == torch.int32 else out_features
         require(name, LAYOUT, parts, {"weight_zero_point": (torch.int32, torch.int8)})
         require_shapes(name, LAYOUT, parts, {"weight_zero_point": (rows, groups)})
-    order = _order(name, parts, features)
-    size = group_size(name, features, groups, config)
+    order = _order(name, parts, features, groups, config)
+    size = features if config.group_size == -1 else min(config.group_size, features)
+    if -(-features // size) != groups:
+        size = group_size(name, features, groups)
     act_order = order is not None and not torch.equal(order, torch.arange(features, dtype=torch.int32) // size)
-    return LayerShape(
-        features, out_features, groups, size, bits, scales.dtype, act_order, sym=True if zeros is None else None
+    # Not what the config says: that is for all layers, and what a layer stores is certain.
+    return LayerShape(features, out_features, groups, size, bits, scales.dtype, act_order, zeros is None, gaps)
+
+
+def _width(name: str, words: int, features: int, config: QuantizeConfig) -> tuple[int, bool]:
+    """Of codes that fill so many words per output: bits, and whether there are gaps between them.
+
+    Versions before 0.20 put no code into two words, so 7-bit codes with gaps fill as many as 8-bit codes: only the
+    settings tell them apart.
+    """
+    claimed = config.extra.get(WIDTHS, range(1, 9))
+    # Without gaps where both would do.
+    fitting = {bits: gaps for bits in claimed for gaps in (True, False) if _words(features, bits, gaps) == words}
+    if len(fitting) == 1:
+        return fitting.popitem()
+    found = " or ".join(f"{bits}-bit codes" for bits in sorted(fitting)) or "codes of no whole width"
+    raise CheckpointError(
+        f"{name}.weight_packed has {words} words for {features} inputs, which make {found}, expected one width of 1 to "
+        "8 bits that the config has as num_bits; correct it or export the checkpoint anew"
     )
 
 
-def _bits(name: str, parts: Parts, features: int, config: QuantizeConfig) -> int:
-    words = parts["weight_packed"].shape[1]
-    fitting = [bits for bits in range(1, 9) if packing.words_for(features, bits) == words]
-    if config.bits in fitting:
-        return config.bits
-    if len(fitting) != 1:
-        raise CheckpointError(
-            f"{name}.weight_packed has {words} words for {features} inputs, expected codes of 1 to 8 bits without "
-            "gaps; export the checkpoint anew"
-        )
-    return fitting[0]
+def _words(count: int, bits: int, gaps: bool) -> int:
+    return -(-count // (32 // bits)) if gaps else packing.words_for(count, bits)
 
 
-def _order(name: str, parts: Parts, features: int) -> Tensor | None:
+def _unpack(words: Tensor, bits: int, count: int, gaps: bool) -> Tensor:
+    """int32 [words, m] -> uint8 [count, m]."""
+    if not gaps:
+        return packing.unpack(words, bits, count)
+    shifts = torch.arange(0, 32 - bits + 1, bits, dtype=torch.int32, device=words.device)[:, None]
+    codes = words[:, None] >> shifts & ((1 << bits) - 1)
+    return codes.to(torch.uint8).reshape(-1, words.shape[1])[:count]
+
+
+def _order(name: str, parts: Parts, features: int, groups: int, config: QuantizeConfig) -> Tensor | None:
     """int32 [K]: the stored g_idx, unless it says nothing."""
-    if (info := parts.get("weight_g_idx")) is None or not info.numel:
-        return None
-    order = read_tensor(info).int()
-    if order.shape != (features,):
+    info = parts.get("weight_g_idx")
+    filled = info is not None and info.numel and not bool((read_tensor(info) == -1).all())
+    if info is not None and filled:
+        return read_order(name, "weight_g_idx", info, features, groups)
+    if config.desc_act and groups > 1:
         raise CheckpointError(
-            f"{name}.weight_g_idx has shape {list(order.shape)}, expected {[features]}; fetch the checkpoint again"
+            f"{name}: weight_g_idx is missing or was never filled, though the config says actorder=group; the order is "
+            "lost: fetch the checkpoint again or export it anew"
         )
-    return None if bool((order == -1).all()) else order
+    return None
 
 
 def read(name: str, tensors: Mapping[str, Tensor], shape: LayerShape) -> QuantizedWeight:
     bits, middle = shape.stored_bits, 1 << (shape.stored_bits - 1)
-    codes = packing.unpack(tensors["weight_packed"].t().contiguous(), bits, shape.in_features)
+    codes = _unpack(tensors["weight_packed"].t().contiguous(), bits, shape.in_features, shape.gaps)
     size = (shape.out_features, shape.groups)
     scales = tensors["weight_scale"].reshape(-1, shape.groups).expand(size).t().contiguous()
     stored = tensors.get("weight_zero_point")
     if stored is None:
         zeros = torch.full(size, middle, dtype=torch.uint8, device=codes.device)
     elif stored.dtype == torch.int32:
-        zeros = packing.unpack(stored, bits, shape.out_features)
+        zeros = _unpack(stored, bits, shape.out_features, shape.gaps)
     else:
         signed = stored.int() + middle
         if bool(((signed < 0) | (signed >> bits > 0)).any()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,9 @@ def as_gptq(manifest: Manifest, config: QuantizeConfig) -> Manifest:
         if part in STORED_PARTS:
             layers.setdefault(layer, {})[part] = info
     foreign = {layer: _foreign(layer, parts, config) for layer, parts in layers.items()}
+    for layer, parts in layers.items():
+        if foreign[layer] is None and "qweight" not in parts:
+            _check_left(layer, parts, manifest)
     out: Manifest = {}
     for name, info in manifest.items():
         layer, _, part = name.rpartition(".")
@@ -142,9 +145,23 @@ def as_gptq(manifest: Manifest, config: QuantizeConfig) -> Manifest:
             out[name] = info
         elif part == found.layout.parts[0]:
             out.update({f"{layer}.{key}": each for key, each in found.infos})
-        elif part not in found.layout.parts:
+        elif part not in (*found.layout.parts, "g_idx"):  # the layer's own order would hide the one that is stored
             out[name] = info
     return out
+
+
+def _check_left(name: str, parts: Collection[str], manifest: Manifest) -> None:
+    """Raises CheckpointError where parts of a layer are in no layout known here: nobody else would miss them."""
+    weight = manifest.get(f"{name}.weight")
+    scaled = "weight_scale" in parts and weight is not None and (weight.dtype is None or weight.dtype.itemsize == 1)
+    if {"weight_zero_point", "weight_g_idx", "weight_shape"} & {*parts} or scaled:
+        stored = ", ".join((*parts, *(["weight"] if weight is not None else [])))
+        raise CheckpointError(
+            f"{name}: {stored} are stored without weight_packed, expected it in the layout of compressed-tensors; "
+            "fetch the checkpoint again, or load it with vLLM, or transformers and the package compressed-tensors"
+        )
+    if {"s", "workspace"} <= {*parts}:
+        raise CheckpointError(f"{name}: B is missing, expected it in the layout of Marlin; fetch the checkpoint again")
 
 
 def _foreign(name: str, parts: Mapping[str, TensorInfo], config: QuantizeConfig) -> ForeignLayer | None:

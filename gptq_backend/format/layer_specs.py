@@ -17,13 +17,12 @@ from ..config import FORMATS, SUPPORTED_BITS, QuantizeConfig
 from ..errors import CheckpointError
 from .foreign import settings_of
 from .headers import Manifest, TensorInfo, read_tensor
+from .layout import FLOATS, INDICES
 from .stored_tensors import StoredSpec, check_groups
 
 logger = logging.getLogger(__name__)
 
 _WORDS = (torch.int32, torch.int8, torch.int16, torch.int64)
-_SCALES = (torch.float16, torch.bfloat16, torch.float32)
-_INDICES = (torch.int32, torch.int64, torch.int16)
 _PARTS = ("qweight", "qzeros", "scales")
 
 
@@ -109,14 +108,14 @@ def _resolve(
             raise CheckpointError(
                 f"{name}: {part} is missing, expected {', '.join(_PARTS)}; fetch the checkpoint again or export it anew"
             )
-        _check_dtype(name, part, parts[part], _SCALES if part == "scales" else _WORDS)
+        _check_dtype(name, part, parts[part], FLOATS if part == "scales" else _WORDS)
         if len(parts[part].shape) != 2 or 0 in parts[part].shape:
             raise CheckpointError(f"{name}.{part} has shape {list(parts[part].shape)}, expected a non-empty matrix")
     qweight, scales = parts["qweight"], parts["scales"]
     stored_g_idx = manifest.get(f"{name}.g_idx")
     g_idx = stored_g_idx if stored_g_idx is not None and stored_g_idx.numel else None  # an empty one says nothing
     if g_idx is not None:
-        _check_dtype(name, "g_idx", g_idx, _INDICES)
+        _check_dtype(name, "g_idx", g_idx, INDICES)
     word_bits = qweight.dtype.itemsize * 8  # type: ignore[union-attr]
     if shape:
         _check_sizes(name, shape, qweight, scales, g_idx)
@@ -210,7 +209,7 @@ def _group_size(name: str, features: int, groups: int, g_idx: TensorInfo | None,
         return features // groups
     if g_idx is not None and g_idx.numel == features:
         values = read_tensor(g_idx)
-        check_groups(name, values, groups)  # before the largest sizes what is counted
+        check_groups(f"{name}.g_idx", values, groups)  # before the largest sizes what is counted
         return int(torch.bincount(values.long()).max())
     raise CheckpointError(
         f"{name}.scales has {groups} rows, expected {math.ceil(features / claimed)} for {features} inputs in groups of "
@@ -229,7 +228,7 @@ def _has_bias(name: str, manifest: Manifest, model_has_one: bool | None) -> bool
         if model_has_one:
             raise CheckpointError(f"{name}: bias is missing, though the model has one; fetch the checkpoint again")
         return False
-    _check_dtype(name, "bias", stored, (*_SCALES, torch.float64))
+    _check_dtype(name, "bias", stored, (*FLOATS, torch.float64))
     if model_has_one is False:
         # Some exporters write a bias for every layer. Zeros mean nothing; others were computed and belong to the layer.
         return bool(read_tensor(stored).any())

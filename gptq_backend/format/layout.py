@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import SUPPORTED_BITS, QuantizeConfig
+from ..config import SUPPORTED_BITS
 from ..errors import CheckpointError
-from .headers import TensorInfo
+from .headers import TensorInfo, read_tensor
+from .stored_tensors import check_groups
 
 Parts = Mapping[str, TensorInfo]  # of one layer, by what its tool calls them
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INDICES = (torch.int32, torch.int64, torch.int16)
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class LayerShape:
         scales_dtype: of the file.
         act_order: it has an order of its own, hence a ``g_idx``.
         sym: None where only the values tell.
+        gaps: each word holds whole codes only, hence has unused bits where their width does not divide 32.
     """
 
     in_features: int
@@ -36,6 +39,7 @@ class LayerShape:
     scales_dtype: torch.dtype = torch.float16
     act_order: bool = False
     sym: bool | None = None
+    gaps: bool = False
 
     @property
     def bits(self) -> int:
@@ -51,19 +55,16 @@ def widened(codes: Tensor, zeros: Tensor, shape: LayerShape) -> tuple[Tensor, Te
     return codes + more, zeros + more
 
 
-def group_size(name: str, features: int, groups: int, config: QuantizeConfig) -> int:
-    """Channels per group of contiguous ones.
+def group_size(name: str, features: int, groups: int) -> int:
+    """Channels per group of contiguous ones, all of one size.
 
     Raises:
         CheckpointError: no size makes that many.
     """
-    claimed = features if config.group_size == -1 else min(config.group_size, features)
-    if -(-features // claimed) == groups:
-        return claimed
     if features % groups:
         raise CheckpointError(
-            f"{name} has {groups} groups for {features} inputs, expected groups of one size; correct group_size in "
-            "the config or export the checkpoint anew"
+            f"{name} has {groups} groups for {features} inputs, expected groups of one size; fetch the checkpoint "
+            "again or export it anew"
         )
     return features // groups
 
@@ -90,6 +91,22 @@ def require(name: str, layout: str, parts: Parts, dtypes: Mapping[str, Collectio
                 f"{name}.{part} is {info.dtype} of shape {list(info.shape)}, expected a matrix of {expected} in the "
                 f"layout of {layout}; fetch the checkpoint again or export it anew"
             )
+
+
+def read_order(name: str, part: str, info: TensorInfo, features: int, groups: int) -> Tensor:
+    """int32 [K]: the group of each input channel.
+
+    Raises:
+        CheckpointError: it is no vector of that many integers, or names groups that do not exist.
+    """
+    if info.dtype not in INDICES or info.shape != (features,):
+        raise CheckpointError(
+            f"{name}.{part} is {info.dtype} of shape {list(info.shape)}, expected integers of shape {[features]}; "
+            "fetch the checkpoint again or export it anew"
+        )
+    order = read_tensor(info).long()
+    check_groups(f"{name}.{part}", order, groups)
+    return order.int()
 
 
 def require_shapes(name: str, layout: str, parts: Parts, shapes: Mapping[str, tuple[int, ...]]) -> None:

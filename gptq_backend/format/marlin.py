@@ -24,7 +24,7 @@ _FLOAT16 = (torch.float16,)
 
 
 def matches(parts: Parts, config: QuantizeConfig) -> bool:
-    return "s" in parts
+    return len(parts["B"].shape) == 2 and parts["B"].dtype == torch.int32  # a name that other tensors may have, too
 
 
 def shape(name: str, parts: Parts, config: QuantizeConfig) -> LayerShape:
@@ -34,7 +34,7 @@ def shape(name: str, parts: Parts, config: QuantizeConfig) -> LayerShape:
     require_shapes(name, LAYOUT, parts, {"B": (features // _TILE, 2 * out_features)})
     if out_features % 64:
         raise CheckpointError(f"{name}.s has {out_features} columns, expected a multiple of 64 in Marlin's layout")
-    return LayerShape(features, out_features, groups, group_size(name, features, groups, config), BITS, sym=True)
+    return LayerShape(features, out_features, groups, group_size(name, features, groups), BITS, sym=True)
 
 
 def read(name: str, tensors: Mapping[str, Tensor], shape: LayerShape) -> QuantizedWeight:

@@ -14,9 +14,7 @@ from torch import Tensor
 from ..config import QuantizeConfig
 from ..errors import CheckpointError
 from . import packing
-from .headers import read_tensor
-from .layout import FLOATS, LayerShape, Parts, group_size, require, require_shapes, widened
-from .stored_tensors import check_groups
+from .layout import FLOATS, LayerShape, Parts, read_order, require, require_shapes, widened
 from .weight import QuantizedWeight
 
 LAYOUT = "gptq_p"
@@ -29,7 +27,8 @@ def matches(parts: Parts, config: QuantizeConfig) -> bool:
 
 
 def _bits(parts: Parts) -> float:
-    if "g_idx" not in parts or not parts["g_idx"].numel:  # which GPTQModel always writes
+    # GPTQModel always writes a g_idx
+    if "g_idx" not in parts or not parts["g_idx"].numel or len(parts["qweight"].shape) != 2:
         return 0
     return parts["qweight"].shape[0] * 32 / parts["g_idx"].numel
 
@@ -45,9 +44,8 @@ def shape(name: str, parts: Parts, config: QuantizeConfig) -> LayerShape:
             f"{name} has {features} inputs and {out_features} outputs, expected multiples of {_RUN} in planes; export "
             "the checkpoint anew"
         )
-    order = read_tensor(parts["g_idx"]).int()
-    check_groups(name, order, groups)
-    size = int(torch.bincount(order).max()) if features % groups else group_size(name, features, groups, config)
+    order = read_order(name, "g_idx", parts["g_idx"], features, groups)
+    size = int(torch.bincount(order).max())
     act_order = not torch.equal(order, torch.arange(features, dtype=torch.int32) // size)
     return LayerShape(features, out_features, groups, size, bits, parts["scales"].dtype or torch.float16, act_order)
 

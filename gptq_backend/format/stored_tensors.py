@@ -219,17 +219,17 @@ def resolve(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> Store
 
 
 def check_groups(name: str, g_idx: Tensor, groups: int) -> None:
-    """Raises CheckpointError where ``g_idx`` of the layer called ``name`` names groups that do not exist."""
+    """Raises CheckpointError where ``g_idx``, a tensor called ``name``, names groups that do not exist."""
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
         raise CheckpointError(
-            f"{name}.g_idx: values span {low}..{high}, expected 0..{groups - 1} ({groups} rows of scales); the file is "
+            f"{name}: values span {low}..{high}, expected 0..{groups - 1} ({groups} rows of scales); the file is "
             "damaged, fetch it again"
         )
 
 
 def _has_act_order(spec: StoredSpec, g_idx: Tensor, name: str) -> bool:
-    check_groups(name, g_idx, spec.groups)
+    check_groups(f"{name}.g_idx", g_idx, spec.groups)
     if spec.groups > 1 and bool((g_idx == g_idx[0]).all()):  # a placeholder that nobody filled, not one group for all
         if spec.act_order:
             raise CheckpointError(

@@ -212,6 +212,15 @@ def convert(
     ],
     out: Out,
     to: Annotated[Format, typer.Option(help="The format to write.")] = Format.gptq,
+    embed_bits: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            max=16,
+            help="16: write quantized embeddings in 16 bits. Default: as they are.",
+            show_default=False,
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also compare the predictions of IN and OUT on this UTF-8 text.")
     ] = None,
@@ -224,7 +233,7 @@ def convert(
     _check_out(out)
     from .convert_command import run
 
-    run(model, Path(out), to.value, text, seqlen, windows, overwrite, json_target)
+    run(model, Path(out), to.value, embed_bits, text, seqlen, windows, overwrite, json_target)
 
 
 @app.command("eval")

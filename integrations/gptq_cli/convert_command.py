@@ -14,7 +14,7 @@ from torch import nn
 
 from gptq_backend.output_folder import check_spared
 from gptq_transformers.calibration_input import load_tokenizer
-from gptq_transformers.converting import ConvertReport, convert
+from gptq_transformers.converting import ConvertReport, convert, is_gguf
 from gptq_transformers.errors import load_errors
 
 from . import evaluate, models, terminal
@@ -28,6 +28,7 @@ def run(
     model: str,
     out: Path,
     to: str,
+    embed_bits: int | None,
     text: Path | None,
     seqlen: int,
     windows: int,
@@ -44,7 +45,7 @@ def run(
     if text is not None:
         check_spared(out, text, "the text")
         content = terminal.read_text(text)
-    if not _is_gguf(model):
+    if not is_gguf(model):
         models.require_model(model)
     start = time.perf_counter()
     with console.status("converting", spinner="line") as status:
@@ -52,6 +53,7 @@ def run(
             model,
             out,
             to,
+            embed_bits=embed_bits,
             overwrite=overwrite,
             on_layer=lambda name, done, all: status.update(f"layer {done} of {all}"),
         )
@@ -67,7 +69,7 @@ def run(
 def _report(
     model: str, out: Path, to: str, found: ConvertReport, seconds: float, evaluation: evaluate.Evaluation | None
 ) -> dict[str, Any]:
-    size = Path(model).stat().st_size if _is_gguf(model) else weights_size(model)
+    size = Path(model).stat().st_size if is_gguf(model) else weights_size(model)
     return {
         "model": model,
         "out": str(out),
@@ -78,6 +80,7 @@ def _report(
         "layers": len(found.differences),
         "exact": found.exact,
         "largest_difference": found.largest,
+        "largest_difference_of_layers": max(found.differences.values(), default=0.0),
         "relative_difference": found.relative,
         "differences": found.differences,
         "dense": found.dense,
@@ -90,17 +93,13 @@ def _compare(model: str, out: Path, text: str, seqlen: int, windows: int) -> eva
     """KL divergence from ``model``; None, with a warning, if it cannot be measured: the checkpoint is complete."""
     try:
         ids = evaluate.cut_windows(text, load_tokenizer(out, True, False), seqlen, windows)
-        reference = _load_gguf(Path(model)) if _is_gguf(model) else models.load_model(model)
+        reference = _load_gguf(Path(model)) if is_gguf(model) else models.load_model(model)
         return evaluate.evaluate(models.load_model(out), ids, reference)
     except Exception as error:
         if (reason := terminal.explain(error)) is None:
             raise
         logger.warning("the checkpoint is complete, but it could not be compared: %s", reason)
         return None
-
-
-def _is_gguf(model: str) -> bool:
-    return Path(model).suffix == ".gguf" and Path(model).is_file()
 
 
 def _load_gguf(file: Path) -> nn.Module:
@@ -118,8 +117,8 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     yield f"{report['layers']} layers in format {report['to']} in {duration(report['seconds'])}, weights on disk {size}"
-    layers = max(report["differences"].values(), default=0.0)
-    if not layers:
+    layers = report["largest_difference_of_layers"]
+    if layers == 0:
         yield "exact: all weights of the quantized layers are the same numbers"
     else:
         share = significant(100 * report["relative_difference"])

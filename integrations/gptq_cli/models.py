@@ -100,11 +100,7 @@ def require_model(path: str | Path) -> None:
 
 def _convert_gguf(file: Path) -> str:
     """What to do with a model in GGUF's format."""
-    source = f"from_pretrained({str(file.parent)!r}, gguf_file={file.name!r})"
-    return (
-        f"{file} is a GGUF file; expected a model folder: make one with transformers, calling "
-        f"AutoModelForCausalLM.{source}.save_pretrained(FOLDER) and the same with AutoTokenizer"
-    )
+    return f"{file} is a GGUF file; expected a model folder: make one with gptq-backend convert {file} FOLDER"
 
 
 def is_quantized(path: str | Path) -> bool:

@@ -43,3 +43,12 @@ def test_a_format_that_cannot_hold_it_is_one_line(tmp_path: Path) -> None:
     result = run("convert", FORMATS / "ct-mixed", tmp_path / "out", "--to", "awq")
     assert "has 8 bits, expected what AWQ can hold" in error(result)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_that_the_format_cannot_hold_is_written_in_16_bits_on_request(tmp_path: Path) -> None:
+    source = DATA / "checkpoints" / "llama-embed-both"
+    assert "--embed-bits 16" in error(run("convert", source, tmp_path / "out", "--to", "compressed-tensors"))
+    assert not (tmp_path / "out").exists()
+    result = run("convert", source, tmp_path / "out", "--embed-bits", "16")
+    assert result.exit_code == 0, result.output
+    assert "model.embed_tokens.weight was rounded to 16 bits, largest difference 0.000" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -208,8 +209,13 @@ def test_a_damaged_awq_layer_is_refused_by_name(tmp_path: Path, change: Change, 
         (_set("weight_shape", lambda t: t + 1), "expected"),
         (_set("weight_scale", lambda t: t[:3]), r"l.weight_scale has shape \[3, 2\], expected \[16, 2\]"),
         (_set("weight_packed", lambda t: t[:, :5]), "l.weight_packed has 5 words for 64 inputs"),
+        (_set("weight_packed", lambda t: t[:, :-1]), "l.weight_packed has 7 words for 64 inputs, which make codes of"),
         (_set("weight_packed", lambda t: t.to(torch.uint8)), r"l.weight_packed is torch.uint8"),
         (_set("weight_zero_point", lambda t: t[:1]), r"l.weight_zero_point has shape"),
+        (lambda parts: parts.pop("weight_zero_point"), "l: weight_zero_point is missing, though the config says symm"),
+        (lambda parts: parts.pop("weight_scale"), "l: weight_scale is missing"),
+        (lambda parts: parts.pop("weight_packed"), "l: .*weight_shape.* are stored without weight_packed"),
+        (_set("weight_shape", lambda t: t.float()), "l.weight_shape is no pair of integers"),
     ],
 )
 def test_a_damaged_layer_of_compressed_tensors_is_refused_by_name(tmp_path: Path, change: Change, message: str) -> None:
@@ -217,6 +223,131 @@ def test_a_damaged_layer_of_compressed_tensors_is_refused_by_name(tmp_path: Path
     change(parts)
     with pytest.raises(CheckpointError, match=message):
         stored(tmp_path, parts, scheme(num_bits=4, group_size=32, symmetric=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.pop("weight_g_idx"), "l: weight_g_idx is missing or was never filled, though the config"),
+        (_set("weight_g_idx", lambda t: torch.full_like(t, -1)), "l: weight_g_idx is missing or was never filled"),
+        (_set("weight_g_idx", lambda t: t.bool()), r"l.weight_g_idx is torch.bool of shape \[64\], expected integers"),
+        (_set("weight_g_idx", lambda t: t[None]), r"l.weight_g_idx is torch.int32 of shape \[1, 64\]"),
+        (_set("weight_g_idx", lambda t: t - 1), r"l.weight_g_idx: values span -1..2, expected 0..3"),
+        (
+            _set("weight_g_idx", lambda t: t.index_fill(0, torch.tensor([5]), 2**31 - 1)),
+            r"span 0..2147483647, expected",
+        ),
+    ],
+)
+def test_a_damaged_order_is_refused_before_anything_is_counted(tmp_path: Path, change: Change, message: str) -> None:
+    made = weight(64, 16, 4, 4, 0)
+    shuffled = made.g_idx[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    parts = write_compressed_tensors(QuantizedWeight(made.codes, made.scales, made.zeros, shuffled, 4))
+    change(parts)
+    with pytest.raises(CheckpointError, match=message):
+        stored(tmp_path, parts, scheme(num_bits=4, group_size=16, symmetric=False, actorder="group"))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("g_idx", lambda t: t[None], r"g_idx is torch.int32 of shape \[1, 64\]"),
+        ("g_idx", lambda t: t + 7, r"g_idx: values span 7"),
+        ("qweight", lambda t: t[0, 0], r"qweight has shape \[\]"),
+    ],
+)
+def test_a_damaged_layer_in_planes_is_refused_by_name(
+    tmp_path: Path, part: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    tensors = load_file(FORMATS / "gptq-5bit" / "model.safetensors")
+    parts = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    parts[part] = change(parts[part])
+    source = json.loads((FORMATS / "gptq-5bit" / "config.json").read_text())["quantization_config"]
+    with pytest.raises(CheckpointError, match=message):
+        stored(tmp_path, parts, source)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"s": torch.zeros(1, 64), "workspace": torch.zeros(16)}, "l: B is missing"),
+        ({"B": torch.zeros(4, 128, dtype=torch.int32)}, "l: s is missing"),
+        (
+            {"weight": torch.zeros(8, 8, dtype=torch.int8), "weight_scale": torch.zeros(8, 1)},
+            "l: weight_scale, weight are stored without weight_packed",
+        ),
+    ],
+)
+def test_a_part_that_is_left_alone_is_missed(tmp_path: Path, parts: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        stored(tmp_path, parts, scheme(num_bits=4))
+
+
+def test_an_awq_layer_without_its_last_inputs_is_no_layer_with_a_smaller_group(tmp_path: Path) -> None:
+    parts = awq_by_definition(weight(64, 16, 2, 4, 0))
+    parts["qweight"] = parts["qweight"][:-1]
+    with pytest.raises(CheckpointError, match="l has 2 groups for 63 inputs, expected groups of one size"):
+        stored(tmp_path, parts, {**AWQ, "group_size": 32})
+
+
+@pytest.mark.parametrize("version", ["gemv", "gemv-fast"])
+@pytest.mark.parametrize("size", [32, -1])
+def test_a_wrong_group_size_of_padded_scales_is_found_out(tmp_path: Path, version: str, size: int) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    tensors = load_file(FORMATS / f"awq-{version}" / "model.safetensors")
+    layer = {part: tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")}
+    source = {**AWQ, "version": version.replace("-", "_"), "group_size": size}
+    with pytest.raises(CheckpointError, match=r"correct group_size in the config"):
+        stored(tmp_path, layer, source)
+
+
+def with_gaps(codes: Tensor, bits: int) -> Tensor:
+    """[K, N] -> int32 [words, N]: ``32 // bits`` codes to a word, as compressed-tensors packed them before 0.20."""
+    fit = 32 // bits
+    padded = torch.cat([codes, codes.new_zeros(-len(codes) % fit, codes.shape[1])]).long().view(-1, fit, codes.shape[1])
+    return sum(padded[:, i] << bits * i for i in range(fit)).to(torch.int32)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_codes_with_gaps_between_words_are_read_as_compressed_tensors_once_wrote_them(
+    tmp_path: Path, bits: int
+) -> None:
+    original = weight(64, 32, 2, bits, bits)
+    parts = write_compressed_tensors(original) | {
+        "weight_packed": with_gaps(original.codes, bits).t(),
+        "weight_zero_point": with_gaps(original.zeros.t(), bits),
+    }
+    found = stored(tmp_path, parts, scheme(num_bits=bits, group_size=32, symmetric=False))
+    expected = original.codes.int() - original.zeros.int().repeat_interleave(32, 0)
+    assert torch.equal(found.codes.int() - found.zeros.int().repeat_interleave(32, 0), expected)
+
+
+def test_widths_that_fill_as_many_words_are_not_guessed(tmp_path: Path) -> None:
+    original = weight(64, 32, 2, 8, 0, sym=True)
+    source = scheme(num_bits=7, group_size=32)
+    source["config_groups"]["group_1"] = {"targets": ["re:x"], "weights": {"type": "int", "num_bits": 8}}
+    with pytest.raises(CheckpointError, match="make 7-bit codes or 8-bit codes, expected one width"):
+        stored(tmp_path, write_compressed_tensors(original), source)
+
+
+def test_zeros_one_below_the_middle_are_meant_though_another_group_is_symmetric(tmp_path: Path) -> None:
+    original = weight(32, 8, 1, 4, 0)
+    original.zeros.fill_(7)
+    assert_same(stored(tmp_path, write_compressed_tensors(original), scheme(num_bits=4, group_size=32)), original)
+
+
+def test_the_parts_of_a_layer_may_lie_in_different_files(tmp_path: Path) -> None:
+    original = weight(64, 16, 2, 4, 0)
+    files = []
+    for part, tensor in awq_by_definition(original).items():
+        files.append(tmp_path / f"{part}.safetensors")
+        save_file({f"l.{part}": tensor}, files[-1])
+    config = QuantizeConfig.from_dict({**AWQ, "group_size": 32})
+    manifest = as_gptq(read_manifest(files), config)
+    spec = resolve_specs(manifest, config)["l"]
+    parts = {part: read_tensor(manifest[f"l.{part}"]) for part in spec.shapes}
+    assert_same(read_packed(spec, parts, "l").unpack(), original)
 
 
 def test_zeros_of_fast_gemv_that_no_integer_made_are_refused(tmp_path: Path) -> None:
@@ -256,6 +387,7 @@ def test_what_awq_cannot_hold_is_refused(bent: dict[str, Any], message: str) -> 
         ({**COMPRESSED, "format": "float-quantized"}, "format='float-quantized' of compressed-tensors is not known"),
         ({**COMPRESSED}, "expected 'pack-quantized' with integer weights"),
         ({**scheme(num_bits=4), "transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        ({**scheme(num_bits=4), "sparsity_config": {"format": "sparse-24-bitmask"}}, "format='sparse-24-bitmask'"),
         ({"quant_method": "hqq"}, "quant_method='hqq' is not supported"),
     ],
 )
@@ -264,11 +396,26 @@ def test_settings_that_mean_something_else_are_refused(source: dict[str, Any], m
         QuantizeConfig.from_dict(source)
 
 
-def test_activations_in_few_bits_are_refused() -> None:
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_activations_in_few_bits_are_refused(side: str) -> None:
     source = scheme(num_bits=4)
-    source["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+    source["config_groups"]["group_0"][f"{side}_activations"] = {"num_bits": 8}
     with pytest.raises(ConfigError, match="quantizes activations too"):
         QuantizeConfig.from_dict(source)
+
+
+def test_a_group_in_another_layout_is_refused() -> None:
+    source = {**scheme(num_bits=8), "format": "mixed-precision"}
+    source["config_groups"]["group_0"]["format"] = "int-quantized"
+    with pytest.raises(ConfigError, match="format='int-quantized with mixed-precision' of compressed-tensors"):
+        QuantizeConfig.from_dict(source)
+
+
+def test_the_settings_of_awq_are_known_by_themselves_and_may_be_strings() -> None:
+    source = {"zero_point": "true", "q_group_size": "64", "w_bit": 4, "version": "GEMV", "modules_to_not_convert": None}
+    config = QuantizeConfig.from_dict(source)
+    assert (config.group_size, config.sym, config.extra["awq_version"]) == (64, False, "gemv")
+    assert QuantizeConfig.from_dict({**AWQ, "zero_point": None}).sym is False
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptq_backend import ConfigError, GPTQError, QuantizeConfig, QuantizedWeight
+from gptq_backend import CheckpointError, ConfigError, GPTQError, QuantizeConfig, QuantizedWeight
 from gptq_backend.algorithm import round_to_nearest
-from gptq_backend.format import EXACT_TYPES, read_blocks
+from gptq_backend.format import EXACT_TYPES, check_header, read_blocks
 from gptq_backend.model import is_linear
 
 from ..errors import first_line, load_errors
@@ -39,6 +39,7 @@ class GGUFSource(Source):
     def __init__(self, file: Path) -> None:
         """Raises ConfigError: gguf is missing, or the architecture is not known. GPTQError: it cannot be read."""
         self._file, self._gguf = file, _package()
+        check_header(file)
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with load_errors(file, (Exception,)):  # of a library, for a file of any content
@@ -53,7 +54,7 @@ class GGUFSource(Source):
             for name, tensor in self._tensors.items()
             if name in self._linear and tensor.tensor_type.name not in _FLOATS
         ]
-        self._check_fused(model)
+        self._check_shapes(model)
         self.settings: dict[str, Any] = {}
         self.rounded: dict[str, float] = {}
         self.model_config = {**self._config.to_dict(), "architectures": [causal_class(self._config)]}
@@ -79,13 +80,24 @@ class GGUFSource(Source):
         unnamed = (tensor.name for tensor in self._reader.tensors if tensor.name not in names)
         missing = [name for name in unnamed if name != "rope_freqs.weight"]  # a table that models compute
         if missing:
-            raise GPTQError(f"transformers has no name for {missing[0]} and {len(missing) - 1} other tensors of it")
+            raise GPTQError(
+                f"transformers has no name for {missing[0]} and {len(missing) - 1} other tensors of {self._file}; "
+                "convert the original model instead"
+            )
         return found, processor
 
-    def _check_fused(self, model: nn.Module) -> None:
+    def _check_shapes(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
-        for name in self._tensors:
-            if name in parameters and parameters[name].dim() > 2 and "conv" not in name:
+        for name, tensor in self._tensors.items():
+            if name not in parameters:
+                continue
+            found, wanted = ([int(size) for size in each] for each in (tensor.shape[::-1], parameters[name].shape))
+            if len(wanted) == 2 and sorted(found) != sorted(wanted):  # some models have theirs transposed
+                raise CheckpointError(
+                    f"{self._file}: {name} has shape {found}, expected {wanted} by the settings in it; the file is "
+                    "damaged, fetch it again"
+                )
+            if len(wanted) > 2 and "conv" not in name:
                 raise ConfigError(
                     f"{self._file} has the experts of a mixture ({name}), which cannot be converted from GGUF; "
                     "quantize the original model instead"
@@ -120,8 +132,9 @@ class GGUFSource(Source):
 
     def _values(self, tensor: Any) -> Tensor:
         """float32, as transformers would load it."""
-        values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        made = self._processor.process(weights=values, name=tensor.name).weights
+        with load_errors(self._file, (Exception,)):  # what the settings of the file make of its tensors
+            values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            made = self._processor.process(weights=values, name=tensor.name).weights
         return torch.from_numpy(np.array(made, dtype=np.float32))
 
     def bias(self, layer: str) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_backend import ConfigError, QuantizeConfig, QuantizedWeight
-from gptq_backend.format import encode, write_awq, write_compressed_tensors
+from gptq_backend.format import EMBEDDINGS, encode, write_awq, write_compressed_tensors
 
 from ..loading.prepare import name_patterns
 
@@ -43,6 +43,7 @@ class Target(NamedTuple):
     """
 
     encode: Callable[[str, QuantizedWeight], dict[str, Tensor]]
+    embeddings: bool  # whether it can hold quantized ones
     settings: Callable[[Mapping[str, Kind], Sequence[str], Mapping[str, Any]], dict[str, Any] | None]
 
 
@@ -62,12 +63,24 @@ def _gptq(checkpoint_format: str) -> Target:
             rules |= {f"+:^{pattern}": kind._asdict() for pattern in name_patterns(chosen, everything)}
         meant = {**common._asdict(), "checkpoint_format": checkpoint_format, "lm_head": "lm_head" in kinds}
         kept = QuantizeConfig.from_dict(known).to_dict() if known else {}
-        for key in ("act_group_aware", "static_groups", "pack_dtype", "dynamic"):  # what may not hold any more
-            kept.pop(key, None)
+        # What may not hold any more.
+        gone = {"act_group_aware", "static_groups", "pack_dtype", "dynamic"}
+        if not any(name.rpartition(".")[2] in EMBEDDINGS for name in kinds):
+            gone.add("embed_bits")
+        kept = {key: value for key, value in kept.items() if key not in gone}
         kept |= {**meant, "dynamic": rules or None, "quant_method": "gptq", "format": checkpoint_format}
         return {key: value for key, value in kept.items() if value is not None}
 
-    return Target(write, settings)
+    return Target(write, True, settings)
+
+
+def _awq(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    if name == "lm_head":
+        raise ConfigError(
+            "lm_head is quantized, expected it in 16 bits, as all readers of AWQ do; convert to gptq or "
+            "compressed-tensors instead"
+        )
+    return write_awq(name, weight)
 
 
 def _awq_settings(kinds: Mapping[str, Kind], dense: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def _awq_settings(kinds: Mapping[str, Kind], dense: Sequence[str], known: Mappin
         "group_size": sizes.pop(),
         "version": "gemm",
         "zero_point": True,
-        "modules_to_not_convert": [name for name in dense if "embed" not in name] or None,
+        "modules_to_not_convert": _unquantized(kinds, dense),
     }
 
 
@@ -108,8 +121,14 @@ def _compressed_settings(kinds: Mapping[str, Kind], dense: Sequence[str], known:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name in dense if "embed" not in name],
+        "ignore": _unquantized(kinds, dense),
     }
+
+
+def _unquantized(kinds: Mapping[str, Kind], dense: Sequence[str]) -> list[str]:
+    """Names of linear layers that stay dense; a head that is tied has no tensor of its own."""
+    names = [name for name in dense if name.rpartition(".")[2] not in EMBEDDINGS]
+    return names if "lm_head" in (*names, *kinds) else [*names, "lm_head"]
 
 
 def _compressed(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -132,7 +151,7 @@ def _most_common(kinds: Mapping[str, Kind]) -> Kind:
 TARGETS = {
     "gptq": _gptq("gptq"),
     "gptq_v2": _gptq("gptq_v2"),
-    "awq": Target(write_awq, _awq_settings),
-    "compressed-tensors": Target(_compressed, _compressed_settings),
-    "bf16": Target(_bf16, lambda kinds, dense, known: None),
+    "awq": Target(_awq, False, _awq_settings),
+    "compressed-tensors": Target(_compressed, False, _compressed_settings),
+    "bf16": Target(_bf16, False, lambda kinds, dense, known: None),
 }

@@ -34,18 +34,22 @@ class Base:
         specs: of its quantized layers.
     """
 
-    def __init__(self, model: str | Path) -> None:
-        """model: folder or name. Raises ConfigError: it is not quantized. CheckpointError: it cannot be read."""
+    def __init__(
+        self, model: str | Path, instead: str = "merge the adapter with peft (merge_and_unload(), then save_pretrained)"
+    ) -> None:
+        """model: folder or name; instead: what to do with one that is not quantized.
+
+        Raises:
+            ConfigError: it is not quantized. CheckpointError: it cannot be read.
+        """
         config_file = local_file(model, "config.json")
         if config_file is None:
-            raise CheckpointError(f"{model} holds no config.json; expected the folder of a GPTQ checkpoint")
+            raise CheckpointError(f"{model} holds no config.json; expected the folder of a quantized checkpoint")
         self.folder = config_file.parent
         try:
             self.settings = read_settings(self.folder)
         except ConfigError:
-            raise ConfigError(
-                f"{model} is not quantized; merge the adapter with peft (merge_and_unload(), then save_pretrained)"
-            ) from None
+            raise ConfigError(f"{model} is not quantized; {instead}") from None
         self.config = QuantizeConfig.from_dict(self.settings)
         self.files = checkpoint_files(self.folder, self.settings)
         self.manifest = as_gptq(read_manifest(self.files), self.config)
