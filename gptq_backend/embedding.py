@@ -139,6 +139,7 @@ class QuantEmbedding(QuantLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
         super()._apply(fn, recurse)
+        self.embed_scale = embed_scale(self._dense[0], self.name, self.compute_dtype)
         weight, parameters = self._served
         if weight is not None and parameters[_MARK].dtype != self.compute_dtype:
             self._hold({key: each.data for key, each in parameters.items() if each is not None}, None, weight)
@@ -164,7 +165,7 @@ class QuantEmbedding(QuantLinear):
         weight = self.quantized_weight().dequantize(torch.float32).to(dtype)
         dense = copy.deepcopy(self._dense[0])
         if self.embed_scale is not None and isinstance(getattr(dense, "embed_scale", None), Tensor):
-            dense.embed_scale = torch.tensor(self.embed_scale, device=weight.device)
+            dense.embed_scale = torch.tensor(embed_scale(dense, self.name, dtype), device=weight.device)
         dense.weight = nn.Parameter(weight if self.by_token else weight.t().contiguous())
         return dense
 

@@ -1,5 +1,6 @@
 // Python bindings of block.h. Tensors arrive as addresses and sizes. gptq_backend/kernels/cpu_block.py checks the
-// tensors; numbers are checked here, where it costs nothing. std::invalid_argument becomes a ValueError.
+// tensors; numbers are checked here, where it costs nothing. std::invalid_argument becomes a ValueError. What may be
+// None is a pointer, what may not a reference.
 #include "block_module.h"
 
 #include <algorithm>
@@ -40,6 +41,11 @@ void check_size(const Norm* norm, int size) {
     if (norm && norm->size && norm->size != size) refuse("the size of a norm", norm->size, "that of its input,", size);
 }
 
+void check_inputs(const char* what, const Linear& linear, int width) {
+    if (linear.weight.in_features != width)
+        refuse(what, linear.weight.in_features, "the width of what it reads,", width);
+}
+
 void check_head(const char* what, int channels) {
     if (channels > kMaxHead) refuse(what, channels, "at most", kMaxHead);
 }
@@ -53,6 +59,8 @@ void check_turning(const Rotary& rotary, int head_dim) {
 void project_rows(int dtype, int rows, int width, uintptr_t x, const Norm* norm,
                   const std::vector<const Linear*>& weights, const std::vector<uintptr_t>& ys, int threads) {
     check_size(norm, width);
+    if (ys.size() != weights.size()) refuse("results", int(ys.size()), "one for each weight,", int(weights.size()));
+    for (const Linear* each : weights) check_inputs("inputs of a weight", *each, width);
     std::vector<void*> to;
     for (uintptr_t y : ys) to.push_back(at<void>(y));
     project({Dtype(dtype), rows, width}, at<void>(x), norm, weights, to, threads);
@@ -110,8 +118,8 @@ void finish_rows(const Tail& tail, int dtype, int rows, int width, uintptr_t x, 
                  threads);
 }
 
-Output output(const Linear* o, const Norm* after_attention, const Norm* before_mlp, float factor, bool parallel) {
-    return {o, after_attention, before_mlp, factor, parallel};
+Output output(const Linear& o, const Norm* after_attention, const Norm* before_mlp, float factor, bool parallel) {
+    return {&o, after_attention, before_mlp, factor, parallel};
 }
 
 void finish_attention_rows(const Output& output, int dtype, int rows, int width, uintptr_t x, uintptr_t residual,
@@ -141,15 +149,15 @@ Dense dense(uintptr_t weight, int dtype, int outputs, int width, uintptr_t bias,
     return {at<void>(weight), Dtype(dtype), outputs, width, at<void>(bias), Dtype(bias_dtype)};
 }
 
-Router router(const Dense* gate, bool rounded, bool sigmoid, uintptr_t correction, int correction_dtype, int groups,
+Router router(const Dense& gate, bool rounded, bool sigmoid, uintptr_t correction, int correction_dtype, int groups,
               int chosen_groups, int best, int top_k, bool normalized, float scale) {
-    const int experts = gate->outputs;
+    const int experts = gate.outputs;
     if (groups < 1 || experts % groups) refuse("groups", groups, "a divisor of the experts,", experts);
     if (chosen_groups < 1 || chosen_groups > groups) refuse("chosen_groups", chosen_groups, "1 to groups,", groups);
     const int size = experts / groups, candidates = chosen_groups * size;
     if (best < 1 || best > size) refuse("best", best, "1 to the experts of a group,", size);
     if (top_k < 1 || top_k > candidates) refuse("top_k", top_k, "1 to the experts of the groups,", candidates);
-    return {gate,  rounded,    sigmoid, at<void>(correction), Dtype(correction_dtype), groups, chosen_groups, best,
+    return {&gate, rounded,    sigmoid, at<void>(correction), Dtype(correction_dtype), groups, chosen_groups, best,
             top_k, normalized, scale};
 }
 
@@ -157,19 +165,27 @@ void route_rows(const Router& router, int dtype, int rows, uintptr_t x, uintptr_
     route(router, {Dtype(dtype), rows, router.gate->width}, at<void>(x), at<int32_t>(ids), at<float>(factors), threads);
 }
 
-MLP mlp(const std::vector<const Linear*>& gate_up, bool gated, int activation, const Linear* down) {
-    return {gate_up, gated, Activation(activation), down};
+MLP mlp(const std::vector<const Linear*>& gate_up, bool gated, int activation, const Linear& down) {
+    const int inner = down.weight.in_features, count = int(gate_up.size());
+    if (count != 1 && !(gated && count == 2)) refuse("weights of gate and up", count, "1, or if gated", 2);
+    const int expected = gated && count == 1 ? 2 * inner : inner;
+    for (const Linear* each : gate_up) {
+        const int outputs = each->weight.out_features;
+        if (outputs != expected) refuse("outputs of gate and up", outputs, "by the inputs of down", expected);
+        check_inputs("inputs of gate and up", *each, down.weight.out_features);
+    }
+    return {gate_up, gated, Activation(activation), &down};
 }
 
-Mixture mixture(const Router* router, const ExpertMLPs* experts, const Dense* mlp_gate) {
-    const int width = experts->down.weight.out_features;
-    if (router->gate->outputs != experts->count) {
-        refuse("outputs of the router", router->gate->outputs, "the number of experts,", experts->count);
+Mixture mixture(const Router& router, const ExpertMLPs& experts, const Dense* mlp_gate) {
+    const int width = experts.down.weight.out_features;
+    if (router.gate->outputs != experts.count) {
+        refuse("outputs of the router", router.gate->outputs, "the number of experts,", experts.count);
     }
-    if (router->gate->width != width) refuse("inputs of the router", router->gate->width, "those of experts,", width);
+    if (router.gate->width != width) refuse("inputs of the router", router.gate->width, "those of experts,", width);
     if (mlp_gate && mlp_gate->outputs != 1) refuse("outputs of mlp_gate", mlp_gate->outputs, "just", 1);
     if (mlp_gate && mlp_gate->width != width) refuse("inputs of mlp_gate", mlp_gate->width, "those of experts,", width);
-    return {router, experts, mlp_gate};
+    return {&router, &experts, mlp_gate};
 }
 
 Tail tail(const Output& output, const MLP* mlp, const Mixture* mixture, const Norm* after_mlp) {
@@ -186,7 +202,7 @@ Tail tail(const Output& output, const MLP* mlp, const Mixture* mixture, const No
 
 Layer layer(const Norm* before_attention, const std::vector<const Linear*>& inputs, const Norm* q_norm,
             const Norm* k_norm, int pairs, int heads, int kv_heads, int head_dim, float scale, float softcap,
-            const Tail* tail) {
+            const Tail& tail) {
     if (kv_heads <= 0 || heads <= 0 || heads % kv_heads) refuse("heads", heads, "a multiple of kv_heads,", kv_heads);
     check_head("head_dim", head_dim);
     const int q = heads * head_dim, kv = kv_heads * head_dim;
@@ -196,17 +212,15 @@ Layer layer(const Norm* before_attention, const std::vector<const Linear*>& inpu
     if (found != parts && found != joined) {
         refuse("the outputs of q, k and v or of all", found.empty() ? 0 : found[0], "those of heads,", q);
     }
-    const Weight& o = tail->output.o->weight;
+    const Weight& o = tail.output.o->weight;
     if (o.in_features != q) refuse("inputs of o", o.in_features, "heads * head_dim,", q);
     const int width = o.out_features;
-    if (inputs[0]->weight.in_features != width) {
-        refuse("inputs of q, k and v", inputs[0]->weight.in_features, "outputs of o,", width);
-    }
+    for (const Linear* each : inputs) check_inputs("inputs of q, k and v", *each, width);
     check_size(before_attention, width);
     if (q_norm && q_norm->size != q) check_size(q_norm, head_dim);
     if (k_norm && k_norm->size != kv) check_size(k_norm, head_dim);
     return {before_attention, inputs, {q_norm, k_norm}, pairs >= 0, Pairs(std::max(pairs, 0)), heads, kv_heads,
-            head_dim,         scale,  softcap,          tail};
+            head_dim,         scale,  softcap,          &tail};
 }
 
 // (keys, values, length, capacity)

@@ -106,17 +106,19 @@ struct From<std::string> {
     }
 };
 
-// A pointer is None or an object of Type<T>; a reference cannot be None.
+template <class T>
+const T* value_in(PyObject* object) {
+    if (Py_TYPE(object) != Type<T>::python) {
+        PyErr_Format(PyExc_TypeError, "got %R where an object of %R was expected", object, Type<T>::python);
+        throw Raised();
+    }
+    return &reinterpret_cast<Type<T>*>(object)->value;
+}
+
+// An argument that is a pointer is None or an object of Type<T>; a reference, or an element of a list, cannot be None.
 template <class T>
 struct From<const T*> {
-    static const T* read(PyObject* object) {
-        if (object == Py_None) return nullptr;
-        if (Py_TYPE(object) != Type<T>::python) {
-            PyErr_Format(PyExc_TypeError, "got %R where an object of %R was expected", object, Type<T>::python);
-            throw Raised();
-        }
-        return &reinterpret_cast<Type<T>*>(object)->value;
-    }
+    static const T* read(PyObject* object) { return object == Py_None ? nullptr : value_in<T>(object); }
 };
 
 inline Py_ssize_t length_of(PyObject* object) {
@@ -139,6 +141,15 @@ struct From<std::vector<T>> {
     static std::vector<T> read(PyObject* object) {
         std::vector<T> found;
         for (Py_ssize_t i = 0; i < length_of(object); ++i) found.push_back(From<T>::read(element(object, i)));
+        return found;
+    }
+};
+
+template <class T>
+struct From<std::vector<const T*>> {
+    static std::vector<const T*> read(PyObject* object) {
+        std::vector<const T*> found;
+        for (Py_ssize_t i = 0; i < length_of(object); ++i) found.push_back(value_in<T>(element(object, i)));
         return found;
     }
 };
@@ -274,12 +285,7 @@ struct IsValue<std::map<std::string, T>> : std::true_type {};
 
 template <class A>
 struct Argument<A, std::enable_if_t<std::is_class_v<Read<A>> && !IsValue<Read<A>>::value>> {
-    static const Read<A>* read(PyObject* object) {
-        const Read<A>* found = From<const Read<A>*>::read(object);
-        if (found) return found;
-        PyErr_Format(PyExc_TypeError, "got None where an object of %R was expected", Type<Read<A>>::python);
-        throw Raised();
-    }
+    static const Read<A>* read(PyObject* object) { return value_in<Read<A>>(object); }
     static const Read<A>& pass(const Read<A>* value) { return *value; }
 };
 

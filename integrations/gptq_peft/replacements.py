@@ -7,6 +7,7 @@ from typing import Any
 
 from gptq_backend import ConfigError
 
+from .embeddings import found_by_size, free_embeddings
 from .linear_view import seen_as_linear
 from .merging import merge_onto_dense, refuse_merging_in_place
 from .quantized import adapted_layers, base_of, has_quantized
@@ -17,7 +18,9 @@ def put_on(original: Any, tuner: Any, model: Any, *args: Any, **kwargs: Any) -> 
     """``BaseTuner.__init__`` and ``inject_adapter``, which look for layers to put adapters on."""
     if not has_quantized(model):
         return original(tuner, model, *args, **kwargs)
-    _refuse_qalora(vars(tuner).get("peft_config") or {})
+    configs = vars(tuner).get("peft_config") or {}
+    _refuse_qalora(configs)
+    free_embeddings(model, configs)
     with seen_as_linear(model):
         return original(tuner, model, *args, **kwargs)
 
@@ -29,6 +32,12 @@ def _refuse_qalora(configs: Mapping[str, Any]) -> None:
                 "use_qalora=True works with gptqmodel's layers only, and peft would ignore it here without a word; "
                 "leave it out"
             )
+
+
+def set_up_prompts(original: Any, peft_model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``PeftModel._setup_prompt_encoder``, which looks for the embedding of tokens."""
+    with found_by_size(peft_model):
+        return original(peft_model, *args, **kwargs)
 
 
 def merge_in_place(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ _CONVERSIONS = {
 
 def adapt_tuners() -> None:
     """See :func:`gptq_peft.register`; peft is imported."""
+    from peft.peft_model import PeftModel
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -32,6 +33,7 @@ def adapt_tuners() -> None:
         (BaseTuner, "__init__", _replaced(BaseTuner.__init__, "put_on")),
         (BaseTuner, "inject_adapter", _replaced(BaseTuner.inject_adapter, "put_on")),
         (BaseTuner, "merge_adapter", _replaced(BaseTuner.merge_adapter, "merge_in_place")),
+        (PeftModel, "_setup_prompt_encoder", _replaced(PeftModel._setup_prompt_encoder, "set_up_prompts")),
         (BaseTunerLayer, "weight", property(_replaced(BaseTunerLayer.weight.fget, "weight_of"))),
     ]
     copies = {"update": "put_trained_copy", "enable_adapters": "switch_trained_copy"}

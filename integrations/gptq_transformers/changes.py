@@ -1,4 +1,4 @@
-"""Changing a quantized model: ``dequantize()``, and what transformers refuses or fails at: casts, a new vocabulary."""
+"""Changing a quantized model: ``dequantize()``, and what transformers refuses or fails at: casts, other embeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_backend import ConfigError, QuantLinear
+from gptq_backend import ConfigError, QuantLinear, TiedHead
 from gptq_backend.model import replace_module
 
 from .dispatch import keeping_hooks
@@ -23,10 +23,11 @@ _CASTS = ("half", "float", "to")
 
 
 def allow_changes(model: nn.Module) -> None:
-    """Let ``.half()``, ``.float()``, ``.to(dtype)`` and ``resize_token_embeddings`` work.
+    """Let ``.half()``, ``.float()``, ``.to(dtype)``, ``resize_token_embeddings`` and ``set_input_embeddings`` work.
 
     A QuantLinear keeps its stored dtypes and computes in that of its input, so casting the rest is well defined;
-    transformers refuses it. It would resize the input embedding and then fail at a quantized output embedding.
+    transformers refuses it. It would resize the input embedding and then fail at a quantized output embedding, and a
+    new input embedding would leave a head that is tied to the old one, whose weight nobody saves.
     """
     for name in _CASTS:
         method = getattr(nn.Module, name)
@@ -34,11 +35,13 @@ def allow_changes(model: nn.Module) -> None:
         setattr(model, name, functools.update_wrapper(functools.partial(method, model), method))
     if hasattr(model, "resize_token_embeddings"):
         setattr(model, "resize_token_embeddings", functools.partial(_resize, model))  # noqa: B010
+    if hasattr(model, "set_input_embeddings"):
+        setattr(model, "set_input_embeddings", functools.partial(_replace_embedding, model))  # noqa: B010
 
 
 def forbid_changes(model: nn.Module) -> None:
     """Undo :func:`allow_changes`."""
-    for name in (*_CASTS, "resize_token_embeddings"):
+    for name in (*_CASTS, "resize_token_embeddings", "set_input_embeddings"):
         vars(model).pop(name, None)
 
 
@@ -50,12 +53,20 @@ def _resize(
     rows = -(-(new_num_tokens or rows) // multiple) * multiple
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(layer, QuantLinear) and layer.weight.shape[0] != rows:
-            _dequantize_embedding(model, layer)
+            dequantize_embedding(model, layer, "new tokens need rows in full precision")
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *more, **options)
 
 
-def _dequantize_embedding(model: Any, layer: QuantLinear) -> None:
-    """The input or the output embedding."""
+def _replace_embedding(model: Any, value: nn.Module) -> None:
+    """As the model's class does it, after a head that is tied to the old embedding was given its dequantized weight."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, TiedHead) and value is not head.embedding:
+        dequantize_embedding(model, head.embedding, "its head does not go with another embedding")
+    type(model).set_input_embeddings(model, value)
+
+
+def dequantize_embedding(model: Any, layer: QuantLinear, reason: str) -> None:
+    """Make the input or the output embedding dense, and one that is tied to it, and say why."""
     name = next(name for name, module in model.named_modules() if module is layer)
     settings: Any = getattr(model.config, "quantization_config", None)
     if layer is model.get_output_embeddings() and getattr(settings, "lm_head", None):
@@ -63,9 +74,9 @@ def _dequantize_embedding(model: Any, layer: QuantLinear) -> None:
     with keeping_hooks(model):
         dense = make_dense(model, name, layer, layer.compute_dtype).requires_grad_(False)
     logger.warning(
-        "%s is quantized, and new tokens need rows in full precision: it was dequantized to resize it (%d MB instead "
-        "of %d), and will be saved that way",
+        "%s is quantized, and %s: it was dequantized (%d MB instead of %d), and will be saved that way",
         name,
+        reason,
         dense.weight.nbytes >> 20,
         layer.stored_spec.nbytes >> 20,
     )

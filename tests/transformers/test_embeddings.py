@@ -18,7 +18,7 @@ from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, LlamaFo
 from gptq_backend import ConfigError, QuantEmbedding, QuantizeConfig, QuantLinear, TiedHead
 from gptq_backend.format import checkpoint_files, read_manifest
 from gptq_transformers import GPTQConfig, quantize
-from tests.transformers.checkpoints import distance, load, logits, tiny
+from tests.transformers.checkpoints import VOCABULARY, distance, load, logits, tiny
 
 TOKENS = 4 * 32
 
@@ -131,6 +131,19 @@ def test_new_tokens_make_the_embedding_dense(folder: Path, tmp_path: Path, caplo
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
+def test_another_input_embedding_sets_the_head_free(folder: Path, tmp_path: Path) -> None:
+    model, other = load(folder), nn.Embedding(VOCABULARY, 64)
+    head = logits(model) if not is_tied(model) else model.get_output_embeddings().weight.clone()
+    tied = is_tied(model)
+    model.set_input_embeddings(other)
+    if tied:  # as of any model: the old weight until they are tied again
+        assert torch.equal(model.get_output_embeddings().weight, head)
+        model.tie_weights()
+    assert (model.get_output_embeddings().weight is other.weight) == tied
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
 def test_the_head_cannot_be_given_another_weight(folder: Path) -> None:
     model = load(folder)
     if is_tied(model):
@@ -239,6 +252,18 @@ def test_an_embedding_that_scales_its_rows_still_does(dtype: torch.dtype, tmp_pa
     assert type(dense.get_input_embeddings()).__name__ == "Gemma3TextScaledWordEmbedding"
     assert torch.equal(again.get_input_embeddings()(ids), dense.get_input_embeddings()(ids))
     assert torch.equal(model.get_input_embeddings()(ids), dense.get_input_embeddings()(ids))
+
+
+def test_a_cast_rounds_the_scale_of_rows_as_that_of_a_dense_embedding() -> None:
+    """64 channels would be scaled by 8, which every dtype holds."""
+    sizes = {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 1, "head_dim": 16}
+    config = Gemma3TextConfig(vocab_size=160, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model, ids = Gemma3ForCausalLM(config), torch.tensor([[5, 0, 17]])
+    quantize(model, settings(8), None)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        dense = copy.deepcopy(model).dequantize(torch.float32).get_input_embeddings()
+        model.to(dtype)
+        assert torch.equal(model.get_input_embeddings()(ids), dense.to(dtype)(ids))
 
 
 def test_a_model_is_quantized_while_it_is_loaded(source: Path, tmp_path: Path) -> None:
