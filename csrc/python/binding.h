@@ -48,7 +48,6 @@ struct Type {
 };
 
 // -- from Python
-// -------------------------------------------------------------------------------------------------------
 
 // Checks that an object is a T and reads it.
 template <class T, class = void>
@@ -196,7 +195,6 @@ struct From<std::map<std::string, T>> {
 };
 
 // -- to Python
-// ---------------------------------------------------------------------------------------------------------
 
 inline PyObject* to_python(bool value) {
     return PyBool_FromLong(value);
@@ -225,7 +223,6 @@ PyObject* to_python(const std::vector<T>& values) {
 }
 
 // -- calls
-// -------------------------------------------------------------------------------------------------------------
 
 // Other threads may run Python meanwhile.
 class Released {
@@ -334,7 +331,6 @@ PyMethodDef function(const char* name) {
 }
 
 // -- types
-// -------------------------------------------------------------------------------------------------------------
 
 template <auto kMake, class T, class... A, size_t... I>
 PyObject* make(T (*)(A...), PyTypeObject* type, PyObject* arguments, std::index_sequence<I...>) {
@@ -383,7 +379,6 @@ void add_type(PyObject* module, const char* full_name) {
 }
 
 // -- modules
-// -----------------------------------------------------------------------------------------------------------
 
 // `functions` must outlive the module.
 inline void add_functions(PyObject* module, const std::vector<PyMethodDef>& functions) {

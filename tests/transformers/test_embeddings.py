@@ -261,7 +261,7 @@ def test_a_cast_rounds_the_scale_of_rows_as_that_of_a_dense_embedding() -> None:
     model, ids = Gemma3ForCausalLM(config), torch.tensor([[5, 0, 17]])
     quantize(model, settings(8), None)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        dense = copy.deepcopy(model).dequantize(torch.float32).get_input_embeddings()
+        dense = model.get_input_embeddings().dequantize(torch.float32)
         model.to(dtype)
         assert torch.equal(model.get_input_embeddings()(ids), dense.to(dtype)(ids))
 
