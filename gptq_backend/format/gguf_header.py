@@ -29,10 +29,10 @@ class _Header:
         self.path, self.file, self.size = path, file, path.stat().st_size
 
     def number(self, kind: str) -> int:
-        found: int = struct.unpack(f"<{kind}", self.bytes(struct.calcsize(kind)))[0]
+        found: int = struct.unpack(f"<{kind}", self.read(struct.calcsize(kind)))[0]
         return found
 
-    def bytes(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         self.require(count)
         return self.file.read(count)
 
@@ -45,7 +45,7 @@ class _Header:
             raise self.error(f"ends at byte {self.size}, expected {count} more after byte {self.file.tell()}")
 
     def string(self) -> bytes:
-        return self.bytes(self.number("Q"))
+        return self.read(self.number("Q"))
 
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} {what}; {FETCH_AGAIN}")
@@ -60,7 +60,7 @@ def check_header(path: Path) -> None:
     require_regular(path)
     with path.open("rb") as file:
         header = _Header(path, file)
-        if header.size < 24 or header.bytes(4) != _MAGIC:
+        if header.size < 24 or header.read(4) != _MAGIC:
             raise header.error("does not begin like a GGUF file")
         if (version := header.number("I")) not in _VERSIONS:
             raise header.error(f"has version {version}, expected one of {_VERSIONS} in little-endian order")

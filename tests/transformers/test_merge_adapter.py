@@ -18,7 +18,7 @@ from gptq_backend import CalibrationError, CheckpointError, ConfigError, GPTQErr
 from gptq_transformers import merge_adapter
 from gptq_transformers.merging import plainly_rounded, with_adapter
 from tests.transformers.adapters import dense_twin, write_lora
-from tests.transformers.checkpoints import VERSION_4, VOCABULARY, distance, load, logits, tiny, write
+from tests.transformers.checkpoints import PEERS, VERSION_4, VOCABULARY, distance, load, logits, tiny, write
 
 peft: Any = pytest.importorskip("peft", reason="peft computes what an adapter adds; pip install peft")
 
@@ -204,3 +204,12 @@ def test_without_peft_the_error_says_how_to_get_it(plain: Path, tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ConfigError: merging an adapter needs peft" in done.stderr
     assert "pip install peft" in done.stderr
+
+
+def test_a_dense_result_whose_names_plain_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    folder = PEERS / "phi3-4-32"  # its tool cut layers in two
+    adapter = tmp_path / "adapter"
+    write_lora(adapter, load(folder), ["model.layers.0.self_attn.o_proj"])
+    with pytest.raises(ConfigError, match="called otherwise than transformers calls dense ones"):
+        merge_adapter(folder, adapter, tmp_path / "out", to="bf16")
+    assert not (tmp_path / "out").exists()

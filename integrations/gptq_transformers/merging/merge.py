@@ -21,6 +21,7 @@ from gptq_backend.output_folder import atomic_folder, check_spared
 
 from ..auto_calibration import AUTO, choose
 from ..calibration_input import given, is_text, load_tokenizer, token_ids
+from ..converting.plain_names import check_plain
 from .adapter import Adapter
 from .base import Base
 
@@ -191,7 +192,11 @@ class _Writer:
             self.add(layer, parts)
 
     def finish(self, dense: torch.dtype | None) -> None:
-        """All that is not changed: tensors and files. dense: dtype of a result that is not quantized."""
+        """All that is not changed: tensors and files. dense: dtype of a result that is not quantized.
+
+        Raises:
+            ConfigError: plain transformers would not find all dense weights by the names that the layers have.
+        """
         changes = dict(self.base.dense_changes(self.adapter))
         for key, info in self.base.manifest.items():
             if key.rpartition(".")[0] not in self._done:
@@ -199,6 +204,8 @@ class _Writer:
         self.shards.flush()
         self.shards.finish()
         self._copy_files(dense)
+        if dense is not None:
+            check_plain(self.folder)
 
     def _copy_files(self, dense: torch.dtype | None) -> None:
         weights = {path.name for path in self.base.files}
