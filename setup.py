@@ -80,8 +80,14 @@ class BuildNative(build_ext):
             self.compiler._compile = compile_one
 
     def copy_extensions_to_source(self) -> None:
-        """For editable installations; a module that was not built is not there to be copied."""
+        """For editable installations; a module that was not built is not there to be copied.
+
+        One that an earlier version left under the name of a single Python would be imported in place of the new one.
+        """
         self.extensions = [ext for ext in self.extensions if os.path.exists(self.get_ext_fullpath_built(ext))]
+        for ext in self.extensions:
+            for old in Path(*ext.name.split(".")[:-1]).glob(f"{ext.name.rpartition('.')[2]}.cpython-*"):
+                old.unlink()
         super().copy_extensions_to_source()
 
     def get_ext_fullpath_built(self, ext) -> str:
