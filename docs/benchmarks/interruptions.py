@@ -168,12 +168,12 @@ class Bench:
 
 
 def digest(folder: Path) -> str:
-    """Of all files but the reports, which hold times; "nothing" for none."""
+    """Of all files but the reports and the card, which hold times; "nothing" for none."""
     if not os.path.lexists(folder):
         return "nothing"
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "quantize_report" not in path.name:
+        if path.is_file() and "quantize_report" not in path.name and path.name != "README.md":
             found.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return found.hexdigest()
 

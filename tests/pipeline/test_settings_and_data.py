@@ -121,8 +121,8 @@ def test_only_non_finite_activations_name_the_first_layer_and_unhook_the_model()
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
 
 
-def test_error_inside_the_model_is_raised_as_it_is() -> None:
+def test_tokens_that_the_model_has_no_row_for_are_said_to_be_so() -> None:
     model = toy()
-    with pytest.raises(IndexError):
+    with pytest.raises(CalibrationError, match=r"Toy cannot be called with token ids alone \(index out of range"):
         quantize_model(model, config(), [torch.tensor([VOCABULARY + 1])])
     assert not quantized_names(model)
