@@ -100,7 +100,10 @@ def require_model(path: str | Path) -> None:
 
 def _convert_gguf(file: Path) -> str:
     """What to do with a model in GGUF's format."""
-    return f"{file} is a GGUF file; expected a model folder: make one with gptq-backend convert {file} FOLDER, or to quantize it, add --to bf16"
+    return (
+        f"{file} is a GGUF file; expected a model folder: make one with gptq-backend convert {file} FOLDER, or to "
+        "quantize it, add --to bf16"
+    )
 
 
 def is_quantized(path: str | Path) -> bool:
