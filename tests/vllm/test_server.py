@@ -43,7 +43,7 @@ def client(server: Server) -> Any:
 
 def test_the_log_says_once_who_serves(server: Server) -> None:
     log = server.log.read_text()
-    assert log.count("gptq-backend serves this GPTQ checkpoint: --quantization gptq asks for it") == 1
+    assert log.count("gptq-backend serves this checkpoint of GPTQ: --quantization gptq asks for it") == 1
 
 
 def test_a_completion_has_the_logprobs_of_the_checkpoint(client: Any) -> None:
