@@ -80,6 +80,7 @@ void choose(const Router& r, float* scores, const float* correction, int32_t* id
 }  // namespace
 
 void route(const Router& r, const Rows& shape, const void* x, int32_t* ids, float* factors, int threads) {
+    if (!shape.rows) return;
     constexpr int kOutputs = 8;  // of a task
     const RowKernels& kernels = *level().rows;
     const int n = r.gate->outputs;
