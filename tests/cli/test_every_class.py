@@ -168,13 +168,19 @@ def layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantized_by_the_command_and_loaded_by_its_auto_class(kind: str, tmp_path: Path) -> None:
-    name, build, auto, expected = KINDS[kind]
+def folder_of(kind: str, tmp_path: Path) -> tuple[nn.Module, dict[str, Any], Path]:
+    """A model of the kind, what to call it with, and its folder."""
+    name, build, *_ = KINDS[kind]
     torch.manual_seed(0)
     config, call = build()
     original = getattr(transformers, name)(config)
-    source = save(tmp_path / "source", original)
+    return original, call, save(tmp_path / "source", original)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_by_the_command_and_loaded_by_its_auto_class(kind: str, tmp_path: Path) -> None:
+    name, _, auto, expected = KINDS[kind]
+    original, call, source = folder_of(kind, tmp_path)
     samples = ["--samples", "8", "--seqlen", "32", "--kld-windows", "0"]
     options = ["--bits", "8", "--group-size", "32", "--quality", "fast", *samples]
     result = run("quantize", source, tmp_path / "out", *options, "--calibration", TEXT)
@@ -192,11 +198,8 @@ def test_quantized_by_the_command_and_loaded_by_its_auto_class(kind: str, tmp_pa
 
 @pytest.mark.parametrize("kind", ["t5", "whisper", "qwen2.5-vl", "bart", "classifier"])
 def test_quantized_while_it_is_loaded_and_saved(kind: str, tmp_path: Path) -> None:
-    name, build, auto, expected = KINDS[kind]
-    torch.manual_seed(0)
-    config, call = build()
-    original = getattr(transformers, name)(config)
-    source = save(tmp_path / "source", original)
+    _, _, auto, expected = KINDS[kind]
+    original, call, source = folder_of(kind, tmp_path)
     settings = transformers.GPTQConfig(
         bits=8, group_size=32, dataset=[TEXT.read_text()[:600]], tokenizer=str(source), model_seqlen=32
     )

@@ -7,7 +7,6 @@ import gc
 import io
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gptq_backend.kernels import cpu_layers
 from gptq_transformers.fused import ahead
 from tests.kernels.checks import native
 from tests.transformers.checkpoints import distance, ids, load, tiny, write
@@ -32,20 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     write(folder, tiny(num_hidden_layers=LAYERS), CONFIG)
     return folder
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many layers each call ran."""
-    counted: list[int] = []
-    original = cpu_layers.run_layers
-
-    def run(layers: Any, *args: Any) -> Any:
-        counted.append(len(layers))
-        return original(layers, *args)
-
-    monkeypatch.setattr(cpu_layers, "run_layers", run)
-    return counted
 
 
 def step(model: Any, cache: DynamicCache, **kwargs: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 pytest.importorskip("transformers.models.qwen3_moe")
 from transformers import DynamicCache
 
-from gptq_backend.kernels import cpu_layers
 from gptq_backend.kernels.cpu_router import Dense, Router, RouterParts, Rule
 from gptq_transformers.fused import admit
 from gptq_transformers.fused.match import tensor_at
@@ -53,20 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qwen2_moe")
     write(folder, tiny("qwen2_moe", **OTHER_MLPS["qwen2_moe"]), CONFIG)
     return folder
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many layers each call ran."""
-    counted: list[int] = []
-    original = cpu_layers.run_layers
-
-    def run(layers: Any, *args: Any) -> Any:
-        counted.append(len(layers))
-        return original(layers, *args)
-
-    monkeypatch.setattr(cpu_layers, "run_layers", run)
-    return counted
 
 
 def made(name: str, tmp_path: Path, **kwargs: Any) -> Any:
