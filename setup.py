@@ -160,6 +160,7 @@ PORTABLE = [
     "module.cpp",
     "block_module.cpp",
     "block.cpp",
+    "dense.cpp",
     "experts.cpp",
     "gemm.cpp",
     "gradient.cpp",

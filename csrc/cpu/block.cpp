@@ -11,13 +11,6 @@
 namespace gptq {
 namespace {
 
-void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int threads) {
-    const RowKernels& rows = *level().rows;
-    share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
-        rows.normalize(norm, shape.dtype, row_of(x, shape, row), row_of(y, shape, row), shape.width);
-    });
-}
-
 void multiply(const Rows& shape, const void* x, const std::vector<const Linear*>& weights, const std::vector<void*>& ys,
               int threads) {
     std::vector<Call> calls;
@@ -32,6 +25,13 @@ void* scratch(int which, const Rows& shape) {
 }
 
 }  // namespace
+
+void normalize(const Norm& norm, const Rows& shape, const void* x, void* y, int threads) {
+    const RowKernels& rows = *level().rows;
+    share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
+        rows.normalize(norm, shape.dtype, row_of(x, shape, row), row_of(y, shape, row), shape.width);
+    });
+}
 
 void add(const Norm* norm, float factor, const Rows& shape, const void* residual, void* x, void* y, int threads) {
     const RowKernels& rows = *level().rows;

@@ -24,6 +24,9 @@ struct Rows {
 // y [rows][out_features] = x times the transpose of the weight, for gemm() or the like. Of shape, rows and dtype count.
 Call call_of(const Linear& linear, const Rows& shape, const void* x, void* y);
 
+// y = norm(x), both of shape.
+void normalize(const Norm&, const Rows& shape, const void* x, void* y, int threads);
+
 // ys[i] [rows][out_features] = norm(x) times the transpose of each weight. norm: null for x as it is.
 void project(const Rows& shape, const void* x, const Norm* norm, const std::vector<const Linear*>& weights,
              const std::vector<void*>& ys, int threads);
@@ -82,10 +85,25 @@ struct Step {
     int64_t mask_strides[2];
 };
 
+// What follows the last layer: logits = head(norm(y)). The head is one of the two, the other is null.
+struct Ending {
+    const Norm* norm;
+    const Linear* quantized;
+    const Dense* dense;
+
+    int width() const { return quantized ? quantized->weight.in_features : dense->width; }
+};
+
+// Where an Ending puts its results, of the dtype of the step.
+struct Endings {
+    void *normed, *logits;  // [batch][positions][width] and [outputs]
+};
+
 // Runs layers one after the other. Each writes its keys and values behind those in use, and its result to
 // ys[layer] [batch][positions][width], which the next one reads. What mixtures choose goes to ids[layer], of each layer
-// `ids_stride` numbers, or null. Nothing is written but these.
+// `ids_stride` numbers, or null. ending: or null. Nothing is written but these.
 void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
-                const void* x, void* ys, int32_t* ids, int64_t ids_stride, int threads);
+                const void* x, void* ys, int32_t* ids, int64_t ids_stride, const Ending* ending, const Endings& results,
+                int threads);
 
 }  // namespace gptq

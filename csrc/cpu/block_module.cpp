@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "dense.h"
 #include "tail.h"
 
 namespace gptq {
@@ -149,6 +150,10 @@ Dense dense(uintptr_t weight, int dtype, int outputs, int width, uintptr_t bias,
     return {at<void>(weight), Dtype(dtype), outputs, width, at<void>(bias), Dtype(bias_dtype)};
 }
 
+void multiply_rows(const Dense& dense, int dtype, int rows, uintptr_t x, uintptr_t y, int threads) {
+    multiply(dense, {Dtype(dtype), rows, dense.width}, at<void>(x), Dtype(dtype), at<void>(y), threads);
+}
+
 Router router(const Dense& gate, bool rounded, bool sigmoid, uintptr_t correction, int correction_dtype, int groups,
               int chosen_groups, int best, int top_k, bool normalized, float scale) {
     const int experts = gate.outputs;
@@ -223,13 +228,21 @@ Layer layer(const Norm* before_attention, const std::vector<const Linear*>& inpu
             head_dim,         scale,  softcap,          &tail};
 }
 
+Ending ending(const Norm& norm, const Linear* quantized, const Dense* dense) {
+    if (!quantized == !dense) refuse("the number of heads", quantized ? 2 : 0, "just", 1);
+    const Ending found = {&norm, quantized, dense};
+    check_size(&norm, found.width());
+    return found;
+}
+
 // (keys, values, length, capacity)
 using CacheNumbers = std::tuple<uintptr_t, uintptr_t, int, int>;
 
 void run(const std::vector<const Layer*>& layers, const std::vector<CacheNumbers>& numbers, int dtype,
          const std::array<int, 3>& shape, uintptr_t x, const std::array<uintptr_t, 2>& angles, int angles_dtype,
          int angle_rows, int dims, uintptr_t mask, bool mask_is_bool, const std::array<int64_t, 2>& mask_strides,
-         uintptr_t ys, uintptr_t ids, int64_t ids_stride, int threads) {
+         uintptr_t ys, uintptr_t ids, int64_t ids_stride, const Ending* ending, const std::array<uintptr_t, 2>& results,
+         int threads) {
     Step step{};
     step.dtype = Dtype(dtype);
     step.batch = shape[0], step.positions = shape[1], step.width = shape[2];
@@ -251,7 +264,11 @@ void run(const std::vector<const Layer*>& layers, const std::vector<CacheNumbers
         if (layer.turns && dims <= 0) refuse("dims of cos", dims, "at least", 1);
         if (layer.turns) check_turning({step.angles_dtype, dims, layer.pairs}, layer.head_dim);
     }
-    run_layers(layers, caches, step, at<void>(x), at<void>(ys), at<int32_t>(ids), ids_stride, threads);
+    if (ending && layers.empty()) refuse("layers before an ending", 0, "at least", 1);
+    if (ending) check_size(ending->norm, step.width);
+    if (ending && ending->width() != step.width) refuse("inputs of a head", ending->width(), "those of x,", step.width);
+    run_layers(layers, caches, step, at<void>(x), at<void>(ys), at<int32_t>(ids), ids_stride, ending,
+               {at<void>(results[0]), at<void>(results[1])}, threads);
 }
 
 bool same_bytes(uintptr_t a, uintptr_t b, size_t bytes) {
@@ -267,7 +284,7 @@ void bind_blocks(PyObject* module) {
         function<&attend_rows>("attend"),       function<&finish_attention_rows>("finish_attention"),
         function<&finish_rows>("finish_layer"), function<&run_expert_rows>("run_experts"),
         function<&run>("run_layers"),           function<&route_rows>("route"),
-        function<&same_bytes>("same_bytes"),
+        function<&multiply_rows>("multiply"),   function<&same_bytes>("same_bytes"),
     };
     add_functions(module, functions);
     add_type<&linear>(module, "gptq_backend._cpu.Linear");
@@ -281,6 +298,7 @@ void bind_blocks(PyObject* module) {
     add_type<&mixture>(module, "gptq_backend._cpu.Mixture");
     add_type<&tail>(module, "gptq_backend._cpu.Tail");
     add_type<&layer>(module, "gptq_backend._cpu.Layer");
+    add_type<&ending>(module, "gptq_backend._cpu.Ending");
 }
 
 }  // namespace gptq

@@ -22,6 +22,14 @@ struct Wide128 {
         return sum + I(vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
     }
 
+    using F = Vectors<lanes>::F;
+
+    static GPTQ_INLINE F load_f16(const void* in) {
+        return F(vcvt_f32_f16(float16x4_t(vld1_u16(static_cast<const uint16_t*>(in)))));
+    }
+    static GPTQ_INLINE F load_bf16(const void* in) {
+        return F(vshll_n_u16(vld1_u16(static_cast<const uint16_t*>(in)), 16));
+    }
     static void half_to_float(const uint16_t* in, float* out, int n) {
         int i = 0;
         for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(float16x4_t(vld1_u16(in + i))));

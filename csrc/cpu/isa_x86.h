@@ -39,6 +39,15 @@ struct Wide256 : F16C {
     static constexpr bool pairs = false;
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;
+
+    using F = Vectors<lanes>::F;
+
+    static GPTQ_INLINE F load_f16(const void* in) {
+        return F(_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(in))));
+    }
+    static GPTQ_INLINE F load_bf16(const void* in) {
+        return F(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(in))), 16));
+    }
 };
 
 struct Wide512 : F16C {
@@ -46,6 +55,17 @@ struct Wide512 : F16C {
     static constexpr bool pairs = false;
     using U = Vectors<lanes>::U;
     using I = Vectors<lanes>::I;
+
+    using F = Vectors<lanes>::F;
+
+    // Every lane is written, but GCC warns of the undefined ones that the form without a mask names.
+    static GPTQ_INLINE F load_f16(const void* in) {
+        return F(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(in))));
+    }
+    static GPTQ_INLINE F load_bf16(const void* in) {
+        const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(in)));
+        return F(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+    }
 };
 
 // Products without VNNI, from the two instructions that a level names: madd adds pairs of int16 products to int32,

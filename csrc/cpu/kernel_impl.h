@@ -7,6 +7,8 @@
 //         static constexpr bool pairs;        // whether dot sums Dot::i8_nibbles to two int16 per lane
 //         I widen(I sums);                    // these two, added up, if so
 //         template <Dot> I dot(I sum, U codes, U x);  // sum + the products of one lane
+//         F load_f16(const void* in);         // as many as lanes
+//         F load_bf16(const void* in);
 //         void half_to_float(const uint16_t* in, float* out, int n);
 //         void float_to_half(const float* in, uint16_t* out, int n);
 //     };

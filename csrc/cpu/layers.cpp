@@ -3,7 +3,9 @@
 
 #include "block.h"
 #include "crew.h"
+#include "dense.h"
 #include "gemm.h"
+#include "row_sharing.h"
 #include "scratch.h"
 #include "tail.h"
 
@@ -109,11 +111,25 @@ void run(const std::vector<const Layer*>& layers, const std::vector<KeysAndValue
     }
 }
 
+void end(const Ending& ending, const Rows& shape, const void* y, const Endings& results, int threads) {
+    normalize(*ending.norm, shape, y, results.normed, threads);
+    if (ending.quantized) {
+        project(shape, results.normed, nullptr, {ending.quantized}, {results.logits}, threads);
+    } else {
+        multiply(*ending.dense, shape, results.normed, shape.dtype, results.logits, threads);
+    }
+}
+
 }  // namespace
 
 void run_layers(const std::vector<const Layer*>& layers, const std::vector<KeysAndValues>& caches, const Step& step,
-                const void* x, void* ys, int32_t* ids, int64_t ids_stride, int threads) {
-    Crew::with(threads, true, [&] { run(layers, caches, step, x, ys, ids, ids_stride, threads); });
+                const void* x, void* ys, int32_t* ids, int64_t ids_stride, const Ending* ending, const Endings& results,
+                int threads) {
+    const Rows shape = {step.dtype, step.batch * step.positions, step.width};
+    Crew::with(threads, true, [&] {
+        run(layers, caches, step, x, ys, ids, ids_stride, threads);
+        if (ending) end(*ending, shape, row_of(ys, shape, int64_t(layers.size() - 1) * shape.rows), results, threads);
+    });
 }
 
 }  // namespace gptq

@@ -22,6 +22,19 @@ struct Generic {
         }
         return sum;
     }
+    using F = Vectors<lanes>::F;
+
+    static F load_f16(const void* in) {
+        uint16_t halves[lanes];
+        float floats[lanes];
+        __builtin_memcpy(halves, in, sizeof halves);
+        half_to_float(halves, floats, lanes);
+        return Vectors<lanes>::load<F>(floats);
+    }
+    static F load_bf16(const void* in) {
+        typedef uint16_t Bits __attribute__((vector_size(lanes * 2)));
+        return F(__builtin_convertvector(Vectors<lanes>::load<Bits>(in), U) << 16);
+    }
     static void half_to_float(const uint16_t* in, float* out, int n) {
         for (int i = 0; i < n; ++i) {
             const uint32_t sign = uint32_t(in[i] & 0x8000u) << 16, rest = in[i] & 0x7fffu;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dense.h"
 #include "gemm.h"
 #include "row_sharing.h"
 #include "scratch.h"
@@ -81,27 +82,20 @@ void choose(const Router& r, float* scores, const float* correction, int32_t* id
 
 void route(const Router& r, const Rows& shape, const void* x, int32_t* ids, float* factors, int threads) {
     if (!shape.rows) return;
-    constexpr int kOutputs = 8;  // of a task
     const RowKernels& kernels = *level().rows;
     const int n = r.gate->outputs;
-    thread_local Scratch<float> kept, kept_x, kept_correction;
-    float* const wide = kept_x.reserve(size_t(shape.rows) * shape.width);
-    kernels.widen(shape.dtype, x, wide, shape.rows * shape.width);
+    const Dtype dtype = r.rounded ? shape.dtype : Dtype::f32;
+    thread_local Scratch<char> kept_logits;
+    thread_local Scratch<float> kept, kept_correction;
+    char* const logits = kept_logits.reserve(size_t(shape.rows) * n * size_of(dtype));
+    multiply(*r.gate, shape, x, dtype, logits, threads);
     float* const scores = kept.reserve(size_t(shape.rows) * n);
     float* correction = nullptr;
     if (r.correction) {
         correction = kept_correction.reserve(n);
         kernels.widen(r.correction_dtype, r.correction, correction, n);
     }
-    const int64_t work = int64_t(shape.rows) * shape.width * n;
-    share_elements((n + kOutputs - 1) / kOutputs, work, threads, [&](int task) {
-        for (int output = task * kOutputs; output < std::min((task + 1) * kOutputs, n); ++output) {
-            for (int row = 0; row < shape.rows; row += kDotRows) {
-                kernels.dots(*r.gate, output, wide + int64_t(row) * shape.width, std::min(kDotRows, shape.rows - row),
-                             r.rounded ? shape.dtype : Dtype::f32, scores + int64_t(row) * n + output, n);
-            }
-        }
-    });
+    kernels.widen(dtype, logits, scores, shape.rows * n);
     share_elements(shape.rows, int64_t(shape.rows) * n * 16, threads, [&](int row) {
         choose(r, scores + int64_t(row) * n, correction, ids + int64_t(row) * r.top_k,
                factors + int64_t(row) * r.top_k);

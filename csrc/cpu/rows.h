@@ -23,7 +23,7 @@ struct Dense {
     Dtype bias_dtype;
 };
 
-constexpr int kDotRows = 8;  // rows that meet one row of a Dense at a time
+constexpr int kDotRows = 8, kDotAlignment = 16;  // rows that meet one row of a Dense at a time, and their length
 
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
 
@@ -71,9 +71,9 @@ struct RowKernels {
     void (*rotate)(const Rotary&, Dtype, const void* cos, const void* sin, void* head);
     // The sum of factors[i] times row i of x [count][n].
     void (*combine)(Dtype, const void* x, const float* factors, int count, void* y, int n);
-    // y[i * stride] = row i of x [count][width] times row `output` of the weight, and the bias, rounded to a dtype.
-    // count is at most kDotRows.
-    void (*dots)(const Dense&, int output, const float* x, int count, Dtype rounding, float* y, int64_t stride);
+    // Columns [first, first + count) of y [rows][outputs] of a dtype: x times the transpose of the weight, and the
+    // bias. Rows are at most kDotRows, x_stride apart and, to a multiple of kDotAlignment, filled up with zeros.
+    void (*dots)(const Dense&, int first, int count, const float* x, int64_t x_stride, int rows, Dtype, void* y);
     void (*widen)(Dtype, const void* x, float* y, int n);  // to float32
     // Heads [head, head + count) of one row; they have the same keys, and count is at most kHeadsAtOnce.
     void (*attend)(const Attention&, int batch, int row, int head, int count);

@@ -1,6 +1,7 @@
 // The row kernels of rows.h, written once; a level supplies the Isa of kernel_impl.h.
 #pragma once
 
+#include "dense_impl.h"
 #include "kernel_impl.h"
 #include "rows.h"
 
@@ -138,50 +139,6 @@ void combine(Dtype dtype, const void* x, const float* factors, int rows, void* y
 template <class Isa>
 void widen(Dtype dtype, const void* x, float* y, int n) {
     to_float<Isa>(dtype, x, y, n);
-}
-
-template <class Isa>
-void dots(const Dense& dense, int output, const float* x, int count, Dtype rounding, float* y, int64_t stride) {
-    using Vec = Vectors<Isa::lanes>;
-    using F = typename Vec::F;
-    constexpr int kSums = 4, kStep = kSums * Isa::lanes;  // so many sums that no addition waits for the one before
-    alignas(64) float weight[kChunk], in[kChunk];
-    F sums[kDotRows][kSums] = {};
-    in_chunks(dense.width, [&](int first, int n) {
-        const int padded = (n + kStep - 1) / kStep * kStep;
-        to_float<Isa>(dense.dtype, element(dense.weight, dense.dtype, int64_t(output) * dense.width + first), weight,
-                      n);
-        for (int i = n; i < padded; ++i) weight[i] = 0.0f;
-        for (int row = 0; row < count; ++row) {
-            const float* from = x + int64_t(row) * dense.width + first;
-            if (n < padded) {
-                for (int i = 0; i < padded; ++i) in[i] = i < n ? from[i] : 0.0f;
-                from = in;
-            }
-            F sum[kSums];
-            GPTQ_UNROLL
-            for (int j = 0; j < kSums; ++j) sum[j] = sums[row][j];
-            for (int i = 0; i < padded; i += kStep) {
-                GPTQ_UNROLL
-                for (int j = 0; j < kSums; ++j) {
-                    const int at = i + j * Isa::lanes;
-                    sum[j] += Vec::template load<F>(weight + at) * Vec::template load<F>(from + at);
-                }
-            }
-            GPTQ_UNROLL
-            for (int j = 0; j < kSums; ++j) sums[row][j] = sum[j];
-        }
-    });
-    float bias = 0.0f;
-    if (dense.bias) to_float<Isa>(dense.bias_dtype, element(dense.bias, dense.bias_dtype, output), &bias, 1);
-    for (int row = 0; row < count; ++row) {
-        float parts[Isa::lanes], total = bias;
-        Vec::store(parts, (sums[row][0] + sums[row][1]) + (sums[row][2] + sums[row][3]));
-        for (int i = 0; i < Isa::lanes; ++i) total += parts[i];
-        uint32_t stored;
-        from_float<Isa>(rounding, &total, &stored, 1);
-        to_float<Isa>(rounding, &stored, &y[row * stride], 1);
-    }
 }
 
 template <class Isa>

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dense.h"
 #include "gemm.h"
 #include "row_sharing.h"
 #include "scratch.h"
@@ -51,15 +52,11 @@ void run_mixture(const Mixture& m, const Rows& shape, const void* x, const void*
     run_experts(*m.experts, {shape.rows, top_k, reinterpret_cast<uintptr_t>(ids), sizeof *ids, factors}, shape.dtype, x,
                 y, threads);
     if (!beside) return;
+    thread_local Scratch<float> kept_gates;
+    float* const gates = kept_gates.reserve(shape.rows);
+    if (m.mlp_gate) multiply(*m.mlp_gate, shape, x, Dtype::f32, gates, threads);
     share_elements(shape.rows, int64_t(shape.rows) * shape.width, threads, [&](int row) {
-        float factor = 1.0f;
-        if (m.mlp_gate) {
-            thread_local Scratch<float> kept_x;
-            float* const wide = kept_x.reserve(shape.width);
-            rows.widen(shape.dtype, row_of(x, shape, row), wide, shape.width);
-            rows.dots(*m.mlp_gate, 0, wide, 1, Dtype::f32, &factor, 1);
-            factor = 1.0f / (1.0f + std::exp(-factor));
-        }
+        const float factor = m.mlp_gate ? 1.0f / (1.0f + std::exp(-gates[row])) : 1.0f;
         char* const sum = row_of(y, shape, row);
         rows.add(shape.dtype, sum, row_of(beside, shape, row), factor, sum, shape.width);
     });
