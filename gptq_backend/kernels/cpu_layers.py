@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .cpu import _cpu
 from .cpu_attention import PAIRS, mask_strides
-from .cpu_block import Projections
+from .cpu_block import Linear, Norm, Projections
+from .cpu_dense import Dense
 from .cpu_tail import Tail
 from .cpu_tensors import address, describe, dtype_code
 from .devices import DTYPE_CODES
@@ -76,15 +77,30 @@ class Room:
         return self.keys.data_ptr(), self.values.data_ptr(), length, self.capacity  # a copy of this lies elsewhere
 
 
+class Ending:
+    """What follows the last layer: the head's product of what a norm makes of its result.
+
+    Raises:
+        ValueError: sizes do not fit together.
+    """
+
+    def __init__(self, norm: Norm, head: Linear | Dense) -> None:
+        natives = norm.native, head.native
+        quantized, dense = (natives[1], None) if isinstance(head, Linear) else (None, natives[1])
+        self.native, self.outputs = _cpu.Ending(natives[0], quantized, dense), head.out_features
+        self._kept = norm, head, natives
+
+
 class Results:
     """What each layer gave: ``ys`` [L, B, T, H]; knows later whether somebody changed it.
 
     Args:
         chosen: int32, for each layer the experts of all rows, of each as many as ``top_k`` says.
+        logits: [B, T, V], with an ending. What its norm gave is then the last of ``ys``.
     """
 
-    def __init__(self, ys: Tensor, chosen: Tensor, top_k: Sequence[int]) -> None:
-        self.ys, self._chosen, self._top_k = ys, chosen, top_k
+    def __init__(self, ys: Tensor, chosen: Tensor, top_k: Sequence[int], logits: Tensor | None) -> None:
+        self.ys, self._chosen, self._top_k, self.logits = ys, chosen, top_k, logits
         self._copy = ys.clone()
         self._bytes = ys[0].numel() * ys.element_size()
         self._first = ys.data_ptr(), self._copy.data_ptr()
@@ -107,6 +123,7 @@ def run_layers(
     x: Tensor,
     angles: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
+    ending: Ending | None = None,
 ) -> Results:
     """Run layers one after the other, each on the result of the one before.
 
@@ -117,6 +134,7 @@ def run_layers(
         x: [B, T, H] of 16 bits or float32.
         angles: cos and sin, contiguous float [B or 1, T, dims] of one dtype; None: no layer turns.
         mask: see :func:`gptq_backend.kernels.cpu_block.attend`; it is that of all layers.
+        ending: what is computed from the last result, or None.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
@@ -133,7 +151,8 @@ def run_layers(
     strides = (0, 0)
     if mask is not None:
         strides = mask_strides(mask, x, max(lengths) + positions)
-    ys = x.new_empty((len(layers), batch, positions, width))
+    ys = x.new_empty((len(layers) + (ending is not None), batch, positions, width))
+    logits = None if ending is None else x.new_empty((batch, positions, ending.outputs))
     top_k = [layer.top_k for layer in layers]
     chosen = torch.empty((len(layers), batch * positions * max(top_k)), dtype=torch.int32)
     _cpu.run_layers(
@@ -152,9 +171,11 @@ def run_layers(
         ys.data_ptr(),
         chosen.data_ptr(),
         chosen.shape[1],
+        None if ending is None else ending.native,
+        (ys[-1].data_ptr(), address(logits)),
         torch.get_num_threads(),
     )
-    return Results(ys, chosen, top_k)
+    return Results(ys, chosen, top_k, logits)
 
 
 def _angles(angles: tuple[Tensor, Tensor] | None, x: Tensor) -> tuple[tuple[int, int], int, int, int]:

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cpu import _cpu
-from .cpu_tensors import address, describe, dtype_code, vector_code
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A weight that is not quantized: 16 bits or float32 [N, K], and its bias [N] of any of these dtypes or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    @property
-    def native(self) -> Any:
-        weight, bias = self.weight, self.bias
-        if weight.dim() != 2 or not weight.is_contiguous():
-            raise ValueError(f"a weight is {describe(weight)} with strides {weight.stride()}; expected [N, K] in rows")
-        outputs, width = weight.shape
-        code = 0 if bias is None else vector_code(bias, outputs, "a bias")
-        return _cpu.Dense(weight.data_ptr(), dtype_code(weight, width, "a weight"), outputs, width, address(bias), code)
+from .cpu_dense import Dense
+from .cpu_tensors import address, dtype_code, vector_code
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .cpu import _cpu
 from .cpu_block import ACTIVATIONS, AfterAttention, Linear, Norm, Output, OutputParts, check_norm
+from .cpu_dense import Dense
 from .cpu_experts import MOST_ROWS, ExpertMLPs
-from .cpu_router import Dense, Router, RouterParts
+from .cpu_router import Router, RouterParts
 
 
 @dataclass(frozen=True)

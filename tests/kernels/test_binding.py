@@ -68,8 +68,9 @@ NEEDED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "inputs": lambda has: _cpu.Layer(None, [has["linear"], None, has["linear"]], *HEADS, has["tail"]),
     "weights": lambda has: _cpu.project(0, 1, 8, 0, None, [None], [0], 1),
     "layers": lambda has: _cpu.run_layers(
-        [None], [(0, 0, 0, 1)], 0, (1, 1, 8), 0, (0, 0), 0, 1, 0, 0, False, (0, 0), 0, 0, 0, 1
+        [None], [(0, 0, 0, 1)], 0, (1, 1, 8), 0, (0, 0), 0, 1, 0, 0, False, (0, 0), 0, 0, 0, None, (0, 0), 1
     ),
+    "a norm": lambda has: _cpu.Ending(None, has["linear"], None),
 }
 
 

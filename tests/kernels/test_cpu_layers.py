@@ -13,11 +13,13 @@ from torch import Tensor
 
 from gptq_backend.kernels import cpu_attention
 from gptq_backend.kernels.cpu_attention import PAIRS
-from gptq_backend.kernels.cpu_block import Norm, OutputParts, Projections
-from gptq_backend.kernels.cpu_layers import Layer, Room, run_layers
+from gptq_backend.kernels.cpu_block import Linear, Norm, OutputParts, Projections
+from gptq_backend.kernels.cpu_dense import Dense, Product
+from gptq_backend.kernels.cpu_layers import Ending, Layer, Room, run_layers
 from gptq_backend.kernels.cpu_tail import MLP, Tail, TailParts
-from tests.kernels.checks import LIMITS, native
-from tests.kernels.test_cpu_block import Dense, random_norm
+from tests.kernels.checks import LIMITS, error, native
+from tests.kernels.test_cpu_block import Dense as Quantized
+from tests.kernels.test_cpu_block import normalized, random_norm
 
 pytestmark = native
 
@@ -65,13 +67,13 @@ def random_parts(seed: int, joined: bool, pairs: str | None, norms: str, softcap
     torch.manual_seed(seed)
     heads, kv_heads, head_dim, hidden, inner = 4, 2, 16, 64, 96
     sizes = [hidden + 2 * kv_heads * head_dim] if joined else [hidden, kv_heads * head_dim, kv_heads * head_dim]
-    inputs = [Dense(4, hidden, size, seed + i, bias=i == 0).linear for i, size in enumerate(sizes)]
+    inputs = [Quantized(4, hidden, size, seed + i, bias=i == 0).linear for i, size in enumerate(sizes)]
     wide = norms == "wide"
     head_norms = [
         None if norms == "none" else Norm(torch.randn(count * head_dim if wide else head_dim)) for count in (4, 2)
     ]
-    o, gate, up = (Dense(4, hidden, size, seed + 5 + i).linear for i, size in enumerate((hidden, inner, inner)))
-    mlp = MLP((gate, up), Dense(8, inner, hidden, seed).linear, "silu")
+    o, gate, up = (Quantized(4, hidden, size, seed + 5 + i).linear for i, size in enumerate((hidden, inner, inner)))
+    mlp = MLP((gate, up), Quantized(8, inner, hidden, seed).linear, "silu")
     parts = TailParts(OutputParts(o, before_mlp=Norm(None)), mlp)
     projections = Projections(random_norm("rms", hidden, torch.float32), inputs)
     return Parts(projections, tuple(head_norms), pairs, heads, kv_heads, head_dim, softcap, Tail(parts))  # type: ignore[arg-type]
@@ -133,6 +135,47 @@ def test_a_result_that_somebody_changed_is_told_from_one_that_nobody_did() -> No
     results.ys[1].add_(1e-3)
     assert results.intact(0, results.ys[0])
     assert not results.intact(1, results.ys[1])
+
+
+def product(head: str) -> tuple[Linear | Dense, Any]:
+    """A head of 64 inputs for an ending, and what multiplies with it by itself."""
+    torch.manual_seed(1)
+    if head == "quantized":
+        linear = Quantized(4, 64, 50).linear
+        return linear, lambda x: Projections(None, [linear])(x)[0]
+    dense = Dense(torch.randn(50, 64).bfloat16(), torch.randn(50))
+    return dense, Product(dense)
+
+
+@pytest.mark.parametrize("head", ["quantized", "dense"])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_ending_gives_the_bits_of_its_own_calls(head: str, dtype: torch.dtype, count: int) -> None:
+    norm, (weight, multiply) = random_norm("rms", 64, dtype), product(head)
+    layers = [random_parts(i, False, None, "none", 0.0).layer() for i in range(count)]
+    x, spaces = torch.randn(2, 1, 64).to(dtype), rooms(count, 2, dtype)
+    lengths = [3] * count
+    plain = run_layers(layers, spaces, lengths, x)
+    results = run_layers(layers, spaces, lengths, x, ending=Ending(norm, weight))
+    assert torch.equal(results.ys[:-1], plain.ys)
+    assert error(results.ys[-1], normalized(norm, plain.ys[-1].double())) < LIMITS[dtype]
+    assert torch.equal(results.logits, multiply(results.ys[-1]))
+    assert results.intact(count, results.ys[-1])
+    results.ys[-1].mul_(2)
+    assert not results.intact(count, results.ys[-1])
+
+
+@pytest.mark.parametrize(
+    ("norm", "head", "message"),
+    [
+        (Norm(torch.ones(5)), 64, "the size of a norm is 5; expected that of its input, 64"),
+        (Norm(torch.ones(32)), 32, "the size of a norm is 32; expected that of its input, 64"),
+        (Norm(None), 32, "inputs of a head is 32; expected those of x, 64"),
+    ],
+)
+def test_an_ending_of_other_sizes_is_refused(norm: Norm, head: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        one_step(ending=Ending(norm, Dense(torch.randn(9, head))))
 
 
 def one_step(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gptq_backend.kernels import cpu
 from gptq_backend.kernels.cpu_block import OutputParts
+from gptq_backend.kernels.cpu_dense import Dense as Gate
 from gptq_backend.kernels.cpu_experts import ExpertMLPs
 from gptq_backend.kernels.cpu_layers import run_layers
-from gptq_backend.kernels.cpu_router import Dense as Gate
 from gptq_backend.kernels.cpu_router import Router, RouterParts, Rule
 from gptq_backend.kernels.cpu_tail import MLP, Mixture, Tail, TailParts
 from tests.kernels.checks import LIMITS, assert_passes_at, native

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from gptq_backend import QuantizeConfig
 from gptq_transformers import GPTQConfig
-from gptq_transformers.fused import admit
+from gptq_transformers.fused import admit, remove_fused
 from gptq_transformers.fused.forward import FusedForward
 from tests.kernels.checks import native
 from tests.transformers.checkpoints import NAMES, VERSION_4, distance, ids, load, load_peer, logits, tiny, write
@@ -60,8 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock(model: nn.Module) -> nn.Module:
     """A copy whose layers run their own code."""
     plain = copy.deepcopy(model)
-    for layer in fused(plain):
-        del layer.forward
+    remove_fused(plain)
     return plain
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 pytest.importorskip("transformers.models.qwen3_moe")
 from transformers import DynamicCache
 
-from gptq_backend.kernels.cpu_router import Dense, Router, RouterParts, Rule
+from gptq_backend.kernels.cpu_dense import Dense
+from gptq_backend.kernels.cpu_router import Router, RouterParts, Rule
 from gptq_transformers.fused import admit
 from gptq_transformers.fused.match import tensor_at
 from gptq_transformers.fused.mixture import find_pieces, find_rule

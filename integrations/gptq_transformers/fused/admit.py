@@ -18,6 +18,7 @@ from gptq_backend.kernels import cpu_attention, cpu_block
 
 from ..experts.expert_list import ExpertList
 from .calls import Calls
+from .ending import HeadForward, NormForward, join_ending
 from .forward import FusedForward
 from .match import NoMatch, Parts, find_parts, mlp_of
 from .mixture import Found, find_pieces, find_rule
@@ -61,6 +62,9 @@ def fuse_layers(model: Any) -> int:
                     parts = _with_mixture(parts, admitted[kind], kind, rules, given["hidden_states"].dtype)
             parts.layer.forward = FusedForward(parts, admitted[kind])
             count += 1
+    if count:
+        with _refusing(found[-1].layer, reasons):
+            join_ending(model, found[-1].layer)
     for why, names in reasons.items():
         logger.info(f"gptq-backend: {len(names)} {names[0]} run module by module: {why}")
     if count:
@@ -71,7 +75,7 @@ def fuse_layers(model: Any) -> int:
 def remove_fused(model: nn.Module) -> None:
     """Undo :func:`fuse_layers`: the layers run their own code, and nothing keeps their modules alive."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), FusedForward):
+        if isinstance(vars(module).get("forward"), FusedForward | NormForward | HeadForward):
             del module.forward
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from operator import attrgetter, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ from gptq_backend.kernels import cpu_layers
 
 from .cache import Room, room_of
 from .calls import Calls
+
+if TYPE_CHECKING:
+    from .ending import Ending
 
 _version = attrgetter("_version")
 _GIVEN = "attention_mask", "position_embeddings", "past_key_values"
@@ -32,10 +35,12 @@ class Link:
 
     Args:
         calls: those that ran last; they may be outdated.
+        ending: the norm and the head that came after it, if it is the last.
     """
 
     def __init__(self) -> None:
         self.calls: Calls | None = None
+        self._ending: weakref.ref[Ending] | None = None
         self._next: weakref.ref[Link] | None = None
         self._broken = False
 
@@ -43,12 +48,20 @@ class Link:
         if not self._broken:
             self._next = weakref.ref(successor)
 
+    def learn_ending(self, ending: Ending) -> None:
+        if not self._broken:
+            self._ending = weakref.ref(ending)
+
     def cut(self, for_good: bool = False) -> None:
-        self._next, self._broken = None, self._broken or for_good
+        self._next, self._ending, self._broken = None, None, self._broken or for_good
 
     @property
     def next(self) -> Link | None:
         return None if self._next is None else self._next()
+
+    @property
+    def ending(self) -> Ending | None:
+        return None if self._ending is None else self._ending()
 
 
 class _Latest(threading.local):
@@ -83,9 +96,14 @@ class _Run:
     """Layers that ran in one call."""
 
     def __init__(
-        self, calls: list[Calls], held: list[tuple[Any, Room]], read: list[Tensor], results: cpu_layers.Results
+        self,
+        calls: list[Calls],
+        held: list[tuple[Any, Room]],
+        read: list[Tensor],
+        results: cpu_layers.Results,
+        ending: Ending | None,
     ) -> None:
-        self.calls, self._held, self._results = calls, held, results
+        self.calls, self._held, self._results, self.ending = calls, held, results, ending
         self._views = [(layer.keys, layer.values) for layer, _ in held]
         counted = not any(map(Tensor.is_inference, (results.ys, *read)))  # what is written to those, nobody counts
         self._watched = [(*views, *read) if counted else () for views in self._views]
@@ -110,11 +128,24 @@ class _Run:
         layer, room = self._held[index]
         room.give(layer, self._length)
         y = self._results.ys[index].data  # for autograd it has nothing to do with what the other layers gave
-        if index + 1 < len(self.calls):
+        if index + 1 < len(self.calls) or self.ending is not None:
             _latest.note(y, link, given, self, index + 1)
         else:
             _latest.note(y, link, given)
         return y
+
+    def give_normed(self, link: Link) -> Tensor:
+        y = self._results.ys[-1].data
+        _latest.note(y, link, (self.ending,), self, len(self.calls) + 1)
+        return y
+
+    def logits(self) -> Tensor:
+        assert self._results.logits is not None
+        return self._results.logits
+
+    def intact(self, index: int, y: Tensor) -> bool:
+        """Whether ``y`` is the result that came at ``index``, the norm's behind those of all layers, as it was."""
+        return self._results.intact(index, y)
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
@@ -138,7 +169,7 @@ def resume(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor
         if follows:
             link.learn(own)
         return None
-    if follows and calls is run.calls[index]:
+    if follows and index < len(run.calls) and calls is run.calls[index]:
         unseen = run.unseen(index, x)
         if unseen and run.stands(index):
             return run.give(index, own, given)
@@ -164,6 +195,7 @@ def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor 
     held: list[tuple[Any, Room]] = []
     written: set[int] = set()
     follower: Link | None = own
+    last = own
     while follower is not None and (each := follower.calls) is not None:
         found, layer = room_of(cache, each.index, x.shape[1]), each.joined(beginning)
         if found is None or layer is None or found[0].keys.shape[2] != length or not found[1].fits(layer, x):
@@ -174,16 +206,68 @@ def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor 
         chain.append(each)
         layers.append(layer)
         held.append(found)
-        follower = follower.next
+        last, follower = follower, follower.next
     if len(chain) < 2:
         return None
     rooms = [room.place for _, room in held]
-    results = cpu_layers.run_layers(layers, rooms, [length] * len(chain), x, beginning.angles, mask)
+    ending = last.ending if follower is None else None
+    call = None if ending is None else ending.call_for(x)
+    results = cpu_layers.run_layers(layers, rooms, [length] * len(chain), x, beginning.angles, mask, call)
     read = [each for each in (mask, *(beginning.angles or ())) if each is not None]
-    run = _Run(chain, held, read, results)
+    run = _Run(chain, held, read, results, None if call is None else ending)
     return run.give(0, own, given) if run.stands(0) else None
 
 
 def note(own: Link, y: Tensor, given: tuple[Any, ...]) -> None:
     """Remember that the layer ran by itself, to see which one is next."""
     _latest.note(y, own, given)
+
+
+def resume_norm(ending: Ending, x: Any) -> Tensor | None:
+    """What the norm behind the last layer gives, if it was computed already."""
+    latest = _latest
+    output, link, run = latest.output, latest.link, latest.run
+    y = None if output is None else output()
+    if run is None or link is None or y is None or y is not x:
+        return None
+    last = len(run.calls)
+    follows = run.ending is ending and latest.index == last
+    if follows and run.intact(last - 1, y):
+        return run.give_normed(link)
+    link.cut(for_good=follows)  # it would be learnt again, in vain
+    latest.clear()
+    return None
+
+
+def note_norm(ending: Ending, x: Any, y: Any) -> None:
+    """Remember that the norm ran by itself, to see whether the head is next."""
+    latest = _latest
+    output, link = latest.output, latest.link
+    if output is not None and link is not None and x is not None and output() is x and latest.run is None:
+        latest.note(y, link, (ending,))
+
+
+def resume_head(ending: Ending, x: Any) -> Tensor | None:
+    """What the head gives for what the norm gave, or a view of all of it, if it was computed already."""
+    latest = _latest
+    output, link, run, given = latest.output, latest.link, latest.run, latest.given
+    normed = None if output is None else output()
+    if normed is None or link is None or len(given) != 1 or given[0] is not ending:
+        return None
+    latest.clear()
+    if type(x) is not Tensor or not _is_all_of(x, normed):
+        if run is not None:
+            link.cut()
+    elif run is None:
+        link.learn_ending(ending)
+    elif run.intact(len(run.calls), x):
+        return run.logits()
+    else:
+        link.cut(for_good=True)
+    return None
+
+
+def _is_all_of(x: Tensor, y: Tensor) -> bool:
+    """Whether ``x`` is ``y`` or a view of all that it holds."""
+    alike = (x.shape, x.dtype, x.data_ptr()) == (y.shape, y.dtype, y.data_ptr())
+    return alike and x.is_contiguous() and y.is_contiguous()

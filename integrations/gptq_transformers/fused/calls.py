@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gptq_backend.kernels import cpu_attention, cpu_block, cpu_layers, cpu_tail, places
+from gptq_backend.kernels import cpu_attention, cpu_block, cpu_layers, cpu_tail
 
 from .cache import append
+from .held import Entry, Held, entries_of_dense, entries_of_packed
 from .match import SINKS, Mixture, NoMatch, Parts, linear_of, norm_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,12 +30,8 @@ class Calls:
         self._head_dim, self._width = attention.head_dim, parts.inputs[0].in_features
         self._sinks = _sinks_of(attention, self._heads[0])
         self._softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
-        self._dicts, self._keys, self._values = zip(*_weights(parts))
-        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
-        # Kept, so that an address is never one of freed memory, whatever is done to a parameter.
-        self._kept: list[Any] = [tensor.detach() for tensor in self._tensors]
-        self._kept += [tensor.detach() for linear in parts.linears for tensor in linear.parameters(recurse=False)]
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        more = [tensor for linear in parts.linears for tensor in linear.parameters(recurse=False)]
+        self._held = Held(_entries(parts), more)
         self._projections = cpu_block.Projections(norm_of(parts.norms[0]), [linear_of(each) for each in parts.inputs])
         tail = parts.tail()
         self._output = cpu_block.Output(parts.output()) if parts.known_mlp is None else None
@@ -42,17 +39,14 @@ class Calls:
         self._experts = None if parts.mixture is None else parts.mixture.experts.grouped
         self._layer: tuple[tuple[float, float], cpu_layers.Layer] | None = None
         norms = [norm_of(norm) for norm in parts.head_norms]
-        self._kept += norms
+        self._kept = norms
         self._head_norms = [
             (None, True) if norm is None else (norm.native, norm.weight.numel() == self._head_dim)  # type: ignore[union-attr]
             for norm in norms
         ]
 
     def outdated(self) -> bool:
-        return (
-            not places.unchanged(self._dicts, self._keys, self._values)
-            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
-        )
+        return self._held.outdated()
 
     @property
     def index(self) -> int:
@@ -223,21 +217,17 @@ def _sinks_of(attention: Any, heads: int) -> Tensor | None:
     return sinks
 
 
-def _weights(parts: Parts) -> list[tuple[dict[str, Any], str, Any]]:
-    """Where the parameters lie whose addresses the calls hold, and what lies there."""
-    found: list[tuple[dict[str, Any], str, Any]] = []
-    for linear in parts.linears:
-        held = linear._parameters
-        found += [(linear.__dict__, "changes", linear.changes), (linear.__dict__, "_parameters", held)]
-        found += [(held, name, held.get(name)) for name in ("qweight", "scales", "zeros", "bias")]
+def _entries(parts: Parts) -> list[Entry]:
+    """Where the parameters lie whose addresses the calls hold."""
+    found = [entry for linear in parts.linears for entry in entries_of_packed(linear)]
     found.append((parts.attention._parameters, SINKS, parts.attention._parameters.get(SINKS)))
     for norm in (*parts.norms, *parts.head_norms):
         if norm is not None:
-            found += [(norm._parameters, name, norm._parameters.get(name)) for name in ("weight", "bias")]
+            found += entries_of_dense(norm)
     return found if parts.mixture is None else [*found, *_of_mixture(parts.mixture)]
 
 
-def _of_mixture(mixture: Mixture) -> list[tuple[dict[str, Any], str, Any]]:
+def _of_mixture(mixture: Mixture) -> list[Entry]:
     """Likewise of the router, and which stacks the experts' layers are part of."""
     held = [
         (module._parameters if name in module._parameters else module._buffers, name) for module, name in mixture.places

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gptq_backend import QuantLinear
-from gptq_backend.kernels import cpu_block, cpu_router, cpu_tail
+from gptq_backend.kernels import cpu_block, cpu_dense, cpu_router, cpu_tail
 
 from ..activations import name_of
 
@@ -96,7 +96,7 @@ class Mixture:
         if grouped is None or grouped.one_call is None:
             return None
         weight, bias, correction = map(tensor_at, (self.weight, self.bias, self.correction))
-        router = cpu_router.RouterParts(cpu_router.Dense(weight, bias), self.rule, correction)
+        router = cpu_router.RouterParts(cpu_dense.Dense(weight, bias), self.rule, correction)
         gate = self.mlp_gate
         return cpu_tail.Mixture(router, grouped.one_call, None if gate is None else dense_of(gate))
 
@@ -110,8 +110,8 @@ def tensor_at(place: Place | None) -> Any:
     return found if found is None or max(found.shape, default=1) != found.numel() else found.detach().view(-1)
 
 
-def dense_of(linear: nn.Linear) -> cpu_router.Dense:
-    return cpu_router.Dense(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+def dense_of(linear: nn.Linear) -> cpu_dense.Dense:
+    return cpu_dense.Dense(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def norm_of(module: Any) -> cpu_block.Norm | None:
     x = torch.randn(2, size, generator=torch.Generator().manual_seed(0)) + 0.5
     wide = copy.copy(module)  # torch's own norms take no input that is wider than their weights
     wide._parameters = {name: None if each is None else each.float() for name, each in module._parameters.items()}
-    wanted = wide(x)
+    wanted = type(module).forward(wide, x)
     for centered in (False, True):
         for offset in (0.0, 1.0):
             mean = x.mean(-1, keepdim=True) if centered else 0.0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend.kernels import cpu_router
+from gptq_backend.kernels import cpu_dense, cpu_router
 
 from ..experts.expert_list import ExpertList
 from .match import MLP, Mixture, NoMatch, Place, known_mlp
@@ -129,7 +129,7 @@ def _compared(
         wanted: [T, experts], what each counts.
     """
     bias, correction = (None if i is None else vectors[i] for i in (trial.bias, trial.correction))
-    router = cpu_router.RouterParts(cpu_router.Dense(weight, bias), trial.rule, correction)
+    router = cpu_router.RouterParts(cpu_dense.Dense(weight, bias), trial.rule, correction)
     spread = _spread(*cpu_router.Router(router)(x), len(weight))
     alike = ((spread > 0) == (wanted > 0)).all(-1)
     ratios = wanted[alike].sum(-1) / spread[alike].sum(-1)
