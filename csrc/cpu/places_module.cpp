@@ -112,6 +112,19 @@ bool untouched(const std::vector<PyObject*>& tuples) {
     return true;
 }
 
+// Whether two dictionaries have the same keys and hold the very same objects.
+bool same(PyObject* a, PyObject* b) {
+    if (!PyDict_Check(a) || !PyDict_Check(b)) throw std::invalid_argument("one of two dicts is none");
+    if (PyDict_Size(a) != PyDict_Size(b)) return false;
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(a, &at, &key, &value);) {
+        PyObject* const found = PyDict_GetItemWithError(b, key);
+        if (!found && PyErr_Occurred()) throw python::Raised();
+        if (found != value) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 void bind_places(PyObject* module) {
@@ -120,6 +133,7 @@ void bind_places(PyObject* module) {
         function<&unchanged, kWithPython>("unchanged"),
         function<&empty, kWithPython>("empty"),
         function<&untouched, kWithPython>("untouched"),
+        function<&same, kWithPython>("same"),
     };
     add_functions(module, functions);
 }

@@ -20,3 +20,8 @@ def empty(dicts: tuple[dict[str, Any], ...], keys: tuple[str, ...]) -> bool:
 def untouched(watches: list[tuple[tuple[Any, ...], ...]]) -> bool:
     """``unchanged(*each[:3]) and empty(*each[3:5])`` for all of them."""
     return _cpu.untouched(watches)
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether they have the same keys and hold the very same objects."""
+    return _cpu.same(a, b)

@@ -16,12 +16,14 @@ import weakref
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from gptq_backend.kernels import cpu_layers
+from gptq_backend.kernels import cpu_layers, operators_are_seen, places
 
 from .cache import Room, room_of
 from .calls import Calls
+from .watch import Watches
 
 if TYPE_CHECKING:
     from .ending import Ending
@@ -93,22 +95,37 @@ _latest = _Latest()
 
 
 class _Run:
-    """Layers that ran in one call."""
+    """Layers that ran in one call.
+
+    Args:
+        links, calls: of each layer.
+        held: of each, its layer of the cache, and the room that it has there.
+        kwargs: what the first was called with.
+        length: positions that the cache holds with those of this step.
+        ending: the norm and head that were computed as well, or None.
+    """
 
     def __init__(
         self,
+        links: list[Link],
         calls: list[Calls],
         held: list[tuple[Any, Room]],
+        kwargs: dict[str, Any],
         read: list[Tensor],
+        length: int,
         results: cpu_layers.Results,
         ending: Ending | None,
     ) -> None:
-        self.calls, self._held, self._results, self.ending = calls, held, results, ending
+        self.links, self.calls, self.kwargs, self.ending = links, calls, kwargs, ending
+        self._held, self._results, self._given = held, results, given_of(kwargs)
         self._views = [(layer.keys, layer.values) for layer, _ in held]
         counted = not any(map(Tensor.is_inference, (results.ys, *read)))  # what is written to those, nobody counts
         self._watched = [(*views, *read) if counted else () for views in self._views]
         self._versions = list(map(_versions, self._watched))
-        self._length = held[0][0].keys.shape[2] + results.ys.shape[2]
+        # All at once: between two layers Python is slow.
+        self._grown = [room.views_of(length) for _, room in held]
+        # For autograd they have nothing to do with each other. Those that were given are held no longer.
+        self._ys = dict(enumerate(y.data for y in results.ys))
 
     def unseen(self, index: int, x: Tensor) -> bool:
         """Whether ``x``, the cache, the mask and the angles are still what layer ``index`` was computed with."""
@@ -124,19 +141,18 @@ class _Run:
         """Whether nobody touched the experts that layer ``index`` was computed with."""
         return self.calls[index].stands(self._results.chosen(index))
 
-    def give(self, index: int, link: Link, given: tuple[Any, ...]) -> Tensor:
+    def give(self, index: int) -> Tensor:
+        """What layer ``index`` gives; its cache then holds the keys and values."""
         layer, room = self._held[index]
-        room.give(layer, self._length)
-        y = self._results.ys[index].data  # for autograd it has nothing to do with what the other layers gave
-        if index + 1 < len(self.calls) or self.ending is not None:
-            _latest.note(y, link, given, self, index + 1)
-        else:
-            _latest.note(y, link, given)
+        room.give(layer, self._grown[index])
+        y = self._ys.pop(index)
+        more = index + 1 < len(self.calls) or self.ending is not None
+        _latest.note(y, self.links[index], self._given, self if more else None, index + 1)
         return y
 
-    def give_normed(self, link: Link) -> Tensor:
-        y = self._results.ys[-1].data
-        _latest.note(y, link, (self.ending,), self, len(self.calls) + 1)
+    def give_normed(self) -> Tensor:
+        y = self._ys.pop(len(self.calls))
+        _latest.note(y, self.links[-1], (self.ending,), self, len(self.calls) + 1)
         return y
 
     def logits(self) -> Tensor:
@@ -158,6 +174,23 @@ def given_of(kwargs: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(map(kwargs.get, _GIVEN))
 
 
+def proceed(own: Link, watches: Watches | None, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """What the layer gives, if it was computed already and is called as the first one of the step was.
+
+    That is the usual case, for which little has to be looked at again. Whether anything else is so, others find out.
+    """
+    latest = _latest
+    run, output, index = latest.run, latest.output, latest.index
+    if run is None or output is None or output() is not x or index >= len(run.calls) or run.links[index] is not own:
+        return None
+    if not places.same(kwargs, run.kwargs) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    calls = run.calls[index]
+    if operators_are_seen() or watches is None or watches.served() is not calls.parts or not calls.in_place():
+        return None
+    return run.give(index) if run.unseen(index, x) and run.stands(index) else None
+
+
 def resume(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor | None:
     """What the layer gives, if it was computed already."""
     latest = _latest
@@ -172,7 +205,7 @@ def resume(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor
     if follows and index < len(run.calls) and calls is run.calls[index]:
         unseen = run.unseen(index, x)
         if unseen and run.stands(index):
-            return run.give(index, own, given)
+            return run.give(index)
         link.cut(for_good=not unseen)  # it would be learnt again, in vain
     else:
         link.cut()
@@ -180,9 +213,9 @@ def resume(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor
     return None
 
 
-def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor | None:
+def start(own: Link, calls: Calls, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """What the layer gives, and with it what those behind it will; None where it has to run by itself."""
-    mask, _, cache = given
+    mask, _, cache = given = given_of(kwargs)
     first = None if cache is None or own.next is None else room_of(cache, calls.index, x.shape[1])
     if first is None:
         return None
@@ -190,12 +223,12 @@ def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor 
     beginning = calls.begin(x, given, length)
     if beginning is None:
         return None
+    links: list[Link] = []
     chain: list[Calls] = []
     layers: list[cpu_layers.Layer] = []
     held: list[tuple[Any, Room]] = []
     written: set[int] = set()
     follower: Link | None = own
-    last = own
     while follower is not None and (each := follower.calls) is not None:
         found, layer = room_of(cache, each.index, x.shape[1]), each.joined(beginning)
         if found is None or layer is None or found[0].keys.shape[2] != length or not found[1].fits(layer, x):
@@ -203,19 +236,21 @@ def start(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor 
         if id(found[0]) in written:  # both would write to the same place; or a circle of layers
             break
         written.add(id(found[0]))
+        links.append(follower)
         chain.append(each)
         layers.append(layer)
         held.append(found)
-        last, follower = follower, follower.next
+        follower = follower.next
     if len(chain) < 2:
         return None
     rooms = [room.place for _, room in held]
-    ending = last.ending if follower is None else None
+    ending = links[-1].ending if follower is None else None
     call = None if ending is None else ending.call_for(x)
     results = cpu_layers.run_layers(layers, rooms, [length] * len(chain), x, beginning.angles, mask, call)
     read = [each for each in (mask, *(beginning.angles or ())) if each is not None]
-    run = _Run(chain, held, read, results, None if call is None else ending)
-    return run.give(0, own, given) if run.stands(0) else None
+    grown = length + x.shape[1]
+    run = _Run(links, chain, held, kwargs, read, grown, results, None if call is None else ending)
+    return run.give(0) if run.stands(0) else None
 
 
 def note(own: Link, y: Tensor, given: tuple[Any, ...]) -> None:
@@ -233,7 +268,7 @@ def resume_norm(ending: Ending, x: Any) -> Tensor | None:
     last = len(run.calls)
     follows = run.ending is ending and latest.index == last
     if follows and run.intact(last - 1, y):
-        return run.give_normed(link)
+        return run.give_normed()
     link.cut(for_good=follows)  # it would be learnt again, in vain
     latest.clear()
     return None

@@ -45,12 +45,15 @@ class Room:
             and self.keys.is_inference() == torch.is_inference_mode_enabled()
         )
 
-    def give(self, layer: Any, length: int) -> tuple[Tensor, Tensor]:
-        """Let the layer see ``length`` positions -> its keys and values."""
-        layer.keys, layer.values = self.views = self.keys[:, :, :length], self.values[:, :, :length]
+    def views_of(self, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of so many positions."""
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
+    def give(self, layer: Any, views: tuple[Tensor, Tensor]) -> None:
+        """Let the layer see these keys and values, which are views of those here."""
+        layer.keys, layer.values = self.views = views
         self._owner = id(layer)
         setattr(layer, _ROOM, self)
-        return self.views
 
 
 def room_of(cache: Any, index: int, count: int) -> tuple[Any, Room] | None:
@@ -79,7 +82,9 @@ def append(cache: Any, keys: Tensor, values: Tensor, index: int, *more: Any) -> 
     first, last = layer.keys.shape[2], layer.keys.shape[2] + keys.shape[2]
     room.keys[:, :, first:last] = keys
     room.values[:, :, first:last] = values
-    return room.give(layer, last)
+    views = room.views_of(last)
+    room.give(layer, views)
+    return views
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -48,6 +48,10 @@ class Calls:
     def outdated(self) -> bool:
         return self._held.outdated()
 
+    def in_place(self) -> bool:
+        """Whether they are those of the modules' tensors, as far as these did not move since the step began."""
+        return self._held.in_place()
+
     @property
     def index(self) -> int:
         """Of the layer in a cache."""

@@ -27,10 +27,11 @@ class Held:
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def outdated(self) -> bool:
-        return (
-            not places.unchanged(self._dicts, self._keys, self._values)
-            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
-        )
+        return not self.in_place() or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+
+    def in_place(self) -> bool:
+        """Whether the modules have the same tensors, which may lie elsewhere by now."""
+        return places.unchanged(self._dicts, self._keys, self._values)
 
 
 def entries_of_packed(layer: Any) -> list[Entry]:

@@ -63,6 +63,9 @@ class Watch:
         flags += [(module, "training") for module in self._modules if id(module) not in careless]
         self._states = tuple(module.__dict__ for module, _ in flags)
         self._flags = tuple(name for _, name in flags)
+        self._all: list[tuple[tuple[Any, ...], ...]] = [
+            (self._dicts, self._keys, self._values, self._states, self._flags)
+        ]
 
     @classmethod
     def of_layer(cls, parts: Parts) -> Watch:
@@ -79,9 +82,8 @@ class Watch:
     def untouched(self) -> bool:
         """Whether it computes what it did, and nobody listens."""
         return (
-            (self._in_place() or self._behind_disabled_adapters())
+            (places.untouched(self._all) or self._heard_by_nobody_behind_disabled_adapters())
             and self._same_code()
-            and places.empty(self._states, self._flags)
             and not nn_module._global_forward_hooks
             and not nn_module._global_forward_pre_hooks
         )
@@ -101,9 +103,9 @@ class Watch:
     def _in_place(self) -> bool:
         return places.unchanged(self._dicts, self._keys, self._values)
 
-    def _behind_disabled_adapters(self) -> bool:
+    def _heard_by_nobody_behind_disabled_adapters(self) -> bool:
         """Whether all that differs is that modules lie in adapters (PEFT) that are switched off."""
-        return all(
+        return places.empty(self._states, self._flags) and all(
             place.get(name) is value or (isinstance(value, nn.Module) and _passes_to(place.get(name), value))
             for place, name, value in zip(self._dicts, self._keys, self._values)
         )
