@@ -21,8 +21,9 @@ from torch import Tensor
 
 from gptq_backend.kernels import cpu_layers, operators_are_seen, places
 
-from .cache import Room, room_of
+from .cache import Room, room_of, rooms_of
 from .calls import Calls
+from .chain import Chain
 from .watch import Watches
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ class Link:
 
     Args:
         calls: those that ran last; they may be outdated.
+        chain: the layers that ran with it last, which may have changed.
         ending: the norm and the head that came after it, if it is the last.
     """
 
     def __init__(self) -> None:
         self.calls: Calls | None = None
+        self.chain: Chain | None = None
         self._ending: weakref.ref[Ending] | None = None
         self._next: weakref.ref[Link] | None = None
         self._broken = False
@@ -98,34 +101,34 @@ class _Run:
     """Layers that ran in one call.
 
     Args:
-        links, calls: of each layer.
         held: of each, its layer of the cache, and the room that it has there.
         kwargs: what the first was called with.
+        angles: those that the layers turned by.
         length: positions that the cache holds with those of this step.
         ending: the norm and head that were computed as well, or None.
     """
 
     def __init__(
         self,
-        links: list[Link],
-        calls: list[Calls],
+        chain: Chain,
         held: list[tuple[Any, Room]],
         kwargs: dict[str, Any],
-        read: list[Tensor],
+        angles: Any,
         length: int,
         results: cpu_layers.Results,
         ending: Ending | None,
     ) -> None:
-        self.links, self.calls, self.kwargs, self.ending = links, calls, kwargs, ending
+        self.links, self.calls = chain.links[: len(held)], chain.calls[: len(held)]
+        self.kwargs, self.ending = kwargs, ending
         self._held, self._results, self._given = held, results, given_of(kwargs)
         self._views = [(layer.keys, layer.values) for layer, _ in held]
+        read = tuple(each for each in (self._given[0], *(angles or ())) if each is not None)
         counted = not any(map(Tensor.is_inference, (results.ys, *read)))  # what is written to those, nobody counts
-        self._watched = [(*views, *read) if counted else () for views in self._views]
+        self._watched = [views if counted else () for views in (read, *self._views)]
         self._versions = list(map(_versions, self._watched))
-        # All at once: between two layers Python is slow.
         self._grown = [room.views_of(length) for _, room in held]
         # For autograd they have nothing to do with each other. Those that were given are held no longer.
-        self._ys = dict(enumerate(y.data for y in results.ys))
+        self._ys = dict(enumerate(y.data for y in results.ys.unbind()))
 
     def unseen(self, index: int, x: Tensor) -> bool:
         """Whether ``x``, the cache, the mask and the angles are still what layer ``index`` was computed with."""
@@ -133,7 +136,7 @@ class _Run:
         return (
             layer.keys is views[0]
             and layer.values is views[1]
-            and _versions(self._watched[index]) == self._versions[index]
+            and all(_versions(self._watched[i]) == self._versions[i] for i in (0, index + 1))
             and self._results.intact(index - 1, x)
         )
 
@@ -186,7 +189,7 @@ def proceed(own: Link, watches: Watches | None, x: Tensor, kwargs: dict[str, Any
     if not places.same(kwargs, run.kwargs) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     calls = run.calls[index]
-    if operators_are_seen() or watches is None or watches.served() is not calls.parts or not calls.in_place():
+    if operators_are_seen() or watches is None or watches.served(calls.held.places) is not calls.parts:
         return None
     return run.give(index) if run.unseen(index, x) and run.stands(index) else None
 
@@ -223,33 +226,19 @@ def start(own: Link, calls: Calls, x: Tensor, kwargs: dict[str, Any]) -> Tensor 
     beginning = calls.begin(x, given, length)
     if beginning is None:
         return None
-    links: list[Link] = []
-    chain: list[Calls] = []
-    layers: list[cpu_layers.Layer] = []
-    held: list[tuple[Any, Room]] = []
-    written: set[int] = set()
-    follower: Link | None = own
-    while follower is not None and (each := follower.calls) is not None:
-        found, layer = room_of(cache, each.index, x.shape[1]), each.joined(beginning)
-        if found is None or layer is None or found[0].keys.shape[2] != length or not found[1].fits(layer, x):
-            break
-        if id(found[0]) in written:  # both would write to the same place; or a circle of layers
-            break
-        written.add(id(found[0]))
-        links.append(follower)
-        chain.append(each)
-        layers.append(layer)
-        held.append(found)
-        follower = follower.next
-    if len(chain) < 2:
+    chain = own.chain
+    if chain is None or not chain.stands(beginning):
+        chain = own.chain = Chain(own, beginning)
+    held = rooms_of(cache, [each.index for each in chain.calls], x.shape[1], length)
+    held = held[: next((i for i, (_, room) in enumerate(held) if not room.fits(chain.layers[i], x)), len(held))]
+    count = len(held)
+    if count < 2:
         return None
-    rooms = [room.place for _, room in held]
-    ending = links[-1].ending if follower is None else None
+    ending = chain.links[-1].ending if chain.whole and count == len(chain.links) else None
     call = None if ending is None else ending.call_for(x)
-    results = cpu_layers.run_layers(layers, rooms, [length] * len(chain), x, beginning.angles, mask, call)
-    read = [each for each in (mask, *(beginning.angles or ())) if each is not None]
-    grown = length + x.shape[1]
-    run = _Run(links, chain, held, kwargs, read, grown, results, None if call is None else ending)
+    rooms = [room.place for _, room in held]
+    results = cpu_layers.run_layers(chain.layers[:count], rooms, [length] * count, x, beginning.angles, mask, call)
+    run = _Run(chain, held, kwargs, beginning.angles, length + x.shape[1], results, None if call is None else ending)
     return run.give(0) if run.stands(0) else None
 
 

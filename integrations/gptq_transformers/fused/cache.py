@@ -47,7 +47,7 @@ class Room:
 
     def views_of(self, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of so many positions."""
-        return self.keys[:, :, :length], self.values[:, :, :length]
+        return self.keys.narrow(2, 0, length), self.values.narrow(2, 0, length)
 
     def give(self, layer: Any, views: tuple[Tensor, Tensor]) -> None:
         """Let the layer see these keys and values, which are views of those here."""
@@ -61,6 +61,26 @@ def room_of(cache: Any, index: int, count: int) -> tuple[Any, Room] | None:
     layer = _plain_layer(cache, index)
     room = getattr(layer, _ROOM, None)
     return (layer, room) if room is not None and room.serves(layer, count) else None
+
+
+def rooms_of(cache: Any, indices: list[int], count: int, length: int) -> list[tuple[Any, Room]]:
+    """Likewise of several layers, up to the first that has none or does not hold ``length`` positions.
+
+    No layer comes twice.
+    """
+    found: list[tuple[Any, Room]] = []
+    if not _is_plain(cache):
+        return found
+    layers, seen = cache.layers, set()
+    for index in indices:
+        layer: Any = layers[index] if index < len(layers) else None
+        state = vars(layer) if type(layer) is DynamicLayer else {}
+        room = None if "update" in state else state.get(_ROOM)
+        if room is None or not room.serves(layer, count) or layer.keys.shape[2] != length or id(layer) in seen:
+            break
+        seen.add(id(layer))
+        found.append((layer, room))
+    return found
 
 
 def append(cache: Any, keys: Tensor, values: Tensor, index: int, *more: Any) -> tuple[Tensor, Tensor]:
@@ -92,17 +112,24 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and (*a.shape[:2], a.shape[3]) == (*b.shape[:2], b.shape[3])
 
 
+def _is_plain(cache: Any) -> bool:
+    """Whether it is transformers' own, which nobody patched."""
+    return (
+        type(cache) is DynamicCache
+        and not getattr(cache, "offloading", False)
+        and "update" not in vars(cache)
+        and (DynamicCache.update, DynamicLayer.update) == _UPDATES
+    )
+
+
 def _plain_layer(cache: Any, index: int) -> Any:
     """The layer ``index`` if it only grows and holds something already, else None."""
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
+    if not _is_plain(cache) or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    if type(layer) is not DynamicLayer or not layer.get_seq_length():
+    if type(layer) is not DynamicLayer or not layer.get_seq_length() or "update" in vars(layer):
         return None
-    patched = (
-        "update" in vars(cache) or "update" in vars(layer) or (DynamicCache.update, DynamicLayer.update) != _UPDATES
-    )
-    return None if patched else layer
+    return layer
 
 
 def _with_room(layer: Any, count: int) -> Room:

@@ -31,7 +31,7 @@ class Calls:
         self._sinks = _sinks_of(attention, self._heads[0])
         self._softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
         more = [tensor for linear in parts.linears for tensor in linear.parameters(recurse=False)]
-        self._held = Held(_entries(parts), more)
+        self.held = Held(_entries(parts), more)
         self._projections = cpu_block.Projections(norm_of(parts.norms[0]), [linear_of(each) for each in parts.inputs])
         tail = parts.tail()
         self._output = cpu_block.Output(parts.output()) if parts.known_mlp is None else None
@@ -46,11 +46,7 @@ class Calls:
         ]
 
     def outdated(self) -> bool:
-        return self._held.outdated()
-
-    def in_place(self) -> bool:
-        """Whether they are those of the modules' tensors, as far as these did not move since the step began."""
-        return self._held.in_place()
+        return self.held.outdated()
 
     @property
     def index(self) -> int:
@@ -212,6 +208,12 @@ class Beginning:
     softcap: float
     angles: Any
     x: Tensor
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """All that it depends on which layers can follow, but for the layers."""
+        turning = None if self.angles is None else self.angles[0].shape[2]
+        return id(self.first), self.softcap, turning, self.x.dtype, self.x.shape
 
 
 def _sinks_of(attention: Any, heads: int) -> Tensor | None:

@@ -20,18 +20,35 @@ class Held:
         more: further tensors to keep.
     """
 
-    def __init__(self, entries: list[Entry], more: Sequence[Tensor] = ()) -> None:
+    def __init__(self, entries: Sequence[Entry], more: Sequence[Tensor] = ()) -> None:
         self._dicts, self._keys, self._values = zip(*entries)
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self._kept = [tensor.detach() for tensor in (*self._tensors, *more)]
+        self._kept: list[Any] = [tensor.detach() for tensor in (*self._tensors, *more)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
-    def outdated(self) -> bool:
-        return not self.in_place() or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+    @classmethod
+    def joined(cls, parts: list[Held], entries: Sequence[Entry]) -> Held:
+        """Those of all parts, and further entries, which hold no tensors."""
+        whole = cls(entries)
+        whole._kept += parts
+        for part in parts:
+            whole._dicts += part._dicts
+            whole._keys += part._keys
+            whole._values += part._values
+            whole._tensors += part._tensors
+            whole._addresses += part._addresses
+        return whole
 
-    def in_place(self) -> bool:
-        """Whether the modules have the same tensors, which may lie elsewhere by now."""
-        return places.unchanged(self._dicts, self._keys, self._values)
+    @property
+    def places(self) -> tuple[tuple[Any, ...], ...]:
+        """For :func:`places.untouched`."""
+        return self._dicts, self._keys, self._values, (), ()
+
+    def outdated(self) -> bool:
+        return (
+            not places.unchanged(self._dicts, self._keys, self._values)
+            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+        )
 
 
 def entries_of_packed(layer: Any) -> list[Entry]:

@@ -63,9 +63,7 @@ class Watch:
         flags += [(module, "training") for module in self._modules if id(module) not in careless]
         self._states = tuple(module.__dict__ for module, _ in flags)
         self._flags = tuple(name for _, name in flags)
-        self._all: list[tuple[tuple[Any, ...], ...]] = [
-            (self._dicts, self._keys, self._values, self._states, self._flags)
-        ]
+        self.places = self._dicts, self._keys, self._values, self._states, self._flags
 
     @classmethod
     def of_layer(cls, parts: Parts) -> Watch:
@@ -79,10 +77,10 @@ class Watch:
         modules, served = mixture.modules(), (*mixture.linears, mixture.experts)
         return cls(modules, modules, [module for module in modules if module not in served], served)
 
-    def untouched(self) -> bool:
-        """Whether it computes what it did, and nobody listens."""
+    def untouched(self, *more: tuple[tuple[Any, ...], ...]) -> bool:
+        """Whether it computes what it did, and nobody listens; and whether ``more`` places are what they were."""
         return (
-            (places.untouched(self._all) or self._heard_by_nobody_behind_disabled_adapters())
+            (places.untouched([self.places, *more]) or self._heard_by_nobody_behind_disabled_adapters(*more))
             and self._same_code()
             and not nn_module._global_forward_hooks
             and not nn_module._global_forward_pre_hooks
@@ -103,9 +101,9 @@ class Watch:
     def _in_place(self) -> bool:
         return places.unchanged(self._dicts, self._keys, self._values)
 
-    def _heard_by_nobody_behind_disabled_adapters(self) -> bool:
+    def _heard_by_nobody_behind_disabled_adapters(self, *more: tuple[tuple[Any, ...], ...]) -> bool:
         """Whether all that differs is that modules lie in adapters (PEFT) that are switched off."""
-        return places.empty(self._states, self._flags) and all(
+        return places.untouched([((), (), (), self._states, self._flags), *more]) and all(
             place.get(name) is value or (isinstance(value, nn.Module) and _passes_to(place.get(name), value))
             for place, name, value in zip(self._dicts, self._keys, self._values)
         )
@@ -129,9 +127,11 @@ class Watches:
         self.layer = Watch.of_layer(parts)
         self._mixture = None if parts.mixture is None else Watch.of_mixture(parts.mixture)
 
-    def served(self) -> Parts | None:
-        """What the calls can serve: all parts; those but the mixture, where that was touched; or None."""
-        if not self.layer.untouched():
+    def served(self, *more: tuple[tuple[Any, ...], ...]) -> Parts | None:
+        """What the calls can serve: all parts; those but the mixture, where that was touched; or None, also where
+        ``more`` places are not what they were.
+        """
+        if not self.layer.untouched(*more):
             return None
         mixture = self.parts.mixture
         if mixture is None or self._mixture is None:

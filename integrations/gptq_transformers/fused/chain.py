@@ -1,0 +1,56 @@
+"""What layers that run in one call are: found link by link, and then looked at as one, because between Python's calls
+little of what it needs stays in the processor's caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from gptq_backend.kernels import cpu_layers
+
+from .calls import Beginning, Calls
+from .held import Entry, Held
+
+if TYPE_CHECKING:
+    from .ahead import Link
+
+
+class Chain:
+    """The layers that can run in one call with the first, and what that depends on.
+
+    Args:
+        first: the link of the first layer, whose calls are current.
+    """
+
+    def __init__(self, first: Link, beginning: Beginning) -> None:
+        self.links: list[Link] = []
+        self.calls: list[Calls] = []
+        self.layers: list[cpu_layers.Layer] = []
+        self._kind = beginning.kind
+        indices: set[int] = set()
+        follower: Link | None = first
+        while follower is not None:
+            calls = follower.calls
+            layer = None if calls is None else calls.joined(beginning)
+            if calls is None or layer is None or calls.index in indices:  # a circle, or two write to the same place
+                break
+            indices.add(calls.index)
+            self.links.append(follower)
+            self.calls.append(calls)
+            self.layers.append(layer)
+            follower = follower.next
+        self.whole = follower is None
+        ends = [] if follower is None else [(vars(follower), "calls", follower.calls)]  # with others it may go on
+        self._held = Held.joined([calls.held for calls in self.calls], [*self._entries(), *ends])
+
+    def stands(self, beginning: Beginning) -> bool:
+        """Whether it would be made as it is."""
+        return self._kind == beginning.kind and not self._held.outdated()
+
+    def _entries(self) -> Iterator[Entry]:
+        """What the modules and links say, which may change."""
+        for link, calls in zip(self.links, self.calls):
+            yield from ((vars(link), name, vars(link)[name]) for name in ("calls", "_next"))
+            attention = vars(calls.parts.attention)
+            yield from ((attention, name, attention.get(name)) for name in ("scaling", "config", "layer_idx"))
