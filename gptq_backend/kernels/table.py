@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ConfigError
 from ..format.weight import WeightSpec
-from . import cpu, reference
+from . import cpu, reference, self_check
 from .cuda import operators as cuda
 from .interface import ExpertKernel, Kernel
 from .triton import operators as triton
@@ -42,6 +42,9 @@ def fastest(report: Mapping[str, str | None], expert: bool = False) -> Kernel:
 def select_kernel(spec: WeightSpec, device: torch.device, name: str | None = None, expert: bool = False) -> Kernel:
     """The fastest row that serves ``spec`` on ``device``, or the row called ``name`` ("auto" and None choose).
 
+    Before a row first serves such weights on a device, it is checked there (self_check.py). One that gives wrong
+    results is left out, with a warning.
+
     expert: the weight is one of the experts of a mixture, which a grouped product serves faster than any other.
 
     Raises:
@@ -49,17 +52,30 @@ def select_kernel(spec: WeightSpec, device: torch.device, name: str | None = Non
     """
     if name in (None, "auto"):
         reasons = kernel_report(spec, device)
-        chosen = fastest(reasons, expert)
+        while (why_not := self_check.fault(chosen := fastest(reasons, expert), spec, device)) is not None:
+            reasons[chosen.name] = why_not
+            _warn_once(
+                f"the kernel {chosen.name!r} does not serve {spec.bits}-bit weights on {_describe(device)} (torch "
+                f"{torch.__version__}): {why_not}. The next kernel serves, which is slower. Please report what "
+                "'gptq-backend doctor' prints"
+            )
         if chosen is reference.KERNEL:
             why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
             _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())
         return chosen
     for kernel in KERNELS:
         if kernel.name == name:
-            if reason := kernel.supports(spec, device):
+            if reason := kernel.supports(spec, device) or self_check.fault(kernel, spec, device):
                 raise ConfigError(f"backend={name!r} cannot serve this layer on {device}: {reason}; use backend='auto'")
             return kernel
     raise ConfigError(f"backend={name!r} is not a kernel; choose 'auto' or one of {[k.name for k in KERNELS]}")
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 @functools.cache

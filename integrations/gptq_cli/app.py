@@ -316,3 +316,19 @@ def inspect(
     if found["damaged"]:
         count = len(found["damaged"])
         raise CheckpointError(f"{count} modules cannot be used; the first: {next(iter(found['damaged'].values()))}")
+
+
+@app.command()
+def doctor(
+    device: Annotated[
+        list[str] | None, typer.Option(help="Devices to check kernels on (repeatable). Default: all of this machine.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, help="After which a kernel counts as hanging, its compilation included.")
+    ] = 600.0,
+    json_target: Json = None,
+) -> None:
+    """Run every kernel on every device of this machine, and compare it with plain torch. Needs no model."""
+    from .doctor_command import run
+
+    run(device, seconds, json_target)

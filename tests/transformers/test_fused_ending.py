@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from gptq_backend import quantize_model
 from gptq_backend.kernels import cpu_dense, cpu_layers
 from gptq_transformers import GPTQConfig
-from gptq_transformers.fused.ending import HeadForward, NormForward
+from gptq_transformers.fused.ending_forward import HeadForward, NormForward
 from gptq_transformers.hf_quantizer import attach
 from tests.kernels.checks import native
 from tests.transformers.checkpoints import distance, ids, load, tiny, write

@@ -18,7 +18,7 @@ from gptq_backend.kernels import cpu_attention, cpu_block
 
 from ..experts.expert_list import ExpertList
 from .calls import Calls
-from .ending import HeadForward, NormForward, join_ending
+from .ending_forward import HeadForward, NormForward, join_ending
 from .forward import FusedForward
 from .match import NoMatch, Parts, find_parts, mlp_of
 from .mixture import Found, find_pieces, find_rule

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,50 +23,12 @@ from gptq_backend.kernels import cpu_layers, operators_are_seen, places
 
 from .cache import Room, room_of, rooms_of
 from .calls import Calls
-from .chain import Chain
+from .chain import Chain, Link
+from .ending import Ending
 from .watch import Watches
-
-if TYPE_CHECKING:
-    from .ending import Ending
 
 _version = attrgetter("_version")
 _GIVEN = "attention_mask", "position_embeddings", "past_key_values"
-
-
-class Link:
-    """What runs a layer, and the link of the layer that is called with its result, where that is known.
-
-    Args:
-        calls: those that ran last; they may be outdated.
-        chain: the layers that ran with it last, which may have changed.
-        ending: the norm and the head that came after it, if it is the last.
-    """
-
-    def __init__(self) -> None:
-        self.calls: Calls | None = None
-        self.chain: Chain | None = None
-        self._ending: weakref.ref[Ending] | None = None
-        self._next: weakref.ref[Link] | None = None
-        self._broken = False
-
-    def learn(self, successor: Link) -> None:
-        if not self._broken:
-            self._next = weakref.ref(successor)
-
-    def learn_ending(self, ending: Ending) -> None:
-        if not self._broken:
-            self._ending = weakref.ref(ending)
-
-    def cut(self, for_good: bool = False) -> None:
-        self._next, self._ending, self._broken = None, None, self._broken or for_good
-
-    @property
-    def next(self) -> Link | None:
-        return None if self._next is None else self._next()
-
-    @property
-    def ending(self) -> Ending | None:
-        return None if self._ending is None else self._ending()
 
 
 class _Latest(threading.local):

@@ -4,16 +4,50 @@ little of what it needs stays in the processor's caches.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from gptq_backend.kernels import cpu_layers
 
 from .calls import Beginning, Calls
+from .ending import Ending
 from .held import Entry, Held
 
-if TYPE_CHECKING:
-    from .ahead import Link
+
+class Link:
+    """What runs a layer, and the link of the layer that is called with its result, where that is known.
+
+    Args:
+        calls: those that ran last; they may be outdated.
+        chain: the layers that ran with it last, which may have changed.
+        ending: the norm and the head that came after it, if it is the last.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Calls | None = None
+        self.chain: Chain | None = None
+        self._ending: weakref.ref[Ending] | None = None
+        self._next: weakref.ref[Link] | None = None
+        self._broken = False
+
+    def learn(self, successor: Link) -> None:
+        if not self._broken:
+            self._next = weakref.ref(successor)
+
+    def learn_ending(self, ending: Ending) -> None:
+        if not self._broken:
+            self._ending = weakref.ref(ending)
+
+    def cut(self, for_good: bool = False) -> None:
+        self._next, self._ending, self._broken = None, None, self._broken or for_good
+
+    @property
+    def next(self) -> Link | None:
+        return None if self._next is None else self._next()
+
+    @property
+    def ending(self) -> Ending | None:
+        return None if self._ending is None else self._ending()
 
 
 class Chain:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import QuantLinear, TiedHead
-from gptq_backend.kernels import cpu_block, cpu_dense, cpu_layers, operators_are_seen
+from gptq_backend.kernels import cpu_block, cpu_dense, cpu_layers
 
-from . import ahead
 from .held import Held, entries_of_dense, entries_of_packed
 from .match import NoMatch, dense_of, linear_of, norm_of
 from .watch import Watch
@@ -75,57 +74,22 @@ class Ending:
         return {"norm": self.norm, "head": self.head, "_watch": None, "_held": None, "_call": None, "_product": None}
 
 
-class NormForward:
-    """Takes the place of the norm's ``forward``."""
-
-    def __init__(self, ending: Ending) -> None:
-        self.ending = ending
-
-    def __call__(self, *arguments: Any, **kwargs: Any) -> Any:
-        norm = self.ending.norm
-        alone = len(arguments) == 1 and not kwargs and not operators_are_seen() and not torch.is_grad_enabled()
-        if alone and (y := ahead.resume_norm(self.ending, arguments[0])) is not None:
-            return y
-        y = type(norm).forward(norm, *arguments, **kwargs)
-        if alone:
-            ahead.note_norm(self.ending, arguments[0], y)
-        return y
-
-
-class HeadForward:
-    """Takes the place of the head's ``forward``."""
-
-    def __init__(self, ending: Ending) -> None:
-        self.ending = ending
-
-    def __call__(self, *arguments: Any, **kwargs: Any) -> Any:
-        head = self.ending.head
-        if len(arguments) == 1 and not kwargs and not operators_are_seen() and not torch.is_grad_enabled():
-            (x,) = arguments
-            if (y := ahead.resume_head(self.ending, x)) is not None:
-                return y
-            if (product := self.ending.product_for(x)) is not None:
-                return product(x)
-        return type(head).forward(head, *arguments, **kwargs)
-
-
-def join_ending(model: Any, layer: nn.Module) -> None:
-    """Let the head run with the layers, of which ``layer`` is the last, where its parts are known.
+def find_ending(model: Any, layer: nn.Module) -> Ending | None:
+    """The norm and the head behind ``layer``, the last one; None for a model without a head.
 
     Raises:
-        NoMatch: they are not.
+        NoMatch: their parts are not known.
     """
     head = model.get_output_embeddings()
     if head is None:
-        return
+        return None
     norms = [norm for norm in _beside(model, layer) if _is_norm(norm)]
     if len(norms) != 1:
         raise NoMatch(f"{len(norms)} norms lie beside the layers")
     if any("forward" in vars(module) for module in (head, *norms)):
         raise NoMatch("something else runs it already")
-    ending = Ending(norms[0], head)
     _weight_of(head)
-    ending.norm.forward, ending.head.forward = NormForward(ending), HeadForward(ending)
+    return Ending(norms[0], head)
 
 
 def _beside(model: nn.Module, layer: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,120 @@
+"""Does a row of the table give right results on this device?  Found out once per process, by a small problem.
+
+A kernel that was never run on a kind of device, a driver that miscompiles it or broken memory would otherwise be
+noticed by what the model says, if at all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import is_out_of_memory
+from ..format import packing
+from ..format.weight import PackedWeight, WeightSpec
+from . import reference
+from .interface import Kernel, PreparedWeight
+from .operators import operators_are_seen
+
+VARIABLE = "GPTQ_BACKEND_SELF_CHECK"
+DTYPES = torch.float16, torch.bfloat16
+_ROWS = (1, 9, 40, 200)  # of x: one for each way in which rows of the table multiply
+_CHANNELS, _OUTPUTS = 320, 272  # about; no power of two
+# Largest deviation of a result, in units of the results' root mean square: rounding the weight and the result to
+# bfloat16 stays below a fiftieth, one channel left out is above a tenth. Of opt-in rows, which round x to 8 bits.
+_LIMIT, _OPT_IN_LIMIT = 0.05, 0.2
+
+_found: dict[tuple[object, ...], str | None] = {}
+_lock = threading.Lock()
+
+
+def fault(kernel: Kernel, spec: WeightSpec, device: torch.device) -> str | None:
+    """Why ``kernel`` must not serve weights like ``spec`` on ``device``: what it got wrong there; None if nothing.
+
+    The answer is kept. Nothing is computed while a graph is captured or traced; then the answer is None, and not kept.
+    """
+    if kernel is reference.KERNEL or os.environ.get(VARIABLE, "1") in ("0", "false"):
+        return None
+    key = kernel.name, kernel.gemm, device, spec.bits, _group_size(spec), spec.sym, spec.act_order, spec.scales_dtype
+    if key in _found:
+        return _found[key]
+    if operators_are_seen() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return None
+    with _lock, torch.no_grad(), torch.inference_mode(False):
+        if key not in _found:
+            try:
+                _found[key] = _wrong_results(kernel, spec, device)
+            except Exception as error:
+                if is_out_of_memory(error):  # says nothing of the kernel
+                    return None
+                _found[key] = f"it failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    return _found[key]
+
+
+def forget() -> None:
+    """Check all anew."""
+    _found.clear()
+
+
+def limit(kernel: Kernel) -> float:
+    """The largest of :func:`deviations` that is right."""
+    return _OPT_IN_LIMIT if kernel.opt_in else _LIMIT
+
+
+def deviations(kernel: Kernel, weight: PackedWeight) -> Iterator[tuple[int, torch.dtype, float]]:
+    """Of products of some rows in some dtype with ``weight``: how far one is off the plain-torch product at most, in
+    units of the results' root mean square; NaN if one is NaN.
+    """
+    prepared = PreparedWeight.of(weight, kernel)
+    dense = PreparedWeight.of(weight, reference.KERNEL).dequantize(torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(max(_ROWS), weight.spec.in_features, generator=generator).to(dense.device)
+    for dtype in DTYPES:
+        expected = x.to(dtype).float() @ dense.t()
+        unit = expected.square().mean().sqrt()
+        for rows in _ROWS:
+            found = prepared.multiply(x[:rows].to(dtype)).float()
+            yield rows, dtype, float((found - expected[:rows]).abs().max() / unit)
+
+
+def problem(spec: WeightSpec, device: torch.device) -> PackedWeight:
+    """A small random weight like ``spec``."""
+    generator = torch.Generator().manual_seed(0)
+    size = _group_size(spec)
+    groups = 1 if size is None else max(2, -(-_CHANNELS // size))
+    channels = _CHANNELS if size is None else groups * size
+    codes = torch.randint(0, 1 << spec.bits, (channels, _OUTPUTS), generator=generator, dtype=torch.uint8)
+    zeros = torch.full((groups, _OUTPUTS), 1 << (spec.bits - 1), dtype=torch.uint8)
+    if not spec.sym:
+        zeros = torch.randint(0, 1 << spec.bits, zeros.shape, generator=generator, dtype=torch.uint8)
+    scales = (0.5 + torch.rand(zeros.shape, generator=generator)) / (1 << spec.bits)
+    g_idx = None
+    if spec.act_order:
+        g_idx = (torch.arange(channels, dtype=torch.int32) * groups // channels)[
+            torch.randperm(channels, generator=generator)
+        ]
+    small = WeightSpec(
+        channels, _OUTPUTS, spec.bits, channels // groups, groups, spec.sym, spec.act_order, spec.scales_dtype
+    )
+    qweight = packing.pack(codes, spec.bits)
+    return PackedWeight(small, qweight, zeros, scales.to(spec.scales_dtype), g_idx).to(device)
+
+
+def _group_size(spec: WeightSpec) -> int | None:
+    """None for a single group."""
+    return None if spec.groups == 1 else spec.group_size
+
+
+def _wrong_results(kernel: Kernel, spec: WeightSpec, device: torch.device) -> str | None:
+    weight = problem(spec, device)
+    if kernel.supports(weight.spec, device) is not None:  # it serves other sizes only
+        return None
+    for rows, dtype, found in deviations(kernel, weight):
+        if not found <= limit(kernel):
+            amount = "NaN" if math.isnan(found) else f"off by {found:.2g} times what is usual for a result"
+            return f"its results are wrong: {amount}, of {rows} rows in {str(dtype).removeprefix('torch.')}"
+    return None

@@ -1,0 +1,57 @@
+"""Takes the place of the ``forward`` of the norm and the head that follow the last layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_backend.kernels import operators_are_seen
+
+from . import ahead
+from .ending import Ending, find_ending
+
+
+class NormForward:
+    """Takes the place of the norm's ``forward``."""
+
+    def __init__(self, ending: Ending) -> None:
+        self.ending = ending
+
+    def __call__(self, *arguments: Any, **kwargs: Any) -> Any:
+        norm = self.ending.norm
+        alone = len(arguments) == 1 and not kwargs and not operators_are_seen() and not torch.is_grad_enabled()
+        if alone and (y := ahead.resume_norm(self.ending, arguments[0])) is not None:
+            return y
+        y = type(norm).forward(norm, *arguments, **kwargs)
+        if alone:
+            ahead.note_norm(self.ending, arguments[0], y)
+        return y
+
+
+class HeadForward:
+    """Takes the place of the head's ``forward``."""
+
+    def __init__(self, ending: Ending) -> None:
+        self.ending = ending
+
+    def __call__(self, *arguments: Any, **kwargs: Any) -> Any:
+        head = self.ending.head
+        if len(arguments) == 1 and not kwargs and not operators_are_seen() and not torch.is_grad_enabled():
+            (x,) = arguments
+            if (y := ahead.resume_head(self.ending, x)) is not None:
+                return y
+            if (product := self.ending.product_for(x)) is not None:
+                return product(x)
+        return type(head).forward(head, *arguments, **kwargs)
+
+
+def join_ending(model: Any, layer: nn.Module) -> None:
+    """Let the head run with the layers, of which ``layer`` is the last, if there is one.
+
+    Raises:
+        NoMatch: its parts, or those of the norm before it, are not known.
+    """
+    if (ending := find_ending(model, layer)) is not None:
+        ending.norm.forward, ending.head.forward = NormForward(ending), HeadForward(ending)
