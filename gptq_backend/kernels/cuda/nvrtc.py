@@ -102,9 +102,11 @@ def find_compiler(cuda: str | None = None) -> Compiler:
     major = (cuda or "").partition(".")[0]
     for candidate in _candidates(major):
         try:
-            return Compiler(candidate)
+            found = Compiler(candidate)
         except CompileError:
             continue
+        if not major or str(found.version[0]) == major:
+            return found
     raise CompileError(
         f"no libnvrtc.so.{major} was found; torch's CUDA builds bring it, and so does the package nvidia-cuda-nvrtc"
         + (f"-cu{major}" if major in ("11", "12") else "")
