@@ -344,8 +344,8 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", f"({{tests}}
 def test_a_missing_extension_says_how_to_get_it_past_pips_cache() -> None:
     code = (
         "import sys; sys.modules['gptq_backend._cpu'] = sys.modules['gptq_backend._cuda'] = None; "
-        "from gptq_backend.kernels import cpu; from gptq_backend.kernels.cuda import operators as cuda; "
-        "print(cpu._MISSING, cuda._MISSING)"
+        "from gptq_backend.kernels import cpu; from gptq_backend.kernels.cuda import loading; "
+        "print(cpu._MISSING, loading.MISSING)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.count("--no-cache-dir --force-reinstall --no-deps") == 2

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -35,6 +37,9 @@ class Compiler:
 
     def __init__(self, path: str) -> None:
         try:
+            if os.path.dirname(path):  # the library does not find its second half in the folders of NVIDIA's packages
+                for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(builtins))
             self._library = ctypes.CDLL(path)
             self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
@@ -114,13 +119,14 @@ def find_compiler(cuda: str | None = None) -> Compiler:
 
 
 def _candidates(major: str) -> Iterator[str]:
-    if major:
-        yield f"libnvrtc.so.{major}"  # torch has loaded it, or the system has it
     spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        # nvidia/cuda_nvrtc/lib up to CUDA 12, nvidia/cu13/lib later
-        yield from sorted((str(path) for path in Path(folder).glob(f"*/lib/libnvrtc.so.{major}*")), reverse=True)
-    yield "libnvrtc.so"
+    # nvidia/cuda_nvrtc/lib up to CUDA 12, nvidia/cu13/lib later; then those of conda and of a toolkit
+    packages = spec.submodule_search_locations or () if spec else ()
+    folders = [folder for package in packages for folder in Path(package).glob("*/lib")]
+    folders += [Path(sys.prefix) / "lib", Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "lib64"]
+    for folder in folders:
+        yield from sorted((str(path) for path in folder.glob(f"libnvrtc.so.{major}*")), reverse=True)
+    yield f"libnvrtc.so.{major}" if major else "libnvrtc.so"  # where the system's loader finds it
 
 
 def serving(capability: int, architectures: Iterable[int]) -> int | None:

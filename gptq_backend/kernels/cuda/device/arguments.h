@@ -55,7 +55,7 @@ constexpr int kStageTiles = 2;
 constexpr int kStages = 3;
 
 // Shared memory of a stage: activations, then words.
-constexpr int kStageTokenBytes = kStageTiles * kTile * 2;            // per token
+constexpr int kStageTokenBytes = kStageTiles * kTile * 2;                       // per token
 constexpr int kStageBitBytes = kWideStrips * kStageTiles * kTile * kStrip / 8;  // per bit of the codes
 
 }  // namespace gptq
