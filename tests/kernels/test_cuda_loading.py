@@ -121,7 +121,7 @@ def test_a_driver_that_refuses_everything_leaves_every_reason(shipped: Path, rea
     assert reason is not None
     error = "cuModuleLoadData failed with CUDA_ERROR_UNSUPPORTED_PTX_VERSION (222): the text of this error"
     assert f"sm_90 of gptq-backend-cuda: {error}" in reason
-    assert "compiling with NVRTC: no libnvrtc.so" in reason
+    assert "machine code by NVRTC: no libnvrtc.so" in reason
     assert f"PTX of gptq-backend-cuda, which needs the driver of CUDA 12.9 or a newer one: {error}" in reason
     assert loading.unfit(0, 4) is reason  # found once
 

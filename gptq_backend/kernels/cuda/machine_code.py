@@ -47,7 +47,7 @@ def images(bits: int, capability: int) -> Iterator[Image]:
     arch = serving(capability, shipped.cubins)
     if arch is not None:
         yield Image(f"sm_{arch} of gptq-backend-cuda", lambda: shipped.read(f"sm_{arch}", bits))
-    yield Image("compiling with NVRTC", lambda: _compiled(bits, capability))
+    yield Image("machine code by NVRTC", lambda: _compiled(bits, capability))
     if shipped.ptx is not None and shipped.ptx <= capability:
         # The driver compiles it, in seconds, and keeps what it made.
         origin = f"PTX of gptq-backend-cuda, which needs the driver of CUDA {shipped.cuda} or a newer one"
