@@ -1,4 +1,4 @@
-"""The ``cuda`` row of the kernel table: CUDA C++ kernels for NVIDIA GPUs (csrc/cuda).
+"""The ``cuda`` row of the kernel table: CUDA C++ kernels for NVIDIA GPUs (device/, csrc/cuda).
 
 Which kernel multiplies, and how it cuts the work, is for plan.py to say; the weight is as layout.py prepares it.
 """
