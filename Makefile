@@ -29,6 +29,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST := $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 ON_TRANSFORMERS := tests/transformers tests/peft tests/cli
+# What the extensions are built from.
+NATIVE := $(wildcard csrc/*/*) gptq_backend/kernels/cuda/device/arguments.h
 OVERLAYS := $(CURDIR)/$(VENV)/overlays
 export PYTHONPATH :=
 # Prints results as they come, also into a pipe.
@@ -104,7 +106,7 @@ endif
 
 # Editable, so that the tests see this tree and nothing else, and the entry points exist. What the extras ask for is
 # added to it below: asking for the tree again would compile the kernels again.
-$(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*/*) | $(VENV)/.torch
+$(VENV)/.installed: pyproject.toml setup.py Makefile $(NATIVE) | $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[transformers]" "$(TRANSFORMERS)"
 	touch $@
 
@@ -153,7 +155,7 @@ $(VENV)/.overlay-5.23: Makefile | $(VENV)/.torch
 GPU_CLI := PYTHONPATH=integrations $(GPU_PYTHON) -m gptq_cli
 SANITIZER := $(shell command -v compute-sanitizer)
 
-build/.gpu: setup.py $(wildcard csrc/*/*)
+build/.gpu: setup.py $(NATIVE)
 	GPTQ_BACKEND_REQUIRE_NATIVE=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@
 
