@@ -37,7 +37,8 @@ def main(path: str) -> None:
 def _architecture(code: bytes) -> str:
     """Of a cubin, which is an ELF file with it in its flags, or of PTX."""
     if code[:4] == b"\x7fELF":
-        return str(struct.unpack_from("<I", code, 48)[0] & 0xFF)
+        (flags,) = struct.unpack_from("<I", code, 48)
+        return str((flags >> 8 if code[8] >= 8 else flags) & 0xFF)  # the version of NVIDIA's ABI is in byte 8
     target = re.search(rb"\.target sm_(\d+)", code)
     return target[1].decode() if target else "nothing"
 

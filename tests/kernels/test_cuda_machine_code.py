@@ -263,7 +263,7 @@ def test_the_package_holds_what_it_says(compiler: Compiler, tmp_path: Path, monk
     shipped = machine_code._shipped()
     machine_code._shipped.cache_clear()
     for bits in WIDTHS:
-        assert "arch = sm_86" in dump(shipped.read("sm_86", bits), "--dump-elf", tmp_path)
+        assert "sm_86.cubin" in dump(shipped.read("sm_86", bits), "--list-elf", tmp_path)
         ptx = shipped.read("compute_80", bits)
         assert ptx.endswith(b"\0")
         assert b".target sm_80" in ptx

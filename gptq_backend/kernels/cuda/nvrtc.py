@@ -113,7 +113,7 @@ def find_compiler(cuda: str | None = None) -> Compiler:
         if not major or str(found.version[0]) == major:
             return found
     raise CompileError(
-        f"no libnvrtc.so.{major} was found; torch's CUDA builds bring it, and so does the package nvidia-cuda-nvrtc"
+        f"no {'.'.join(filter(None, ('libnvrtc.so', major)))} was found; torch's CUDA builds bring it, and so does the package nvidia-cuda-nvrtc"
         + (f"-cu{major}" if major in ("11", "12") else "")
     )
 
