@@ -112,10 +112,9 @@ def find_compiler(cuda: str | None = None) -> Compiler:
             continue
         if not major or str(found.version[0]) == major:
             return found
-    raise CompileError(
-        f"no {'.'.join(filter(None, ('libnvrtc.so', major)))} was found; torch's CUDA builds bring it, and so does the package nvidia-cuda-nvrtc"
-        + (f"-cu{major}" if major in ("11", "12") else "")
-    )
+    name = f"libnvrtc.so.{major}" if major else "libnvrtc.so"
+    package = f"nvidia-cuda-nvrtc-cu{major}" if major in ("11", "12") else "nvidia-cuda-nvrtc"
+    raise CompileError(f"no {name} was found; torch's CUDA builds bring it, and so does the package {package}")
 
 
 def _candidates(major: str) -> Iterator[str]:
