@@ -67,9 +67,8 @@ def cuobjdump() -> str:
 
 def dump(cubin: bytes, what: str, folder: Path) -> str:
     (folder / "cubin").write_bytes(cubin)
-    return subprocess.run(
-        [cuobjdump(), what, str(folder / "cubin")], check=True, capture_output=True, text=True
-    ).stdout  # fmt: skip
+    command = [cuobjdump(), what, str(folder / "cubin")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def disassembled(cubin: bytes, folder: Path) -> dict[str, str]:
