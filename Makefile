@@ -5,8 +5,9 @@
 #   make test-all   with the slow tests (the newest vLLM on PyPI among them), and both under the newest 5.x too
 #   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
 #   make wheel-aarch64   the same for ARM, by a cross compiler; its kernels are tested under qemu-user, for half an hour
+#   make wheel-cuda   the machine code of the CUDA kernels as a wheel of its own; without a GPU, in minutes
 #   make lint       ruff, mypy, clang-format
-#   make test-gpu   on a machine with an NVIDIA GPU and nvcc: build in place, then the tests that need the GPU
+#   make test-gpu   on a machine with an NVIDIA GPU: build in place, then the tests that need the GPU
 #   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again
 #
 # Variables: PYTHON (interpreter), TORCH (pip's arguments for torch), CHECK_TORCH=0 (take a CUDA build without a GPU),
@@ -28,6 +29,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST := $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 ON_TRANSFORMERS := tests/transformers tests/peft tests/cli
+# What the extensions are built from.
+NATIVE := $(wildcard csrc/*/*) gptq_backend/kernels/cuda/device/arguments.h
 OVERLAYS := $(CURDIR)/$(VENV)/overlays
 export PYTHONPATH :=
 # Prints results as they come, also into a pipe.
@@ -36,7 +39,7 @@ export PYTHONUNBUFFERED := 1
 GPU_PYTHON ?= python3
 GPU_PEERS ?=
 
-.PHONY: demo test test-all wheel wheel-aarch64 lint format clean test-gpu bench-gpu
+.PHONY: demo test test-all wheel wheel-aarch64 wheel-cuda lint format clean test-gpu bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -55,10 +58,15 @@ test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.2
 # release builds in an older one (RELEASE.md).
 wheel: $(VENV)/.wheel
 	rm -rf build dist
-	GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	$(VENV)/bin/abi3audit --strict dist/*.whl
 	$(VENV)/bin/python .ci/try_wheel.py dist/*.whl --torch "$(TORCH)" --others $(OTHER_PYTHONS)
+
+wheel-cuda: | $(VENV)/.torch
+	rm -rf cuda/build dist/gptq_backend_cuda*
+	$(PIP) wheel --no-deps --wheel-dir dist ./cuda
+	$(VENV)/bin/python .ci/list_machine_code.py dist/gptq_backend_cuda*.whl
 
 AARCH64 := aarch64-linux-gnu
 AARCH64_TESTS ?= tests/kernels/test_cpu.py tests/kernels/test_cpu_gradient.py tests/kernels/test_cpu_block.py \
@@ -69,7 +77,7 @@ wheel-aarch64: $(VENV)/.wheel
 	rm -rf build dist/*aarch64.whl
 	$(PIP) install --quiet "pybind11>=2.13" "setuptools>=77"
 	_PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(AARCH64)-gcc CXX=$(AARCH64)-g++ LDSHARED="$(AARCH64)-gcc -shared" \
-		LDCXXSHARED="$(AARCH64)-g++ -shared" LDFLAGS=-Wl,--strip-all GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 \
+		LDCXXSHARED="$(AARCH64)-g++ -shared" LDFLAGS=-Wl,--strip-all GPTQ_BACKEND_REQUIRE_NATIVE=1 \
 		$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	.ci/qemu_aarch64.sh dist/*aarch64.whl $(VENV)/bin/python $(VENV)/aarch64 $(AARCH64_TESTS)
 
@@ -77,7 +85,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests gptq_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
@@ -98,7 +106,7 @@ endif
 
 # Editable, so that the tests see this tree and nothing else, and the entry points exist. What the extras ask for is
 # added to it below: asking for the tree again would compile the kernels again.
-$(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*/*) | $(VENV)/.torch
+$(VENV)/.installed: pyproject.toml setup.py Makefile $(NATIVE) | $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[transformers]" "$(TRANSFORMERS)"
 	touch $@
 
@@ -147,8 +155,8 @@ $(VENV)/.overlay-5.23: Makefile | $(VENV)/.torch
 GPU_CLI := PYTHONPATH=integrations $(GPU_PYTHON) -m gptq_cli
 SANITIZER := $(shell command -v compute-sanitizer)
 
-build/.gpu: setup.py $(wildcard csrc/*/*)
-	GPTQ_BACKEND_CUDA=1 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+build/.gpu: setup.py $(NATIVE)
+	GPTQ_BACKEND_REQUIRE_NATIVE=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@
 
 test-gpu: build/.gpu

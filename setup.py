@@ -1,18 +1,12 @@
 """Builds the native kernels (everything else is in pyproject.toml).
 
 They include no torch header and need no torch here. Without a compiler the installation succeeds, says so, and slower
-kernels serve; GPTQ_BACKEND_REQUIRE_NATIVE=1 makes that an error. The CUDA kernels are built where nvcc is found, for
-the GPUs of this machine, or without one for common ones:
-
-    GPTQ_BACKEND_CUDA        auto (the default), 0 (never) or 1 (an error without nvcc)
-    GPTQ_BACKEND_CUDA_ARCHS  architectures to build for, e.g. "80;90a;120a"
+kernels serve; GPTQ_BACKEND_REQUIRE_NATIVE=1 makes that an error. For CUDA only what launches the kernels is built, with
+the same compiler; cuda/ builds the machine code. GPTQ_BACKEND_CUDA=0 leaves it out.
 """
 
 import os
 import platform
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile
@@ -48,25 +42,20 @@ if platform.system() == "Darwin":
 AGAIN = "then: pip install --no-cache-dir --force-reinstall --no-deps gptq-backend (or its folder)"
 LOST = {
     "gptq_backend._cpu": f"on a CPU only its slow plain-torch kernel serves. Install {COMPILER}, {AGAIN}",
-    "gptq_backend._cuda": f"on NVIDIA GPUs Triton serves. Install a CUDA toolkit that fits g++, {AGAIN}",
+    "gptq_backend._cuda": f"on NVIDIA GPUs Triton serves. Install {COMPILER}, {AGAIN}",
 }
 
 
 class BuildNative(build_ext):
-    """build_ext with flags per file and nvcc, and with a sentence in place of a traceback where something fails."""
+    """build_ext with flags per file, and with a sentence in place of a traceback where something fails."""
 
     def build_extension(self, ext) -> None:
         compile_one = self.compiler._compile
 
         def with_flags(obj, src, ext_, cc_args, extra_postargs, pp_opts):
-            if src.endswith(".cu"):
-                self.spawn([nvcc(), *NVCC_FLAGS, *gencode(), "-c", src, "-o", obj])
-            else:
-                compile_one(obj, src, ext_, cc_args, [*extra_postargs, *LEVELS.get(os.path.basename(src), [])], pp_opts)
+            compile_one(obj, src, ext_, cc_args, [*extra_postargs, *LEVELS.get(os.path.basename(src), [])], pp_opts)
 
         self.compiler._compile = with_flags
-        if ".cu" not in self.compiler.src_extensions:
-            self.compiler.src_extensions.append(".cu")
         try:
             super().build_extension(ext)
         except Exception as error:
@@ -95,63 +84,20 @@ class BuildNative(build_ext):
         return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
 
 
-# -- CUDA --------------------------------------------------------------------------------------------------------------
-
-NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-fPIC,-fvisibility=hidden"]
-
-
-def nvcc() -> str | None:
-    """Path of the compiler, or None."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    found = [shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes if home]
-    return next(filter(None, [*found, shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
-
-
-def gencode() -> list[str]:
-    """nvcc's options for the architectures asked for, else those of this machine's GPUs, else common ones."""
-    asked = re.findall(r"\d+[af]?", os.environ.get("GPTQ_BACKEND_CUDA_ARCHS", "").replace(".", ""))
-    archs = asked or local_architectures()
-    options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs or ["80", "90a"]]
-    # The driver compiles this for GPUs that came later.
-    return options if archs else [*options, "-gencode=arch=compute_80,code=compute_80"]
-
-
-def local_architectures() -> list[str]:
-    """E.g. ["90a"]; empty without an NVIDIA driver."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    found = {
-        line.strip().replace(".", "") for line in done.stdout.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())
-    }
-    return sorted(arch + "a" if int(arch) >= 90 else arch for arch in found)
-
-
-def cuda_libraries() -> list[str]:
-    """Folders that nvcc would link from; where they lie depends on how the toolkit was installed."""
-    done = subprocess.run([nvcc(), "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-    return re.findall(r'"-L([^"]*)"', done.stderr)
-
-
 def cuda_extensions() -> list[Extension]:
-    """The CUDA extension, or nothing."""
-    wanted = os.environ.get("GPTQ_BACKEND_CUDA", "auto")
-    if wanted == "0" or (wanted != "1" and nvcc() is None):
+    """What launches the CUDA kernels, or nothing. It needs nothing of CUDA: the driver is looked up at run time."""
+    if os.environ.get("GPTQ_BACKEND_CUDA") == "0" or platform.system() != "Linux":
         return []
-    if nvcc() is None:
-        raise SystemExit("GPTQ_BACKEND_CUDA=1, but there is no nvcc on PATH; install a CUDA toolkit or set CUDA_HOME")
-    folder = Path("csrc/cuda")
+    folder, device = Path("csrc/cuda"), Path("gptq_backend/kernels/cuda/device")
     return [
         Extension(
             "gptq_backend._cuda",
-            [str(path) for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.cu")])],
-            depends=[BINDING, *(str(path) for path in sorted([*folder.glob("*.h"), *folder.glob("*.cuh")]))],
+            [str(path) for path in sorted(folder.glob("*.cpp"))],
+            depends=[BINDING, *(str(path) for path in sorted(folder.glob("*.h"))), str(device / "arguments.h")],
+            include_dirs=[str(device)],
             py_limited_api=True,
             extra_compile_args=COMMON,
-            library_dirs=cuda_libraries(),
-            libraries=["cudart_static", "dl", "rt", "pthread"],  # static: torch brings a runtime of another version
+            libraries=["dl"],
         )
     ]
 

@@ -1,7 +1,32 @@
 // Python bindings. Tensors arrive as addresses and sizes, so that one build serves every version of torch; the caller,
 // gptq_backend/kernels/cuda/operators.py, owns the checks.
 #include "../python/binding.h"
-#include "api.h"
+#include "driver.h"
+#include "launch.h"
+#include "modules.h"
+
+namespace gptq {
+
+// A bytes object, which lives as long as the call and ends with a zero.
+struct Image {
+    const char* data;
+};
+
+namespace python {
+template <>
+struct From<Image> {
+    static Image read(PyObject* object) {
+        char* data = nullptr;
+        Py_ssize_t size = 0;
+        if (PyBytes_AsStringAndSize(object, &data, &size)) throw Raised();
+        return {data};
+    }
+};
+template <>
+struct IsValue<Image> : std::true_type {};
+}  // namespace python
+
+}  // namespace gptq
 
 namespace {
 
@@ -38,24 +63,35 @@ void dequantize(int device, const gptq::Weight& weight, int first, int channels,
     gptq::dequantize(device, weight, first, channels, columns, at<void>(to), gptq::Dtype(dtype), at<void>(stream));
 }
 
-void gather(int device, uintptr_t x, int rows, int columns, int element_bytes, uintptr_t perm, int slots, uintptr_t to,
-            uintptr_t stream) {
-    gptq::gather(device, at<void>(x), rows, columns, element_bytes, at<int32_t>(perm), slots, at<void>(to),
+void gather(int device, int bits, uintptr_t x, int rows, int columns, int element_bytes, uintptr_t perm, int slots,
+            uintptr_t to, uintptr_t stream) {
+    gptq::gather(device, bits, at<void>(x), rows, columns, element_bytes, at<int32_t>(perm), slots, at<void>(to),
                  at<void>(stream));
 }
 
+void open_driver(const std::string& library) {
+    gptq::forget();
+    gptq::driver::open(library);
+}
+
+int64_t capability(int device) {
+    return gptq::capability(device);
+}
+
+void load(int device, int bits, gptq::Image image) {
+    gptq::load(device, bits, image.data);
+}
+
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "gptq_backend._cuda",
-                          "CUDA kernels of gptq_backend; see csrc/cuda and docs/kernels.md.", -1, nullptr};
+                          "Launches the CUDA kernels of gptq_backend; see csrc/cuda and docs/kernels.md.", -1, nullptr};
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit__cuda() {
     using namespace gptq::python;
     static const std::vector<PyMethodDef> functions = {
-        function<&gptq::unfit>("unfit"),
-        function<&multiply>("multiply"),
-        function<&dequantize>("dequantize"),
-        function<&gather>("gather"),
+        function<&open_driver>("open_driver"), function<&capability>("capability"), function<&load>("load"),
+        function<&multiply>("multiply"),       function<&dequantize>("dequantize"), function<&gather>("gather"),
     };
     return make_module(&definition, [&](PyObject* module) {
         add_functions(module, functions);

@@ -1,4 +1,4 @@
-"""Times of every way to multiply in csrc/cuda, from which the table in kernels/cuda/plan.py is to be written.
+"""Times of every way to multiply by the CUDA kernels, from which the table in kernels/cuda/plan.py is to be written.
 
 python docs/benchmarks/launch_plans.py OUT.json
 """

@@ -62,6 +62,8 @@ def select_kernel(spec: WeightSpec, device: torch.device, name: str | None = Non
         if chosen is reference.KERNEL:
             why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
             _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())
+        elif device.type == "cuda" and torch.version.hip is None and (reason := reasons.get("cuda")):
+            _warn_once(f"the kernel {chosen.name} serves NVIDIA GPUs, where cuda would be faster: {reason}")
         return chosen
     for kernel in KERNELS:
         if kernel.name == name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from gptq_backend import Kernel, QuantizedWeight, QuantLinear
 from gptq_backend.kernels import PreparedWeight
 from gptq_backend.kernels import table as kernels
+from gptq_backend.kernels.cuda import loading
 from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.cuda.plan import Plan
 from tests.format.test_stored_tensors import random_weight
@@ -123,6 +125,32 @@ def test_graphs_capture_and_replay(rows: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, served.multiply(x))
+
+
+def test_kernels_may_be_loaded_while_a_graph_is_captured() -> None:
+    _, served = layer(4, 1024, 2048, 128)
+    x = torch.randn(4, 1024, dtype=torch.float16).cuda()
+    expected = served.multiply(x)
+    torch.cuda.synchronize()
+    loading.extension.open_driver(loading.DRIVER)  # which forgets what it has loaded
+    loading.unfit.cache_clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = served.multiply(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_a_thread_that_has_no_context_yet() -> None:
+    """The driver knows a current context for each thread; torch sets it when it first needs one."""
+    _, served = layer(4, 256, 128, 64)
+    x = torch.randn(2, 256, dtype=torch.float16).cuda()
+    expected, results = served.multiply(x), []
+    thread = threading.Thread(target=lambda: results.append(served.multiply(x)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], expected)
 
 
 @pytest.mark.parametrize("rows", [1, 40, 600])

@@ -1,13 +1,11 @@
-"""The ``cuda`` row of the kernel table: CUDA C++ kernels for NVIDIA GPUs (csrc/cuda).
+"""The ``cuda`` row of the kernel table: CUDA C++ kernels for NVIDIA GPUs (device/, csrc/cuda).
 
 Which kernel multiplies, and how it cuts the work, is for plan.py to say; the weight is as layout.py prepares it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +16,9 @@ from ..devices import DTYPE_CODES
 from ..interface import Kernel, Layout
 from ..operators import check_ids, check_input, check_prepared, define_operators
 from ..slots import by_channel
-from . import layout
+from . import layout, loading
+from .loading import extension as _cuda
 from .plan import Plan, machine, plan
-
-_cuda: Any
-try:
-    _cuda = importlib.import_module("gptq_backend._cuda")
-except ImportError as error:
-    _cuda = None
-    _MISSING = (
-        f"the CUDA extension is not there ({error}); install nvcc, and then gptq-backend again with pip's options "
-        "--no-cache-dir --force-reinstall --no-deps"
-    )
 
 # Largest dense slice that exists at a time: one that a second-level cache holds would leave multiprocessors idle.
 _DENSE_ELEMENTS = 1 << 26
@@ -52,21 +41,13 @@ def supports(spec: WeightSpec, device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return "serves NVIDIA GPUs"
     if _cuda is None:
-        return _MISSING
+        return loading.MISSING
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if reason := _unfit(torch.cuda.current_device() if device.index is None else device.index):
-        return reason
     if spec.scales_dtype not in DTYPE_CODES:
         return f"{spec.scales_dtype} scales"
-    return None
-
-
-@functools.cache
-def _unfit(index: int) -> str | None:
-    """Why the extension does not run on a device, or None."""
-    with torch.cuda.device(index):
-        return _cuda.unfit(index) or None
+    torch.cuda.init()  # before the driver is used: torch knows then what may not be done after a fork
+    return loading.unfit(torch.cuda.current_device() if device.index is None else device.index, spec.bits)
 
 
 @functools.cache
@@ -81,20 +62,15 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _where(x: Tensor) -> tuple[int, int]:
-    """Device index and stream handle."""
+    """Device index and stream handle. The extension makes the device's context current by itself."""
     if not x.is_cuda:
         return 0, 0
     return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
-def _on(x: Tensor) -> Any:
-    """torch's runtime and ours must agree on the current device."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
 def _weight(w: WeightFields) -> Any:
+    """For the extension; its kernels are loaded then, also for a layer that was moved here from another device."""
+    loading.require(w.qweight.device.index or 0, w.bits)
     return _cuda.Weight(
         w.qweight.data_ptr(),
         w.scales.data_ptr(),
@@ -108,11 +84,12 @@ def _weight(w: WeightFields) -> Any:
     )
 
 
-def _gather(x: Tensor, perm: Tensor) -> Tensor:
-    """x [rows, K] in slot order."""
+def _gather(x: Tensor, perm: Tensor, bits: int) -> Tensor:
+    """x [rows, K] in slot order. bits: of the kernels that are loaded."""
     y = x.new_empty((x.shape[0], perm.shape[0]))
     index, stream = _where(x)
-    _cuda.gather(index, x.data_ptr(), *x.shape, x.element_size(), perm.data_ptr(), perm.shape[0], y.data_ptr(), stream)
+    sizes = (*x.shape, x.element_size())
+    _cuda.gather(index, bits, x.data_ptr(), *sizes, perm.data_ptr(), perm.shape[0], y.data_ptr(), stream)
     return y
 
 
@@ -149,20 +126,19 @@ def planned_gemm(x: Tensor, w: WeightFields, bias: Tensor | None, how: Plan | No
     rows = x.numel() // w.in_features
     if not y.numel():
         return y
-    with _on(x):
-        weight = _weight(w)
-        compute = x.dtype if x.dtype in DTYPE_CODES else torch.float32
-        x2 = x.reshape(rows, w.in_features).to(compute).contiguous()
-        if w.perm is not None:
-            x2 = _gather(x2, w.perm)
-        elif x2.data_ptr() % 16:
-            x2 = x2.clone()
-        if how is not None:
-            _multiply(x2, weight, bias, y, how)
-            return y
-        compute_y = y.view(rows, w.out_features).to(compute)
-        _through_dense(x2, weight, bias, compute_y)
-        return compute_y.to(x.dtype).view(y.shape)
+    weight = _weight(w)
+    compute = x.dtype if x.dtype in DTYPE_CODES else torch.float32
+    x2 = x.reshape(rows, w.in_features).to(compute).contiguous()
+    if w.perm is not None:
+        x2 = _gather(x2, w.perm, w.bits)
+    elif x2.data_ptr() % 16:
+        x2 = x2.clone()
+    if how is not None:
+        _multiply(x2, weight, bias, y, how)
+        return y
+    compute_y = y.view(rows, w.out_features).to(compute)
+    _through_dense(x2, weight, bias, compute_y)
+    return compute_y.to(x.dtype).view(y.shape)
 
 
 def _multiply(x: Tensor, weight: Any, bias: Tensor | None, y: Tensor, how: Plan) -> None:
@@ -210,8 +186,7 @@ def dequantize(*layout_and_dtype: Any) -> Tensor:
     w = WeightFields(*fields)
     columns = w.in_features if w.perm is None else w.perm.shape[0]
     compute = dtype if dtype in DTYPE_CODES else torch.float32
-    with _on(w.qweight):
-        dense = _dense(_weight(w), w.qweight, 0, w.out_features, columns, compute)
+    dense = _dense(_weight(w), w.qweight, 0, w.out_features, columns, compute)
     return by_channel(dense, w.perm, w.in_features).to(dtype).contiguous().t()
 
 

@@ -1,4 +1,4 @@
-"""How the CUDA kernels cut a product: which kernel of csrc/cuda, and its blocks, warps and splits of K."""
+"""How the CUDA kernels cut a product: which kernel of device/kernels.cuh, and its blocks, warps and splits of K."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layout import STRIP
 
 @dataclass(frozen=True)
 class Plan:
-    """Which kernel of csrc/cuda/kernels.cuh, and how it cuts the work.
+    """Which kernel of device/kernels.cuh, and how it cuts the work.
 
     Args:
         strips: of 16 output channels per block of the skinny kernel; 0 for the wide kernel, whose blocks have 8.

@@ -1,4 +1,4 @@
-// A host's version of csrc/cuda/instructions.cuh: the kernels, unchanged, one fiber per CUDA thread.
+// A host's version of device/instructions.cuh: the kernels, unchanged, one fiber per CUDA thread.
 //
 // What it is strict about: shared memory starts as NaN, asynchronous copies land either at once or only when they are
 // waited for, warps run in a shuffled order between barriers (both by `seed`), and matrix instructions are computed
@@ -13,10 +13,13 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 struct uint2 {
@@ -35,6 +38,13 @@ struct dim3 {
     unsigned x, y, z;
     explicit dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+
+// Declares the kernel, lists it by its name, and begins its definition.
+#define ENTRY(name, parameters) LISTED(name, parameters)  // which expands the name
+#define LISTED(name, parameters)                                   \
+    extern "C" void name parameters;                               \
+    static const bool listed_##name = emulator::add(#name, &name); \
+    extern "C" void name parameters
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -193,6 +203,43 @@ inline void run_block(const std::function<void()>& body, int threads, size_t sha
     if (state.whole.present) throw std::runtime_error("the threads of a block wait for each other for ever");
 }
 
+// Throws what a thread throws.
+inline void run_grid(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+    std::mt19937_64 random(seed);
+    gridDim = grid;
+    blockDim = dim3(threads, 1, 1);
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) {
+                blockIdx = dim3(x, y, z);
+                run_block(body, threads, shared_bytes, random);
+            }
+}
+
+// -- kernels by name, as a driver finds them
+
+struct Kernel {
+    std::function<void(void**)> call;  // in a thread, with the addresses of the arguments
+    std::vector<size_t> sizes;         // of the arguments
+};
+
+inline std::map<std::string, Kernel>& kernels() {
+    static std::map<std::string, Kernel> all;
+    return all;
+}
+
+template <class... Args, size_t... I>
+bool add(const char* name, void (*function)(Args...), std::index_sequence<I...>) {
+    kernels()[name] = {[function](void** arguments) { function(*static_cast<Args*>(arguments[I])...); },
+                       {sizeof(Args)...}};
+    return true;
+}
+
+template <class... Args>
+bool add(const char* name, void (*function)(Args...)) {
+    return add(name, function, std::index_sequence_for<Args...>());
+}
+
 inline float half_to_float(uint16_t bits) {
     _Float16 value;
     std::memcpy(&value, &bits, 2);
@@ -326,28 +373,6 @@ inline void synchronize_block() {
 inline unsigned char* shared_memory() {
     const uintptr_t at = reinterpret_cast<uintptr_t>(emulator::block->memory.data());
     return reinterpret_cast<unsigned char*>((at + 15) / 16 * 16);
-}
-
-inline void use_device(int) {}
-
-template <auto Kernel>
-std::string unfit_kernel(int) {
-    return "";
-}
-
-template <auto Kernel, class... Args>
-void launch(dim3 grid, int threads, size_t shared_bytes, void*, const Args&... args) {
-    if (threads > 1024 || shared_bytes > emulator::shared_limit || grid.y > 65535 || grid.z > 65535)
-        throw std::runtime_error("invalid launch");
-    std::mt19937_64 random(emulator::seed);
-    gridDim = grid;
-    blockDim = dim3(threads, 1, 1);
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                blockIdx = dim3(x, y, z);
-                emulator::run_block([&] { Kernel(args...); }, threads, shared_bytes, random);
-            }
 }
 
 }  // namespace gptq

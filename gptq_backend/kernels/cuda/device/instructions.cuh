@@ -1,9 +1,8 @@
-// The instructions that the kernels use, each as one function. A compiler that is not nvcc gets the same functions from
-// emulator.h (tests/kernels/cuda_emulator), which runs the kernels thread by thread on the host.
+// The instructions that the kernels use, each as one function, without a header of CUDA's: NVRTC has none beside it.
+// The host's compiler gets the same functions from emulator.h (tests/kernels/cuda_emulator), which runs the kernels
+// thread by thread.
 #pragma once
-#include <type_traits>
-
-#include "api.h"
+#include "arguments.h"
 
 namespace gptq {
 
@@ -11,23 +10,20 @@ namespace gptq {
 struct F16 {};
 struct BF16 {};
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 }  // namespace gptq
 
+// ENTRY(name, parameters) { ... } is a kernel that the host finds by its name.
 #ifndef __CUDACC__
 #define DEVICE inline
-#define GLOBAL inline
 #include "emulator.h"
 #else
 #define DEVICE __device__ __forceinline__
-#define GLOBAL __global__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cuda_runtime.h>
-
-#include <atomic>
-#include <stdexcept>
-#include <string>
+#define ENTRY(name, parameters) extern "C" __global__ void name parameters
 
 namespace gptq {
 
@@ -54,16 +50,28 @@ __device__ __forceinline__ uint32_t as_bits(float value) {
 }
 
 __device__ __forceinline__ float f16_to_float(uint16_t bits) {
-    return __half2float(__ushort_as_half(bits));
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
 }
 __device__ __forceinline__ uint16_t float_to_f16(float value) {
-    return __half_as_ushort(__float2half_rn(value));
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
 }
 __device__ __forceinline__ float bf16_to_float(uint16_t bits) {
     return __uint_as_float(uint32_t(bits) << 16);
 }
 __device__ __forceinline__ uint16_t float_to_bf16(float value) {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#if __CUDA_ARCH__ >= 800
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else
+    const uint32_t bits = as_bits(value);
+    if (value != value) return 0x7FFF;
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+#endif
 }
 
 // Lane by lane difference of two packed 16-bit floats; exact where it is used.
@@ -162,50 +170,6 @@ __device__ __forceinline__ void synchronize_block() {
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char memory[];
     return memory;
-}
-
-inline void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-inline void use_device(int device) {
-    check(cudaSetDevice(device), "cudaSetDevice");
-}
-
-// Empty, or why the device cannot run Kernel.
-template <auto Kernel>
-std::string unfit_kernel(int device) {
-    cudaFuncAttributes attributes;
-    cudaError_t status = cudaSetDevice(device);
-    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, Kernel);
-    if (status == cudaSuccess) return "";
-    cudaGetLastError();  // clear it
-    const std::string reason = std::string("the CUDA extension does not run here: ") + cudaGetErrorString(status);
-    if (status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction) return reason;
-    return reason + "; install again with GPTQ_BACKEND_CUDA_ARCHS set to this GPU's architecture";
-}
-
-// One launch on the device in use.
-template <auto Kernel, class... Args>
-void launch(dim3 grid, int threads, size_t shared_bytes, void* stream, const Args&... args) {
-    if (shared_bytes > 48 * 1024) {
-        static std::atomic<uint64_t> allowed{0};  // a bit per device
-        int device = 0;
-        check(cudaGetDevice(&device), "cudaGetDevice");
-        const uint64_t bit = uint64_t{1} << (device % 64);
-        if (!(allowed.load() & bit)) {
-            int limit = 0;
-            check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-            check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "shared memory");
-            allowed |= bit;
-        }
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    check(cudaLaunchKernelEx(&config, Kernel, args...), "kernel launch");
 }
 
 }  // namespace gptq

@@ -13,10 +13,6 @@
 
 namespace gptq {
 
-constexpr int kStrip = 16;
-constexpr int kTile = 64;
-constexpr int kUnit = 32;
-
 // -- codes -> packed 16-bit floats
 // -------------------------------------------------------------------------------------
 
@@ -53,7 +49,7 @@ DEVICE uint32_t unpack(const uint32_t (&words)[Bits], int unit, int half, int pa
     if constexpr (Bits == 8) {
         const uint32_t word = words[index / 2];
         const uint32_t low = index % 2, high = low + 2;
-        if constexpr (std::is_same_v<T, BF16>) {
+        if constexpr (kSame<T, BF16>) {
             const float first = as_float(permute_bytes(word, kFloatMagic, 0x7440 | low)) - as_float(zero);
             const float second = as_float(permute_bytes(word, kFloatMagic, 0x7440 | high)) - as_float(zero);
             return permute_bytes(as_bits(first), as_bits(second), 0x7632);  // below 256: truncation is exact

@@ -6,7 +6,7 @@ namespace gptq {
 
 template <class T>
 DEVICE uint16_t to_bits(float value) {
-    if constexpr (std::is_same_v<T, BF16>)
+    if constexpr (kSame<T, BF16>)
         return float_to_bf16(value);
     else
         return float_to_f16(value);
@@ -40,7 +40,7 @@ struct StreamingLoad {
 // weights and activations straight into the registers that multiply them, and add up once, at the end.
 // Grid: (ceil(strips / Strips), ceil(rows / (Tokens * 8))). Shared memory: warps * Strips * Tokens * 512 bytes.
 template <int Bits, class T, int Strips, int Tokens>
-GLOBAL void skinny_kernel(Product p) {
+DEVICE void skinny(Product p) {
     const Weight& w = p.weight;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int first_strip = blockIdx.x * Strips, first_row = blockIdx.y * Tokens * 8;
@@ -110,14 +110,6 @@ GLOBAL void skinny_kernel(Product p) {
 
 // -- more tokens ------------------------------------------------------------------------------------------------------
 
-constexpr int kWideWarps = 8;   // 4 share the block's strips, times 2 that take every other tile
-constexpr int kWideStrips = 8;  // of a block
-constexpr int kStageTiles = 2;
-constexpr int kStages = 3;
-
-template <int Bits, int Tokens>
-constexpr int kStageBytes = kStageTiles * kTile * Tokens * 8 * 2 + kWideStrips * kStageTiles * 128 * Bits;
-
 struct SharedLoad {
     template <int Words>
     DEVICE void operator()(uint32_t* to, const uint32_t* from) const {
@@ -134,9 +126,10 @@ struct SharedLoad {
 // in shared memory by asynchronous copies, kStages - 1 stages of 128 slots ahead.
 // Grid: (ceil(strips / 8), ceil(rows / (Tokens * 8)), splits).
 template <int Bits, class T, int Tokens>
-GLOBAL void wide_kernel(Product p) {
+DEVICE void wide(Product p) {
     constexpr int kStrips = kWideStrips / 4;
     constexpr int kRowVectors = kStageTiles * kTile / 8;  // of 16 bytes, in a token's row of a stage
+    constexpr int kStage = Tokens * 8 * kStageTokenBytes + Bits * kStageBitBytes;
     const Weight& w = p.weight;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int half = warp / 4;  // which tile of each stage
@@ -146,7 +139,7 @@ GLOBAL void wide_kernel(Product p) {
     const int begin = int64_t(stages) * blockIdx.z / gridDim.z, end = int64_t(stages) * (blockIdx.z + 1) / gridDim.z;
 
     unsigned char* shared = shared_memory();
-    auto activations = [&](int stage) { return shared + stage % kStages * kStageBytes<Bits, Tokens>; };
+    auto activations = [&](int stage) { return shared + stage % kStages * kStage; };
     auto weights = [&](int stage) { return activations(stage) + kRowVectors * 16 * Tokens * 8; };
     // Odd rows swap the halves of each 128 bytes, so that the 8 rows that a warp reads at once lie in different banks.
     auto vector_of = [](int row, int vector) { return row * kRowVectors + (vector ^ (row % 2 * 4)); };
@@ -215,7 +208,7 @@ GLOBAL void wide_kernel(Product p) {
 #pragma unroll
     for (int i = 0; i < kStrips * Tokens * 4; ++i) {
         const int s = i / 4 / Tokens, t = i / 4 % Tokens;
-        // c0..c3 of a lane are rows g and g + 8 of the result, as in skinny_kernel.
+        // c0..c3 of a lane are rows g and g + 8 of the result, as in skinny.
         const int channel = (first_strip + s) * kStrip + lane / 4 + i % 4 / 2 * 8;
         const int row = first_row + t * 8 + lane % 4 * 2 + i % 2;
         if (channel >= w.out_features || row >= p.rows) continue;
@@ -229,7 +222,7 @@ GLOBAL void wide_kernel(Product p) {
 
 // y = bias + sum over the splits. One thread per output.
 template <class T>
-GLOBAL void reduce_kernel(Product p, int splits) {
+DEVICE void reduce(Product p, int splits) {
     const int64_t outputs = int64_t(p.rows) * p.weight.out_features;
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= outputs) return;
@@ -243,7 +236,7 @@ GLOBAL void reduce_kernel(Product p, int splits) {
 // Slots [0, columns) of output channels [first_channel, first_channel + channels) as a dense [channels][columns]
 // matrix. One warp per tile: grid (ceil(tiles / warps), strips).
 template <int Bits, class Out>
-GLOBAL void dequantize_kernel(Weight w, int first_strip, int channels, int columns, void* to) {
+DEVICE void dequantize(Weight w, int first_strip, int channels, int columns, void* to) {
     const int lane = threadIdx.x % 32;
     const int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, strip = first_strip + blockIdx.y;
     if (tile >= w.tiles) return;
@@ -270,7 +263,7 @@ GLOBAL void dequantize_kernel(Weight w, int first_strip, int channels, int colum
                 values[pair * 2 + 1] = f16_to_float(codes >> 16) * scale;
             }
             const int64_t at = int64_t(channel) * columns + column;
-            if constexpr (std::is_same_v<Out, float>) {
+            if constexpr (kSame<Out, float>) {
                 float4* out = reinterpret_cast<float4*>(static_cast<float*>(to) + at);
                 out[0] = {values[0], values[1], values[2], values[3]};
                 out[1] = {values[4], values[5], values[6], values[7]};
@@ -289,7 +282,7 @@ GLOBAL void dequantize_kernel(Weight w, int first_strip, int channels, int colum
 // Activations in slot order: to[row][slot] = x[row][perm[slot]], zero where perm is out of range (padding).
 // Element: an unsigned integer of the activations' size. Grid: (ceil(slots / threads), rows).
 template <class Element>
-GLOBAL void gather_kernel(const Element* x, const int32_t* perm, Element* to, int columns, int slots) {
+DEVICE void gather(const Element* x, const int32_t* perm, Element* to, int columns, int slots) {
     const int slot = blockIdx.x * blockDim.x + threadIdx.x;
     if (slot >= slots) return;
     const int channel = load_cached(perm + slot);
