@@ -51,7 +51,8 @@ def select_kernel(spec: WeightSpec, device: torch.device, name: str | None = Non
         ConfigError: no row of that name, or it cannot serve the layer (with its reason).
     """
     if name in (None, "auto"):
-        reasons = kernel_report(spec, device)
+        report = kernel_report(spec, device)
+        reasons = dict(report)
         while (why_not := self_check.fault(chosen := fastest(reasons, expert), spec, device)) is not None:
             reasons[chosen.name] = why_not
             _warn_once(
@@ -62,7 +63,7 @@ def select_kernel(spec: WeightSpec, device: torch.device, name: str | None = Non
         if chosen is reference.KERNEL:
             why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items() if reason)
             _warn_once(f"the plain-torch reference kernel serves {device.type}; it is slow. {why}".strip())
-        elif device.type == "cuda" and torch.version.hip is None and (reason := reasons.get("cuda")):
+        elif device.type == "cuda" and torch.version.hip is None and (reason := report.get("cuda")):
             _warn_once(f"the kernel {chosen.name} serves NVIDIA GPUs, where cuda would be faster: {reason}")
         return chosen
     for kernel in KERNELS:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from gptq_backend import kernel_report, select_kernel
-from gptq_backend.kernels import table
+from gptq_backend.kernels import self_check, table
 from gptq_backend.kernels.cuda import loading, machine_code, nvrtc
 from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.cuda.machine_code import Image
@@ -247,6 +247,7 @@ def test_an_nvidia_gpu_that_cuda_does_not_serve_is_named_once(
     ]
     monkeypatch.setattr(table, "KERNELS", rows)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setenv(self_check.VARIABLE, "0")  # there is no such device
     table._warn_once.cache_clear()
     spec = packed(random_weight(4, 64, 32, 16)).spec
     with caplog.at_level(logging.WARNING):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptq_backend.kernels import operators_are_seen
 
-from . import ahead
+from . import ahead, chain
 from .calls import DTYPES, Calls
 from .match import Parts
 from .watch import Watches
@@ -33,7 +33,7 @@ class FusedForward:
     def __init__(self, parts: Parts, pairs: str | None) -> None:
         self.layer, self.pairs = parts.layer, pairs
         self.parts: Parts | None = parts
-        self._link = ahead.Link()
+        self._link = chain.Link()
         self._watch: Watches | None = Watches(parts)
         self._code = self._watch.code()
 
@@ -100,5 +100,5 @@ class FusedForward:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which look anew at what they hold."""
         same = self._watch is None or self._watch.unchanged()
-        fresh = {"_watch": None, "_link": ahead.Link()}
+        fresh = {"_watch": None, "_link": chain.Link()}
         return vars(self) | fresh | {"parts": self.parts if same else None}
