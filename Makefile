@@ -2,7 +2,8 @@
 #
 #   make demo       quantize a small real model, load it in a fresh process, compare before and after
 #   make test       the default suite with vLLM, then tests/{transformers,peft,cli} again under transformers 4.57
-#   make test-all   with the slow tests (the newest vLLM on PyPI among them), and both under the newest 5.x too
+#   make test-all   with the slow tests (the newest vLLM on PyPI among them), both under the newest 5.x too, and versions
+#   make test-versions   the wheel in the oldest and the newest Python, torch and transformers: two CUDA builds of torch
 #   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
 #   make wheel-aarch64   the same for ARM, by a cross compiler; its kernels are tested under qemu-user, for half an hour
 #   make lint       ruff, mypy, clang-format
@@ -36,7 +37,7 @@ export PYTHONUNBUFFERED := 1
 GPU_PYTHON ?= python3
 GPU_PEERS ?=
 
-.PHONY: demo test test-all wheel wheel-aarch64 lint format clean test-gpu bench-gpu
+.PHONY: demo test test-all test-versions wheel wheel-aarch64 lint format clean test-gpu bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -50,6 +51,13 @@ test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.2
 	$(PYTEST) -m ""
 	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" $(ON_TRANSFORMERS)
 	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" $(ON_TRANSFORMERS)
+	$(MAKE) test-versions
+
+# Of the wheel, which has to be repaired before it is published, and not before it is used here.
+test-versions: $(VENV)/.torch
+	rm -rf build
+	GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(VENV)/bin/python .ci/try_versions.py build/wheel/*.whl --torch "$(TORCH)" --json docs/benchmarks/versions.json
 
 # libgomp stays out: torch brings the one that both use. auditwheel says which Linux is the oldest that it runs on; the
 # release builds in an older one (RELEASE.md).
