@@ -6,6 +6,7 @@
 #   make test-versions   the wheel in the oldest and the newest Python, torch and transformers: two CUDA builds of torch
 #   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
 #   make wheel-aarch64   the same for ARM, by a cross compiler; its kernels are tested under qemu-user, for half an hour
+#   make sdist      dist/*.tar.gz; its page is checked, and a part of its tests run where nothing else is unpacked
 #   make lint       ruff, mypy, clang-format
 #   make test-gpu   on a machine with an NVIDIA GPU and nvcc: build in place, then the tests that need the GPU
 #   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again
@@ -37,7 +38,7 @@ export PYTHONUNBUFFERED := 1
 GPU_PYTHON ?= python3
 GPU_PEERS ?=
 
-.PHONY: demo test test-all test-versions wheel wheel-aarch64 lint format clean test-gpu bench-gpu
+.PHONY: demo test test-all test-versions sdist wheel wheel-aarch64 lint format clean test-gpu bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -58,6 +59,16 @@ test-versions: $(VENV)/.torch
 	rm -rf build
 	GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(VENV)/bin/python .ci/try_versions.py build/wheel/*.whl --torch "$(TORCH)" --json docs/benchmarks/versions.json
+
+SDIST_TESTS ?= tests/format tests/test_linear.py tests/test_architecture.py tests/kernels/test_operators.py \
+	tests/transformers/test_load_checkpoints.py
+
+sdist: $(VENV)/.torch
+	rm -rf build dist/*.tar.gz
+	$(PIP) install --quiet build "twine>=6.1"
+	$(VENV)/bin/python -m build --sdist
+	$(VENV)/bin/python -m twine check --strict dist/*.tar.gz
+	.ci/try_sdist.sh dist/*.tar.gz $(PYTHON) "$(TORCH)" "$(TRANSFORMERS)" $(SDIST_TESTS)
 
 # libgomp stays out: torch brings the one that both use. auditwheel says which Linux is the oldest that it runs on; the
 # release builds in an older one (RELEASE.md).

@@ -6,6 +6,9 @@ the GPUs of this machine, or without one for common ones:
 
     GPTQ_BACKEND_CUDA        auto (the default), 0 (never) or 1 (an error without nvcc)
     GPTQ_BACKEND_CUDA_ARCHS  architectures to build for, e.g. "80;90a;120a"
+
+GPTQ_BACKEND_REPOSITORY is the address of the source, to which the package's page links; the release
+workflow sets it.
 """
 
 import os
@@ -156,6 +159,21 @@ def cuda_extensions() -> list[Extension]:
     ]
 
 
+# -- the page of the package -------------------------------------------------------------------------------------------
+
+REPOSITORY = os.environ.get("GPTQ_BACKEND_REPOSITORY", "").rstrip("/")
+
+
+def long_description() -> str:
+    """README.md with links that work where there is no file beside it: into the repository, or else none."""
+    version = re.search(r'__version__ = "(.*)"', Path("gptq_backend/version.py").read_text())[1]
+    link = rf"[\1]({REPOSITORY}/blob/v{version}/\2)" if REPOSITORY else r"\1"
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)([^)]*)\)", link, Path("README.md").read_text(encoding="utf-8"))
+
+
+PAGES = {"Source": "", "Documentation": "/blob/HEAD/docs/quickstart.md", "Changelog": "/blob/HEAD/CHANGELOG.md"}
+
+
 PORTABLE = [
     "module.cpp",
     "block_module.cpp",
@@ -186,6 +204,9 @@ ParallelCompile(default=os.cpu_count()).install()
 # One wheel for every Python from 3.10 on: csrc/python/binding.h keeps to its stable ABI.
 setup(
     ext_modules=[cpu, *cuda_extensions()],
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    project_urls={name: REPOSITORY + path for name, path in PAGES.items()} if REPOSITORY else {},
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
