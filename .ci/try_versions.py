@@ -93,8 +93,9 @@ def lowest(wheel: Path) -> list[str]:
 
 def table(records: list[dict[str, object]]) -> str:
     """The records in Markdown."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *([each.get(column, "") for column in COLUMNS] for each in records)]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+    rows = [COLUMNS, *([each.get(column, "") for column in COLUMNS] for each in records)]
+    head, *lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([head, "|---" * len(COLUMNS) + "|", *lines])
 
 
 def main() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from gptq_transformers.versions import TESTED, too_old, untested
 from tests.transformers.test_autoload import python
 
 ROOT = Path(__file__).parents[2]
+TRIED = ROOT / "docs" / "benchmarks" / "versions.json"
 CHECKPOINT = ROOT / "tests" / "data" / "checkpoints" / "llama-4-32-sym"
 LOAD = f"""
 import sys, torch
@@ -27,6 +31,19 @@ PATH = (ROOT, ROOT / "integrations")
 def test_the_lower_bounds_are_those_of_the_package(package: str) -> None:
     oldest = ".".join(map(str, TESTED[package][0]))
     assert re.search(rf'"{package}>={re.escape(oldest)}"', (ROOT / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize("package", TESTED)
+def test_the_newest_is_one_that_was_tried(package: str) -> None:
+    tried = [each[package] for each in json.loads(TRIED.read_text()) if each["result"] == "works"]
+    newest = max(tuple(map(int, version.split(".")[:2])) for version in tried)
+    assert TESTED[package][1] == newest
+
+
+def test_the_page_shows_what_was_tried() -> None:
+    command = [sys.executable, str(ROOT / ".ci" / "try_versions.py"), "--table", str(TRIED)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "docs" / "quickstart.md").read_text()
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.6.0a0+git1234", "2.13.0+cpu", "2.15.1"])
