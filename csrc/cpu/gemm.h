@@ -46,10 +46,6 @@ struct Repack {
 void pack(const Repack&, int threads);
 void unpack(const Repack&, int threads);  // channels that no slot names come out as zero
 
-// Asks for whole pages of 2 MB inside some memory, before it is written to: thousands of small ones per product would
-// evict the translations of everything else, the calling Python's included. Advice only, hence no error.
-void advise_huge_pages(void* data, size_t bytes);
-
 // Bytes per second of `passes` reads of `bytes` bytes: the roof that the benchmark holds the kernels against.
 double read_bandwidth(const void* data, size_t bytes, int passes, int threads);
 

@@ -6,6 +6,7 @@
 #include "gradient.h"
 #include "lookup.h"
 #include "places_module.h"
+#include "platform.h"
 #include "torch_op.h"
 
 using gptq::Dtype;

@@ -2,10 +2,7 @@
 #include <cstring>
 
 #include "gemm.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "platform.h"
 
 namespace gptq {
 namespace {
@@ -105,16 +102,6 @@ void unpack_as(const Repack& r, int threads) {
 }
 
 }  // namespace
-
-void advise_huge_pages(void* data, size_t bytes) {
-#ifdef __linux__
-    const uintptr_t page = 2 << 20, start = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-    if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
 
 void pack(const Repack& r, int threads) {
     advise_huge_pages(r.words, size_t(r.weight->strips()) * (r.weight->slots / 32) * r.weight->bits * kStrip * 4);

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <omp.h>
-#include <time.h>
+
+#include "platform.h"
 
 namespace gptq {
 
@@ -35,12 +36,6 @@ class Watch {
     ~Watch();
 
   private:
-    static double thread_seconds() {
-        timespec now;
-        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-        return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
-    }
-
     int team_, done_ = 0;
     double start_, busy_, since_ = 0, waited_ = 0;
 };

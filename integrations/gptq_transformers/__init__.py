@@ -24,7 +24,22 @@ def register() -> None:
 
     transformers has two dictionaries and no entry points; its ``register_*`` functions refuse names that exist.
     peft is adapted when it is imported.
+
+    Raises:
+        GPTQError: the installed torch or transformers is too old, or transformers has changed what is used of it.
     """
+    from gptq_backend import GPTQError
+
+    from .versions import changed, refuse_older
+
+    refuse_older()
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        raise GPTQError(changed(error)) from error
+
+
+def _register() -> None:
     from transformers.quantizers import auto
     from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,9 @@ from .loading.newer_config import adopt_newer
 from .loading.prepare import LoadPlan, follow_renaming, prepare_model
 from .loading.skeleton import check_size
 from .quantized_layers import tied_names, untie_quantized
+from .versions import changed, warn_of_newer
+
+logger = logging.getLogger(__name__)
 
 # What _from_pretrained_locals looks for.
 _LOCALS = (
@@ -62,6 +66,7 @@ class GPTQBackendQuantizer(HfQuantizer):
             ConfigError: unknown backend, bad settings, tensor parallelism, or nothing to calibrate with.
             CheckpointError: a damaged file.
         """
+        warn_of_newer()
         _ = self.quantization_config.kernel
         self.quantization_config.to_quantize_config()
         caller = _from_pretrained_locals()
@@ -182,9 +187,12 @@ def mark_quantized(model: Any, config: QuantizeConfig) -> None:
 
 
 def _fuse(model: Any) -> None:
-    from .fused import fuse_layers  # needs all of transformers' modeling, which may be what imports this
-
-    fuse_layers(model)
+    try:
+        from .fused import fuse_layers  # needs all of transformers' modeling, which may be what imports this
+    except ImportError as error:
+        logger.warning("decoder layers run module by module: %s", changed(error))
+    else:
+        fuse_layers(model)
 
 
 def _local_folder(caller: dict[str, Any]) -> Path | None:

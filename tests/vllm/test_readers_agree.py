@@ -13,6 +13,9 @@ from gptq_backend.format import read_packed
 from gptq_backend.format.files import read_settings
 from gptq_backend.format.headers import read_tensor
 from gptq_cli.checkpoint import read_checkpoint
+
+pytest.importorskip("vllm")
+
 from gptq_vllm.config import GPTQBackendConfig
 from gptq_vllm.stored_layers import ExpectedLayer
 from tests.transformers.checkpoints import PEERS
