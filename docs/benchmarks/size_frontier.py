@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> None:
                 "reference_perplexity": found.reference_perplexity,
                 "windows": found.windows,
                 "seqlen": found.seqlen,
-                "settings": options.settings,
+                "how": options.how,
             }
             add(options.json, point)
             print(f"{point['name']}: {point['bytes'] / MEGABYTE:.1f} MB, {found.kld:.4f} ± {found.kld_stderr:.4f}")
@@ -73,13 +73,16 @@ def our_file(folder: Path) -> dict[str, Any]:
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     files = checkpoint_files(folder)
     rules = settings.get("dynamic") or {}
-    embedding = [rule.get("bits") for pattern, rule in rules.items() if "embed" in pattern or "wte" in pattern]
+    embedding: dict[str, Any] = next(
+        (rule for pattern, rule in rules.items() if "embed" in pattern or "wte" in pattern), {}
+    )
     return {
         "kind": OURS,
         "name": folder.name,
         "bits": settings["bits"],
         "group_size": settings["group_size"],
-        "embed_bits": embedding[0] if embedding else 16,
+        "embed_bits": embedding.get("bits", 16),
+        "embed_group_size": embedding.get("group_size"),
         "dynamic": rules,
         "bytes": sum(path.stat().st_size for path in files),
         "tensor_bytes": sum(tensor.nbytes for tensor in read_manifest(files).values()),
@@ -112,15 +115,15 @@ def add(file: Path, point: dict[str, Any]) -> None:
     """Write ``point`` into the JSON, in the place of an earlier one of the same name."""
     points = json.loads(file.read_text()) if file.exists() else []
     points = [each for each in points if any(each[key] != point[key] for key in ("model", "kind", "name"))] + [point]
-    points.sort(key=lambda each: (each["model"], each["kind"], each["tensor_bytes"]), reverse=True)
+    points.sort(key=lambda each: (each["model"], each["tensor_bytes"]))
     file.write_text(json.dumps(points, indent=1) + "\n")
 
 
-def frontier(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that no smaller one of them beats, by size."""
+def frontier(points: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Those of a kind that no smaller one of it beats, by size."""
     best: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda each: each["tensor_bytes"]):
-        if not best or point["kld"] < best[-1]["kld"]:
+        if point["kind"] == kind and (not best or point["kld"] < best[-1]["kld"]):
             best.append(point)
     return best
 
@@ -146,18 +149,21 @@ def ratio(point: dict[str, Any], other: dict[str, Any]) -> str:
 def label(point: dict[str, Any]) -> str:
     if point["kind"] == GGUF:
         return str(point["name"])
-    mixed = " mixed" if any("embed" not in pattern for pattern in point["dynamic"]) else ""
-    return f"{point['bits']} bits{mixed}, g{point['group_size']}, e{point['embed_bits']}"
+    others = [pattern for pattern in point["dynamic"] if "embed" not in pattern]
+    row = " by row" if (point["embed_group_size"] or 0) > point["group_size"] > 0 else ""
+    bits = f"{point['bits']}{' and 8' if others else ''} bits"
+    return f"{bits}, g{point['group_size']}, e{point['embed_bits']}{row}"
 
 
 def table(points: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| model | file | tensors, MB | file, MB | KL divergence | top-1 | best other in no more bytes | ours / GGUF |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for point in sorted(points, key=lambda each: (each["model"], each["tensor_bytes"])):
+    yield "| model | weights | how | tensors, MB | file, MB | KL divergence | top-1 | best other, no larger | ratio |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for point in points:
         other = rival(point, points)
         cells = (
             point["model"],
-            ("ours, " if point["kind"] == OURS else "GGUF ") + label(point),
+            f"GGUF {label(point)}" if point["kind"] == GGUF else f"ours, {label(point)}",
+            point["how"],
             f"{point['tensor_bytes'] / MEGABYTE:.1f}",
             f"{point['bytes'] / MEGABYTE:.1f}",
             f"{point['kld']:.4f} ± {point['kld_stderr']:.4f}",
@@ -170,8 +176,10 @@ def table(points: list[dict[str, Any]]) -> Iterator[str]:
 
 def panel(points: list[dict[str, Any]], above: float) -> Iterator[str]:
     """SVG of one model's points, ``above`` units from the top: divergence on a logarithmic scale over size."""
+    largest = max(each["tensor_bytes"] for kind in COLORS for each in frontier(points, kind))
+    points = [each for each in points if each["tensor_bytes"] <= largest]  # one far away is in the table
     sizes, klds = ([each[key] for each in points] for key in ("tensor_bytes", "kld"))
-    low, high = math.floor(min(sizes) / 1e7) * 1e7, math.ceil(max(sizes) / 1e7) * 1e7
+    low, high = math.floor(min(sizes) / 1e7 - 1) * 1e7, math.ceil(largest / 1e7) * 1e7
     least, most = math.log10(min(klds)) - 0.1, math.log10(max(klds)) + 0.1
 
     def at(size: float, kld: float) -> tuple[float, float]:
@@ -193,7 +201,7 @@ def panel(points: list[dict[str, Any]], above: float) -> Iterator[str]:
     yield f'<text x="{WIDTH - RIGHT}" y="{base + 32}" text-anchor="end">MB of tensors; KL divergence upwards</text>'
     for kind, color in COLORS.items():
         mine = [each for each in points if each["kind"] == kind]
-        best = frontier(mine)
+        best = frontier(points, kind)
         line = " ".join("{:.1f},{:.1f}".format(*at(each["tensor_bytes"], each["kld"])) for each in best)
         yield f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>'
         for each in mine:
@@ -210,7 +218,7 @@ def panel(points: list[dict[str, Any]], above: float) -> Iterator[str]:
 def draw(options: argparse.Namespace) -> None:
     points = json.loads(options.json.read_text())
     print("\n".join(table(points)))
-    models = sorted({each["model"] for each in points}, reverse=True)
+    models = sorted({each["model"] for each in points})
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT * len(models)}" fill="white"/>']
     for index, model in enumerate(models):
         parts += panel([each for each in points if each["model"] == model], index * HEIGHT)
@@ -231,7 +239,7 @@ def main() -> None:
     measuring.add_argument("--gguf", type=Path, nargs="*", default=[])
     measuring.add_argument("--windows", type=int, default=12)
     measuring.add_argument("--seqlen", type=int, default=512)
-    measuring.add_argument("--settings", default="", help="how the files were made, for the JSON")
+    measuring.add_argument("--how", default="", help="what is special about how the folders were made")
     measuring.add_argument("--json", type=Path, required=True)
     measuring.set_defaults(command=measure)
     drawing = commands.add_parser("draw")
