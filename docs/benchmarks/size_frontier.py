@@ -27,6 +27,7 @@ from gptq_cli.models import load_model
 OURS, GGUF = "ours", "GGUF"
 COLORS = {OURS: "#2563eb", GGUF: "#d97706"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 340, 52, 12, 30, 40  # of one panel, and its margins
+CROWDED = 10  # labels of points that are no further apart would hide each other
 MEGABYTE = 1e6
 
 
@@ -204,13 +205,15 @@ def panel(points: list[dict[str, Any]], above: float) -> Iterator[str]:
         best = frontier(points, kind)
         line = " ".join("{:.1f},{:.1f}".format(*at(each["tensor_bytes"], each["kld"])) for each in best)
         yield f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>'
+        labelled = 0.0
         for each in mine:
             x, y = at(each["tensor_bytes"], each["kld"])
             tip = f"{label(each)}: {each['tensor_bytes'] / MEGABYTE:.1f} MB, {each['kld']:.4f}"
             fill = color if each in best else "white"
             dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}" stroke="{color}">'
             yield f"{dot}<title>{tip}</title></circle>"
-            if each in best:  # ours below their line, GGUF's above it
+            if each in best and x - labelled > CROWDED:  # ours below their line, GGUF's above it
+                labelled = x
                 place = 'text-anchor="end" dx="-5" dy="11"' if kind == OURS else 'dx="5" dy="-5"'
                 yield f'<text x="{x:.1f}" y="{y:.1f}" {place} font-size="9" fill="{color}">{label(each)}</text>'
 
