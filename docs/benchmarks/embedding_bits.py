@@ -1,9 +1,10 @@
 """Round the embedding of a quantized checkpoint, so that checkpoints differ in nothing else (docs/accuracy.md).
 
-    python docs/benchmarks/embedding_bits.py MODEL OUT BITS [TEXT]
+    python docs/benchmarks/embedding_bits.py MODEL OUT BITS [TEXT [GROUP]]
 
 A tied weight of 4 bits is rounded by GPTQ for the inputs of the head, on 16 windows of 512 tokens of TEXT, as a run of
-``gptq-backend quantize --embed-bits 4`` does it; the rest is rounded to nearest.
+``gptq-backend quantize --embed-bits 4`` does it; the rest is rounded to nearest. GROUP is that of the embedding, if it
+is to differ from the layers'.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from gptq_transformers.quantized_layers import untie_quantized
 WINDOWS, LENGTH = 16, 512
 
 
-def main(folder: str, out: str, bits: str, text: str | None = None) -> None:
+def main(folder: str, out: str, bits: str, text: str | None = None, group: str | None = None) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     settings = model.config.quantization_config
     config = dataclasses.replace(settings.to_quantize_config(), embed_bits=int(bits))
+    config = dataclasses.replace(config, group_size=int(group)) if group else config
     target = find_embedding(model, config)
     assert target is not None
     if target.calibrated:
-        assert text is not None, "a tied weight of 4 bits needs a text to calibrate on"
+        assert text, "a tied weight of 4 bits needs a text to calibrate on"
         head = model.get_output_embeddings()
         hessian = Hessian(head.in_features)
         hook = head.register_forward_pre_hook(lambda _, inputs: hessian.add(inputs[0].flatten(0, -2).float()))

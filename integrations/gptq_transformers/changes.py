@@ -14,6 +14,7 @@ from gptq_backend.model import replace_module
 
 from .dispatch import keeping_hooks
 from .experts.expert_list import ExpertList
+from .experts.fuse import fuse_experts
 from .loading.split_layers import join_layers
 from .quantized_layers import dtype_of_parameter, make_dense, quant_linears
 
@@ -85,6 +86,8 @@ def dequantize_embedding(model: Any, layer: QuantLinear, reason: str) -> None:
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> None:
     """Replace the quantized layers of ``model`` by ordinary ones, in place, and forget that it was quantized.
 
+    Layers and experts that the checkpoint has apart become those of transformers again, which finds what is saved.
+
     Args:
         dtype: what to cast all parameters to that are of the model's dtype, as loading in it would; buffers, and
             parameters that the model keeps in float32, stay. None: the layers get the dtype that dense ones would
@@ -130,16 +133,18 @@ def settle(model: Any) -> None:
 
     Without any quantized layer the model forgets that it was quantized.
     """
-    classes = _classes_of_a_new_model(model)
+    new = _new_model(model)
     with keeping_hooks(model):
         for name, module in [*model.named_modules()]:
-            wanted = classes.get(name, nn.Linear)
+            wanted = type(new.get(name))
             if type(module) is nn.Linear and wanted.__name__ == "Conv1D":
                 replace_module(model, name, _as_conv1d(module, wanted))
         join_layers(model)
-    if any(quant_linears(model)):
-        return
+        if any(quant_linears(model)):
+            return
+        fuse_experts(model, new)
     forbid_changes(model)
+    vars(model).pop("_weight_conversions", None)  # how it was read; saved is what transformers itself would write
     for holder, key in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),
@@ -150,11 +155,10 @@ def settle(model: Any) -> None:
     model.is_quantized = False
 
 
-def _classes_of_a_new_model(model: Any) -> dict[str, type[nn.Module]]:
-    """Which class each module would have if the model were built anew: GPT-2's linear layers are Conv1D."""
+def _new_model(model: Any) -> dict[str, nn.Module]:
+    """The modules of the model if it were built anew, without weights: GPT-2's linear layers are Conv1D."""
     with torch.device("meta"):
-        skeleton = type(model)(model.config)
-    return {name: type(module) for name, module in skeleton.named_modules()}
+        return dict(type(model)(model.config).named_modules())
 
 
 def _as_conv1d(linear: nn.Linear, conv1d: Any) -> nn.Module:

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from gptq_backend import CheckpointError
 from gptq_cli.checkpoint import read_checkpoint
 from gptq_transformers.loading.checkpoint_names import expert_places
-from tests.transformers.toy_experts import FUSED, PROJECTIONS, logits, needs_fused, quantized
+from tests.transformers.toy_experts import FUSED, PROJECTIONS, check_dequantized, logits, needs_fused, quantized
 
 Tensors = dict[str, Tensor]
 PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
@@ -72,6 +72,7 @@ def check(folder: Path, expected: Tensor) -> None:
     model.save_pretrained(folder / "again")  # whatever it is called there, it loads
     again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float32)
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
+    check_dequantized(again, folder / "dense")
 
 
 @pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])

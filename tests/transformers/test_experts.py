@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gptq_backend import QuantLinear
+import gptq_transformers
+from gptq_backend import QuantizeConfig, QuantLinear
 from gptq_transformers.experts.conversions import drop_fused_conversions
 from gptq_transformers.experts.unfuse import replace_fused_experts, unfuse_experts
 from tests.transformers.toy_experts import (
@@ -25,6 +26,7 @@ from tests.transformers.toy_experts import (
     PROJECTIONS,
     TINY,
     build,
+    check_dequantized,
     expert_lists,
     ids,
     keys,
@@ -216,6 +218,15 @@ def test_quantized_experts_load_by_plain_from_pretrained(name: str, tmp_path: Pa
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert sum(isinstance(module, QuantLinear) for module in loaded.modules()) == len(saved)
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS if FUSED else APART_IN_4)
+def test_a_dequantized_mixture_is_saved_as_plain_transformers_finds_it(name: str, tmp_path: Path) -> None:
+    quantized(name, tmp_path)
+    check_dequantized(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tmp_path / "loaded")
+    model = build(name)
+    gptq_transformers.quantize(model, QuantizeConfig(bits=4, group_size=16, quality="fast"), list(ids(6, 20)))
+    check_dequantized(model, tmp_path / "in memory")
 
 
 @pytest.mark.parametrize(

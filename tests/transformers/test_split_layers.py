@@ -124,3 +124,4 @@ def test_gpt_oss_as_gptqmodel_cuts_it(settings: dict[str, Any], tmp_path: Path) 
     rewrite(tmp_path, change, meta={"quantizer": ["gptqmodel:7.7.0"]})
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert distance(toy_experts.logits(model), expected) < EXACT
+    toy_experts.check_dequantized(model, tmp_path / "dense")

@@ -103,3 +103,16 @@ def quantized(name: str, folder: Path, **settings: Any) -> Tensor:
     gptq_transformers.quantize(model, QuantizeConfig(**settings), list(ids(6, 20)))
     model.save_pretrained(folder)
     return logits(model)
+
+
+def check_dequantized(model: Any, folder: Path) -> None:
+    """Dequantizes ``model``; saved, it is what plain transformers finds all of."""
+    expected = logits(model)
+    dense = model.dequantize()
+    assert not expert_lists(dense)
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-4, atol=1e-4)
+    dense.save_pretrained(folder)
+    again, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(again) is type(dense)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)

@@ -108,9 +108,13 @@ class ExpertList(nn.Module):
 
     def expert(self, index: int, x: Tensor) -> Tensor:
         """Expert ``index`` applied to x [T, H] -> [T, H]."""
-        *before, down = (self.get_submodule(self.layout.path(i, index)) for i in range(len(self.layout.paths)))
+        *before, down = self.projections(index)
         outputs = [projection(x) for projection in before]
         return self._after(down(self._activate(outputs)))
+
+    def projections(self, index: int) -> list[nn.Module]:
+        """The layers of expert ``index``, in the order of ``layout``."""
+        return [self.get_submodule(self.layout.path(i, index)) for i in range(len(self.layout.paths))]
 
     def call_all(self, hidden_states: Tensor, *_: Tensor) -> None:
         """Call every expert with all tokens, as calibration may want it; the arguments are those of :meth:`forward`."""
@@ -199,7 +203,7 @@ class ExpertList(nn.Module):
             return None
         if len(self.layout.paths) == 2 and not self.layout.joined:
             return name_of(lambda x: self._activate([x]))
-        if self.layout.joined and not self._concatenated:
+        if self.layout.joined and not self.concatenated:
             return None
         return gated_name_of(
             lambda gate, up: self._activate([torch.cat([gate, up])] if self.layout.joined else [gate, up])
@@ -214,11 +218,11 @@ class ExpertList(nn.Module):
             return self.act_fn(outputs[0])
         apply_gate = getattr(self.fused_class, "_apply_gate", None)
         if apply_gate is None:
-            gate, up = outputs if len(outputs) == 2 else halves(outputs[0], -1, self._concatenated)
+            gate, up = outputs if len(outputs) == 2 else halves(outputs[0], -1, self.concatenated)
             return self.act_fn(gate) * up
         if self.layout.joined:
             return apply_gate(self, outputs[0])
-        joined = torch.cat(outputs, -1) if self._concatenated else torch.stack(outputs, -1).flatten(-2)
+        joined = torch.cat(outputs, -1) if self.concatenated else torch.stack(outputs, -1).flatten(-2)
         return apply_gate(self, joined)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertList:
@@ -238,7 +242,8 @@ class ExpertList(nn.Module):
         return {**self.__dict__, "_grouped": None, "_tried": ()}
 
     @property
-    def _concatenated(self) -> bool:
+    def concatenated(self) -> bool:
+        """Whether the rows of what is called gate lie before those of up in the model's matrix; else they alternate."""
         return self.layout.halves or bool(getattr(self, "is_concatenated", True))
 
 
