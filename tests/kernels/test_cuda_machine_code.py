@@ -282,13 +282,18 @@ def test_a_compiler_older_than_the_gpu_is_a_sentence(counting: Counting) -> None
 def test_the_package_holds_what_it_says(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler.version[0] != 12:
         pytest.skip("the package is compiled by the NVRTC of CUDA 12")
+    folder = tmp_path / "gptq_backend_cuda"
+    folder.mkdir()
+    stale = folder / "sm_75-4.xz"
+    stale.touch()
     subprocess.run(
         [sys.executable, "setup.py", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path)],
         env=os.environ | {"GPTQ_BACKEND_CUDA_ARCHS": "86"},
         check=True,
         cwd=ROOT / "cuda",
     )
-    folder = tmp_path / "gptq_backend_cuda"
+    assert not stale.exists()
+    assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     contents = json.loads((folder / "contents.json").read_text())
     assert contents == {
         "cuda": str(compiler).partition(" ")[2],
@@ -306,3 +311,11 @@ def test_the_package_holds_what_it_says(compiler: Compiler, tmp_path: Path, monk
         assert ptx.endswith(b"\0")
         assert b".target sm_80" in ptx
         assert len(re.findall(rb"\.entry gptq_\w+", ptx)) == 19
+
+
+def test_the_package_alone_says_what_it_is_built_from(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "cuda", tmp_path / "cuda", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    done = subprocess.run([sys.executable, "setup.py", "build"], capture_output=True, text=True, cwd=tmp_path / "cuda")
+    assert done.returncode
+    assert "build gptq-backend-cuda inside a checkout: pip wheel --no-deps cuda" in done.stderr
+    assert "Traceback" not in done.stderr
