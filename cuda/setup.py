@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "gptq_backend"
 if not CORE.exists():
     raise SystemExit(f"{CORE} is not there; build gptq-backend-cuda inside a checkout: pip wheel --no-deps cuda")
-# 8.7 runs the code for 8.6, 10.3 that for 10.0, and 12.1 that for 12.0.
+# 10.3 runs the code for 10.0, and 12.1 that for 12.0. Jetsons of 8.7 are offered that for 8.6, and may refuse it.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PTX = 80  # for GPUs that came later
 BITS = (2, 3, 4, 8)
