@@ -18,7 +18,10 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parents[1]
-# 8.7 runs the code for 8.6, 10.3 that for 10.0, and 12.1 that for 12.0.
+CORE = ROOT / "gptq_backend"
+if not CORE.exists():
+    raise SystemExit(f"{CORE} is not there; build gptq-backend-cuda inside a checkout: pip wheel --no-deps cuda")
+# 10.3 runs the code for 10.0, and 12.1 that for 12.0. Jetsons of 8.7 are offered that for 8.6, and may refuse it.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PTX = 80  # for GPUs that came later
 BITS = (2, 3, 4, 8)
@@ -26,10 +29,7 @@ BITS = (2, 3, 4, 8)
 
 def compiler_module():
     """The file of gptq_backend that finds and calls NVRTC, without the rest, which needs torch."""
-    path = ROOT / "gptq_backend" / "kernels" / "cuda" / "nvrtc.py"
-    if not path.exists():
-        raise SystemExit(f"{path} is not there: build gptq-backend-cuda in a checkout of gptq-backend")
-    spec = importlib.util.spec_from_file_location("nvrtc", path)
+    spec = importlib.util.spec_from_file_location("nvrtc", CORE / "kernels" / "cuda" / "nvrtc.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -70,10 +70,13 @@ class BuildMachineCode(build_py):
         super().run()
         folder = Path(self.build_lib) / "gptq_backend_cuda"
         self.mkpath(str(folder))
+        for old in folder.glob("*.xz"):  # of an earlier build, perhaps for other architectures
+            old.unlink()
+        self.copy_file(str(ROOT / "LICENSE"), str(folder))
         write_machine_code(folder)
 
 
 setup(
-    version=runpy.run_path(str(ROOT / "gptq_backend" / "version.py"))["__version__"],
+    version=runpy.run_path(str(CORE / "version.py"))["__version__"],
     cmdclass={"build_py": BuildMachineCode},
 )

@@ -9,6 +9,8 @@ import dataclasses
 import json
 import logging
 import lzma
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +29,7 @@ from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import packed, prepared
 from tests.kernels.emulator import Emulator
 
+ROOT = Path(__file__).parents[2]
 CUBINS = [75, 80, 86, 89, 90, 100, 120]
 
 
@@ -108,10 +111,11 @@ def test_a_damaged_package_is_no_crash(shipped: Path, real_images: Emulator, cap
     (shipped / "sm_80-4.xz").write_bytes(whole[:-9])
     assert loading.unfit(0, 4) is None  # by the PTX
     assert loaded(real_images) == ["compute_80-4"]
-    (shipped / "contents.json").write_text("{")
-    machine_code._shipped.cache_clear()
-    assert "no machine code" in (loading.unfit(0, 8) or "")
-    assert "gptq-backend-cuda is damaged" in caplog.text
+    for bits, damage in ((8, "{"), (3, "[]"), (2, '{"cuda": "12.9", "cubins": 80}')):
+        (shipped / "contents.json").write_text(damage)
+        machine_code._shipped.cache_clear()
+        assert "no machine code" in (loading.unfit(0, bits) or "")
+    assert caplog.text.count("gptq-backend-cuda is damaged") == 3
 
 
 def test_a_driver_that_refuses_everything_leaves_every_reason(shipped: Path, real_images: Emulator) -> None:
@@ -270,3 +274,17 @@ def test_without_the_extension_the_reason_is_how_to_get_it(monkeypatch: pytest.M
     assert loading.unfit(0, 4) == "it is not there"
     loading.open_driver.cache_clear()
     loading.unfit.cache_clear()
+
+
+@pytest.mark.parametrize(("system", "advice"), [("Linux", "install a C++ compiler"), ("Windows", "for Linux only")])
+def test_the_advice_to_build_the_extension_is_for_linux(system: str, advice: str) -> None:
+    code = f"""
+import platform, sys, torch
+platform.system = lambda: {system!r}
+sys.modules["gptq_backend._cuda"] = None
+from gptq_backend.kernels.cuda import loading
+print(loading.MISSING)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert advice in done.stdout
+    assert ("compiler" in done.stdout) == (system == "Linux")

@@ -158,6 +158,32 @@ def test_no_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             nvrtc.find_compiler(version)
 
 
+def test_torchs_own_folder_comes_before_nvidias_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Wheels of torch for ARM have libnvrtc.so.12 in torch/lib."""
+    found = [tmp_path / name for name in ("torch/lib/libnvrtc.so.12", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12")]
+    others = [tmp_path / "torch/lib/libnvrtc-builtins.so.12.8", tmp_path / "nvidia/cu13/lib/libnvrtc.so.13"]
+    for path in (*found, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(nvrtc, "_package_folders", lambda name: [tmp_path / name])
+    assert list(nvrtc._candidates("12"))[:2] == [str(path) for path in found]
+    assert next(nvrtc._candidates("13")) == str(others[1])
+
+
+def test_a_compiler_of_before_cuda_11_2_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not (host := shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    old = tmp_path / "libnvrtc.so.11.0"
+    source = """extern "C" const char* nvrtcGetErrorString(int) { return "an error"; }
+    extern "C" int nvrtcVersion(int* major, int* minor) { *major = 11, *minor = 0; return 0; }"""
+    subprocess.run([host, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(old)], input=source, text=True, check=True)
+    with pytest.raises(CompileError, match=r"NVRTC has no nvrtcGetNumSupportedArchs; install the one of CUDA 11\.2"):
+        Compiler(str(old))
+    monkeypatch.setattr(nvrtc, "_candidates", lambda major: iter([str(old)]))
+    with pytest.raises(CompileError, match=r"no libnvrtc\.so\.11 was found"):
+        nvrtc.find_compiler("11.8")
+
+
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +256,19 @@ def test_a_folder_that_cannot_be_written_costs_only_the_next_process(
     assert "the compiled CUDA kernels cannot be kept for the next process (" in caplog.text
 
 
+@pytest.mark.parametrize("named", ["", "cache"])
+def test_without_a_home_nothing_is_written_where_the_process_happens_to_be(
+    counting: Counting, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as in a container for a number without a name
+    assert machine_code._compiled(4, 80) == b"sm_80-4"
+    assert not list(tmp_path.iterdir())
+    assert "cannot be kept for the next process (this user has no home folder; set XDG_CACHE_HOME" in caplog.text
+
+
 def test_a_compiler_older_than_the_gpu_is_a_sentence(counting: Counting) -> None:
     with pytest.raises(CompileError, match=r"NVRTC 1\.0 knows no architecture of compute capability 12"):
         machine_code._compiled(4, 120)
@@ -243,13 +282,18 @@ def test_a_compiler_older_than_the_gpu_is_a_sentence(counting: Counting) -> None
 def test_the_package_holds_what_it_says(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler.version[0] != 12:
         pytest.skip("the package is compiled by the NVRTC of CUDA 12")
+    folder = tmp_path / "gptq_backend_cuda"
+    folder.mkdir()
+    stale = folder / "sm_75-4.xz"
+    stale.touch()
     subprocess.run(
         [sys.executable, "setup.py", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path)],
         env=os.environ | {"GPTQ_BACKEND_CUDA_ARCHS": "86"},
         check=True,
         cwd=ROOT / "cuda",
     )
-    folder = tmp_path / "gptq_backend_cuda"
+    assert not stale.exists()
+    assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     contents = json.loads((folder / "contents.json").read_text())
     assert contents == {
         "cuda": str(compiler).partition(" ")[2],
@@ -267,3 +311,11 @@ def test_the_package_holds_what_it_says(compiler: Compiler, tmp_path: Path, monk
         assert ptx.endswith(b"\0")
         assert b".target sm_80" in ptx
         assert len(re.findall(rb"\.entry gptq_\w+", ptx)) == 19
+
+
+def test_the_package_alone_says_what_it_is_built_from(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "cuda", tmp_path / "cuda", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    done = subprocess.run([sys.executable, "setup.py", "build"], capture_output=True, text=True, cwd=tmp_path / "cuda")
+    assert done.returncode
+    assert "build gptq-backend-cuda inside a checkout: pip wheel --no-deps cuda" in done.stderr
+    assert "Traceback" not in done.stderr

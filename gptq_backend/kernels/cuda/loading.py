@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import platform
 import threading
 from typing import Any
 
@@ -19,9 +20,11 @@ try:
     extension = importlib.import_module("gptq_backend._cuda")
 except ImportError as error:
     extension = None
-    MISSING = (
-        f"the extension that launches CUDA kernels is not there ({error}); install a C++ compiler, and then "
-        "gptq-backend again with pip's options --no-cache-dir --force-reinstall --no-deps"
+    MISSING = f"the extension that launches CUDA kernels is not there ({error}); " + (
+        "install a C++ compiler, and then gptq-backend again with pip's options --no-cache-dir --force-reinstall "
+        "--no-deps"
+        if platform.system() == "Linux"
+        else "there is one for Linux only"
     )
 _LOCK = threading.RLock()
 

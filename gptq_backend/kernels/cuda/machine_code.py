@@ -96,7 +96,7 @@ def _shipped() -> Shipped:
         contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
         found = Shipped(folder, contents["cuda"], tuple(contents["cubins"]), contents["ptx"])
         sources = contents["sources"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the package gptq-backend-cuda is damaged (%s); install it again", error)
         return Shipped(Path())
     if sources != source_hash():
@@ -137,8 +137,10 @@ def _compiler() -> Compiler:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """Where compiled kernels are kept; a relative path if the user has no home."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(root):  # which its specification says to ignore
+        root = os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root) / "gptq_backend" / "cuda"
 
 
@@ -158,6 +160,8 @@ def _read(path: Path) -> bytes | None:
 def _keep(path: Path, code: bytes) -> None:
     """Write a file for later processes, whole or not at all."""
     try:
+        if not path.is_absolute():
+            raise OSError("this user has no home folder; set XDG_CACHE_HOME to a folder for them")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(dir=path.parent)  # 0600
         try:

@@ -89,7 +89,11 @@ class Compiler:
         return buffer.raw
 
     def _call(self, function: str, *arguments: object) -> None:
-        if status := getattr(self._library, function)(*arguments):
+        try:
+            called = getattr(self._library, function)
+        except AttributeError:
+            raise CompileError(f"NVRTC has no {function}; install the one of CUDA 11.2 or newer") from None
+        if status := called(*arguments):
             text = self._library.nvrtcGetErrorString(status)
             raise CompileError(f"{function} failed with {status}: {text.decode() if text else 'an unknown error'}")
 
@@ -118,14 +122,19 @@ def find_compiler(cuda: str | None = None) -> Compiler:
 
 
 def _candidates(major: str) -> Iterator[str]:
-    spec = importlib.util.find_spec("nvidia")
-    # nvidia/cuda_nvrtc/lib up to CUDA 12, nvidia/cu13/lib later; then those of conda and of a toolkit
-    packages = spec.submodule_search_locations or () if spec else ()
-    folders = [folder for package in packages for folder in Path(package).glob("*/lib")]
+    # Some of torch's wheels, above all for ARM, have CUDA's libraries inside. Others need NVIDIA's packages:
+    # nvidia/cuda_nvrtc/lib up to CUDA 12, nvidia/cu13/lib later. Then those of conda and of a toolkit.
+    folders = [package / "lib" for package in _package_folders("torch")]
+    folders += [folder for package in _package_folders("nvidia") for folder in package.glob("*/lib")]
     folders += [Path(sys.prefix) / "lib", Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "lib64"]
     for folder in folders:
         yield from sorted((str(path) for path in folder.glob(f"libnvrtc.so.{major}*")), reverse=True)
     yield f"libnvrtc.so.{major}" if major else "libnvrtc.so"  # where the system's loader finds it
+
+
+def _package_folders(name: str) -> list[Path]:
+    spec = importlib.util.find_spec(name)
+    return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
 
 
 def serving(capability: int, architectures: Iterable[int]) -> int | None:
