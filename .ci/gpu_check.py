@@ -11,6 +11,7 @@ and nothing is installed but wheels of FOLDER, beside the results of the build.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.machinery
 import json
@@ -189,6 +190,9 @@ class Results:
         self.path, self.key = path, json.loads(json.dumps(key))
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # the machine went away while it wrote
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
     def add(self, line: dict[str, Any]) -> None:
         text = json.dumps({**line, "key": self.key}) + "\n"
@@ -203,7 +207,7 @@ class Results:
         for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
                 line = json.loads(text)
-            except ValueError:  # cut off when the machine went away
+            except ValueError:  # cut off
                 continue
             if line["key"] == self.key and line.get("state") == "passed":
                 found.add((line["step"], tuple(line["command"])))
@@ -224,7 +228,14 @@ def source_hash() -> str:
 def describe(device: str) -> dict[str, Any]:
     """The device by torch, in a process of its own: the first use of a broken driver may never end."""
     command = [sys.executable, "-c", DESCRIBE, device]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"torch did not answer for {device} within a minute; see whether nvidia-smi does")
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        sys.exit(f"torch cannot use {device} here ({reason}); --dry-run tries every step on the CPU")
+    return json.loads(done.stdout)
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -320,10 +331,8 @@ def environment() -> dict[str, str]:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """End a process and what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def parse_row(text: str) -> Any:
