@@ -93,7 +93,12 @@ def plan(peers: Sequence[str] = (), wheels: str | None = None) -> list[Phase]:
         files = sorted(str(path) for path in Path(wheels).glob("*.whl"))
         found.append([Step("wheels", 15, (*pip, *files), once=False)])
     build = PYTHON, "setup.py", "-q", "build_ext", "--inplace"
-    found.append([Step("build", 100, build, once=False)])
+    built = (
+        PYTHON,
+        "-c",
+        "import gptq_backend._cpu, gptq_backend._cuda",
+    )  # a machine of few cores takes minutes to build
+    found.append([Step("build", 100, build, built, once=False)])
     found.append([_machine_code(bits) for bits in (4, 8, 3, 2)])
     found.append([_doctor(), *_cuda_tests()])
     found += [[_plans(shape)] for shape in ("4096x4096", "8192x8192", "22016x4096")]
