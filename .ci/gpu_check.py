@@ -179,10 +179,8 @@ def planned_seconds(phases: Iterable[Phase]) -> float:
 
 def importable(name: str) -> bool:
     """Whether there is a module or package, without importing it; folders of the wheels and the tree count."""
-    return (
-        importlib.machinery.PathFinder.find_spec(name.partition(".")[0], [str(SITE), os.getcwd(), *sys.path])
-        is not None
-    )
+    path = [str(SITE), os.getcwd(), *sys.path]
+    return importlib.machinery.PathFinder.find_spec(name.partition(".")[0], path) is not None
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -253,8 +251,8 @@ def describe(device: str) -> dict[str, Any]:
 class Runner:
     """Runs steps until ``seconds`` are over."""
 
-    def __init__(self, results: Results, seconds: float, dry: bool, say: Callable[[str], None] = print) -> None:
-        self.results, self.dry, self.say = results, dry, say
+    def __init__(self, results: Results, seconds: float, dry: bool, say: Callable[[str], object] | None = None) -> None:
+        self.results, self.dry, self.say = results, dry, say or write_line
         self.end = time.monotonic() + seconds
         self.running: set[subprocess.Popen[str]] = set()
 
@@ -277,7 +275,7 @@ class Runner:
             self.say(f"{'done':<10}{step.name}")
             return "done"
         if isinstance(command, str) or missing:
-            line = {"state": "skipped", "reason": f"{missing} not installed" if missing else command}
+            line = {"state": "skipped", "reason": f"{', '.join(missing)} not installed" if missing else command}
         elif left < 1:
             line = {"state": "no time", "reason": "the time of the whole run was over"}
         else:
@@ -346,6 +344,12 @@ def kill(process: subprocess.Popen[str]) -> None:
     """End a process and what it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def write_line(text: str) -> None:
+    """Like print, but a whole line at a time: steps of a phase end at the same time."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def parse_row(text: str) -> Any:

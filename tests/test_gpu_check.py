@@ -140,7 +140,7 @@ def test_what_cannot_run_is_listed_with_the_reason(check: ModuleType, run: Any) 
         dry=True,
     )
     assert bad == []
-    assert [line.get("reason") for line in lines[:2]] == ["['no_such_module_anywhere'] not installed", "it needs a GPU"]
+    assert [line.get("reason") for line in lines[:2]] == ["no_such_module_anywhere not installed", "it needs a GPU"]
     assert lines[2]["tail"] == ["tiny"]
 
 
