@@ -10,12 +10,14 @@
 #   make sdist      dist/*.tar.gz; its page is checked, and a part of its tests run where nothing else is unpacked
 #   make lint       ruff, mypy, clang-format
 #   make test-gpu   on a machine with an NVIDIA GPU: build in place, then the tests that need the GPU
+#   make gpu-check  there, first of all: right and fast? 15 minutes, no network, into docs/benchmarks/gpu/check.jsonl
 #   make bench-gpu  there too: times, JSON into docs/benchmarks/gpu; what is there already is not measured again
 #
 # Variables: PYTHON (interpreter), TORCH (pip's arguments for torch), CHECK_TORCH=0 (take a CUDA build without a GPU),
 # VLLM (pip's arguments for vLLM; empty leaves tests/vllm out), PYTEST_ARGS (more arguments for pytest), GPU_PYTHON (an
 # interpreter that has torch, triton, transformers, typer, rich, greenlet, pybind11, pytest, pytest-timeout and hypothesis;
-# nothing is installed), GPU_PEERS (e.g. --peer MODULE:FUNCTION).
+# nothing is installed), GPU_PEERS (e.g. --peer MODULE:FUNCTION), GPU_WHEELS (a folder of wheels that `make gpu-check` adds
+# to it, e.g. greenlet's), GPU_SECONDS (of all of gpu-check), GPU_CHECK_ARGS (e.g. --dry-run, on the CPU).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -42,8 +44,12 @@ export PYTHONUNBUFFERED := 1
 
 GPU_PYTHON ?= python3
 GPU_PEERS ?=
+GPU_WHEELS ?=
+GPU_SECONDS ?= 900
+GPU_CHECK ?= docs/benchmarks/gpu/check.jsonl
+GPU_CHECK_ARGS ?=
 
-.PHONY: demo test test-all test-versions sdist wheel wheel-aarch64 wheel-cuda lint format clean test-gpu bench-gpu
+.PHONY: demo test test-all test-versions sdist wheel wheel-aarch64 wheel-cuda lint format clean test-gpu bench-gpu gpu-check
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -183,11 +189,16 @@ build/.gpu: setup.py $(NATIVE)
 test-gpu: build/.gpu
 	$(GPU_PYTHON) -m pytest -m gpu -q --durations=5 $(PYTEST_ARGS) tests/gpu tests/kernels/test_triton.py
 ifneq ($(SANITIZER),)
-	for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu -q tests/gpu -k tiny || exit 1; done
+	@if $(SANITIZER) --error-exitcode 1 $(GPU_PYTHON) -c "import torch; torch.zeros(1).cuda()" > /dev/null 2>&1; then \
+		for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+			$(GPU_PYTHON) -m pytest -m gpu -q tests/gpu -k tiny || exit 1; done; \
+	else echo "compute-sanitizer is refused on this machine: memory accesses were not checked"; fi
 else
 	@echo "compute-sanitizer is not installed: memory accesses were not checked"
 endif
+
+gpu-check:
+	$(GPU_PYTHON) .ci/gpu_check.py $(GPU_CHECK) $(GPU_PEERS) $(GPU_WHEELS:%=--wheels %) --seconds $(GPU_SECONDS) $(GPU_CHECK_ARGS)
 
 # name: what differs from 4 bits, group 128, symmetric, fp16
 GPU_BENCHES := fp16 bf16 asym act-order g32 2bit 3bit 8bit

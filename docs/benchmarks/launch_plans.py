@@ -1,10 +1,13 @@
 """Times of every way to multiply by the CUDA kernels, from which the table in kernels/cuda/plan.py is to be written.
 
 python docs/benchmarks/launch_plans.py OUT.json
+
+OUT.json is written after each row. With - in its place, each row goes to stdout as a line of JSON, and nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -68,17 +71,32 @@ def measure(problem: Problem, rows: int, device: torch.device, seconds: float = 
     }
 
 
-def main(target: str) -> None:
-    """Measure all, print the fastest of each, write the JSON."""
+def line(row: dict[str, Any]) -> str:
+    """For people: the fastest plan, and how much slower the chosen one is."""
+    best, us = next(iter(row["us"].items()))
+    chosen = row["us"].get(row["chosen"], float("nan"))
+    return f"{row['N']}x{row['K']} M={row['M']:<4} {us:8.1f} us  {best:<60} chosen: {chosen / us:.2f}x that"
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, print the fastest of each, write the JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target")
+    parser.add_argument("--shape", action="append", help="NxK (repeatable)")
+    parser.add_argument("--m", default=",".join(map(str, ROWS)))
+    asked = parser.parse_args(arguments)
+    shapes = [(int(n), int(k)) for n, k in (text.split("x") for text in asked.shape or ())] or SHAPES
     device, rows = torch.device("cuda", 0), []
-    for (n, k), count in itertools.product(SHAPES, ROWS):
+    command = "python docs/benchmarks/launch_plans.py " + " ".join(arguments)
+    described = describe_machine(device, command)
+    for (n, k), count in itertools.product(shapes, map(int, asked.m.split(","))):
         rows.append(measure(Problem(n, k, dtype="fp16"), count, device))
-        best, us = next(iter(rows[-1]["us"].items()))
-        chosen = rows[-1]["us"].get(rows[-1]["chosen"], float("nan"))
-        print(f"{n}x{k} M={count:<4} {us:8.1f} us  {best:<60} chosen: {chosen / us:.2f}x that")
-    result = {"machine": describe_machine(device, f"python docs/benchmarks/launch_plans.py {target}"), "rows": rows}
-    write_text(Path(target), json.dumps(result, indent=1) + "\n")
+        if asked.target == "-":
+            print(json.dumps(rows[-1]), flush=True)
+        else:
+            print(line(rows[-1]))
+            write_text(Path(asked.target), json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

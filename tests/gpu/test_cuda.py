@@ -156,7 +156,7 @@ def test_a_thread_that_has_no_context_yet() -> None:
 @pytest.mark.parametrize("rows", [1, 40, 600])
 def test_compiled_without_a_graph_break(rows: int) -> None:
     weight = random_weight(4, 512, 256, 128, act_order=True)
-    linear = QuantLinear.from_weight(weight, torch.randn(256), backend="cuda").cuda()
+    linear = QuantLinear.from_weight(weight, torch.randn(256), backend="cuda", device=torch.device("cuda", 0)).prepare()
     x = torch.randn(rows, 512, dtype=torch.float16, device="cuda")
     compiled = torch.compile(linear, fullgraph=True)
     assert torch.equal(compiled(x), linear(x))
@@ -178,7 +178,7 @@ def test_a_second_device_is_switched_to_and_back() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     weight = random_weight(4, 256, 128, 64)
-    linear = QuantLinear.from_weight(weight, None, backend="cuda").to("cuda:1")
+    linear = QuantLinear.from_weight(weight, None, backend="cuda", device=torch.device("cuda", 1))
     x = torch.randn(2, 256, dtype=torch.float16, device="cuda:1")
     assert error(linear(x).cpu(), exact(weight, x.cpu(), None)) < 5e-4
     assert torch.cuda.current_device() == 0

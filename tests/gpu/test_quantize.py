@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -13,6 +15,9 @@ from tests.algorithm.test_gptq import ORDERS, layer, loss
 from tests.toy import SparseMlp, samples, toy
 
 pytestmark = pytest.mark.gpu
+needs_greenlet = pytest.mark.skipif(
+    importlib.util.find_spec("greenlet") is None, reason="greenlet is not installed; quantizing a model needs it"
+)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -43,6 +48,7 @@ def test_second_moments_are_summed_in_float32(dtype: torch.dtype) -> None:
     assert float(difference) < 1e-5
 
 
+@needs_greenlet
 @pytest.mark.parametrize("kwargs", [{}, {"mlp": SparseMlp}, {"parallel": True}])
 @pytest.mark.parametrize("parked", [False, True])
 def test_a_model_goes_to_the_gpu_block_by_block_and_comes_back(kwargs, parked, monkeypatch) -> None:
@@ -60,6 +66,7 @@ def test_a_model_goes_to_the_gpu_block_by_block_and_comes_back(kwargs, parked, m
         model(torch.stack(data))
 
 
+@needs_greenlet
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_training_brings_every_block_nearer_in_the_models_own_type(dtype: torch.dtype) -> None:
     """Norms, routers and the head stay in 16 bits, which do not take float32."""
