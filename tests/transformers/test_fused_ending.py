@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import DynamicCache
 from gptq_backend import quantize_model
 from gptq_backend.kernels import cpu_dense, cpu_layers
 from gptq_transformers import GPTQConfig
+from gptq_transformers.fused import fuse_layers
 from gptq_transformers.fused.ending_forward import HeadForward, NormForward
 from gptq_transformers.hf_quantizer import attach
 from tests.kernels.checks import native
@@ -176,6 +178,15 @@ def test_another_head_or_another_forward_is_called(folder: Path, endings: list[b
     model.lm_head.forward = lambda x: 3 * nn.functional.linear(x, model.lm_head.weight)
     wanted = step(stock(load(folder)), DynamicCache())
     assert distance(step(model, DynamicCache()), 3 * wanted) < 1e-5
+
+
+def test_a_head_that_is_not_known_is_named_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = stock(load(folder))
+    model.lm_head = nn.Sequential(model.lm_head)
+    with caplog.at_level(logging.INFO, "gptq_transformers"):
+        assert fuse_layers(model) == LAYERS
+    assert "norm and head do not run in the call of the layers: Sequential is no head that it knows" in caplog.text
+    assert "module by module" not in caplog.text
 
 
 def test_a_model_without_its_head_runs_as_before(folder: Path, endings: list[bool]) -> None:
