@@ -111,7 +111,8 @@ class Results:
         return self._chosen[index, : rows * self._top_k[index]]
 
     def intact(self, index: int, y: Tensor) -> bool:
-        """Whether ``y`` is the result of layer ``index``, as it was."""
+        """Whether ``y`` is the result of layer ``index``, or at -1 the last of ``ys``, as it was."""
+        index %= len(self.ys)
         at, copy = (first + index * self._bytes for first in self._first)
         return y.data_ptr() == at and _cpu.same_bytes(at, copy, self._bytes)
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache
 
 from gptq_backend import quantize_model
 from gptq_backend.kernels import cpu_dense, cpu_layers
 from gptq_transformers import GPTQConfig
+from gptq_transformers.fused import fuse_layers
 from gptq_transformers.fused.ending_forward import HeadForward, NormForward
 from gptq_transformers.hf_quantizer import attach
 from tests.kernels.checks import native
@@ -175,6 +180,15 @@ def test_another_head_or_another_forward_is_called(folder: Path, endings: list[b
     assert distance(step(model, DynamicCache()), 3 * wanted) < 1e-5
 
 
+def test_a_head_that_is_not_known_is_named_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = stock(load(folder))
+    model.lm_head = nn.Sequential(model.lm_head)
+    with caplog.at_level(logging.INFO, "gptq_transformers"):
+        assert fuse_layers(model) == LAYERS
+    assert "norm and head do not run in the call of the layers: Sequential is no head that it knows" in caplog.text
+    assert "module by module" not in caplog.text
+
+
 def test_a_model_without_its_head_runs_as_before(folder: Path, endings: list[bool]) -> None:
     model = load(folder)
     cache, other, plain = begun(model), begun(model), stock(model)
@@ -187,6 +201,75 @@ def test_a_model_without_its_head_runs_as_before(folder: Path, endings: list[boo
     for _ in range(3):
         step(model, cache)
     assert endings[-1]
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.norm"])
+def test_weights_that_a_hook_makes_anew_are_read(folder: Path, name: str) -> None:
+    model = load(folder)
+    cache, pruned = begun(model), model.get_submodule(name)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    for _ in range(2):
+        step(model, cache)
+    with torch.no_grad():
+        pruned.weight_orig.mul_(torch.rand_like(pruned.weight_orig))
+    wanted = step(stock(model), copy.deepcopy(cache))
+    assert distance(step(model, cache), wanted) < 1e-5
+
+
+def test_weights_of_another_kind_of_tensor_are_left_to_torch(folder: Path, endings: list[bool]) -> None:
+    model = load(folder)
+    cache, weight = begun(model), model.lm_head.weight.detach()
+    wanted = step(stock(model), copy.deepcopy(cache))
+    endings.clear()
+    model.lm_head.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    assert distance(step(model, cache).a, wanted) < 1e-5
+    assert endings == [False]
+
+
+def addresses(module: nn.Module) -> set[int]:
+    return {tensor.data_ptr() for tensor in module.parameters()}
+
+
+def still_held(addresses: set[int]) -> int:
+    """How many tensors are alive that lie there."""
+    gc.collect()
+    tensors = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and each.is_cpu)
+    return sum(tensor.data_ptr() in addresses for tensor in tensors if tensor.numel())
+
+
+def test_modules_that_have_gone_are_not_kept(folder: Path) -> None:
+    model = load(folder)
+    begun(model)
+    head = addresses(model.lm_head)
+    model.lm_head = nn.Linear(model.lm_head.in_features, 7, bias=False)
+    assert not still_held(head)
+    dropped = addresses(model.model.layers[-1])
+    model.model.layers = model.model.layers[:-1]
+    step(model, DynamicCache())
+    assert not still_held(dropped)
+
+
+def test_layers_that_get_another_dtype_do_not_keep_what_they_had(folder: Path) -> None:
+    model = load(folder)
+    begun(model)
+    before = addresses(model) - addresses(model.model.embed_tokens)
+    assert still_held(before)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.double() if tensor.is_floating_point() else tensor.clone()
+    step(model, DynamicCache())
+    assert not still_held(before)
+
+
+def test_what_the_norm_gave_keeps_no_weights(folder: Path) -> None:
+    for steps in range(2):
+        model = load(folder)
+        cache = begun(model) if steps else DynamicCache()
+        with torch.no_grad():
+            kept = model.model(input_ids=ids(1), past_key_values=cache).last_hidden_state
+        held = addresses(model)
+        del model
+        assert not still_held(held)
+        assert kept.isfinite().all()
 
 
 def test_many_sequences_leave_a_dense_head_to_torch(folder: Path, endings: list[bool], products: list[int]) -> None:

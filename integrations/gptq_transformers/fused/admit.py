@@ -62,9 +62,12 @@ def fuse_layers(model: Any) -> int:
                     parts = _with_mixture(parts, admitted[kind], kind, rules, given["hidden_states"].dtype)
             parts.layer.forward = FusedForward(parts, admitted[kind])
             count += 1
+    apart: dict[str, list[str]] = {}
     if count:
-        with _refusing(found[-1].layer, reasons):
+        with _refusing(model, apart):
             join_ending(model, found[-1].layer)
+    for why in apart:
+        logger.info(f"gptq-backend: norm and head do not run in the call of the layers: {why}")
     for why, names in reasons.items():
         logger.info(f"gptq-backend: {len(names)} {names[0]} run module by module: {why}")
     if count:

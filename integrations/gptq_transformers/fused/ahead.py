@@ -32,27 +32,33 @@ _GIVEN = "attention_mask", "position_embeddings", "past_key_values"
 
 
 class _Latest(threading.local):
-    """What the latest layer of this thread returned. Held no longer than that result is."""
+    """What the latest layer of this thread returned. Held no longer than that result is, and keeps no weights alive
+    once nothing but the head can follow.
+    """
 
     output: weakref.ref[Tensor] | None = None
-    link: Link | None = None
+    link: weakref.ref[Link] | None = None
     given: tuple[Any, ...] = ()
     run: _Run | None = None
     index = 0
 
     def note(self, output: Tensor, link: Link, given: tuple[Any, ...], run: _Run | None = None, index: int = 0) -> None:
         slot = self.__dict__  # that of this thread, whichever the output is freed in
-        slot.update(output=weakref.ref(output, lambda ref: _forget(slot, ref)), link=link, given=given)
-        slot.update(run=run, index=index)
+        slot.update(output=weakref.ref(output, lambda ref: _forget(slot, ref)), given=given)
+        slot.update(link=weakref.ref(link), run=run, index=index)
 
     def clear(self) -> None:
         self.__dict__.clear()
 
+    def behind(self) -> Link | None:
+        """The link of that layer, if the layer is still there."""
+        return None if self.link is None else self.link()
+
 
 def _forget(slot: dict[str, Any], output: weakref.ref[Tensor]) -> None:
     if slot.get("output") is output:
-        if slot["run"] is not None:  # nobody asked for the rest
-            slot["link"].cut()
+        if slot["run"] is not None and (link := slot["link"]()) is not None:  # nobody asked for the rest
+            link.cut()
         slot.clear()
 
 
@@ -117,16 +123,19 @@ class _Run:
 
     def give_normed(self) -> Tensor:
         y = self._ys.pop(len(self.calls))
-        _latest.note(y, self.links[-1], (self.ending,), self, len(self.calls) + 1)
+        assert self.ending is not None
+        _latest.note(y, self.links[-1], (weakref.ref(self.ending),), self, len(self.calls) + 1)
+        # The head needs nothing but the results, and what the norm gave may be kept for longer than the model is.
+        vars(self).update(dict.fromkeys(vars(self), ()) | {"_results": self._results})
         return y
 
-    def logits(self) -> Tensor:
-        assert self._results.logits is not None
-        return self._results.logits
+    def logits_of(self, x: Tensor) -> Tensor | None:
+        """What the head gives, if ``x`` is still what the norm gave."""
+        return self._results.logits if self._results.intact(-1, x) else None
 
-    def intact(self, index: int, y: Tensor) -> bool:
-        """Whether ``y`` is the result that came at ``index``, the norm's behind those of all layers, as it was."""
-        return self._results.intact(index, y)
+    def intact(self, y: Tensor) -> bool:
+        """Whether ``y`` is the result of the last layer, as it was."""
+        return self._results.intact(len(self.calls) - 1, y)
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
@@ -159,7 +168,7 @@ def proceed(own: Link, watches: Watches | None, x: Tensor, kwargs: dict[str, Any
 def resume(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor | None:
     """What the layer gives, if it was computed already."""
     latest = _latest
-    output, link, run, index = latest.output, latest.link, latest.run, latest.index
+    output, link, run, index = latest.output, latest.behind(), latest.run, latest.index
     if output is None or link is None:
         return None
     follows = output() is x and all(map(is_, latest.given, given))
@@ -183,6 +192,7 @@ def start(own: Link, calls: Calls, x: Tensor, kwargs: dict[str, Any]) -> Tensor 
     mask, _, cache = given = given_of(kwargs)
     first = None if cache is None or own.next is None else room_of(cache, calls.index, x.shape[1])
     if first is None:
+        own.chain = None  # of a prompt it is no use, and the model may have dropped layers since
         return None
     length = first[0].keys.shape[2]
     beginning = calls.begin(x, given, length)
@@ -212,13 +222,12 @@ def note(own: Link, y: Tensor, given: tuple[Any, ...]) -> None:
 def resume_norm(ending: Ending, x: Any) -> Tensor | None:
     """What the norm behind the last layer gives, if it was computed already."""
     latest = _latest
-    output, link, run = latest.output, latest.link, latest.run
+    output, link, run = latest.output, latest.behind(), latest.run
     y = None if output is None else output()
     if run is None or link is None or y is None or y is not x:
         return None
-    last = len(run.calls)
-    follows = run.ending is ending and latest.index == last
-    if follows and run.intact(last - 1, y):
+    follows = run.ending is ending and latest.index == len(run.calls)
+    if follows and run.intact(y):
         return run.give_normed()
     link.cut(for_good=follows)  # it would be learnt again, in vain
     latest.clear()
@@ -228,17 +237,17 @@ def resume_norm(ending: Ending, x: Any) -> Tensor | None:
 def note_norm(ending: Ending, x: Any, y: Any) -> None:
     """Remember that the norm ran by itself, to see whether the head is next."""
     latest = _latest
-    output, link = latest.output, latest.link
+    output, link = latest.output, latest.behind()
     if output is not None and link is not None and x is not None and output() is x and latest.run is None:
-        latest.note(y, link, (ending,))
+        latest.note(y, link, (weakref.ref(ending),))
 
 
 def resume_head(ending: Ending, x: Any) -> Tensor | None:
     """What the head gives for what the norm gave, or a view of all of it, if it was computed already."""
     latest = _latest
-    output, link, run, given = latest.output, latest.link, latest.run, latest.given
+    output, link, run, given = latest.output, latest.behind(), latest.run, latest.given
     normed = None if output is None else output()
-    if normed is None or link is None or len(given) != 1 or given[0] is not ending:
+    if normed is None or link is None or len(given) != 1 or given[0]() is not ending:
         return None
     latest.clear()
     if type(x) is not Tensor or not _is_all_of(x, normed):
@@ -246,8 +255,8 @@ def resume_head(ending: Ending, x: Any) -> Tensor | None:
             link.cut()
     elif run is None:
         link.learn_ending(ending)
-    elif run.intact(len(run.calls), x):
-        return run.logits()
+    elif (logits := run.logits_of(x)) is not None:
+        return logits
     else:
         link.cut(for_good=True)
     return None

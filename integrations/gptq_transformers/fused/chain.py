@@ -19,7 +19,8 @@ class Link:
 
     Args:
         calls: those that ran last; they may be outdated.
-        chain: the layers that ran with it last, which may have changed.
+        chain: the layers that ran with it last, which may have changed. It keeps them alive, also where the model has
+            dropped them, until the next call.
         ending: the norm and the head that came after it, if it is the last.
     """
 
@@ -40,6 +41,10 @@ class Link:
 
     def cut(self, for_good: bool = False) -> None:
         self._next, self._ending, self._broken = None, None, self._broken or for_good
+
+    def forget(self) -> None:
+        """Keep no tensors alive."""
+        self.calls = self.chain = None
 
     @property
     def next(self) -> Link | None:

@@ -58,9 +58,8 @@ class Ending:
             self._held = self._call = self._product = None
         elif self._held is None or self._held.outdated():
             self._call = self._product = None
-            entries = [*entries_of_dense(self.norm), *_entries_of(self.head)]
-            self._held = Held(entries)
             try:
+                self._held = Held([*entries_of_dense(self.norm), *_entries_of(self.head)])
                 norm, head = norm_of(self.norm), _weight_of(self.head)
                 if norm is not None:
                     self._call = cpu_layers.Ending(norm, head)
@@ -110,8 +109,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _weight_of(head: Any) -> cpu_block.Linear | cpu_dense.Dense:
     if type(head) is nn.Linear:
-        if not head.weight.is_cpu or not head.weight.is_contiguous():
-            raise NoMatch("its weight does not lie in rows on the CPU")
+        if type(head.weight.detach()) is not Tensor or not head.weight.is_cpu or not head.weight.is_contiguous():
+            raise NoMatch("its weight is no tensor that lies in rows on the CPU")
         return dense_of(head)
     if type(head) is QuantLinear:
         return linear_of(head)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,20 +16,33 @@ from .ending import Ending, find_ending
 
 
 class NormForward:
-    """Takes the place of the norm's ``forward``."""
+    """Takes the place of the norm's ``forward``. It is the head that keeps the ending: another may take its place."""
 
     def __init__(self, ending: Ending) -> None:
-        self.ending = ending
+        self._norm = ending.norm
+        self._ending: Callable[[], Ending | None] = weakref.ref(ending)
 
     def __call__(self, *arguments: Any, **kwargs: Any) -> Any:
-        norm = self.ending.norm
         alone = len(arguments) == 1 and not kwargs and not operators_are_seen() and not torch.is_grad_enabled()
-        if alone and (y := ahead.resume_norm(self.ending, arguments[0])) is not None:
+        ending = self._ending() if alone else None
+        if ending is not None and (y := ahead.resume_norm(ending, arguments[0])) is not None:
             return y
-        y = type(norm).forward(norm, *arguments, **kwargs)
-        if alone:
-            ahead.note_norm(self.ending, arguments[0], y)
+        y = type(self._norm).forward(self._norm, *arguments, **kwargs)
+        if ending is not None:
+            ahead.note_norm(ending, arguments[0], y)
         return y
+
+    def __getstate__(self) -> tuple[Any, Ending | None]:
+        """For copies and pickles."""
+        return self._norm, self._ending()
+
+    def __setstate__(self, state: tuple[Any, Ending | None]) -> None:
+        self._norm, ending = state
+        self._ending = _nothing if ending is None else weakref.ref(ending)
+
+
+def _nothing() -> None:
+    """In place of a reference to what is gone."""
 
 
 class HeadForward:

@@ -61,7 +61,7 @@ class FusedForward:
         if operators_are_seen() or torch.is_grad_enabled():
             return None
         if type(x) is not Tensor or x.dtype not in DTYPES or not x.is_cpu or torch.is_autocast_enabled("cpu"):
-            self._link.calls = None  # it would keep what may have moved to another device
+            self._link.forget()  # it would keep what may have moved to another device
             return None
         if not _KNOWN.issuperset(kwargs) or any(map(kwargs.get, _MORE)):
             return None
@@ -93,7 +93,8 @@ class FusedForward:
 
     def _retire(self) -> None:
         """Leave the layer to its own code for good, and keep nothing alive."""
-        self.parts = self._watch = self._link.calls = None
+        self.parts = self._watch = None
+        self._link.forget()
         if vars(self.layer).get("forward") is self:
             vars(self.layer).pop("forward", None)
 

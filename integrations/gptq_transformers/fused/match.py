@@ -111,6 +111,13 @@ def tensor_at(place: Place | None) -> Any:
 
 
 def dense_of(linear: nn.Linear) -> cpu_dense.Dense:
+    """For the fused calls.
+
+    Raises:
+        NoMatch: its tensors are no parameters: a hook (pruning, weight norm) makes them anew before each call.
+    """
+    if any(getattr(linear, name) is not linear._parameters.get(name) for name in ("weight", "bias")):
+        raise NoMatch("its weight or bias is no parameter")
     return cpu_dense.Dense(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 
