@@ -199,11 +199,15 @@ def operators_are_seen() -> bool:
     """Whether somebody looks at operators, so that nothing may be computed without them: a graph that is being made, a
     mode of torch (FLOP counters, fake tensors), or functorch.
     """
+    return operators_are_recorded() or bool(torch._C._len_torch_function_stack())
+
+
+def operators_are_recorded() -> bool:
+    """Likewise, but for modes of Python functions, which a default device is one of."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
     )
 

@@ -12,13 +12,14 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch.utils._device import DeviceContext
 
 from ..errors import is_out_of_memory
 from ..format import packing
 from ..format.weight import PackedWeight, WeightSpec
 from . import reference
 from .interface import Kernel, PreparedWeight
-from .operators import operators_are_seen
+from .operators import operators_are_recorded
 
 VARIABLE = "GPTQ_BACKEND_SELF_CHECK"
 DTYPES = torch.float16, torch.bfloat16
@@ -42,9 +43,10 @@ def fault(kernel: Kernel, spec: WeightSpec, device: torch.device) -> str | None:
     key = kernel.name, kernel.gemm, device, spec.bits, _group_size(spec), spec.sym, spec.act_order, spec.scales_dtype
     if key in _found:
         return _found[key]
-    if operators_are_seen() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if _is_observed() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
-    with _lock, torch.no_grad(), torch.inference_mode(False):
+    # Tensors that name no device lie on the CPU here, whatever the default device is.
+    with _lock, torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
         if key not in _found:
             try:
                 _found[key] = _wrong_results(kernel, spec, device)
@@ -53,6 +55,12 @@ def fault(kernel: Kernel, spec: WeightSpec, device: torch.device) -> str | None:
                     return None
                 _found[key] = f"it failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     return _found[key]
+
+
+def _is_observed() -> bool:
+    """Whether somebody would see what is computed here; a default device does not look."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return operators_are_recorded() or not all(isinstance(mode, DeviceContext) for mode in modes)
 
 
 def forget() -> None:

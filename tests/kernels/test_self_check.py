@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gptq_backend import KERNELS, ConfigError, Kernel, WeightSpec, select_kernel
 from gptq_backend.kernels import reference, self_check
@@ -106,6 +107,23 @@ def test_nothing_is_computed_in_a_trace(row: Any) -> None:
 
     kernel = row(lambda x, y: 0 * y)
     with FakeTensorMode():
+        assert self_check.fault(kernel, SPEC, CPU) is None
+    assert self_check.fault(kernel, SPEC, CPU) is not None
+
+
+def test_a_default_device_does_not_hinder_it(row: Any) -> None:
+    kernel = row(lambda x, y: 0 * y)
+    with torch.device("meta"):
+        assert "its results are wrong" in str(self_check.fault(kernel, SPEC, CPU))
+
+
+def test_functions_that_somebody_watches_are_not_called(row: Any) -> None:
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError(function)
+
+    kernel = row(lambda x, y: 0 * y)
+    with Watching():
         assert self_check.fault(kernel, SPEC, CPU) is None
     assert self_check.fault(kernel, SPEC, CPU) is not None
 
