@@ -19,7 +19,7 @@ import torch
 from ..format.weight import WeightSpec
 from . import self_check
 from .interface import Kernel
-from .table import KERNELS
+from .table import KERNELS, expert_kernel
 
 
 def kinds() -> Iterator[tuple[str, WeightSpec]]:
@@ -40,6 +40,9 @@ def check(kernel: Kernel, device: torch.device) -> Iterator[dict[str, object]]:
                 yield {"refused": reason}
                 continue
             off = [found for *_, found in self_check.deviations(kernel, weight)]
+            if (grouped := expert_kernel(kernel)) is not None:
+                experts = [self_check.problem(spec, device, seed) for seed in range(3)]
+                off += [found for *_, found in self_check.grouped_deviations(grouped, experts)]
         except Exception as error:
             yield {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
             continue

@@ -18,13 +18,15 @@ from ..errors import is_out_of_memory
 from ..format import packing
 from ..format.weight import PackedWeight, WeightSpec
 from . import reference
-from .interface import Kernel, PreparedWeight
+from .expert_routing import Routing
+from .interface import ExpertKernel, Kernel, PreparedWeight
 from .operators import operators_are_recorded
 
 VARIABLE = "GPTQ_BACKEND_SELF_CHECK"
 DTYPES = torch.float16, torch.bfloat16
 _ROWS = (1, 9, 40, 200)  # of x: one for each way in which rows of the table multiply
 _CHANNELS, _OUTPUTS = 320, 272  # about; no power of two
+_EXPERTS = 3
 # Largest deviation of a result, in units of the results' root mean square: rounding the weight and the result to
 # bfloat16 stays below a fiftieth, one channel left out is above a tenth. Of opt-in rows, which round x to 8 bits.
 _LIMIT, _OPT_IN_LIMIT = 0.05, 0.2
@@ -33,14 +35,17 @@ _found: dict[tuple[object, ...], str | None] = {}
 _lock = threading.Lock()
 
 
-def fault(kernel: Kernel, spec: WeightSpec, device: torch.device) -> str | None:
+def fault(kernel: Kernel, spec: WeightSpec, device: torch.device, grouped: ExpertKernel | None = None) -> str | None:
     """Why ``kernel`` must not serve weights like ``spec`` on ``device``: what it got wrong there; None if nothing.
+
+    grouped: its grouped product, where that is to serve as well.
 
     The answer is kept. Nothing is computed while a graph is captured or traced; then the answer is None, and not kept.
     """
     if kernel is reference.KERNEL or os.environ.get(VARIABLE, "1") in ("0", "false"):
         return None
-    key = kernel.name, kernel.gemm, device, spec.bits, _group_size(spec), spec.sym, spec.act_order, spec.scales_dtype
+    kind = spec.bits, _group_size(spec), spec.sym, spec.act_order, spec.scales_dtype
+    key = kernel.name, kernel.gemm, grouped and grouped.gemm, device, *kind
     if key in _found:
         return _found[key]
     if _is_observed() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -49,7 +54,7 @@ def fault(kernel: Kernel, spec: WeightSpec, device: torch.device) -> str | None:
     with _lock, torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
         if key not in _found:
             try:
-                _found[key] = _wrong_results(kernel, spec, device)
+                _found[key] = _wrong_results(kernel, spec, device, grouped)
             except Exception as error:
                 if is_out_of_memory(error):  # says nothing of the kernel
                     return None
@@ -89,9 +94,32 @@ def deviations(kernel: Kernel, weight: PackedWeight) -> Iterator[tuple[int, torc
             yield rows, dtype, float((found - expected[:rows]).abs().max() / unit)
 
 
-def problem(spec: WeightSpec, device: torch.device) -> PackedWeight:
-    """A small random weight like ``spec``."""
-    generator = torch.Generator().manual_seed(0)
+def grouped_deviations(row: ExpertKernel, weights: list[PackedWeight]) -> Iterator[tuple[int, torch.dtype, float]]:
+    """The same of grouped products, in which each row meets two of the weights, or none."""
+    prepared = [PreparedWeight.of(weight, row.kernel) for weight in weights]
+    dense = torch.stack([PreparedWeight.of(each, reference.KERNEL).dequantize(torch.float32) for each in weights])
+    stack = {
+        name: torch.stack([each.tensors[name] for each in prepared])
+        for name in row.tensors
+        if name in prepared[0].tensors
+    }
+    layout = (*map(stack.get, row.kernel.layout.tensors), *prepared[0].facts)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(max(_ROWS), dense.shape[2], generator=generator).to(dense.device)
+    ids = torch.randint(-1, len(weights), (max(_ROWS), 2), generator=generator).to(dense.device)
+    for dtype in DTYPES:
+        every = torch.einsum("tk,enk->ten", x.to(dtype).float(), dense)
+        expected = every.gather(1, ids.clamp(min=0)[:, :, None].expand(-1, -1, every.shape[2]))
+        expected = (expected * (ids >= 0)[:, :, None]).flatten(0, 1)
+        unit = every.square().mean().sqrt()
+        for rows in _ROWS:
+            found = row.gemm(x[:rows].to(dtype), layout, Routing(ids[:rows], len(weights)), 2, None).float()
+            yield rows, dtype, float((found - expected[: 2 * rows]).abs().max() / unit)
+
+
+def problem(spec: WeightSpec, device: torch.device, seed: int = 0) -> PackedWeight:
+    """A small random weight like ``spec``. Those of other seeds can be stacked with it."""
+    generator = torch.Generator().manual_seed(seed)
     size = _group_size(spec)
     groups = 1 if size is None else max(2, -(-_CHANNELS // size))
     channels = _CHANNELS if size is None else groups * size
@@ -117,12 +145,17 @@ def _group_size(spec: WeightSpec) -> int | None:
     return None if spec.groups == 1 else spec.group_size
 
 
-def _wrong_results(kernel: Kernel, spec: WeightSpec, device: torch.device) -> str | None:
+def _wrong_results(kernel: Kernel, spec: WeightSpec, device: torch.device, grouped: ExpertKernel | None) -> str | None:
     weight = problem(spec, device)
     if kernel.supports(weight.spec, device) is not None:  # it serves other sizes only
         return None
-    for rows, dtype, found in deviations(kernel, weight):
-        if not found <= limit(kernel):
-            amount = "NaN" if math.isnan(found) else f"off by {found:.2g} times what is usual for a result"
-            return f"its results are wrong: {amount}, of {rows} rows in {str(dtype).removeprefix('torch.')}"
+    checks = {"results": deviations(kernel, weight)}
+    if grouped is not None:
+        experts = [problem(spec, device, seed) for seed in range(_EXPERTS)]
+        checks["grouped results"] = grouped_deviations(grouped, experts)
+    for what, check in checks.items():
+        for rows, dtype, found in check:
+            if not found <= limit(kernel):
+                amount = "NaN" if math.isnan(found) else f"off by {found:.2g} times what is usual for a result"
+                return f"its {what} are wrong: {amount}, of {rows} rows in {str(dtype).removeprefix('torch.')}"
     return None

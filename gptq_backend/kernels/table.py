@@ -53,7 +53,7 @@ def select_kernel(spec: WeightSpec, device: torch.device, name: str | None = Non
     if name in (None, "auto"):
         report = kernel_report(spec, device)
         reasons = dict(report)
-        while (why_not := self_check.fault(chosen := fastest(reasons, expert), spec, device)) is not None:
+        while (why_not := _fault(chosen := fastest(reasons, expert), spec, device, expert)) is not None:
             reasons[chosen.name] = why_not
             _warn_once(
                 f"the kernel {chosen.name!r} does not serve {spec.bits}-bit weights on {_describe(device)} (torch "
@@ -68,10 +68,14 @@ def select_kernel(spec: WeightSpec, device: torch.device, name: str | None = Non
         return chosen
     for kernel in KERNELS:
         if kernel.name == name:
-            if reason := kernel.supports(spec, device) or self_check.fault(kernel, spec, device):
+            if reason := kernel.supports(spec, device) or _fault(kernel, spec, device, expert):
                 raise ConfigError(f"backend={name!r} cannot serve this layer on {device}: {reason}; use backend='auto'")
             return kernel
     raise ConfigError(f"backend={name!r} is not a kernel; choose 'auto' or one of {[k.name for k in KERNELS]}")
+
+
+def _fault(kernel: Kernel, spec: WeightSpec, device: torch.device, expert: bool) -> str | None:
+    return self_check.fault(kernel, spec, device, expert_kernel(kernel) if expert else None)
 
 
 def _describe(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptq_backend import Kernel, QuantizedWeight
-from gptq_backend.kernels import ExpertKernel, PreparedWeight, Routing, cpu, reference
+from gptq_backend.kernels import ExpertKernel, PreparedWeight, Routing, cpu, reference, self_check
 from gptq_backend.kernels import experts as moe
 from gptq_backend.kernels import table as kernels
 from gptq_backend.kernels.expert_routing import sort_by_expert
@@ -255,6 +255,7 @@ def test_an_expert_gets_a_row_with_a_grouped_product_where_there_is_one(monkeypa
     fastest = dataclasses.replace(reference.KERNEL, name="fastest")
     grouped = dataclasses.replace(reference.KERNEL, name="grouped")
     spec = prepared(random_weight(4, 64, 20, 32), reference.KERNEL).spec
+    monkeypatch.setenv(self_check.VARIABLE, "0")  # that row would multiply in a layout of another
     monkeypatch.setattr(kernels, "KERNELS", [fastest, grouped, reference.KERNEL])
     monkeypatch.setattr(kernels, "EXPERT_KERNELS", [dataclasses.replace(cpu.EXPERTS, kernel=grouped)])
     assert kernels.select_kernel(spec, CPU).name == "fastest"

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gptq_backend import KERNELS, ConfigError, Kernel, WeightSpec, select_kernel
-from gptq_backend.kernels import reference, self_check
+from gptq_backend.kernels import EXPERT_KERNELS, cpu, expert_kernel, reference, self_check
 from gptq_backend.kernels import table as kernels
+from tests.kernels.checks import native
 
 CPU = torch.device("cpu")
 SPEC = WeightSpec(1024, 512, 4, 128, 8)
@@ -88,6 +89,19 @@ def test_a_row_is_asked_once_per_kind_of_weight(row: Any) -> None:
     assert len(calls) == 2 * len(self_check.DTYPES) * 4
 
 
+@native
+@pytest.mark.parametrize("lie", [lambda y: y.flip(0), lambda y: y + 1, lambda y: y * float("nan")])
+def test_a_grouped_product_that_lies_does_not_serve_experts(lie: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = expert_kernel(cpu.KERNEL)
+    assert honest is not None
+    wrong = dataclasses.replace(honest, gemm=lambda *arguments: lie(honest.gemm(*arguments)))
+    monkeypatch.setattr(kernels, "EXPERT_KERNELS", [wrong if row is honest else row for row in EXPERT_KERNELS])
+    assert select_kernel(SPEC, CPU) is cpu.KERNEL
+    assert select_kernel(SPEC, CPU, expert=True) is not cpu.KERNEL
+    with pytest.raises(ConfigError, match="its grouped results are wrong"):
+        select_kernel(SPEC, CPU, "cpu", expert=True)
+
+
 def test_it_can_be_turned_off(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     row(lambda x, y: 0 * y)
     monkeypatch.setenv(self_check.VARIABLE, "0")
@@ -137,7 +151,7 @@ def test_right_rows_pass(dtype: torch.dtype, bits: int, size: int, groups: int, 
     spec = WeightSpec(1024, 512, bits, size, groups, sym, act_order and groups > 1, dtype)
     for kernel in KERNELS:
         if kernel.supports(spec, CPU) is None:
-            assert self_check.fault(kernel, spec, CPU) is None, kernel.name
+            assert self_check.fault(kernel, spec, CPU, expert_kernel(kernel)) is None, kernel.name
 
 
 def test_random_numbers_and_modes_are_left_as_they_were() -> None:
