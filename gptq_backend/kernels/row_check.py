@@ -39,12 +39,9 @@ def check(kernel: Kernel, device: torch.device) -> Iterator[dict[str, object]]:
             if (reason := kernel.supports(weight.spec, device)) is not None:
                 yield {"refused": reason}
                 continue
-            off = [found for *_, found in self_check.deviations(kernel, weight)]
-            if (grouped := expert_kernel(kernel)) is not None:
-                experts = [self_check.problem(spec, device, seed) for seed in range(3)]
-                off += [found for *_, found in self_check.grouped_deviations(grouped, experts)]
+            off = [found for *_, found in self_check.deviations(kernel, weight, expert_kernel(kernel))]
         except Exception as error:
-            yield {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+            yield {"failed": self_check.describe(error)}
             continue
         right = all(found <= self_check.limit(kernel) for found in off)
         worst = max(off) if all(found == found for found in off) else None  # JSON knows no NaN

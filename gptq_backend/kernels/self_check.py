@@ -58,7 +58,7 @@ def fault(kernel: Kernel, spec: WeightSpec, device: torch.device, grouped: Exper
             except Exception as error:
                 if is_out_of_memory(error):  # says nothing of the kernel
                     return None
-                _found[key] = f"it failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+                _found[key] = f"it failed ({describe(error)})"
     return _found[key]
 
 
@@ -66,6 +66,11 @@ def _is_observed() -> bool:
     """Whether somebody would see what is computed here; a default device does not look."""
     modes = torch.overrides._get_current_function_mode_stack()
     return operators_are_recorded() or not all(isinstance(mode, DeviceContext) for mode in modes)
+
+
+def describe(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def forget() -> None:
@@ -78,10 +83,27 @@ def limit(kernel: Kernel) -> float:
     return _OPT_IN_LIMIT if kernel.opt_in else _LIMIT
 
 
-def deviations(kernel: Kernel, weight: PackedWeight) -> Iterator[tuple[int, torch.dtype, float]]:
-    """Of products of some rows in some dtype with ``weight``: how far one is off the plain-torch product at most, in
-    units of the results' root mean square; NaN if one is NaN.
+Deviation = tuple[str, int, torch.dtype, float]
+
+
+def deviations(kernel: Kernel, weight: PackedWeight, grouped: ExpertKernel | None = None) -> Iterator[Deviation]:
+    """How far products are off the plain-torch ones at most, in units of the results' root mean square; NaN if one is
+    NaN.
+
+    Args:
+        weight: of :func:`problem`.
+        grouped: the kernel's grouped product, which is looked at as well.
+
+    Yields:
+        What was looked at, of how many rows of x, in which dtype, and the deviation.
     """
+    yield from _deviations(kernel, weight)
+    if grouped is not None:
+        others = (problem(weight.spec, weight.qweight.device, seed) for seed in range(1, _EXPERTS))
+        yield from _grouped_deviations(grouped, [weight, *others])
+
+
+def _deviations(kernel: Kernel, weight: PackedWeight) -> Iterator[Deviation]:
     prepared = PreparedWeight.of(weight, kernel)
     dense = PreparedWeight.of(weight, reference.KERNEL).dequantize(torch.float32)
     generator = torch.Generator().manual_seed(1)
@@ -91,11 +113,11 @@ def deviations(kernel: Kernel, weight: PackedWeight) -> Iterator[tuple[int, torc
         unit = expected.square().mean().sqrt()
         for rows in _ROWS:
             found = prepared.multiply(x[:rows].to(dtype)).float()
-            yield rows, dtype, float((found - expected[:rows]).abs().max() / unit)
+            yield "results", rows, dtype, float((found - expected[:rows]).abs().max() / unit)
 
 
-def grouped_deviations(row: ExpertKernel, weights: list[PackedWeight]) -> Iterator[tuple[int, torch.dtype, float]]:
-    """The same of grouped products, in which each row meets two of the weights, or none."""
+def _grouped_deviations(row: ExpertKernel, weights: list[PackedWeight]) -> Iterator[Deviation]:
+    """Each row of x meets two of the weights, or none."""
     prepared = [PreparedWeight.of(weight, row.kernel) for weight in weights]
     dense = torch.stack([PreparedWeight.of(each, reference.KERNEL).dequantize(torch.float32) for each in weights])
     stack = {
@@ -114,7 +136,7 @@ def grouped_deviations(row: ExpertKernel, weights: list[PackedWeight]) -> Iterat
         unit = every.square().mean().sqrt()
         for rows in _ROWS:
             found = row.gemm(x[:rows].to(dtype), layout, Routing(ids[:rows], len(weights)), 2, None).float()
-            yield rows, dtype, float((found - expected[: 2 * rows]).abs().max() / unit)
+            yield "grouped results", rows, dtype, float((found - expected[: 2 * rows]).abs().max() / unit)
 
 
 def problem(spec: WeightSpec, device: torch.device, seed: int = 0) -> PackedWeight:
@@ -149,13 +171,8 @@ def _wrong_results(kernel: Kernel, spec: WeightSpec, device: torch.device, group
     weight = problem(spec, device)
     if kernel.supports(weight.spec, device) is not None:  # it serves other sizes only
         return None
-    checks = {"results": deviations(kernel, weight)}
-    if grouped is not None:
-        experts = [problem(spec, device, seed) for seed in range(_EXPERTS)]
-        checks["grouped results"] = grouped_deviations(grouped, experts)
-    for what, check in checks.items():
-        for rows, dtype, found in check:
-            if not found <= limit(kernel):
-                amount = "NaN" if math.isnan(found) else f"off by {found:.2g} times what is usual for a result"
-                return f"its {what} are wrong: {amount}, of {rows} rows in {str(dtype).removeprefix('torch.')}"
+    for what, rows, dtype, found in deviations(kernel, weight, grouped):
+        if not found <= limit(kernel):
+            amount = "NaN" if math.isnan(found) else f"off by {found:.2g} times what is usual for a result"
+            return f"its {what} are wrong: {amount}, of {rows} rows in {str(dtype).removeprefix('torch.')}"
     return None

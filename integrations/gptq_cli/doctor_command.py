@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import signal
 import subprocess
@@ -55,9 +54,8 @@ def examine(row: str, device: str, seconds: float, program: Sequence[str] = PROG
         ``right``: how many kinds of weight; ``off``: the largest deviation of them; ``refused``: reasons, and
         ``wrong``: sentences, both without repetition; ``seconds``: for the kinds that are right.
     """
-    environment = os.environ | {"PYTHONFAULTHANDLER": "0"}
     try:
-        done = subprocess.run([*program, row, device], capture_output=True, timeout=seconds, env=environment)
+        done = subprocess.run([*program, row, device], capture_output=True, timeout=seconds)
         output, errors, code = done.stdout, done.stderr, done.returncode
     except subprocess.TimeoutExpired as late:
         output, errors, code = late.stdout or b"", late.stderr or b"", None

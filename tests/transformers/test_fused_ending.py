@@ -26,6 +26,7 @@ from gptq_transformers.hf_quantizer import attach
 from tests.kernels.checks import native
 from tests.transformers.checkpoints import distance, ids, load, tiny, write
 from tests.transformers.test_fused import CONFIG, decoded, stock
+from tests.transformers.test_fused_ahead import begun, step
 
 pytestmark = native
 LAYERS = 3
@@ -64,19 +65,6 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(cpu_dense.Product, "__call__", noting)
     return counted
-
-
-def step(model: Any, cache: DynamicCache, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids(1), past_key_values=cache, **kwargs).logits
-
-
-def begun(model: Any) -> DynamicCache:
-    """A cache with room for more, of a model whose head is known to follow."""
-    cache = DynamicCache()
-    for _ in range(3):
-        step(model, cache)
-    return cache
 
 
 def assert_alike(model: Any, endings: list[bool], expected: list[bool], count: int = 3) -> None:
