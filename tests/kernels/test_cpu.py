@@ -20,8 +20,8 @@ from gptq_backend.kernels import table as kernels
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, ROOT, assert_passes_at, error, exact, native, prepared
 
-OTHERS = tuple(f"test_cpu_{name}.py" for name in ("gradient", "block", "block_calls", "layers", "experts", "router"))
-SANITIZED = [str(Path(__file__).with_name(name)) for name in OTHERS]
+NAMES = "gradient", "block", "block_calls", "layers", "experts", "dense", "router"
+SANITIZED = [str(Path(__file__).with_name(f"test_cpu_{name}.py")) for name in NAMES]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
 
 
@@ -329,7 +329,7 @@ sys.modules["gptq_backend._cpu"] = _cpu
 import pytest
 files = [{__file__!r}, *{SANITIZED!r}]
 tests = "any_shape or every_code or int8_act or undone or not_finite or operator_in_cpp or exact or nan or refused"
-tests += " or empty or one_call"
+tests += " or empty or one_call or ending"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", f"({{tests}}) and not lower"]))
 """
     done = subprocess.run(
