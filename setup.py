@@ -166,6 +166,7 @@ PORTABLE = [
     "experts.cpp",
     "gemm.cpp",
     "gradient.cpp",
+    "layer_halves.cpp",
     "layers.cpp",
     "lookup.cpp",
     "places_module.cpp",
@@ -174,6 +175,7 @@ PORTABLE = [
     "router.cpp",
     "tail.cpp",
     "team.cpp",
+    "torch_abi.cpp",
     "torch_op.cpp",
     "level_generic.cpp",
 ]

@@ -9,7 +9,7 @@
 #include <string>
 
 #include "dense.h"
-#include "tail.h"
+#include "layer_halves.h"
 
 namespace gptq {
 namespace {
@@ -271,6 +271,35 @@ void run(const std::vector<const Layer*>& layers, const std::vector<CacheNumbers
                {at<void>(results[0]), at<void>(results[1])}, threads);
 }
 
+void keep_start_at(int64_t key, const Norm* norm, const std::vector<const Linear*>& inputs) {
+    if (inputs.empty()) refuse("weights", 0, "at least", 1);
+    const LayerStart start = {norm, inputs};
+    check_size(norm, start.width());
+    for (const Linear* each : inputs) check_inputs("inputs of a weight", *each, start.width());
+    keep_start(key, start);
+}
+
+void keep_end_at(int64_t key, const Tail& tail) {
+    if (tail.mixture || tail.output.factor != 1.0f) refuse("mixtures or factors", 1, "an end with", 0);
+    keep_end(key, tail);
+}
+
+void start_rows(int64_t key, int dtype, int rows, uintptr_t x, uintptr_t residual, uintptr_t y, uintptr_t sum,
+                int threads) {
+    const LayerStart* const start = find_start(key);
+    if (!start) throw std::invalid_argument("no layer has that key");
+    start_layer(*start, {Dtype(dtype), rows, start->width()}, at<void>(x), at<void>(residual), at<void>(y),
+                at<void>(sum), threads);
+}
+
+void end_rows(int64_t key, int dtype, int rows, uintptr_t x, uintptr_t residual, uintptr_t y, uintptr_t h,
+              int threads) {
+    const Tail* const end = find_end(key);
+    if (!end) throw std::invalid_argument("no layer has that key");
+    end_layer(*end, {Dtype(dtype), rows, end->output.o->weight.out_features}, at<void>(x), at<void>(residual),
+              at<void>(y), at<void>(h), threads);
+}
+
 bool same_bytes(uintptr_t a, uintptr_t b, size_t bytes) {
     return !std::memcmp(at<void>(a), at<void>(b), bytes);
 }
@@ -285,6 +314,9 @@ void bind_blocks(PyObject* module) {
         function<&finish_rows>("finish_layer"), function<&run_expert_rows>("run_experts"),
         function<&run>("run_layers"),           function<&route_rows>("route"),
         function<&multiply_rows>("multiply"),   function<&same_bytes>("same_bytes"),
+        function<&keep_start_at>("keep_start"), function<&keep_end_at>("keep_end"),
+        function<&forget_half>("forget_half"),  function<&start_rows>("start_layer"),
+        function<&end_rows>("end_layer"),
     };
     add_functions(module, functions);
     add_type<&linear>(module, "gptq_backend._cpu.Linear");

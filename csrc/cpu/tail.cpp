@@ -62,22 +62,24 @@ void run_mixture(const Mixture& m, const Rows& shape, const void* x, const void*
     });
 }
 
-void finish(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int32_t* ids, int threads) {
+// h = residual + factor * after_attention(o(x)), and what comes out of MLP and mixture goes to y, before its norm. Both
+// have the rows of `some`, of which `first` come before them.
+void run_parts(const Tail& t, const Rows& whole, const Rows& some, int first, const void* x, const void* residual,
+               void* h, int32_t* ids, void* y, int threads) {
+    const Rows attended = {whole.dtype, some.rows, t.output.o->weight.in_features};
+    void* const normed = scratch(kHidden, some);
+    finish_attention(t.output, some, row_of(x, attended, first), row_of(residual, whole, first), h, normed, threads);
+    void* const beside = t.mlp && t.mixture ? scratch(kResult, some) : y;
+    if (t.mlp) run_mlp(*t.mlp, some, normed, beside, threads);
+    if (!t.mixture) return;
+    const int64_t chosen = int64_t(first) * t.mixture->router->top_k;
+    run_mixture(*t.mixture, some, normed, t.mlp ? beside : nullptr, ids + chosen, y, threads);
+}
+
+template <class Each>
+void in_parts(const Rows& whole, Each each) {
     for (int first = 0; first < whole.rows; first += kRowsAtATime) {
-        const Rows some = {whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width};
-        const Rows attended = {whole.dtype, some.rows, t.output.o->weight.in_features};
-        void* const normed = scratch(kHidden, some);
-        char* const h = row_of(y, whole, first);
-        finish_attention(t.output, some, row_of(x, attended, first), row_of(residual, whole, first), h, normed,
-                         threads);
-        void* const beside = t.mlp ? scratch(kResult, some) : nullptr;
-        if (t.mlp) run_mlp(*t.mlp, some, normed, beside, threads);
-        void* const sum = t.mixture ? scratch(kSum, some) : beside;
-        if (t.mixture) {
-            run_mixture(*t.mixture, some, normed, beside, ids + int64_t(first) * t.mixture->router->top_k, sum,
-                        threads);
-        }
-        add(t.after_mlp, t.output.factor, some, h, sum, h, threads);
+        each(Rows{whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width}, first);
     }
 }
 
@@ -91,8 +93,24 @@ int64_t work_of(const Tail& t) {
 
 void finish_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, int32_t* ids,
                   int threads) {
-    Crew::with(threads, whole.rows * work_of(t) >= kSerialWork,
-               [&] { finish(t, whole, x, residual, y, ids, threads); });
+    Crew::with(threads, whole.rows * work_of(t) >= kSerialWork, [&] {
+        in_parts(whole, [&](const Rows& some, int first) {
+            char* const h = row_of(y, whole, first);
+            void* const sum = scratch(kSum, some);
+            run_parts(t, whole, some, first, x, residual, h, ids, sum, threads);
+            add(t.after_mlp, t.output.factor, some, h, sum, h, threads);
+        });
+    });
+}
+
+void end_layer(const Tail& t, const Rows& whole, const void* x, const void* residual, void* y, void* h, int threads) {
+    Crew::with(threads, whole.rows * work_of(t) >= kSerialWork, [&] {
+        in_parts(whole, [&](const Rows& some, int first) {
+            char* const result = row_of(y, whole, first);
+            run_parts(t, whole, some, first, x, residual, row_of(h, whole, first), nullptr, result, threads);
+            if (t.after_mlp) normalize(*t.after_mlp, some, result, result, threads);
+        });
+    });
 }
 
 }  // namespace gptq

@@ -33,4 +33,8 @@ struct Tail {
 void finish_layer(const Tail&, const Rows& shape, const void* x, const void* residual, void* y, int32_t* ids,
                   int threads);
 
+// h and y of a Tail without a mixture and of factor 1, apart: h = residual + after_attention(o(x)), and
+// y = after_mlp(mlp(before_mlp(h))).
+void end_layer(const Tail&, const Rows& shape, const void* x, const void* residual, void* y, void* h, int threads);
+
 }  // namespace gptq

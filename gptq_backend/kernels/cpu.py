@@ -303,8 +303,9 @@ def _torch_functions() -> dict[str, int]:
         return {}
 
 
-# With them the operator for inference is one in C++, which takes a fraction of the time that one in Python takes.
 _FUNCTIONS = _torch_functions()
+# With them operators for inference are in C++, which takes a fraction of the time that they take in Python.
+register_inference = (lambda name: _cpu.register_with_torch(name, _FUNCTIONS)) if _FUNCTIONS else None
 _LAYOUT, _LAYOUT_A8 = (Layout(WeightFields, constants=(a8,)) for a8 in (False, True))
 _OPERATORS = define_operators(
     "cpu_",
@@ -314,7 +315,7 @@ _OPERATORS = define_operators(
     look_up,
     dispatch="CPU",
     gradient=gradient,
-    register_inference=(lambda name: _cpu.register_with_torch(name, _FUNCTIONS)) if _FUNCTIONS else None,
+    register_inference=register_inference,
 )
 _moe_op = define_grouped(
     "cpu_moe_gemm",

@@ -195,6 +195,32 @@ def define_grouped(
     return operator
 
 
+def define_without_gradients(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    dispatch: str,
+    register_inference: Callable[[str], None] | None,
+) -> Callable[..., Any]:
+    """Register ``gptq_backend::{name}`` and ``gptq_backend::{name}_inference``, which do the same -> the second.
+
+    Args:
+        schema: what follows the name.
+        dispatch, register_inference: as for :func:`define_operators`.
+    """
+    for each in (name, f"{name}_inference"):
+        _LIBRARY.define(each + schema)
+        torch.library.register_fake(f"gptq_backend::{each}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, function, dispatch)
+    if register_inference is None:
+        _LIBRARY.impl(f"{name}_inference", function, dispatch)
+    else:
+        register_inference(f"{name}_inference")
+    operator: Callable[..., Any] = getattr(torch.ops.gptq_backend, f"{name}_inference").default
+    return operator
+
+
 def operators_are_seen() -> bool:
     """Whether somebody looks at operators, so that nothing may be computed without them: a graph that is being made, a
     mode of torch (FLOP counters, fake tensors), or functorch.

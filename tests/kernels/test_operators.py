@@ -11,9 +11,13 @@ from tests.kernels.checks import native, prepared
 
 SERVING = [kernel for kernel in KERNELS if kernel.supports(WeightSpec(90, 33, 4, 30, 3), torch.device("cpu")) is None]
 NAMES = ("gemm", "gemm_inference", "dequantize", "gradient", "look_up", "look_up_input")
-# Checked where their devices are, or are emulated.
+# Checked in files of their own, or where their devices are, or are emulated.
 ELSEWHERE = {
     "cpu_moe_gemm": "tests/kernels/test_experts.py",
+    **dict.fromkeys(
+        (f"cpu_{half}_layer{which}" for half in ("start", "end") for which in ("", "_inference")),
+        "tests/kernels/test_layer_halves.py",
+    ),
     "triton_gemm": "tests/kernels/interpret_triton.py",
     "triton_gemm_inference": "tests/kernels/interpret_triton.py",
     "triton_dequantize": "tests/kernels/interpret_triton.py",
