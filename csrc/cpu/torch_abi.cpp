@@ -37,9 +37,7 @@ void each_function(Visit visit) {
 
 void check_torch(int32_t code) {
     if (!code) return;
-    throw std::runtime_error(
-        "torch could not do what this operator of gptq_backend needs; the operator of the same name without "
-        "_inference says why, with the same arguments");
+    throw std::runtime_error("a function of torch that an operator of gptq_backend called has failed");
 }
 
 int torch_threads() {
@@ -114,7 +112,10 @@ Arguments::~Arguments() {
 
 void Arguments::hand_on(const char* name) {
     handed_on_ = true;
-    check_torch(torch.aoti_torch_call_dispatcher(name, "", stack_));
+    if (!torch.aoti_torch_call_dispatcher((std::string("gptq_backend::") + name).c_str(), "", stack_)) return;
+    throw std::runtime_error(
+        "an operator of gptq_backend was given what it cannot compute with; torch.ops.gptq_backend." +
+        std::string(name) + " with the same arguments says why");
 }
 
 std::vector<std::string> torch_functions() {

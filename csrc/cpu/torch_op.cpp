@@ -56,7 +56,7 @@ void gemm_kernel(Value* stack, uint64_t, uint64_t) {
     {
         Arguments arguments(stack, {kX, kWords, kScales, kBlocks}, {kZeros, kPerm, kBias});
         y = multiply(arguments);
-        if (!y) return arguments.hand_on("gptq_backend::cpu_gemm");
+        if (!y) return arguments.hand_on("cpu_gemm");
     }
     give(stack, 0, std::move(y));
 }
@@ -121,7 +121,7 @@ void start_kernel(Value* stack, uint64_t, uint64_t) {
     {
         Arguments arguments(stack, {0, 2}, {1});
         found = start(arguments);
-        if (!found) return arguments.hand_on("gptq_backend::cpu_start_layer");
+        if (!found) return arguments.hand_on("cpu_start_layer");
     }
     give(stack, 0, std::move(found->first));
     give(stack, 1, std::move(found->second));
@@ -132,7 +132,7 @@ void end_kernel(Value* stack, uint64_t, uint64_t) {
     {
         Arguments arguments(stack, {0, 1, 2}, {});
         found = end(arguments);
-        if (!found) return arguments.hand_on("gptq_backend::cpu_end_layer");
+        if (!found) return arguments.hand_on("cpu_end_layer");
     }
     give(stack, 0, std::move(found->first));
     give(stack, 1, std::move(found->second));

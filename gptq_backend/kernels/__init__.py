@@ -20,5 +20,6 @@ from .table import EXPERT_KERNELS, KERNELS, expert_kernel, fastest, kernel_repor
 __all__ = [
     "EXPERT_KERNELS", "KERNELS", "ExpertKernel", "Grouped", "Kernel", "PreparedWeight", "Routing", "cpu_attention",
     "cpu_block", "cpu_dense", "cpu_experts", "cpu_layer_halves", "cpu_layers", "cpu_router", "cpu_tail",
-    "expert_kernel", "fastest", "kernel_report", "one_by_one", "operators_are_seen", "places", "select_kernel", "why_not_groupable",
+    "expert_kernel", "fastest", "kernel_report", "one_by_one", "operators_are_seen", "places", "select_kernel",
+    "why_not_groupable",
 ]  # fmt: skip

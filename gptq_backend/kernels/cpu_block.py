@@ -6,6 +6,7 @@ themselves. Here a norm and the products that read it are one call, and so is al
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,13 @@ from .cpu_tensors import address, describe, dtype_code, vector_code
 from .devices import DTYPE_CODES
 from .interface import PreparedWeight
 
+FUSE_VARIABLE = "GPTQ_BACKEND_FUSE"
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4}
+
+
+def fusing_is_off() -> bool:
+    """Whether the user wants decoder layers to run module by module."""
+    return os.environ.get(FUSE_VARIABLE, "1") in ("0", "false")
 
 
 def why_not(weight: PreparedWeight, bias: Tensor | None = None) -> str | None:

@@ -20,7 +20,7 @@ from .cpu_tail import Tail, TailParts
 from .cpu_tensors import address, describe, dtype_code
 from .operators import define_without_gradients
 
-_HALVES: weakref.WeakValueDictionary[int, LayerStart | LayerEnd] = weakref.WeakValueDictionary()
+_HALVES: weakref.WeakValueDictionary[int, _Half] = weakref.WeakValueDictionary()
 
 
 class _Half:

@@ -86,6 +86,7 @@ class GPTQBackendConfig(MethodFacts):
         method = self._method(layer, prefix)
         if isinstance(method, GPTQLinearMethod | GPTQMoEMethod):
             self.stored.report.expect(method)
+            self.stored.fused.watch()
         return method
 
     def _method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:

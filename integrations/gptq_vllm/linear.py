@@ -73,7 +73,8 @@ class GPTQLinearMethod(LinearMethodBase):
             remove_parameters(layer)
             hold(layer, "segments", FusedWeight(self._weights(), self._dtype, self.stored.backend), self._fixed)
         announce(layer.segments.describe())
-        self.stored.report.loaded(self, layer.segments.kernels)
+        self.stored.fused.loaded(layer)
+        loaded(self.stored, self, layer.segments.kernels)
 
     def apply(self, layer: LinearBase | ParallelLMHead, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.segments.forward(x, bias)
@@ -167,6 +168,12 @@ def follow_model(stored: StoredLayers) -> bool:
         return False
     stored.follow(config)
     return not config.model_config.enforce_eager
+
+
+def loaded(stored: StoredLayers, method: Any, kernels: set[str]) -> None:
+    """The layer of ``method``, which ``kernels`` serve, has its weight; with the last, the model is complete."""
+    if stored.report.loaded(method, kernels) and (fused := stored.fused.fuse()) is not None:
+        announce(fused)
 
 
 def announce(weight: str) -> None:

@@ -27,14 +27,18 @@ class LoadReport:
         """The layer of ``method`` will be loaded."""
         self._awaited.add(method)
 
-    def loaded(self, method: Any, kernels: Iterable[str]) -> None:
-        """The layer of ``method`` is served by ``kernels``. Says so of all once the last is loaded, not of reloads."""
+    def loaded(self, method: Any, kernels: Iterable[str]) -> bool:
+        """The layer of ``method`` is served by ``kernels`` -> whether it is the last. Then, not after reloads, it says
+        which kernel serves how many.
+        """
         self.begun = True
         if method not in self._awaited:
-            return
+            return False
         self._awaited.discard(method)
         self._layers[" and ".join(sorted(set(kernels)))] += 1
-        if not self._awaited:
-            counts = ", ".join(f"{count} {kernels}" for kernels, count in self._layers.most_common())
-            logger.info("Quantized layers by kernel of gptq-backend: %s", counts)
-            self._layers.clear()
+        if self._awaited:
+            return False
+        counts = ", ".join(f"{count} {kernels}" for kernels, count in self._layers.most_common())
+        logger.info("Quantized layers by kernel of gptq-backend: %s", counts)
+        self._layers.clear()
+        return True

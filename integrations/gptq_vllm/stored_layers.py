@@ -14,6 +14,7 @@ from gptq_backend.format import TensorFile, TensorInfo, read_settings, read_tens
 
 from .checkpoint import Checkpoint, own_name
 from .compat import init_logger
+from .fused import FusedLayers
 from .load_report import LoadReport
 from .reloads import Reloads
 
@@ -46,7 +47,7 @@ class StoredLayers:
 
     def __init__(self, checkpoint: Checkpoint, settings: QuantizeConfig, backend: str | None, model: str) -> None:
         self.checkpoint, self.settings, self.backend = checkpoint, settings, backend
-        self.report, self.reloads = LoadReport(), Reloads()
+        self.report, self.reloads, self.fused = LoadReport(), Reloads(), FusedLayers()
         self._expected: dict[str, ExpectedLayer] = {}  # by vLLM's names
         self._specs: dict[str, StoredSpec] = {}  # by the file's names
         self.pairs_to_halves = False  # vLLM sorts the channels of each head, of dense weights only

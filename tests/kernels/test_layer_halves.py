@@ -1,4 +1,4 @@
-"""The two operators of a decoder layer whose attention somebody else computes: what they compute, and when they refuse."""
+"""The two operators of a decoder layer whose attention somebody else computes: their results, and what they refuse."""
 
 from __future__ import annotations
 

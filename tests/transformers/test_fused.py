@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gptq_backend import QuantizeConfig
+from gptq_backend.kernels import cpu_block
 from gptq_transformers import GPTQConfig
-from gptq_transformers.fused import admit, remove_fused
+from gptq_transformers.fused import remove_fused
 from gptq_transformers.fused.forward import FusedForward
 from tests.kernels.checks import native
 from tests.transformers.checkpoints import NAMES, VERSION_4, distance, ids, load, load_peer, logits, tiny, write
@@ -242,7 +243,7 @@ def test_compiled_models_are_compiled_module_by_module(folder: Path) -> None:
 
 def test_it_can_be_turned_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused(load(folder, quantization_config=GPTQConfig(bits=4, fuse=False)))
-    monkeypatch.setenv(admit.VARIABLE, "0")
+    monkeypatch.setenv(cpu_block.FUSE_VARIABLE, "0")
     assert not fused(load(folder))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from .mixture import Found, find_pieces, find_rule
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "GPTQ_BACKEND_FUSE"
 _TOKENS = 5  # of the comparison's prompt, longer than one row and no multiple of anything
 _LIMIT = 1e-4  # relative difference in float32
 # Of what a mixture gives for half of some tokens, in its own dtype: for others the last bit may choose another expert.
@@ -39,7 +37,7 @@ def fuse_layers(model: Any) -> int:
     Others stay as they are, and one line of the log says why. Nothing else of the model changes, nor does the state of
     random numbers.
     """
-    if os.environ.get(VARIABLE, "1") in ("0", "false"):
+    if cpu_block.fusing_is_off():
         return 0
     reasons: dict[str, list[str]] = {}
     found: list[Parts] = []
@@ -71,7 +69,9 @@ def fuse_layers(model: Any) -> int:
     for why, names in reasons.items():
         logger.info(f"gptq-backend: {len(names)} {names[0]} run module by module: {why}")
     if count:
-        logger.info(f"gptq-backend: {count} decoder layers run in few calls ({VARIABLE}=0 turns that off)")
+        logger.info(
+            f"gptq-backend: {count} decoder layers run in few calls ({cpu_block.FUSE_VARIABLE}=0 turns that off)"
+        )
     return count
 
 
