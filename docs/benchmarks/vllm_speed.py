@@ -1,9 +1,9 @@
 """Tokens per second of vLLM on a CPU, models against each other, and where the time goes.
 
-    python docs/benchmarks/vllm_speed.py NAME=FOLDER[:QUANTIZATION] ... [--rounds N] [--compile] [--tokens N]
-        [--json FILE]
+    python docs/benchmarks/vllm_speed.py NAME=FOLDER[:QUANTIZATION[:VARIABLE=VALUE]] ... [--rounds N] [--compile]
+        [--tokens N] [--json FILE]
 
-Every model is loaded once, in a process of its own with the same options, and they take turns, so that other load on
+VARIABLE is one of the environment, for that model alone. Every model is loaded once, in a process of its own with the same options, and they take turns, so that other load on
 the machine hits all of them alike. Reports the median over rounds.
 """
 
@@ -31,7 +31,7 @@ CASES = ("decode", "batch 8", "prefill")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER[:QUANTIZATION]")
+    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER[:QUANTIZATION[:VARIABLE=VALUE]]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="to generate per sequence")
     parser.add_argument("--compile", action="store_true", help="vLLM's default mode instead of eager")
@@ -108,7 +108,9 @@ def _child(arguments: argparse.Namespace) -> None:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_CPU_KVCACHE_SPACE="1")
     from vllm import LLM
 
-    folder, _, quantization = arguments.models[0].partition("=")[2].partition(":")
+    folder, quantization, variable, value = _parts(arguments.models[0])
+    if variable:
+        os.environ[variable] = value
     engine = LLM(
         folder,
         quantization=quantization or None,
@@ -129,6 +131,13 @@ def _child(arguments: argparse.Namespace) -> None:
             answer = _rate(engine, question, arguments.tokens)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _parts(entry: str) -> tuple[str, str, str, str]:
+    """Folder, quantization, variable and value of a model; empty if not given."""
+    folder, quantization, variable = (*entry.partition("=")[2].split(":"), "", "")[:3]
+    name, _, value = variable.partition("=")
+    return folder, quantization, name, value
 
 
 def _seconds(engine: Any, prompts: int, length: int, tokens: int) -> float:

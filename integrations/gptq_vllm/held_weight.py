@@ -18,8 +18,9 @@ class Described(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def hold(layer: nn.Module, name: str, weight: Described, fixed: bool) -> None:
-    """Make ``weight`` the attribute ``name`` of vLLM's layer; one of the same form is given new values in its place.
+def hold(layer: nn.Module, name: str, weight: Described, fixed: bool) -> bool:
+    """Make ``weight`` the attribute ``name`` of vLLM's layer, or give new values to one of the same form that it has
+    already -> whether it is another now.
 
     It is no child of the layer: vLLM's reload takes the tensors of all children away, and in the end puts them back.
 
@@ -30,14 +31,16 @@ def hold(layer: nn.Module, name: str, weight: Described, fixed: bool) -> None:
         ConfigError: a graph was made, and the weight has another form now.
     """
     held = layer.__dict__.get(name)
-    if held is None or not _take(held, weight):
-        if held is not None and fixed:
-            raise ConfigError(
-                f"{getattr(layer, 'prefix', name)}: the weights to reload have another form than those before "
-                f"({weight.describe()}, not {held.describe()}), over which graphs were made; start vLLM anew, or with "
-                "enforce_eager=True"
-            )
-        layer.__dict__[name] = weight
+    if held is not None and _take(held, weight):
+        return False
+    if held is not None and fixed:
+        raise ConfigError(
+            f"{getattr(layer, 'prefix', name)}: the weights to reload have another form than those before "
+            f"({weight.describe()}, not {held.describe()}), over which graphs were made; start vLLM anew, or with "
+            "enforce_eager=True"
+        )
+    layer.__dict__[name] = weight
+    return True
 
 
 def _take(held: Described, new: Described) -> bool:

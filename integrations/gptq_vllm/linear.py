@@ -71,9 +71,10 @@ class GPTQLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: LinearBase | ParallelLMHead) -> None:
         with self._collector.finished(layer):
             remove_parameters(layer)
-            hold(layer, "segments", FusedWeight(self._weights(), self._dtype, self.stored.backend), self._fixed)
+            weight = FusedWeight(self._weights(), self._dtype, self.stored.backend)
+            if hold(layer, "segments", weight, self._fixed):
+                self.stored.fused.loaded(layer)
         announce(layer.segments.describe())
-        self.stored.fused.loaded(layer)
         loaded(self.stored, self, layer.segments.kernels)
 
     def apply(self, layer: LinearBase | ParallelLMHead, x: Tensor, bias: Tensor | None = None) -> Tensor:

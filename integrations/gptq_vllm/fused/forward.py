@@ -10,22 +10,41 @@ from torch import Tensor, nn
 
 from gptq_backend.kernels import cpu_layer_halves
 
-from .match import Parts
+from ..compat import init_logger
+from .match import NoMatch, Parts, find_parts
+
+logger = init_logger(f"vllm.{__name__}")
 
 _NAME = "_gptq_halves"
 
 
 class Halves:
-    """The two calls of a layer. Graphs read the keys of these when they run."""
+    """The two calls of a layer. Graphs read the keys of these when they run.
+
+    Attributes:
+        stale: whether a linear layer has another weight since. vLLM refuses that where graphs were made.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.start = cpu_layer_halves.LayerStart(parts.before_attention, parts.inputs)
         self.end = cpu_layer_halves.LayerEnd(parts.tail)
+        self.stale = False
 
-    def replace(self, parts: Parts) -> None:
-        """Call others from now on; graphs stay as they are."""
+    def renew(self, layer: Any) -> bool:
+        """Take the weights that ``layer`` has now -> whether these calls can still run it; else it runs its own code.
+
+        To be called when it runs: while vLLM reloads weights, norms and biases have none.
+        """
+        try:
+            parts = find_parts(layer)
+        except NoMatch as why:
+            remove(layer)
+            logger.info("%s runs module by module from now on: %s", type(layer).__name__, why)
+            return False
         self.start.replace(parts.before_attention, parts.inputs)
         self.end.replace(parts.tail)
+        self.stale = False
+        return True
 
 
 def install(parts: Parts) -> None:
@@ -57,7 +76,10 @@ def _forward(
     self: Any, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """hidden_states, residual: float [T, H], whose sum is the layer's input -> likewise those of the next layer."""
-    start, end = self._gptq_halves.start, self._gptq_halves.end
+    halves = self._gptq_halves
+    if halves.stale and not halves.renew(self):
+        return self(positions, hidden_states, residual, **kwargs)
+    start, end = halves.start, halves.end
     operators = torch.ops.gptq_backend
     qkv, residual = operators.cpu_start_layer_inference(hidden_states, residual, start.key, start.outputs)
     attended = self.self_attn(positions=positions, hidden_states=qkv, **kwargs)

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from gptq_backend.kernels import cpu_block
 
 from ..compat import get_current_vllm_config_or_none, init_logger
-from .forward import halves_of, install, remove
+from .forward import halves_of, install
 from .match import NoMatch, find_parts, is_layer, kind_of
 from .proof import prove
 
@@ -40,16 +40,11 @@ class FusedLayers:
             self._watching = register_module_module_registration_hook(_noter(weakref.ref(self)))
 
     def loaded(self, linear: nn.Module) -> None:
-        """``linear`` has its weight, at first or anew."""
+        """``linear`` has a weight, its first or another."""
         self._linears.add(linear)
         layer = self._layer_of(linear)
-        if layer is None or (halves := halves_of(layer)) is None:
-            return
-        try:
-            halves.replace(find_parts(layer))
-        except NoMatch as why:  # vLLM refuses such a reload where graphs were made
-            remove(layer)
-            logger.info("%s runs module by module from now on: %s", type(layer).__name__, why)
+        if layer is not None and (halves := halves_of(layer)) is not None:
+            halves.stale = True
 
     def fuse(self) -> str | None:
         """Let the layers that can run in two calls do so -> what graphs depend on, or None if there are none."""
