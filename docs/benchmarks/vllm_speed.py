@@ -3,8 +3,9 @@
     python docs/benchmarks/vllm_speed.py NAME=FOLDER[:QUANTIZATION[:VARIABLE=VALUE]] ... [--rounds N] [--compile]
         [--tokens N] [--json FILE]
 
-VARIABLE is one of the environment, for that model alone. Every model is loaded once, in a process of its own with the same options, and they take turns, so that other load on
-the machine hits all of them alike. Reports the median over rounds.
+Every model is loaded once, in a process of its own with the same options, and they take turns, so that other load on
+the machine hits all of them alike. Reports the median over rounds. VARIABLE is one of the environment, for that model
+alone.
 """
 
 from __future__ import annotations
