@@ -14,6 +14,7 @@ import re
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from pybind11.setup_helpers import ParallelCompile, has_flag
 from setuptools import Extension, setup
@@ -24,8 +25,8 @@ COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 REQUIRED = os.environ.get("GPTQ_BACKEND_REQUIRE_NATIVE", "0") not in ("", "0")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-# A file per level (level_NAME.cpp), chosen at run time: each has the flags of its instruction set, and no other file has
-# them. Slowest first.
+# A level is a file, level_NAME.cpp, and one is chosen at run time: each has the flags of its instruction set, and no
+# other file has them. Slowest first.
 X86 = {
     "avx2": AVX2,
     "avx_vnni": [*AVX2, "-mavxvnni"],
@@ -91,9 +92,10 @@ class BuildNative(build_ext):
         )
         built = [name for name, level in LEVELS.items() if not refused.intersection(level)]
         if refused:
+            missing = ", ".join(name for name in LEVELS if name not in built)
             self.warn(
-                f"the CPU kernels are built without {', '.join(name for name in LEVELS if name not in built)}, since the "
-                f"compiler does not know {', '.join(sorted(refused))}; a newer g++ or clang++ does."
+                f"the CPU kernels are built without {missing}, since the compiler does not know "
+                f"{', '.join(sorted(refused))}; a newer g++ or clang++ does."
             )
         ext.sources += [f"csrc/cpu/level_{name}.cpp" for name in built]
         ext.define_macros += [("GPTQ_LEVELS", " ".join(f"LEVEL({name})" for name in built))]
@@ -119,6 +121,10 @@ class BuildNative(build_ext):
                 old.unlink()
         super().copy_extensions_to_source()
 
+    def get_ext_filename(self, fullname) -> str:
+        """Of what is built for, be it another system."""
+        return os.path.join(*fullname.split(".")) + TOOLCHAIN.suffix
+
     def get_ext_fullpath_built(self, ext) -> str:
         """Where build_extension put ``ext``."""
         return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
@@ -129,7 +135,7 @@ class BuildNative(build_ext):
 
 def openmp_root() -> str | None:
     """Where Homebrew keeps libomp, if Apple's clang++ is the compiler: it has no OpenMP of its own."""
-    if platform.system() != "Darwin" or "g++" in os.environ.get("CXX", "").replace("clang++", ""):
+    if SYSTEM != "macosx" or "g++" in os.environ.get("CXX", "").replace("clang++", ""):
         return None
     try:
         return subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True, check=True).stdout.strip()
@@ -138,18 +144,35 @@ def openmp_root() -> str | None:
 
 
 OPENMP_ROOT = openmp_root()
-OPENMP, OPENMP_LINK = ["-fopenmp"], ["-fopenmp"]
-if OPENMP_ROOT:
-    OPENMP = ["-Xpreprocessor", "-fopenmp", f"-I{OPENMP_ROOT}/include"]
-    OPENMP_LINK = [f"{OPENMP_ROOT}/lib/libomp.dylib", "-Wl,-rpath,@loader_path/../torch/lib"]
-if platform.system() == "Darwin":
+
+
+class Toolchain(NamedTuple):
+    """What the compilers for a system need beyond COMMON for the CPU kernels, and how it names an extension."""
+
+    compile: list[str]
+    link: list[str]
+    suffix: str = ".abi3.so"
+
+
+GNU = Toolchain(["-fopenmp"], ["-fopenmp"])
+# Apple's clang++, with the header of Homebrew's OpenMP and the library that torch brings.
+APPLE = Toolchain(
+    ["-Xpreprocessor", "-fopenmp", f"-I{OPENMP_ROOT}/include"],
+    [f"{OPENMP_ROOT}/lib/libomp.dylib", "-Wl,-rpath,@loader_path/../torch/lib"],
+)
+# clang++ of zig, which brings the headers and libraries of Windows; csrc/windows has what it lacks.
+WINDOWS = Toolchain(
+    ["-fopenmp", "-Icsrc/windows", "-include", "csrc/windows/pyconfig.h"], ["-lpython3", "-liomp5md"], ".pyd"
+)
+TOOLCHAIN = WINDOWS if SYSTEM == "win" else APPLE if OPENMP_ROOT else GNU
+if SYSTEM == "macosx":
     # A Python for both kinds of Mac would compile each file for both, and a level fits only one.
     os.environ.setdefault("ARCHFLAGS", f"-arch {MACHINE}")
 
 
 def cuda_extensions() -> list[Extension]:
     """What launches the CUDA kernels, or nothing. It needs nothing of CUDA: the driver is looked up at run time."""
-    if os.environ.get("GPTQ_BACKEND_CUDA") == "0" or platform.system() != "Linux":
+    if os.environ.get("GPTQ_BACKEND_CUDA") == "0" or SYSTEM != "linux":
         return []
     folder, device = Path("csrc/cuda"), Path("gptq_backend/kernels/cuda/device")
     return [
@@ -204,8 +227,8 @@ cpu = Extension(
     [f"csrc/cpu/{name}" for name in PORTABLE],  # and levels: choose_levels
     depends=[BINDING, *(str(path) for path in sorted(Path("csrc/cpu").glob("*.h")))],
     py_limited_api=True,
-    extra_compile_args=[*COMMON, *OPENMP, "-fno-math-errno", "-Wno-psabi", *EXTRA],
-    extra_link_args=[*OPENMP_LINK, *EXTRA],
+    extra_compile_args=[*COMMON, *TOOLCHAIN.compile, "-fno-math-errno", "-Wno-psabi", *EXTRA],
+    extra_link_args=[*TOOLCHAIN.link, *EXTRA],
 )
 ParallelCompile(default=os.cpu_count()).install()
 # One wheel for every Python from 3.10 on: csrc/python/binding.h keeps to its stable ABI.
