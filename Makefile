@@ -6,7 +6,7 @@
 #   make test-versions   the wheel in the oldest and the newest Python, torch and transformers: two CUDA builds of torch
 #   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
 #   make wheel-aarch64   the same for ARM, by a cross compiler; its kernels are tested under qemu-user, for half an hour
-#   make wheel-windows   the same for Windows; its kernels are tested under wine, for ten minutes
+#   make wheel-windows   the same for Windows, by pip's ziglang; tried and tested under wine, for half an hour
 #   make wheel-cuda   the machine code of the CUDA kernels as a wheel of its own; without a GPU, in minutes
 #   make sdist      dist/*.tar.gz; its page is checked, and a part of its tests run where nothing else is unpacked
 #   make lint       ruff, mypy, clang-format
@@ -124,7 +124,10 @@ wheel-windows: $(VENV)/.wheel
 	_PYTHON_HOST_PLATFORM=win-amd64 CC=$(WINDOWS_CXX) CXX=$(WINDOWS_CXX) LDSHARED="$(WINDOWS_CXX) -shared" \
 		LDCXXSHARED="$(WINDOWS_CXX) -shared" LDFLAGS="-L$(WINDOWS) -s -Wl,--out-implib,$(WINDOWS)/unused.lib" \
 		GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
-	.ci/wine_windows.sh dist/*win_amd64.whl $(VENV)/bin/python $(VENV)/windows $(WINDOWS_TESTS)
+	abi3audit --strict dist/*win_amd64.whl
+ifneq ($(strip $(WINDOWS_TESTS)),)
+	.ci/wine_windows.sh dist/*win_amd64.whl python $(VENV)/windows $(WINDOWS_TESTS)
+endif
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

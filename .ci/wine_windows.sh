@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Uses the Windows wheel under wine: a checkpoint generates, a model is quantized, then tests; on Debian or Ubuntu.
+# Uses the Windows wheel under wine, on Debian or Ubuntu: a checkpoint generates, a model is quantized, and tests run once
+# per level that this CPU has.
 #
 #   .ci/wine_windows.sh WHEEL PYTHON FOLDER [pytest arguments]
 #
@@ -7,11 +8,11 @@
 # which is kept for the next time: torch for Windows with its OpenMP, and CPython's DLLs, which panda3d's wheel brings for
 # those who ship a game; the rest of Python's library is PYTHON's own, for it is the same on every system.
 set -euo pipefail
-wheel=$(realpath "$1") python=$(realpath -s "$2") folder=$(realpath -m "$3")
+wheel=$(realpath "$1") python=$(command -v "$2") folder=$(realpath -m "$3")
 shift 3
 cd "$(dirname "$0")/.."
 minor=11
-export WINEPREFIX=$folder/prefix WINEDEBUG=-all PYTHONHOME="Z:$folder/python" PYTHONDONTWRITEBYTECODE=1
+export WINEPREFIX=$folder/prefix WINEDEBUG=-all
 
 fetch() {
     "$python" -m pip install --quiet --no-deps --only-binary :all: --python-version "3.$minor" --platform win_amd64 \
@@ -69,13 +70,13 @@ cp -r tests pyproject.toml csrc .ci "$folder/tree/"
 
 # Windows 10, for torch; KMP_AFFINITY, since wine 8 knows no NUMA nodes.
 wine reg add 'HKCU\Software\Wine' /v Version /d win10 /f > /dev/null
-export OMP_NUM_THREADS=1 CI=1 HF_HUB_OFFLINE=1 KMP_AFFINITY=disabled
-export PYTHONPATH="Z:$folder/site;Z:$folder/wheel;Z:$folder/tree"
+export OMP_NUM_THREADS=1 CI=1 HF_HUB_OFFLINE=1 KMP_AFFINITY=disabled PYTHONDONTWRITEBYTECODE=1
+export PYTHONHOME="Z:$folder/python" PYTHONPATH="Z:$folder/site;Z:$folder/wheel;Z:$folder/tree"
 cd "$folder/tree"
 # Windows' Python takes no file as its standard output from wine.
 emulated() { wine "$folder/python/python.exe" "$@" < /dev/null 2>&1 | cat; }
 emulated .ci/smoke.py
-for level in generic avx2 avx_vnni avx512 avx512_vnni; do
+for level in $(emulated -c "from gptq_backend import _cpu; print(*_cpu.levels())" | tr -d '\r'); do
     echo "level $level"
     GPTQ_BACKEND_CPU_LEVEL=$level emulated -m pytest -q -p no:cacheprovider --timeout 3600 "$@"
 done
