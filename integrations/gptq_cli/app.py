@@ -1,4 +1,4 @@
-"""The command line: ``gptq-backend quantize``, ``merge``, ``convert``, ``eval``, ``inspect``, ``tune`` ...: docs/cli.md.
+"""The command line: ``gptq-backend quantize``, ``merge``, ``convert``, ``eval``, ``inspect``, ``tune``: docs/cli.md.
 
 Commands import what they work with when they run: torch and transformers take seconds, help and wrong usage none.
 """
