@@ -12,9 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
-import os
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -298,9 +296,9 @@ def _torch_functions() -> dict[str, int]:
     """Addresses of what csrc/cpu/torch_op.cpp calls; none where torch lacks one of them, as before 2.10."""
     if _cpu is None:
         return {}
-    # Where it is not Windows, a library has the symbols of those that it is linked to, too.
-    library = Path(torch.__file__).parent / "lib" / "torch_cpu.dll" if os.name == "nt" else torch._C.__file__
-    symbols = ctypes.CDLL(str(library))
+    # It finds those of libtorch, which it is linked to. Not so on Windows, where that is as well: an exception of the
+    # operator cannot pass through torch, which another compiler has built.
+    symbols = ctypes.CDLL(torch._C.__file__)
     try:
         return {name: ctypes.cast(symbols[name], ctypes.c_void_p).value or 0 for name in _cpu.torch_functions()}
     except AttributeError:
