@@ -6,6 +6,7 @@
 #   make test-versions   the wheel in the oldest and the newest Python, torch and transformers: two CUDA builds of torch
 #   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
 #   make wheel-aarch64   the same for ARM, by a cross compiler; its kernels are tested under qemu-user, for half an hour
+#   make wheel-windows   the same for Windows, by pip's ziglang; tried and tested under wine, for half an hour
 #   make wheel-cuda   the machine code of the CUDA kernels as a wheel of its own; without a GPU, in minutes
 #   make sdist      dist/*.tar.gz; its page is checked, and a part of its tests run where nothing else is unpacked
 #   make lint       ruff, mypy, clang-format
@@ -49,7 +50,7 @@ GPU_SECONDS ?= 900
 GPU_CHECK ?= docs/benchmarks/gpu/check.jsonl
 GPU_CHECK_ARGS ?=
 
-.PHONY: demo test test-all test-versions sdist wheel wheel-aarch64 wheel-cuda lint format clean test-gpu bench-gpu gpu-check
+.PHONY: demo test test-all test-versions sdist wheel wheel-aarch64 wheel-windows wheel-cuda lint format clean test-gpu bench-gpu gpu-check
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -107,6 +108,26 @@ wheel-aarch64: $(VENV)/.wheel
 		LDCXXSHARED="$(AARCH64)-g++ -shared" LDFLAGS=-Wl,--strip-all GPTQ_BACKEND_REQUIRE_NATIVE=1 \
 		$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	.ci/qemu_aarch64.sh dist/*aarch64.whl $(VENV)/bin/python $(VENV)/aarch64 $(AARCH64_TESTS)
+
+WINDOWS := $(CURDIR)/build/windows
+WINDOWS_CXX := $(CURDIR)/.ci/windows-c++
+WINDOWS_TESTS ?= $(AARCH64_TESTS)
+
+# The linker wants an import library of each DLL that is there already when the extension is loaded.
+wheel-windows: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+wheel-windows: $(VENV)/.wheel
+	rm -rf build dist/*win_amd64.whl
+	mkdir -p $(WINDOWS)
+	$(PIP) install --quiet "pybind11>=2.13" "setuptools>=77" ziglang==0.17.1
+	for dll in libpython3 libiomp5md; do \
+		python -m ziglang dlltool -m i386:x86-64 -d csrc/windows/$$dll.def -l $(WINDOWS)/$$dll.a || exit 1; done
+	_PYTHON_HOST_PLATFORM=win-amd64 CC=$(WINDOWS_CXX) CXX=$(WINDOWS_CXX) LDSHARED="$(WINDOWS_CXX) -shared" \
+		LDCXXSHARED="$(WINDOWS_CXX) -shared" LDFLAGS="-L$(WINDOWS) -s -Wl,--out-implib,$(WINDOWS)/unused.lib" \
+		GPTQ_BACKEND_REQUIRE_NATIVE=1 $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	abi3audit --strict dist/*win_amd64.whl
+ifneq ($(strip $(WINDOWS_TESTS)),)
+	.ci/wine_windows.sh dist/*win_amd64.whl python $(VENV)/windows $(WINDOWS_TESTS)
+endif
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

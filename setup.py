@@ -12,9 +12,11 @@ import os
 import platform
 import re
 import subprocess
+import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
-from pybind11.setup_helpers import ParallelCompile
+from pybind11.setup_helpers import ParallelCompile, has_flag
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -23,27 +25,29 @@ COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 REQUIRED = os.environ.get("GPTQ_BACKEND_REQUIRE_NATIVE", "0") not in ("", "0")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-# A level per file, chosen at run time: each has the flags of its instruction set, and no other file has them.
+# A level is a file, level_NAME.cpp, and one is chosen at run time: each has the flags of its instruction set, and no
+# other file has them. Slowest first.
 X86 = {
-    "level_avx2.cpp": AVX2,
-    "level_avx_vnni.cpp": [*AVX2, "-mavxvnni"],
-    "level_avx512.cpp": AVX512,
-    "level_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+    "avx2": AVX2,
+    "avx_vnni": [*AVX2, "-mavxvnni"],
+    "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
 }
 ARM = {
-    "level_neon.cpp": [],
-    "level_neon_dotprod.cpp": ["-march=armv8.2-a+dotprod"],
-    "level_neon_i8mm.cpp": ["-march=armv8.2-a+dotprod+i8mm"],
+    "neon": [],
+    "neon_dotprod": ["-march=armv8.2-a+dotprod"],
+    "neon_i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
 }
 # Of what is built for, which _PYTHON_HOST_PLATFORM names where it is another machine.
 MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower().rpartition("-")[2]
+SYSTEM = sysconfig.get_platform().partition("-")[0]  # linux, macosx, win
 LEVELS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(MACHINE, {})
 SANITIZE = os.environ.get("GPTQ_BACKEND_SANITIZE")  # e.g. address,undefined
 EXTRA = ["-g", "-O1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 ADVICE = {
-    "Darwin": "Install Xcode's command line tools and Homebrew's libomp",
-    "Windows": "Nothing builds it on Windows yet; use the Subsystem for Linux, or install LLVM's clang++ to port it",
-}.get(platform.system(), "Install g++ or clang++")
+    "macosx": "Install Xcode's command line tools and Homebrew's libomp",
+    "win": "Take the wheel for Windows, which is made on Linux (RELEASE.md)",
+}.get(SYSTEM, "Install g++ or clang++")
 # Without these options pip takes the wheel that it made, without kernels, from its cache.
 AGAIN = "then: pip install --no-cache-dir --force-reinstall --no-deps gptq-backend (or its folder)"
 LOST = {
@@ -59,10 +63,13 @@ class BuildNative(build_ext):
         compile_one = self.compiler._compile
 
         def with_flags(obj, src, ext_, cc_args, extra_postargs, pp_opts):
-            compile_one(obj, src, ext_, cc_args, [*extra_postargs, *LEVELS.get(os.path.basename(src), [])], pp_opts)
+            level = Path(src).stem.removeprefix("level_")
+            compile_one(obj, src, ext_, cc_args, [*extra_postargs, *LEVELS.get(level, [])], pp_opts)
 
-        self.compiler._compile = with_flags
         try:
+            if ext.name == "gptq_backend._cpu":
+                self.choose_levels(ext)
+            self.compiler._compile = with_flags
             super().build_extension(ext)
             if OPENMP_ROOT and ext.name == "gptq_backend._cpu":
                 self.share_openmp(self.get_ext_fullpath_built(ext))
@@ -75,6 +82,23 @@ class BuildNative(build_ext):
             )
         finally:
             self.compiler._compile = compile_one
+
+    def choose_levels(self, ext) -> None:
+        """Let ``ext`` have the levels whose flags the compiler knows, and say which are left out: GCC 10 lacks one."""
+        flags = sorted({flag for level in LEVELS.values() for flag in level})
+        # A compiler that cannot even do this one is the business of the build's own error.
+        refused = (
+            {flag for flag in flags if not has_flag(self.compiler, flag)} if has_flag(self.compiler, "-O3") else set()
+        )
+        built = [name for name, level in LEVELS.items() if not refused.intersection(level)]
+        if refused:
+            missing = ", ".join(name for name in LEVELS if name not in built)
+            self.warn(
+                f"the CPU kernels are built without {missing}, since the compiler does not know "
+                f"{', '.join(sorted(refused))}; a newer g++ or clang++ does."
+            )
+        ext.sources += [f"csrc/cpu/level_{name}.cpp" for name in built]
+        ext.define_macros += [("GPTQ_LEVELS", " ".join(f"LEVEL({name})" for name in built))]
 
     def share_openmp(self, module: str) -> None:
         """On macOS: let ``module`` take the libomp that torch brings, by a path that holds wherever both are installed.
@@ -97,6 +121,10 @@ class BuildNative(build_ext):
                 old.unlink()
         super().copy_extensions_to_source()
 
+    def get_ext_filename(self, fullname) -> str:
+        """Of what is built for, be it another system."""
+        return os.path.join(*fullname.split(".")) + TOOLCHAIN.suffix
+
     def get_ext_fullpath_built(self, ext) -> str:
         """Where build_extension put ``ext``."""
         return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
@@ -107,7 +135,7 @@ class BuildNative(build_ext):
 
 def openmp_root() -> str | None:
     """Where Homebrew keeps libomp, if Apple's clang++ is the compiler: it has no OpenMP of its own."""
-    if platform.system() != "Darwin" or "g++" in os.environ.get("CXX", "").replace("clang++", ""):
+    if SYSTEM != "macosx" or "g++" in os.environ.get("CXX", "").replace("clang++", ""):
         return None
     try:
         return subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True, check=True).stdout.strip()
@@ -116,18 +144,35 @@ def openmp_root() -> str | None:
 
 
 OPENMP_ROOT = openmp_root()
-OPENMP, OPENMP_LINK = ["-fopenmp"], ["-fopenmp"]
-if OPENMP_ROOT:
-    OPENMP = ["-Xpreprocessor", "-fopenmp", f"-I{OPENMP_ROOT}/include"]
-    OPENMP_LINK = [f"{OPENMP_ROOT}/lib/libomp.dylib", "-Wl,-rpath,@loader_path/../torch/lib"]
-if platform.system() == "Darwin":
+
+
+class Toolchain(NamedTuple):
+    """What the compilers for a system need beyond COMMON for the CPU kernels, and how it names an extension."""
+
+    compile: list[str]
+    link: list[str]
+    suffix: str = ".abi3.so"
+
+
+GNU = Toolchain(["-fopenmp"], ["-fopenmp"])
+# Apple's clang++, with the header of Homebrew's OpenMP and the library that torch brings.
+APPLE = Toolchain(
+    ["-Xpreprocessor", "-fopenmp", f"-I{OPENMP_ROOT}/include"],
+    [f"{OPENMP_ROOT}/lib/libomp.dylib", "-Wl,-rpath,@loader_path/../torch/lib"],
+)
+# clang++ of zig, which brings the headers and libraries of Windows; csrc/windows has what it lacks.
+WINDOWS = Toolchain(
+    ["-fopenmp", "-Icsrc/windows", "-include", "csrc/windows/pyconfig.h"], ["-lpython3", "-liomp5md"], ".pyd"
+)
+TOOLCHAIN = WINDOWS if SYSTEM == "win" else APPLE if OPENMP_ROOT else GNU
+if SYSTEM == "macosx":
     # A Python for both kinds of Mac would compile each file for both, and a level fits only one.
     os.environ.setdefault("ARCHFLAGS", f"-arch {MACHINE}")
 
 
 def cuda_extensions() -> list[Extension]:
     """What launches the CUDA kernels, or nothing. It needs nothing of CUDA: the driver is looked up at run time."""
-    if os.environ.get("GPTQ_BACKEND_CUDA") == "0" or platform.system() != "Linux":
+    if os.environ.get("GPTQ_BACKEND_CUDA") == "0" or SYSTEM != "linux":
         return []
     folder, device = Path("csrc/cuda"), Path("gptq_backend/kernels/cuda/device")
     return [
@@ -179,14 +224,13 @@ PORTABLE = [
     "torch_op.cpp",
     "level_generic.cpp",
 ]
-sources = [*PORTABLE, *LEVELS]
 cpu = Extension(
     "gptq_backend._cpu",
-    [f"csrc/cpu/{name}" for name in sources],
+    [f"csrc/cpu/{name}" for name in PORTABLE],  # and levels: choose_levels
     depends=[BINDING, *(str(path) for path in sorted(Path("csrc/cpu").glob("*.h")))],
     py_limited_api=True,
-    extra_compile_args=[*COMMON, *OPENMP, "-fno-math-errno", "-Wno-psabi", *EXTRA],
-    extra_link_args=[*OPENMP_LINK, *EXTRA],
+    extra_compile_args=[*COMMON, *TOOLCHAIN.compile, "-fno-math-errno", "-Wno-psabi", *EXTRA],
+    extra_link_args=[*TOOLCHAIN.link, *EXTRA],
 )
 ParallelCompile(default=os.cpu_count()).install()
 # One wheel for every Python from 3.10 on: csrc/python/binding.h keeps to its stable ABI.

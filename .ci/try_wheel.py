@@ -20,6 +20,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = "Scripts" if os.name == "nt" else "bin"  # of an environment
+# What a process is started with, besides PATH; on Windows no program runs without the last ones.
+KEPT = ("PIP_", "SSL_", "HTTP", "http", "HOME", "SYSTEMROOT", "TEMP", "USERPROFILE", "LOCALAPPDATA")
 CHECKPOINT = ROOT / "tests" / "data" / "checkpoints" / "llama-4-32-sym"
 GENERATE = f"""
 import torch
@@ -36,13 +39,15 @@ assert ids.shape == (1, 11)
 def run(environment: Path, *command: str) -> float:
     """Seconds of a command of the environment, where nothing else is on PATH."""
     start = time.perf_counter()
-    subprocess.run([str(environment / "bin" / command[0]), *command[1:]], check=True, env=_bare(environment), cwd="/")
+    subprocess.run(
+        [str(environment / PROGRAMS / command[0]), *command[1:]], check=True, env=_bare(environment), cwd="/"
+    )
     return time.perf_counter() - start
 
 
 def _bare(environment: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "HTTP", "http", "HOME"))}
-    return {**kept, "PATH": str(environment / "bin"), "HF_HUB_OFFLINE": "1"}
+    kept = {key: value for key, value in os.environ.items() if key.startswith(KEPT)}
+    return {**kept, "PATH": str(environment / PROGRAMS), "HF_HUB_OFFLINE": "1"}
 
 
 def whole(wheel: Path, torch: str) -> dict[str, float]:
@@ -66,7 +71,7 @@ def extension(wheel: Path, python: str) -> str:
         subprocess.run([python, "-m", "venv", str(environment)], check=True)
         run(environment, "python", "-m", "pip", "install", "--quiet", "--no-deps", str(wheel))
         run(environment, "python", str(ROOT / ".ci" / "use_extension.py"))
-        command = [environment / "bin" / "python", "-c", "import platform; print(platform.python_version())"]
+        command = [environment / PROGRAMS / "python", "-c", "import platform; print(platform.python_version())"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

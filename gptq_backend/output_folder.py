@@ -43,7 +43,7 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     path, real = Path(folder), _resolved(folder)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; expected a new or empty folder: choose another name")
-    if real.is_mount():  # of "." the parent would be itself
+    if os.path.ismount(real):  # of "." the parent would be itself
         raise CheckpointError(f"{path} is a mount point, which a finished folder cannot replace; name one inside it")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(

@@ -15,19 +15,14 @@
 namespace gptq {
 namespace {
 
+// GPTQ_LEVELS is LEVEL(name) of each level that the compiler could build, slowest first; setup.py asks it.
 std::vector<const Level*> available() {
     std::vector<const Level*> found = {&level_generic};
     [[maybe_unused]] const Features cpu = cpu_features();
-#ifdef __x86_64__
-    if (cpu.avx2) found.push_back(&level_avx2);
-    if (cpu.avx_vnni) found.push_back(&level_avx_vnni);
-    if (cpu.avx512) found.push_back(&level_avx512);
-    if (cpu.avx512_vnni) found.push_back(&level_avx512_vnni);
-#elif defined(__aarch64__)
-    found.push_back(&level_neon);
-    if (cpu.dotprod) found.push_back(&level_neon_dotprod);
-    if (cpu.dotprod && cpu.i8mm) found.push_back(&level_neon_i8mm);
-#endif
+#define LEVEL(name) \
+    if (cpu.name) found.push_back(&level_##name);
+    GPTQ_LEVELS
+#undef LEVEL
     return found;
 }
 

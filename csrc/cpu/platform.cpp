@@ -83,21 +83,28 @@ bool has(const char* feature) {
 
 Features cpu_features() {
     Features found{};
-    found.dotprod = has("hw.optional.arm.FEAT_DotProd");
-    found.i8mm = has("hw.optional.arm.FEAT_I8MM");
+    found.neon = true;
+    found.neon_dotprod = has("hw.optional.arm.FEAT_DotProd");
+    found.neon_i8mm = found.neon_dotprod && has("hw.optional.arm.FEAT_I8MM");
     return found;
 }
 #elif defined(__aarch64__) && defined(__linux__)
 // Bits of Linux's interface, which older headers do not name.
 Features cpu_features() {
     Features found{};
-    found.dotprod = getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
-    found.i8mm = getauxval(AT_HWCAP2) >> 13 & 1;    // HWCAP2_I8MM
+    found.neon = true;
+    found.neon_dotprod = getauxval(AT_HWCAP) >> 20 & 1;                      // HWCAP_ASIMDDP
+    found.neon_i8mm = found.neon_dotprod && getauxval(AT_HWCAP2) >> 13 & 1;  // HWCAP2_I8MM
     return found;
 }
 #else
+// Of a system that is not known here: what every CPU of the kind has.
 Features cpu_features() {
-    return {};
+    Features found{};
+#ifdef __aarch64__
+    found.neon = true;
+#endif
+    return found;
 }
 #endif
 

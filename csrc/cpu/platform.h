@@ -5,10 +5,10 @@
 
 namespace gptq {
 
-// Instruction sets that the CPU has and whose registers the system saves; false for those of another kind of CPU.
+// Levels whose instructions the CPU has and whose registers the system saves; false for those of another kind of CPU.
 struct Features {
     bool avx2, avx_vnni, avx512, avx512_vnni;  // avx2: with FMA and F16C; avx512: F, BW, VL and DQ
-    bool dotprod, i8mm;
+    bool neon, neon_dotprod, neon_i8mm;        // each with those before it
 };
 
 Features cpu_features();

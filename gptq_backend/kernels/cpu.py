@@ -296,7 +296,9 @@ def _torch_functions() -> dict[str, int]:
     """Addresses of what csrc/cpu/torch_op.cpp calls; none where torch lacks one of them, as before 2.10."""
     if _cpu is None:
         return {}
-    symbols = ctypes.CDLL(torch._C.__file__)  # finds those of libtorch, which it is linked to
+    # It finds those of libtorch, which it is linked to. Not so on Windows, where that is as well: an exception of the
+    # operator cannot pass through torch, which another compiler has built.
+    symbols = ctypes.CDLL(torch._C.__file__)
     try:
         return {name: ctypes.cast(symbols[name], ctypes.c_void_p).value or 0 for name in _cpu.torch_functions()}
     except AttributeError:

@@ -1,4 +1,4 @@
-"""The command line: ``gptq-backend quantize``, ``merge``, ``convert``, ``eval``, ``inspect``, ``bench``: docs/cli.md.
+"""The command line: ``gptq-backend quantize``, ``merge``, ``convert``, ``eval``, ``inspect``, ``tune``: docs/cli.md.
 
 Commands import what they work with when they run: torch and transformers take seconds, help and wrong usage none.
 """
@@ -332,3 +332,27 @@ def doctor(
     from .doctor_command import run
 
     run(device, seconds, json_target)
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Folder of a quantized checkpoint.", show_default=False)
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NxK", help="Output and input features (repeatable).")
+    ] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option(metavar="LIST", help="Layers of a model, e.g. llama2-7b, or all.")
+    ] = None,
+    bits: Annotated[str, typer.Option(metavar="B,...", help="Widths of a code, for the shapes.")] = "4",
+    group_size: Annotated[str, typer.Option(metavar="G,...", help="Channels that share a scale; -1 for all.")] = "128",
+    m: Annotated[str, typer.Option("--m", metavar="M,...", help="Rows of activations.")] = "1,2,4,8,16,32,64,128,256",
+    seconds: Annotated[float, typer.Option(min=0.001, help="Per way to cut a product; there are some thirty.")] = 0.01,
+    device: Device = "cuda:0",
+    json_target: Json = None,
+) -> None:
+    """Find the fastest way to cut products on this NVIDIA GPU, and keep it for all later processes of this user."""
+    from .tune_command import run
+
+    run(model, shape or [], shapes or [], bits, group_size, m, seconds, device, json_target)

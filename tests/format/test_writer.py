@@ -74,7 +74,7 @@ def test_an_existing_model_is_not_overwritten_by_accident(tmp_path):
 
 
 def test_a_mount_point_is_refused_before_the_work_and_not_at_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
     (tmp_path / "mounted").mkdir()
     with pytest.raises(CheckpointError, match="mount point"):
         check_output(tmp_path / "mounted")

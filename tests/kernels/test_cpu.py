@@ -262,6 +262,7 @@ def test_x_that_cannot_be_read_is_refused(x: Tensor) -> None:
 
 
 @native
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's /proc counts the threads")
 def test_threads_follow_torch_and_do_not_change_the_result() -> None:
     """One thread starts no pool; two give bit for bit the same."""
     code = """
@@ -350,4 +351,4 @@ def test_a_missing_extension_says_how_to_get_it_past_pips_cache() -> None:
         "print(cpu._MISSING, loading.MISSING)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.count("--no-cache-dir --force-reinstall --no-deps") == 2
+    assert done.stdout.count("--no-cache-dir --force-reinstall --no-deps") == (2 if sys.platform == "linux" else 1)

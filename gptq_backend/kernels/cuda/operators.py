@@ -1,6 +1,6 @@
 """The ``cuda`` row of the kernel table: CUDA C++ kernels for NVIDIA GPUs (device/, csrc/cuda).
 
-Which kernel multiplies, and how it cuts the work, is for plan.py to say; the weight is as layout.py prepares it.
+Which kernel multiplies, and how it cuts the work, is for plan_tables.py to say; the weight is as layout.py prepares it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ..operators import check_ids, check_input, check_prepared, define_operators
 from ..slots import by_channel
 from . import layout, loading
 from .loading import extension as _cuda
-from .plan import Plan, machine, plan
+from .plan import Plan, Shape
+from .plan_tables import best_plan
 
 # Largest dense slice that exists at a time: one that a second-level cache holds would leave multiprocessors idle.
 _DENSE_ELEMENTS = 1 << 26
@@ -116,7 +117,8 @@ def gemm(x: Tensor, *layout_and_bias: Any) -> Tensor:
     check_input(x, w.qweight.device, w.in_features, w.out_features, bias)
     how = None
     if _multiplies(x.dtype, x.device):
-        how = plan(x.numel() // w.in_features, w.out_features, w.qweight.shape[1], w.bits, *machine(x.device))
+        shape = Shape(w.bits, w.out_features, w.qweight.shape[1])
+        how = best_plan(x.numel() // w.in_features, shape, x.device)
     return planned_gemm(x, w, bias, how)
 
 

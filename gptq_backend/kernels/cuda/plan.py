@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,10 +30,25 @@ class Plan:
     splits: int = 1
 
 
+class Shape(NamedTuple):
+    """What a plan depends on, besides the rows of x and the device.
+
+    Args:
+        tiles: K / 64, rounded up with each group's padding.
+    """
+
+    bits: int
+    out_features: int
+    tiles: int
+
+
 # Up to these rows of x: the skinny kernel with 1 and 2 blocks of tokens, the wide kernel. Beyond, the weight is
-# dequantized for cuBLAS. Estimates, not measured: `make bench-gpu` prints what they should be.
+# dequantized for cuBLAS. Estimates, not measured: `gptq-backend tune` does better on a device.
 _SKINNY, _SKINNY2, _WIDE = 8, 16, 128
 _SPLIT_COST = 0.02  # share of the time that each further split adds, for partial sums
+# Strips and tokens of each skinny kernel, tokens of each wide one: what kernels.cu compiles.
+_SKINNY_KERNELS = ((1, 1), (2, 1), (2, 2))
+_WIDE_KERNELS = (2, 4, 8)
 
 
 @functools.lru_cache(4096)
@@ -63,6 +80,29 @@ def plan(rows: int, out_features: int, tiles: int, bits: int, processors: int, s
 def _wide_bytes(bits: int, tokens: int) -> int:
     """Shared memory of a block of the wide kernel: three stages of activations and weights (kernels.cuh)."""
     return 3 * (2 * 64 * tokens * 8 * 2 + 8 * 2 * 128 * bits)
+
+
+def fits(how: Plan | None, tiles: int, bits: int, shared_bytes: int) -> bool:
+    """Whether there is such a kernel, and it can run so with weights of these sizes; arguments as of :func:`plan`."""
+    if how is None:
+        return True
+    if how.strips:
+        kernel = (how.strips, how.tokens)
+        warps = (*range(1, 9), 16) if kernel == (1, 1) else range(1, 9)  # more would want too many registers
+        return kernel in _SKINNY_KERNELS and how.warps in warps and how.splits == 1
+    most = max(1, min(16, tiles // 4))
+    whole = how.tokens in _WIDE_KERNELS and how.warps == 8 and 1 <= how.splits <= most
+    return whole and _wide_bytes(bits, how.tokens) <= shared_bytes
+
+
+def candidates(rows: int, tiles: int, bits: int, shared_bytes: int) -> list[Plan | None]:
+    """Plans worth trying for so many rows; None is the way through the dense weight. Arguments as of :func:`plan`."""
+    found: list[Plan | None] = [None]
+    if rows <= 64:
+        found += [Plan(*kernel, warps) for kernel, warps in itertools.product(_SKINNY_KERNELS, (2, 4, 8, 16))]
+    splits = (1, 2, 3, 4, 6, 8, 12, 16)
+    found += [Plan(0, tokens, splits=count) for tokens, count in itertools.product(_WIDE_KERNELS, splits)]
+    return [how for how in found if fits(how, tiles, bits, shared_bytes)]
 
 
 @functools.cache
