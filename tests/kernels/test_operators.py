@@ -16,7 +16,7 @@ ELSEWHERE = {
     "cpu_moe_gemm": "tests/kernels/test_experts.py",
     **dict.fromkeys(
         (f"cpu_{half}_layer{which}" for half in ("start", "end") for which in ("", "_inference")),
-        "tests/kernels/test_layer_halves.py",
+        "tests/kernels/test_cpu_layer_halves.py",
     ),
     "triton_gemm": "tests/kernels/interpret_triton.py",
     "triton_gemm_inference": "tests/kernels/interpret_triton.py",
