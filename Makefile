@@ -99,7 +99,7 @@ wheel-cuda: | $(VENV)/.torch
 AARCH64 := aarch64-linux-gnu
 AARCH64_TESTS ?= tests/kernels/test_cpu.py tests/kernels/test_cpu_gradient.py tests/kernels/test_cpu_block.py \
 	tests/kernels/test_cpu_block_calls.py tests/kernels/test_cpu_experts.py tests/kernels/test_cpu_router.py \
-	tests/kernels/test_cpu_dense.py tests/kernels/test_binding.py
+	tests/kernels/test_cpu_dense.py tests/kernels/test_cpu_layer_halves.py tests/kernels/test_binding.py
 
 wheel-aarch64: $(VENV)/.wheel
 	rm -rf build dist/*aarch64.whl

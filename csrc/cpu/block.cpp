@@ -56,8 +56,7 @@ Call call_of(const Linear& linear, const Rows& shape, const void* x, void* y) {
 
 void project(const Rows& shape, const void* x, const Norm* norm, const std::vector<const Linear*>& weights,
              const std::vector<void*>& ys, int threads) {
-    for (int first = 0; first < shape.rows; first += kRowsAtATime) {
-        const Rows some = {shape.dtype, std::min(kRowsAtATime, shape.rows - first), shape.width};
+    in_parts(shape, [&](const Rows& some, int first) {
         const void* from = row_of(x, shape, first);
         if (norm) {
             void* const normed = scratch(0, some);
@@ -69,7 +68,7 @@ void project(const Rows& shape, const void* x, const Norm* norm, const std::vect
             to.push_back(row_of(ys[i], {shape.dtype, 0, weights[i]->weight.out_features}, first));
         }
         multiply(some, from, weights, to, threads);
-    }
+    });
 }
 
 void rotate(const Rows& shape, int heads, const Norm* norm, const Rotary& rotary, int positions, const void* cos,
@@ -121,11 +120,10 @@ void finish_attention(const Output& out, const Rows& whole, const void* x, const
     const Rows attended = {whole.dtype, 0, out.o->weight.in_features};
     const int64_t work = int64_t(whole.rows) * whole.width * attended.width;
     Crew::with(threads, work >= kSerialWork, [&] {
-        for (int first = 0; first < whole.rows; first += kRowsAtATime) {
-            const Rows some = {whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width};
+        in_parts(whole, [&](const Rows& some, int first) {
             finish_attention_rows(out, some, row_of(x, attended, first), row_of(residual, whole, first),
                                   row_of(h, whole, first), row_of(n, whole, first), threads);
-        }
+        });
     });
 }
 

@@ -17,8 +17,7 @@ void start(const LayerStart& layer, const Rows& whole, const void* x, const void
            int threads) {
     const size_t row_bytes = size_t(whole.width) * size_of(whole.dtype);
     const Rows results = {whole.dtype, 0, layer.outputs()};
-    for (int first = 0; first < whole.rows; first += kRowsAtATime) {
-        const Rows some = {whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width};
+    in_parts(whole, [&](const Rows& some, int first) {
         char* const total = row_of(sum, whole, first);
         char* const from = const_cast<char*>(row_of(x, whole, first));  // only a norm would write to it
         if (residual) {
@@ -29,7 +28,7 @@ void start(const LayerStart& layer, const Rows& whole, const void* x, const void
         char* const to = row_of(y, results, first);
         if (layer.inputs.size() == 1) {
             project(some, total, layer.norm, layer.inputs, {to}, threads);
-            continue;
+            return;
         }
         // Each product has rows of its own, which then are put side by side.
         thread_local Scratch<char> kept;
@@ -50,7 +49,7 @@ void start(const LayerStart& layer, const Rows& whole, const void* x, const void
             }
             column += bytes;
         }
-    }
+    });
 }
 
 template <class Half>

@@ -24,8 +24,7 @@ void start_layer(const LayerStart&, const Rows& shape, const void* x, const void
                  int threads);
 
 // Graphs name the half of a layer by a number that they read when they run, which means nothing in another process. The
-// caller keeps the parts until it forgets the number or gives it to others, which it does while no call uses it. Null:
-// no such number.
+// caller keeps the parts until it forgets the number, and forgets it while no call uses it. Null: no such number.
 void keep_start(int64_t key, const LayerStart&);
 void keep_end(int64_t key, const Tail&);
 void forget_half(int64_t key);

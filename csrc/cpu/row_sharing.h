@@ -1,8 +1,11 @@
 // Rows of activations, shared among threads.
 #pragma once
 
+#include <algorithm>
+
 #include "block.h"
 #include "crew.h"
+#include "gemm.h"
 
 namespace gptq {
 
@@ -22,6 +25,14 @@ template <class Each>
 void share_elements(int count, int64_t elements, int threads, Each each) {
     const bool worth = count > 1 && elements >= (Crew::current() ? kSharedElements : kSerialElements);
     Crew::with(threads, worth, [&] { share(count, worth, each); });
+}
+
+// Calls each(rows, first) for parts of so many rows as are done at a time, of which `first` come before the part.
+template <class Each>
+void in_parts(const Rows& whole, Each each) {
+    for (int first = 0; first < whole.rows; first += kRowsAtATime) {
+        each(Rows{whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width}, first);
+    }
 }
 
 }  // namespace gptq

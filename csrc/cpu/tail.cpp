@@ -76,13 +76,6 @@ void run_parts(const Tail& t, const Rows& whole, const Rows& some, int first, co
     run_mixture(*t.mixture, some, normed, t.mlp ? beside : nullptr, ids + chosen, y, threads);
 }
 
-template <class Each>
-void in_parts(const Rows& whole, Each each) {
-    for (int first = 0; first < whole.rows; first += kRowsAtATime) {
-        each(Rows{whole.dtype, std::min(kRowsAtATime, whole.rows - first), whole.width}, first);
-    }
-}
-
 // Multiplications for a row; the experts' are many more than a thread is worth waking for.
 int64_t work_of(const Tail& t) {
     const Linear& down = t.mlp ? *t.mlp->down : t.mixture->experts->down;

@@ -34,7 +34,8 @@ class _Half:
         number = secrets.randbits(62)
         self.key = torch.tensor([number])
         _HALVES[number] = self
-        weakref.finalize(self, _cpu.forget_half, number)
+        # Not at the end of the process, where another thread may still run the model.
+        weakref.finalize(self, _cpu.forget_half, number).atexit = False
 
     @property
     def number(self) -> int:
@@ -50,15 +51,10 @@ class LayerStart(_Half):
 
     def __init__(self, norm: Norm | None, linears: Sequence[Linear]) -> None:
         super().__init__()
-        self.replace(norm, linears)
-
-    def replace(self, norm: Norm | None, linears: Sequence[Linear]) -> None:
-        """Let the key stand for these from now on. No call with it may be under way."""
-        projections = Projections(norm, linears)
+        self._kept = projections = Projections(norm, linears)
         self.in_features, self.outputs = linears[0].in_features, sum(each.out_features for each in linears)
         check_norm(norm, self.in_features)
         _cpu.keep_start(self.number, *projections.native)
-        self._kept = projections
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """x, residual: 16 bits or float32 [..., K] of the same dtype, or None -> y [..., N] and sum [..., K]."""
@@ -75,14 +71,9 @@ class LayerEnd(_Half):
 
     def __init__(self, parts: TailParts) -> None:
         super().__init__()
-        self.replace(parts)
-
-    def replace(self, parts: TailParts) -> None:
-        """Let the key stand for these from now on. No call with it may be under way."""
-        tail = Tail(parts)
-        _cpu.keep_end(self.number, tail.native)
+        self._kept = tail = Tail(parts)
         self.in_features, self.width = parts.output.o.in_features, parts.output.o.out_features
-        self._kept = tail
+        _cpu.keep_end(self.number, tail.native)
 
     def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x: 16 bits or float32 [..., o's K]; residual: [..., hidden] of the same dtype -> y and h, [..., hidden]."""

@@ -28,7 +28,7 @@ from .expert_activation import ALTERNATING, activate, supported
 from .expert_shards import FirstProduct, shards
 from .experts import Experts
 from .held_weight import hold
-from .linear import announce, follow_model, loaded
+from .linear import announce, finish_loading, follow_model
 from .pieces import AnyPiece
 from .stored_layers import ExpectedLayer, StoredLayers
 from .tensor_collector import TensorCollector, add_parameters, missing, remove_parameters
@@ -142,7 +142,7 @@ class GPTQMoEMethod(FusedMoEMethodBase):
                 experts = Experts(self._weights(stored), self._dtype, self.stored.backend, " and ".join(stored), order)
                 hold(layer, name, experts, self._fixed)
                 announce(experts.describe())
-        loaded(self.stored, self, layer.w13.kernels | layer.w2.kernels)
+        finish_loading(self.stored, self, layer.w13.kernels | layer.w2.kernels)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         """Settings of the activation; vLLM has no description for weights as mixed as these may be."""

@@ -75,7 +75,7 @@ class GPTQLinearMethod(LinearMethodBase):
             if hold(layer, "segments", weight, self._fixed):
                 self.stored.fused.loaded(layer)
         announce(layer.segments.describe())
-        loaded(self.stored, self, layer.segments.kernels)
+        finish_loading(self.stored, self, layer.segments.kernels)
 
     def apply(self, layer: LinearBase | ParallelLMHead, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.segments.forward(x, bias)
@@ -171,7 +171,7 @@ def follow_model(stored: StoredLayers) -> bool:
     return not config.model_config.enforce_eager
 
 
-def loaded(stored: StoredLayers, method: Any, kernels: set[str]) -> None:
+def finish_loading(stored: StoredLayers, method: Any, kernels: set[str]) -> None:
     """The layer of ``method``, which ``kernels`` serve, has its weight; with the last, the model is complete."""
     if stored.report.loaded(method, kernels) and (fused := stored.fused.fuse()) is not None:
         announce(fused)

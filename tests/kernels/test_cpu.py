@@ -20,7 +20,7 @@ from gptq_backend.kernels import table as kernels
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, ROOT, assert_passes_at, error, exact, native, prepared
 
-NAMES = "gradient", "block", "block_calls", "layers", "experts", "dense", "router"
+NAMES = "gradient", "block", "block_calls", "layers", "layer_halves", "experts", "dense", "router"
 SANITIZED = [str(Path(__file__).with_name(f"test_cpu_{name}.py")) for name in NAMES]
 FORCED = os.environ.get("GPTQ_BACKEND_CPU_LEVEL")
 
@@ -330,7 +330,7 @@ sys.modules["gptq_backend._cpu"] = _cpu
 import pytest
 files = [{__file__!r}, *{SANITIZED!r}]
 tests = "any_shape or every_code or int8_act or undone or not_finite or operator_in_cpp or exact or nan or refused"
-tests += " or empty or one_call or ending"
+tests += " or empty or one_call or ending or last_sum or not_contiguous or at_once or key"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", f"({{tests}}) and not lower"]))
 """
     done = subprocess.run(

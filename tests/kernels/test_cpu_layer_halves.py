@@ -138,18 +138,6 @@ def test_a_compiled_graph_gives_the_same_and_serves_other_keys() -> None:
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_can_be_given_to_other_weights() -> None:
-    start, end = halves()
-    torch.manual_seed(1)
-    other = random_tail(64, 32, 64, seed=5)
-    norm, linear = Norm(torch.randn(64)), Dense(8, 64, 50, 3).linear
-    start.replace(norm, [linear])
-    end.replace(other)
-    x, residual = torch.randn(3, 64), torch.randn(3, 64)
-    torch.testing.assert_close(start(x, residual), LayerStart(norm, [linear])(x, residual), rtol=0, atol=0)
-    torch.testing.assert_close(end(x, residual), LayerEnd(other)(x, residual), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("name", ["", "_inference"])
 def test_a_key_that_nothing_has_is_refused(name: str) -> None:
     start, end = halves()

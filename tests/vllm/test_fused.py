@@ -15,7 +15,7 @@ from tests.vllm.engine import Engine
 from tests.vllm.test_offline import BOUND, distance, peer_distance
 
 pytestmark = native
-BOTH = "2 decoder layers run in two calls and vLLM's attention"
+BOTH = "2 decoder layers run in two calls beside vLLM's attention"
 
 
 def said(engine: Engine, run: Callable[[], None]) -> str:
@@ -26,8 +26,11 @@ def said(engine: Engine, run: Callable[[], None]) -> str:
 
 
 CASES = {
+    "an argument that is not used": ("mistral", {}),
     "head norms": ("qwen3", {}),
     "four norms, whose weights count one more": ("gemma3", {}),
+    "a soft cap": ("gemma2", {}),
+    "norms of other names": ("glm4", {}),
     "pieces of other bits": ("llama", {"dynamic": {".*(k|up)_proj": {"bits": 8}}}),
     "act-order": ("llama", {"desc_act": True, "sym": False}),
 }
@@ -82,12 +85,20 @@ def test_ranks_share_layers_module_by_module(pair: Engine) -> None:
     assert "2 LlamaDecoderLayer run module by module: ranks share its o_proj" in said(pair, run)
 
 
+# A layer of vLLM of which the second computes something else.
 OTHER = """
 from vllm.model_executor.models.llama import LlamaDecoderLayer
-own = LlamaDecoderLayer.forward
 def forward(self, positions, hidden_states, residual):
-    hidden_states, residual = own(self, positions, hidden_states, residual)
-    return 0.5 * hidden_states, residual
+    if residual is None:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+    else:
+        hidden_states, residual = self.input_layernorm(hidden_states, residual)
+    hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
+    if ".1." in self.self_attn.o_proj.prefix:
+        hidden_states = 0.9 * hidden_states
+    hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+    return self.mlp(hidden_states), residual
 LlamaDecoderLayer.forward = forward
 """
 
@@ -96,11 +107,11 @@ def test_a_layer_that_computes_something_else_stays_as_it_is(start_engine: Calla
     engine = start_engine(TEST_RUNS_FIRST=OTHER)
 
     def run() -> None:
-        assert peer_distance(engine, "llama-4-32-sym") > BOUND  # it does compute something else
+        peer_distance(engine, "llama-4-32-sym")
 
     text = said(engine, run)
-    assert BOTH not in text
-    assert "2 LlamaDecoderLayer run module by module: it computes something else than the two calls" in text
+    assert "1 decoder layers run in two calls" in text
+    assert "1 LlamaDecoderLayer run module by module: it computes something else than the two calls" in text
 
 
 def test_it_can_be_turned_off(start_engine: Callable[..., Engine]) -> None:

@@ -34,16 +34,16 @@ class NoMatch(Exception):
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules of a decoder layer, and what the calls are made of.
+    """What the two calls of a decoder layer are made of.
 
     Args:
-        attention: whose ``attn`` is vLLM's, between ``qkv_proj`` and ``o_proj``.
+        name: vLLM's, of its output projection.
         before_attention, inputs: for the call before the attention.
         tail: for the call that follows.
     """
 
     layer: Any
-    attention: Any
+    name: str
     before_attention: cpu_block.Norm | None
     inputs: tuple[cpu_block.Linear, ...]
     tail: cpu_tail.TailParts
@@ -54,47 +54,48 @@ def is_layer(module: Any) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in ("self_attn", "mlp"))
 
 
+def on_cpu(linear: Any) -> bool:
+    """Whether kernels of the CPU serve a piece of vLLM's ``linear``."""
+    return any(
+        cpu_block.why_not(part.prepared) is None for part in linear.segments.parts if isinstance(part, QuantizedSegment)
+    )
+
+
 def find_parts(layer: Any) -> Parts:
     """The parts of ``layer``.
 
     Raises:
         NoMatch: it has others, or they are not quantized for these calls.
     """
-    arguments = inspect.signature(type(layer).forward).parameters
-    if list(arguments)[: len(_ARGUMENTS)] != _ARGUMENTS:
-        raise NoMatch(f"its forward takes {', '.join(list(arguments)[1:])}")
+    arguments = list(inspect.signature(type(layer).forward).parameters)
+    if arguments[: len(_ARGUMENTS)] != _ARGUMENTS:
+        raise NoMatch(f"its forward takes {', '.join(arguments[1:])}")
     names = next((names for names in _NORMS if _norm_names(layer) == {*names} - {None}), None)
     if names is None:
         raise NoMatch(f"its norms are {', '.join(sorted(_norm_names(layer)))}")
     attention, mlp = layer.self_attn, layer.mlp
     if not isinstance(getattr(attention, "attn", None), nn.Module):
         raise NoMatch("its attention has no attn")
-    _only(layer, {"self_attn", "mlp", *names})
-    _only(mlp, {"gate_up_proj", "down_proj", "act_fn"})
+    _only(layer, "it", {"self_attn", "mlp", *names})
+    _only(mlp, "its mlp", {"gate_up_proj", "down_proj", "act_fn"})
     before_attention, after_attention, before_mlp, after_mlp = (_norm(layer, name) for name in names)
     output = cpu_block.OutputParts(_one(attention, "o_proj"), after_attention, before_mlp)
     gated = cpu_tail.MLP(_linears(mlp, "gate_up_proj"), _one(mlp, "down_proj"), _activation(mlp))
     tail = cpu_tail.TailParts(output, gated, after_mlp=after_mlp)
-    return Parts(layer, attention, before_attention, _linears(attention, "qkv_proj"), tail)
-
-
-def kind_of(parts: Parts) -> tuple[Any, ...]:
-    """Layers with the same need one comparison."""
-    linears = (*parts.inputs, parts.tail.output.o)
-    shapes = [(each.in_features, each.out_features, each.bias is None) for each in linears]
-    facts = [(type(module), module.extra_repr()) for module in parts.layer.modules()]
-    return (*shapes, *facts)
+    return Parts(layer, attention.o_proj.prefix, before_attention, _linears(attention, "qkv_proj"), tail)
 
 
 def _norm_names(layer: nn.Module) -> set[str]:
     return {name for name, _ in layer.named_children() if "norm" in name}
 
 
-def _only(parent: nn.Module, names: Iterable[str | None]) -> None:
+def _only(parent: nn.Module, called: str, names: Iterable[str | None]) -> None:
     """Nothing with weights may be left out."""
-    for name, child in parent.named_children():
-        if name not in names and any(True for _ in child.parameters()):
-            raise NoMatch(f"it has a {name} besides")
+    children = [name for name, child in parent.named_children() if any(True for _ in child.parameters())]
+    own = [name for name, _ in (*parent.named_parameters(recurse=False), *parent.named_buffers(recurse=False))]
+    for name in (*children, *own):
+        if name not in names:
+            raise NoMatch(f"{called} also has a {name}")
 
 
 def _norm(layer: Any, name: str | None) -> cpu_block.Norm | None:
@@ -130,8 +131,8 @@ def _linears(parent: Any, name: str) -> tuple[cpu_block.Linear, ...]:
         raise NoMatch(f"its {name} is not quantized")
     if linear.tp_size != 1:
         raise NoMatch(f"ranks share its {name}")
-    if linear.skip_bias_add:
-        raise NoMatch(f"its {name} adds no bias itself")
+    if linear.skip_bias_add or not linear.return_bias:
+        raise NoMatch(f"its {name} leaves its bias to others, or returns none")
     sizes = [part.out_features for part in segments.parts]
     biases = [None] * len(sizes) if linear.bias is None else linear.bias.detach().split(sizes)
     return tuple(_linear(part, bias, name) for part, bias in zip(segments.parts, biases))
