@@ -18,11 +18,27 @@ class Format(NamedTuple):
     zero_offset: int  # to add to a stored zero
     planar_bits: tuple[int, ...] = ()  # widths of codes that lie in planes; others lie one after another
 
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Widths of codes that it has."""
+        return tuple(bits for bits in SUPPORTED_BITS if bits in HELD_BITS or bits in self.planar_bits)
 
-FORMATS = {"gptq": Format(zero_offset=1), "gptq_v2": Format(zero_offset=0), "gptq_p": Format(0, planar_bits=(3,))}
-SUPPORTED_BITS = (2, 3, 4, 8)
-EMBED_BITS = (4, 8)
+
+HELD_BITS = (2, 3, 4, 8)  # widths of codes in memory: those that kernels multiply
+PLANAR_ONLY_BITS = (5, 6, 7)  # which no other format has
+SUPPORTED_BITS = tuple(sorted((*HELD_BITS, *PLANAR_ONLY_BITS)))  # in a file
+FORMATS = {
+    "gptq": Format(zero_offset=1),
+    "gptq_v2": Format(zero_offset=0),
+    "gptq_p": Format(zero_offset=0, planar_bits=(3, *PLANAR_ONLY_BITS)),
+}
+EMBED_BITS = (4, 5, 6, 7, 8)
 PACK_DTYPES = ("int8", "int16", "int32", "int64")
+
+
+def held_bits(bits: int) -> int:
+    """Width in memory of codes of ``bits`` in a file: the next one that kernels multiply, if there is one."""
+    return next((held for held in HELD_BITS if held >= bits), bits)
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,10 @@ def _count(default: int | None, least: int, meaning: str, scope: Scope = Scope.L
     return _setting(default, meaning, scope, accepts, expected, least=least)
 
 
+def _is_group_size(value: Any) -> bool:
+    return type(value) is int and (value == -1 or value > 0)
+
+
 def _are_names(value: Any) -> bool:
     """A name, names, or lists of names, as the three generations of tools have them."""
     lists = value if isinstance(value, list | tuple) else [value]
@@ -106,12 +126,12 @@ def _are_names(value: Any) -> bool:
 class Settings:
     """The fields of :class:`QuantizeConfig`, in the order of the command's help."""
 
-    bits: int = _choice(4, SUPPORTED_BITS, "width of a code: 2, 3, 4 or 8", Scope.FILE)
+    bits: int = _choice(4, SUPPORTED_BITS, "width of a code: 2 to 8", Scope.FILE)
     group_size: int = _setting(  # one scale and zero each
         128,
         "input channels that share a scale; -1 for all; need not divide in_features",
         Scope.LAYER,
-        lambda value: type(value) is int and (value == -1 or value > 0),
+        _is_group_size,
         "use -1 or a positive integer",
     )
     sym: bool = _flag(  # symmetric: the zero is fixed at 2**(bits-1)
@@ -161,10 +181,17 @@ class Settings:
     lm_head: bool = _flag(False, "also quantize the output embedding", Scope.RUN, option="--lm-head")
     embed_bits: int | None = _setting(
         None,
-        "quantize the input embedding to 8 or 4 bits, and with it an output embedding that is the same weight",
+        "quantize the input embedding to 4 to 8 bits, and with it an output embedding that is the same weight",
         Scope.RUN,
         lambda value: value is None or (type(value) is int and value in EMBED_BITS),
         f"choose one of {EMBED_BITS}, or None to leave it in 16 bits",
+    )
+    embed_group_size: int | None = _setting(
+        None,
+        "--group-size of a quantized embedding; -1: one scale for a token, where the head is tied to it",
+        Scope.RUN,
+        lambda value: value is None or _is_group_size(value),
+        "use -1, a positive integer, or None for that of the layers",
     )
     keep_edge_blocks: int = _count(0, 0, "leave so many first and as many last blocks in 16 bits", Scope.RUN)
     dynamic: Mapping[str, Mapping[str, Any]] | None = _setting(  # matched with re.match
@@ -176,7 +203,11 @@ class Settings:
         metavar="JSON",
     )
     checkpoint_format: str = _choice(
-        "gptq", tuple(FORMATS), "how zeros and codes are stored", Scope.FILE, option="--format"
+        "gptq",
+        tuple(FORMATS),
+        "how zeros and codes are stored; codes of 5 to 7 bits make it gptq_p",
+        Scope.FILE,
+        option="--format",
     )
     pack_dtype: str = _choice("int32", PACK_DTYPES, "integer type of qweight in the file", option=None)
     modules_in_block_to_quantize: tuple[str, ...] | None = _setting(  # lists of lists are flattened

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .config_fields import SUPPORTED_BITS
+from .config_fields import held_bits
 from .dialects import as_flag, as_integer, canonical
 from .errors import ConfigError
 
@@ -35,7 +35,7 @@ def gptq_settings(source: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     method = method_of(source)
     if method == "gptq":
-        return _without_odd_bits(source)
+        return source
     if method not in _READERS:
         raise ConfigError(
             f"quant_method={_shown(method)} is not supported, expected 'gptq' or one of {sorted(_READERS)}; load the "
@@ -52,28 +52,6 @@ def method_of(source: Mapping[str, Any]) -> str:
     if "marlin" in (method, values.get("checkpoint_format")) or source.get("is_marlin_format"):
         return "marlin"
     return method.removeprefix("intel/")
-
-
-def _without_odd_bits(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Codes of 5, 6 or 7 bits, which only planes have, are 8-bit codes that are small."""
-    values = canonical(source)
-    if values.get("checkpoint_format") != "gptq_p":
-        return source
-    rules = values.get("dynamic")
-    if isinstance(rules, Mapping):
-        values["dynamic"] = {key: _rule_with_held_bits(rule) for key, rule in rules.items()}
-    return {**values, "bits": _held(values.get("bits", 4))}
-
-
-def _rule_with_held_bits(rule: Any) -> Any:
-    own = canonical(rule) if isinstance(rule, Mapping) else {}
-    return {**own, "bits": _held(own["bits"])} if "bits" in own else rule
-
-
-def _held(bits: Any) -> Any:
-    """The width that codes are held in: the next one that is supported."""
-    bits = as_integer(bits)
-    return min((b for b in SUPPORTED_BITS if b >= bits), default=bits) if isinstance(bits, int) and bits > 0 else bits
 
 
 def _marlin(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,10 +137,11 @@ def _compressed_tensors(source: Mapping[str, Any]) -> dict[str, Any]:
         )
     first = integers[0]
     size = first.get("group_size")
+    bits = as_integer(first.get("num_bits", 4))
     widths = {as_integer(each.get("num_bits", 4)) for each in integers}
     # What is said of all layers, so that one that stores something else is damaged.
     return {
-        "bits": _held(first.get("num_bits", 4)),
+        "bits": held_bits(bits) if isinstance(bits, int) and bits > 0 else bits,
         "group_size": -1 if size is None else size,
         "sym": any(as_flag(each.get("symmetric", True)) for each in integers),
         "desc_act": all(str(each.get("actorder") or "").lower() in ("group", "true") for each in integers),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError
-from .format.stored_tensors import StoredSpec, empty_tensors, encode, read_packed, stored_words
+from .format.stored_tensors import StoredSpec, empty_tensors, encode, read_packed, read_quantized, stored_words
 from .format.weight import QuantizedWeight, WeightSpec
 from .kernels.interface import Kernel, PreparedWeight, Tensors
 from .kernels.table import select_kernel
@@ -201,7 +201,7 @@ class QuantLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The layer's codes, scales, zeros and groups."""
-        return read_packed(self.stored_spec, self._stored(), self.name).unpack()
+        return read_quantized(self.stored_spec, self._stored(), self.name)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """An ordinary ``nn.Linear`` with the same weight, rounded once to ``dtype``."""

@@ -79,7 +79,7 @@ def grid(columns: Tensor, cost: list[float], config: QuantizeConfig) -> tuple[Te
             high = max(-low, high)
             low = -high
         best = math.inf
-        for shrink in _SHRINK if config.scale_search else (1.0,):
+        for shrink in (*_SHRINK, top / (top - 1)) if config.scale_search else (1.0,):
             step = (high * shrink - low * shrink) / top or 1.0
             scale = float(torch.tensor(max(step, 2.0**-14), dtype=torch.float64).half())
             zero = 2 ** (config.bits - 1) if config.sym else min(max(round(-low * shrink / scale), 0), top)

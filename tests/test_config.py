@@ -121,7 +121,7 @@ def test_enum_values_of_frameworks_are_read() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"bits": 5}, r"bits=5.*\(2, 3, 4, 8\)"),
+        ({"bits": 9}, r"bits=9.*\(2, 3, 4, 5, 6, 7, 8\)"),
         ({"bits": "four"}, "bits='four'"),
         ({"bits": "4.5"}, "bits='4.5'"),
         ({"bits": float("nan")}, "bits=nan"),
@@ -245,9 +245,24 @@ def test_a_rule_with_desc_act_conflicts_with_the_default_order() -> None:
     assert not rule.group_aware
 
 
+@pytest.mark.parametrize(
+    "settings", [{"bits": 5}, {"bits": "6"}, {"dynamic": {"q_proj": {"bits": 7}}}, {"embed_bits": 5}, {"w_bit": 6}]
+)
+def test_a_layer_of_5_to_7_bits_makes_the_format_of_the_file_planes(settings: dict[str, Any]) -> None:
+    config = QuantizeConfig.from_dict({"checkpoint_format": "gptq", **settings})
+    assert config.checkpoint_format == "gptq_p"
+    rule = config.for_module("k_proj")
+    assert rule is not None
+    assert rule.checkpoint_format == "gptq_p"
+
+
+def test_a_rule_that_skips_layers_says_nothing_of_the_format() -> None:
+    assert QuantizeConfig(dynamic={"-:q_proj": {"bits": 5}}).checkpoint_format == "gptq"
+
+
 def test_dynamic_override_with_a_bad_value_is_refused() -> None:
-    with pytest.raises(ConfigError, match="bits=5"):
-        QuantizeConfig(dynamic={".*": {"bits": 5}}).for_module("layer")
+    with pytest.raises(ConfigError, match="bits=9"):
+        QuantizeConfig(dynamic={".*": {"bits": 9}}).for_module("layer")
 
 
 def test_unknown_keys_are_kept_and_written_back() -> None:

@@ -151,9 +151,10 @@ def label(point: dict[str, Any]) -> str:
     if point["kind"] == GGUF:
         return str(point["name"])
     others = [pattern for pattern in point["dynamic"] if "embed" not in pattern]
-    row = " by row" if (point["embed_group_size"] or 0) > point["group_size"] > 0 else ""
+    group, size = point["embed_group_size"] or point["group_size"], point["group_size"]
+    own = "" if group == size else " by row" if group == -1 or group > size > 0 else f" g{group}"
     bits = f"{point['bits']}{' and 8' if others else ''} bits"
-    return f"{bits}, g{point['group_size']}, e{point['embed_bits']}{row}"
+    return f"{bits}, g{size}, e{point['embed_bits']}{own}"
 
 
 def table(points: list[dict[str, Any]]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..foreign_settings import WIDTHS
 from . import packing
 from .headers import read_tensor
-from .layout import FLOATS, INDICES, LayerShape, Parts, group_size, read_order, require, require_shapes, widened
+from .layout import FLOATS, INDICES, LayerShape, Parts, group_size, read_order, require, require_shapes
 from .weight import QuantizedWeight
 
 LAYOUT = "compressed-tensors"
@@ -138,8 +138,7 @@ def read(name: str, tensors: Mapping[str, Tensor], shape: LayerShape) -> Quantiz
         zeros = signed.to(torch.uint8)
     trivial = torch.arange(shape.in_features, dtype=torch.int32, device=codes.device) // shape.group_size
     g_idx = tensors["weight_g_idx"].int() if shape.act_order else trivial
-    codes, zeros = widened(codes, zeros.t().contiguous(), shape)
-    return QuantizedWeight(codes, scales, zeros, g_idx, shape.bits)
+    return QuantizedWeight(codes, scales, zeros.t().contiguous(), g_idx, bits).held()
 
 
 def write(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SUPPORTED_BITS, QuantizeConfig
+from ..config import HELD_BITS, QuantizeConfig
 from ..errors import CheckpointError
-from . import awq, compressed_tensors, marlin, planes
+from . import awq, compressed_tensors, marlin
 from .headers import Manifest, TensorFile, TensorInfo, read_tensor
 from .layout import LayerShape, Parts
 from .packing import words_for
@@ -57,7 +57,6 @@ LAYOUTS = (
         compressed_tensors.read,
     ),
     Layout("Marlin", ("B", "s", "workspace"), marlin.matches, marlin.shape, marlin.read),
-    Layout("GPTQ in planes", _OF_GPTQ, planes.matches, planes.shape, planes.read),
 )
 # Every name that a part of a quantized layer may have in a file, and those by which one is known.
 STORED_PARTS = tuple(dict.fromkeys([*_OF_GPTQ, *(part for layout in LAYOUTS for part in layout.parts)]))
@@ -169,7 +168,7 @@ def _foreign(name: str, parts: Mapping[str, TensorInfo], config: QuantizeConfig)
         if layout.parts[0] in parts and layout.matches(parts, config):
             own = {part: parts[part] for part in layout.parts if part in parts}
             shape = layout.shape(name, own, config)
-            if shape.bits not in SUPPORTED_BITS:
+            if shape.bits not in HELD_BITS:
                 raise CheckpointError(
                     f"{name}: {shape.bits}-bit codes in the layout of {layout.name} cannot be held, expected at most 8"
                 )

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ..config import FORMATS, SUPPORTED_BITS, QuantizeConfig
+from ..config import FORMATS, PLANAR_ONLY_BITS, QuantizeConfig
 from ..errors import CheckpointError
 from .foreign import settings_of
 from .headers import Manifest, TensorInfo, read_tensor
@@ -151,7 +151,8 @@ def _resolve(
 
 def _width(count: int, words: int, config: QuantizeConfig, word_bits: int) -> int:
     """Of ``count`` codes in so many words: what the config says, if that can be."""
-    fitting = (bits for bits in (config.bits, *SUPPORTED_BITS) if math.ceil(count * bits / word_bits) == words)
+    widths = config.bits, *FORMATS[config.checkpoint_format].bits
+    fitting = (bits for bits in widths if math.ceil(count * bits / word_bits) == words)
     return next(fitting, config.bits)
 
 
@@ -178,6 +179,11 @@ def _check_shapes(name: str, spec: StoredSpec, manifest: Manifest) -> None:
                 f"with {spec.in_features} inputs, {spec.out_features} outputs and {spec.groups} groups; fetch the "
                 "checkpoint again or export it anew"
             )
+    if spec.bits in PLANAR_ONLY_BITS and (spec.in_features % 32 or spec.out_features % 32):
+        raise CheckpointError(
+            f"{name} has {spec.in_features} inputs and {spec.out_features} outputs, expected multiples of 32 in planes "
+            f"of {spec.bits} bits; export the checkpoint anew"
+        )
     if manifest[f"{name}.qzeros"].dtype != spec.word_dtype:
         raise CheckpointError(
             f"{name}.qzeros is {manifest[f'{name}.qzeros'].dtype}, expected {spec.word_dtype} as qweight; "
@@ -190,13 +196,14 @@ def _bits(name: str, qweight: TensorInfo, features: int, config: QuantizeConfig,
     fitting = [bits for bits in range(1, 17) if math.ceil(features * bits / word_bits) == rows]
     if config.bits in fitting:
         return config.bits
-    supported = [bits for bits in fitting if bits in SUPPORTED_BITS]
+    widths = FORMATS[config.checkpoint_format].bits
+    supported = [bits for bits in fitting if bits in widths]
     if len(supported) == 1:
         return supported[0]
     found = f"{fitting[0]}-bit codes" if fitting else "codes of no whole width"
     raise CheckpointError(
         f"{name}.qweight: {rows} words for {features} inputs make {found}, expected {config.bits} bits (supported: "
-        f"{SUPPORTED_BITS}); config.json and the weights belong to different models, or the format is another"
+        f"{widths}); config.json and the weights belong to different models, or the format is another"
     )
 
 

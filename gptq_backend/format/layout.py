@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import SUPPORTED_BITS
+from ..config_fields import held_bits
 from ..errors import CheckpointError
 from .headers import TensorInfo, read_tensor
 from .stored_tensors import check_groups
@@ -43,16 +43,8 @@ class LayerShape:
 
     @property
     def bits(self) -> int:
-        """Width of a code in memory: the next one that is supported, which holds the same numbers."""
-        return min((bits for bits in SUPPORTED_BITS if bits >= self.stored_bits), default=self.stored_bits)
-
-
-def widened(codes: Tensor, zeros: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor]:
-    """uint8 codes and zeros of ``shape.stored_bits`` as ones of ``shape.bits`` with the same differences; the middle
-    stays the middle, so what is symmetric stays so.
-    """
-    more = (1 << (shape.bits - 1)) - (1 << (shape.stored_bits - 1))
-    return codes + more, zeros + more
+        """Width of a code in memory, which holds the same numbers."""
+        return held_bits(self.stored_bits)
 
 
 def group_size(name: str, features: int, groups: int) -> int:

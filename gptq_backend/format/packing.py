@@ -6,8 +6,10 @@ cross word boundaries and 32 of them fill 3 words::
     bit   0  3  6  ...      30    33         word 0 | word 1
           c0 c1 c2 ...  c9  c10 (2 low bits)|(1 high bit) c11 ...
 
-The planar 3-bit layout (``gptq_p``) stores each run of 32 codes as one 2-bit plane of two words (low bits) followed by
-a 1-bit plane of one word (high bits). 2, 4 and 8 bits have a single plane, which equals the stream.
+The planar layout (``gptq_p``) stores each run of 32 codes as planes, one after another: of 3 bits, a plane of the low 2
+bits (two words) and one of the high bit (one word); of 5 to 7 bits, a plane of the low 4 bits (four words), one of 2
+bits where there are as many left, and one of the highest bit where one is left. 2, 4 and 8 bits have a single plane,
+which equals the stream.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from torch import Tensor
 from ..errors import ConfigError
 
 _WORD = 32
-_PLANES = {3: ((2, 0), (1, 2))}  # bits -> (width, lowest bit) of each plane, in storage order
+_PLANES = {  # bits -> (width, lowest bit) of each plane, in storage order
+    3: ((2, 0), (1, 2)),
+    5: ((4, 0), (1, 4)),
+    6: ((4, 0), (2, 4)),
+    7: ((4, 0), (2, 4), (1, 6)),
+}
 
 
 def words_for(count: int, bits: int) -> int:
@@ -37,8 +44,8 @@ def pack(codes: Tensor, bits: int, planar: bool = False) -> Tensor:
     n, m = codes.shape
     if planar and bits in _PLANES and n % _WORD:
         raise ConfigError(
-            f"checkpoint_format='gptq_p' stores {bits}-bit codes in runs of 32, but a layer has {n} channels; "
-            "use checkpoint_format='gptq_v2'"
+            f"checkpoint_format='gptq_p' stores {bits}-bit codes in runs of 32, but a layer has {n} channels; use "
+            "8 bits, or for 3 bits checkpoint_format='gptq_v2'"
         )
     block = _WORD if planar else _WORD // math.gcd(_WORD, bits)
     padded = torch.zeros((math.ceil(n / block) * block, m), dtype=torch.int32, device=codes.device)

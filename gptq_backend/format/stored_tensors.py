@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..config_fields import FORMATS
+from ..config_fields import FORMATS, held_bits
 from ..errors import CheckpointError, ConfigError
 from . import packing
-from .weight import PackedWeight, QuantizedWeight, WeightSpec
+from .weight import PackedWeight, QuantizedWeight, WeightSpec, widening
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +23,11 @@ class StoredSpec(WeightSpec):
     """A weight and how a file stores it: everything about the layer's tensors except their values.
 
     ``sym`` and ``act_order`` are what the checkpoint claims, until :func:`resolve` has compared them with the values.
+    ``bits`` is the width in the file; in memory, a weight may be wider (:attr:`weight`).
 
     Args:
         zero_offset: what to add to a stored zero: 1 for ``gptq``, 0 for ``gptq_v2`` and ``gptq_p``.
-        planar: 3-bit codes and zeros lie in planes (``gptq_p``).
+        planar: codes and zeros lie in planes (``gptq_p``).
         has_g_idx, has_bias: whether the tensor exists in the checkpoint.
         empty_g_idx: it exists without elements, which means the same as absent.
         word_dtype, bias_dtype, g_idx_dtype: dtypes in the checkpoint.
@@ -43,8 +44,9 @@ class StoredSpec(WeightSpec):
 
     @property
     def weight(self) -> WeightSpec:
-        """The part that kernels know."""
-        return WeightSpec(**{item.name: getattr(self, item.name) for item in dataclasses.fields(WeightSpec)})
+        """The part that kernels know: of the weight in memory."""
+        known = {item.name: getattr(self, item.name) for item in dataclasses.fields(WeightSpec)}
+        return WeightSpec(**known | {"bits": held_bits(self.bits)})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -86,12 +88,17 @@ def encode(
     """The tensors of a checkpoint. Returns their spec and qweight, qzeros, scales, g_idx (shapes in docs/format.md).
 
     Raises:
-        ConfigError: no such format.
+        ConfigError: no such format, or it cannot hold the weight.
     """
     if checkpoint_format not in FORMATS:
         raise ConfigError(f"checkpoint_format={checkpoint_format!r} is not supported; choose one of {tuple(FORMATS)}")
     features, out_features = weight.codes.shape
     bits, groups = weight.bits, weight.scales.shape[0]
+    if bits not in FORMATS[checkpoint_format].bits:
+        raise ConfigError(
+            f"checkpoint_format={checkpoint_format!r} cannot hold {bits}-bit codes, expected one of "
+            f"{FORMATS[checkpoint_format].bits}; use 'gptq_p'"
+        )
     offset, planar_bits = FORMATS[checkpoint_format]
     planar = bits in planar_bits
     stored_zeros = (weight.zeros.int() - offset) & ((1 << bits) - 1)
@@ -118,6 +125,15 @@ def encode(
     }
 
 
+def check_planes(name: str, shape: Sequence[int], bits: int, checkpoint_format: str) -> None:
+    """Raises ConfigError where planes cannot hold a weight of that shape, before a long run finds out."""
+    if bits in FORMATS[checkpoint_format].planar_bits and any(size % 32 for size in shape):
+        raise ConfigError(
+            f"{name} is {[*shape]}, but checkpoint_format={checkpoint_format!r} packs {bits}-bit codes in runs of 32; "
+            "use 8 bits, for 3 bits 'gptq_v2', or skip the layer with a dynamic rule"
+        )
+
+
 def decode(tensors: Mapping[str, Tensor], bits: int, checkpoint_format: str = "gptq") -> QuantizedWeight:
     """The way back from :func:`encode`, whose tensors ``tensors`` are."""
     scales, g_idx = tensors["scales"], tensors["g_idx"]
@@ -142,23 +158,31 @@ def read_packed(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> P
         CheckpointError: see :func:`resolve`.
     """
     spec = resolve(spec, tensors, name)
-    qweight = packing.to_int32_words(tensors["qweight"], 0)
+    qweight, weight = packing.to_int32_words(tensors["qweight"], 0), spec.weight
+    more = widening(spec.bits)
     if spec.planar:
         runs = -(-qweight.shape[0] // spec.bits)  # of 32 channels; a file may end within the last one
-        qweight = packing.pack(packing.unpack(qweight, spec.bits, runs * 32, planar=True), spec.bits)
+        qweight = packing.pack(packing.unpack(qweight, spec.bits, runs * 32, planar=True) + more, weight.bits)
     g_idx = tensors["g_idx"].to(torch.int32) if spec.act_order else None
     if spec.sym:  # resolve() has looked at all of them
-        zeros = torch.full(spec.shapes["scales"], 1 << (spec.bits - 1), dtype=torch.uint8, device=qweight.device)
+        zeros = torch.full(spec.shapes["scales"], 1 << (weight.bits - 1), dtype=torch.uint8, device=qweight.device)
     else:
-        zeros = unpack_zeros(spec, tensors["qzeros"])
-    return PackedWeight(spec.weight, qweight, zeros, tensors["scales"], g_idx, tensors.get("bias"))
+        zeros = unpack_zeros(spec, tensors["qzeros"]) + more
+    return PackedWeight(weight, qweight, zeros, tensors["scales"], g_idx, tensors.get("bias"))
+
+
+def read_quantized(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> QuantizedWeight:
+    """The same, not packed, and as wide as in the file: what can be stored again."""
+    weight, more = read_packed(spec, tensors, name).unpack(), widening(spec.bits)
+    return dataclasses.replace(weight, codes=weight.codes - more, zeros=weight.zeros - more, bits=spec.bits)
 
 
 def stored_words(spec: StoredSpec, qweight: Tensor) -> Tensor:
     """``qweight`` of a :class:`PackedWeight` as the file had it, bit for bit."""
     rows = spec.shapes["qweight"][0]
     if spec.planar:
-        codes = packing.unpack(qweight, spec.bits, qweight.shape[0] // spec.bits * 32)
+        held = held_bits(spec.bits)
+        codes = packing.unpack(qweight, held, qweight.shape[0] // held * 32) - widening(spec.bits)
         qweight = packing.pack(codes, spec.bits, planar=True)
     return packing.from_int32_words(qweight, spec.word_dtype, 0, rows)[:rows]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..config_fields import held_bits
 from . import packing
 
 
@@ -77,11 +78,22 @@ class QuantizedWeight:
         codes, scales, zeros = self.codes.to(device), self.scales.to(device), self.zeros.to(device)
         return QuantizedWeight(codes, scales, zeros, self.g_idx.to(device), self.bits)
 
+    def held(self) -> QuantizedWeight:
+        """The same weight with codes as wide as memory has them; what is symmetric stays so."""
+        bits = held_bits(self.bits)
+        more = widening(self.bits)
+        return dataclasses.replace(self, codes=self.codes + more, zeros=self.zeros + more, bits=bits)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] weight, computed in ``dtype``."""
         index = self.g_idx.long()
         difference = self.codes.to(dtype) - self.zeros.to(dtype)[index]
         return (difference * self.scales.to(dtype)[index]).t().contiguous()
+
+
+def widening(bits: int) -> int:
+    """What codes and zeros of ``bits`` gain in memory: the middle of the narrow range becomes that of the wide one."""
+    return (1 << (held_bits(bits) - 1)) - (1 << (bits - 1))
 
 
 @dataclass(frozen=True)

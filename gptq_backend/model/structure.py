@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import FORMATS, QuantizeConfig
+from ..config import QuantizeConfig
 from ..errors import ConfigError
+from ..format.stored_tensors import check_planes
 
 # Layers that models do not call: Mamba's code hands the weight of this one to a kernel.
 _READ_BY_WEIGHT = {"dt_proj"}
@@ -338,19 +339,13 @@ def _routers(mixture: nn.Module, experts: list[nn.Module]) -> Iterator[nn.Module
 
 def _check_format(target: Target, config: QuantizeConfig) -> None:
     """Raises ConfigError for a rule that would give a layer a format of its own (readers know one of a checkpoint), and
-    where the planar format cannot hold a layer, before a long run finds out.
+    where planes cannot hold a layer.
     """
     for key in ("checkpoint_format", "pack_dtype"):
         own, common = getattr(target.config, key), getattr(config, key)
         if own != common:
             raise ConfigError(f"dynamic gives {target.name} {key}={own!r}, but a checkpoint has one: {common!r}")
-    rows, columns = dense_weight(target.module).shape
-    bits, checkpoint_format = target.config.bits, config.checkpoint_format
-    if bits in FORMATS[checkpoint_format].planar_bits and (rows % 32 or columns % 32):
-        raise ConfigError(
-            f"{target.name} is [{rows}, {columns}], but checkpoint_format={checkpoint_format!r} packs {bits}-bit codes "
-            "in runs of 32; use 'gptq_v2', or skip the layer with a dynamic rule"
-        )
+    check_planes(target.name, dense_weight(target.module).shape, target.config.bits, config.checkpoint_format)
 
 
 def _check_wanted(blocks: list[nn.Module], config: QuantizeConfig) -> None:

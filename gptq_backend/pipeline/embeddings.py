@@ -15,6 +15,7 @@ from ..algorithm.nearest import round_to_nearest
 from ..config import QuantizeConfig
 from ..embedding import QuantEmbedding, TiedHead, embed_scale
 from ..errors import ConfigError
+from ..format.stored_tensors import check_planes
 from ..format.weight import QuantizedWeight
 from ..model.structure import input_embeddings, is_linear, replace_module
 
@@ -69,8 +70,12 @@ def find_embedding(model: nn.Module, config: QuantizeConfig) -> EmbeddingTarget 
     Raises:
         ConfigError: the model has no such embedding, or its weight is used in a way that is not known here.
     """
-    if config.embed_bits is None:
+    if config.embed_bits is None and config.embed_group_size is None:
         return None
+    if config.embed_bits is None:
+        raise ConfigError(
+            f"embed_group_size={config.embed_group_size}, but the embedding stays in 16 bits; set embed_bits too"
+        )
     asked, module = f"embed_bits={config.embed_bits}", input_embeddings(model)
     if not isinstance(module, nn.Embedding):
         raise ConfigError(f"{asked}, but {type(model).__name__} has no embedding of tokens; leave it out")
@@ -92,7 +97,7 @@ def find_embedding(model: nn.Module, config: QuantizeConfig) -> EmbeddingTarget 
             f"{asked} quantizes the output embedding too, since {type(model).__name__} ties them; leave lm_head out, "
             "which would give it a weight of its own"
         )
-    size = _GROUP if config.group_size == -1 else config.group_size
+    size = config.embed_group_size or (_GROUP if config.group_size == -1 else config.group_size)
     own = dataclasses.replace(
         config,
         bits=config.embed_bits,
@@ -101,6 +106,7 @@ def find_embedding(model: nn.Module, config: QuantizeConfig) -> EmbeddingTarget 
         act_group_aware=None,
         dynamic=None,
     )
+    check_planes(name, (module.num_embeddings, module.embedding_dim), own.bits, own.checkpoint_format)
     return EmbeddingTarget(name, module, own, head if owners else None)
 
 

@@ -7,11 +7,13 @@ import importlib.util
 import sys
 from typing import Any
 
+_ODD_BITS = (5, 6, 7)  # which transformers' own class refuses
 LOADING = ("backend", "fuse", "quantize_head")  # how to load, which no checkpoint says
 
 
 def relax_config(config_class: Any) -> None:
-    """Let ``config_class`` keep arguments that it does not know, and take module lists without optimum. Idempotent.
+    """Let ``config_class`` keep arguments that it does not know, and take module lists without optimum, and codes of 5
+    to 7 bits. Idempotent.
 
     transformers' ``GPTQConfig`` drops ``lm_head`` or ``dynamic`` silently, asks for the version of optimum as soon as
     ``modules_in_block_to_quantize`` is given, and forgets how to load what has a config of its own.
@@ -23,9 +25,13 @@ def relax_config(config_class: Any) -> None:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         passed = dict(kwargs)
+        bits = args[0] if args else kwargs.get("bits")
+        if bits in _ODD_BITS:
+            args, passed = (8, *args[1:]), {key: value for key, value in passed.items() if key != "bits"}
         if is_missing("optimum"):
             passed.pop("modules_in_block_to_quantize", None)
         original(self, *args, **passed)
+        self.bits = bits
         for key, value in kwargs.items():
             if key not in passed or not hasattr(self, key):
                 setattr(self, key, value)

@@ -197,6 +197,7 @@ class Format(str, Enum):
 
     gptq = "gptq"
     gptq_v2 = "gptq_v2"
+    gptq_p = "gptq_p"
     awq = "awq"
     compressed_tensors = "compressed-tensors"
     bf16 = "bf16"

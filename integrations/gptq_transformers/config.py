@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from gptq_autoload.stock_config import LOADING
 from gptq_backend import KERNELS, ConfigError, QuantizeConfig, WeightSpec
+from gptq_backend.config_fields import held_bits
 from gptq_backend.dialects import ALIASES
 from gptq_backend.foreign_settings import AWQ_VERSION, gptq_settings, method_of
 
@@ -79,9 +80,10 @@ class GPTQConfig(StockGPTQConfig):
             )
         read = QuantizeConfig.from_dict(kwargs | ({} if bits is None else {"bits": bits}))
         # The stock class checks how a checkpoint was made, too (damp_percent, the name of the data set), which is not
-        # for its reader to judge; and it warns of an act_group_aware that it would turn off by itself.
+        # for its reader to judge; it refuses codes of 5 to 7 bits; and it warns of an act_group_aware that it would
+        # turn off by itself.
         super().__init__(
-            bits=read.bits,
+            bits=held_bits(read.bits),
             group_size=read.group_size,
             sym=read.sym,
             desc_act=read.desc_act,
@@ -89,7 +91,7 @@ class GPTQConfig(StockGPTQConfig):
             format=read.checkpoint_format,
             backend=kwargs.pop("backend", None),
         )
-        self.tokenizer, self.dataset = tokenizer, dataset
+        self.bits, self.tokenizer, self.dataset = read.bits, tokenizer, dataset
         self.fuse, self.quantize_head = kwargs.pop("fuse", None), kwargs.pop("quantize_head", None)
         self.checkpoint_format = read.checkpoint_format
         for key, value in kwargs.items():

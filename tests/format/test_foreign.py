@@ -250,7 +250,7 @@ def test_a_damaged_order_is_refused_before_anything_is_counted(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("g_idx", lambda t: t[None], r"g_idx is torch.int32 of shape \[1, 64\]"),
+        ("g_idx", lambda t: t[None], r"g_idx has shape \[1, 64\], expected \[64\]"),
         ("g_idx", lambda t: t + 7, r"g_idx: values span 7"),
         ("qweight", lambda t: t[0, 0], r"qweight has shape \[\]"),
     ],

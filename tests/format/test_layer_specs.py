@@ -148,7 +148,7 @@ def test_missing_or_broken_settings_are_refused_with_a_reason(tmp_path: Path) ->
     [
         ({"bits": 4, "quant_method": "hqq"}, "hqq"),
         ({"bits": 4, "checkpoint_format": "exotic"}, "exotic"),
-        ({"bits": 5}, "bits=5"),
+        ({"bits": 9}, "bits=9"),
     ],
 )
 def test_another_kind_of_checkpoint_is_refused_by_name(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

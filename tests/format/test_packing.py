@@ -11,7 +11,8 @@ from torch import Tensor
 from gptq_backend import ConfigError
 from gptq_backend.format import packing
 
-bits_strategy = st.sampled_from([2, 3, 4, 8])
+bits_strategy = st.sampled_from([2, 3, 4, 5, 6, 7, 8])
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 WORDS = {torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
 
@@ -49,15 +50,17 @@ def test_stream_equals_a_string_of_bits(bits: int, rows: int, seed: int) -> None
     assert packing.pack(codes, bits)[:, 0].tolist() == expected
 
 
-@given(st.integers(1, 3), st.integers(0, 9))
-def test_planar_3_bit_equals_two_strings_of_bits(blocks: int, seed: int) -> None:
-    """Per 32 codes: two words of the low two bits, then one word of the high bits."""
-    codes = random_codes(3, 32 * blocks, 1, seed)
+@given(st.sampled_from(list(PLANES)), st.integers(1, 3), st.integers(0, 9))
+def test_planes_equal_strings_of_bits(bits: int, blocks: int, seed: int) -> None:
+    """Per 32 codes: the words of the low bits, then those of the higher ones."""
+    codes = random_codes(bits, 32 * blocks, 1, seed)
     expected: list[int] = []
     for first in range(0, 32 * blocks, 32):
-        run = codes[first : first + 32, 0].tolist()
-        expected += words_of(bit_string([code & 3 for code in run], 2)) + words_of(bit_string([c >> 2 for c in run], 1))
-    assert packing.pack(codes, 3, planar=True)[:, 0].tolist() == expected
+        rest = codes[first : first + 32, 0].tolist()
+        for width in PLANES[bits]:
+            expected += words_of(bit_string([code & ((1 << width) - 1) for code in rest], width))
+            rest = [code >> width for code in rest]
+    assert packing.pack(codes, bits, planar=True)[:, 0].tolist() == expected
 
 
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 70), st.integers(0, 9))

@@ -16,7 +16,15 @@ from torch import Tensor
 from gptq_backend import CheckpointError, ConfigError, QuantizeConfig, QuantizedWeight, QuantLinear, StoredSpec
 from gptq_backend.algorithm.gptq import prepare_factor, quantize_weight
 from gptq_backend.format import packing
-from gptq_backend.format.stored_tensors import encode, read_packed, resolve, unpack_zeros
+from gptq_backend.format.stored_tensors import (
+    decode,
+    encode,
+    read_packed,
+    read_quantized,
+    resolve,
+    stored_words,
+    unpack_zeros,
+)
 
 FORMATS = ("gptq", "gptq_v2", "gptq_p")
 bits_strategy = st.sampled_from([2, 3, 4, 8])
@@ -57,12 +65,32 @@ def test_encode_decode_round_trip(bits: int, columns: int, outputs: int, size: i
         assert_same(read_packed(spec, tensors, "layer").unpack(), weight)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_planar_round_trip(bits: int) -> None:
     weight = random_weight(bits, 64, 96, 32)
     spec, tensors = encode(weight, "gptq_p")
-    assert spec.planar == (bits == 3)
-    assert_same(read_packed(spec, tensors, "layer").unpack(), weight)
+    assert spec.planar == (bits in (3, 5, 6, 7))
+    assert_same(read_quantized(spec, tensors, "layer"), weight)
+    assert_same(decode(tensors, bits, "gptq_p"), weight)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_codes_that_no_kernel_multiplies_are_wider_in_memory_and_the_same_numbers(bits: int, sym: bool) -> None:
+    weight = random_weight(bits, 64, 96, 32, sym=sym, act_order=True)
+    spec, tensors = encode(weight, "gptq_p")
+    packed = read_packed(spec, tensors, "layer")
+    assert packed.spec.bits == 8
+    assert packed.spec.sym == sym
+    assert torch.equal(packed.unpack().dequantize(), weight.dequantize())
+    assert_same(packed.unpack(), weight.held())
+    assert torch.equal(stored_words(spec, packed.qweight), tensors["qweight"])
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+def test_a_format_without_planes_refuses_codes_of_five_bits(checkpoint_format: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{checkpoint_format}' cannot hold 5-bit codes.*use 'gptq_p'"):
+        encode(random_weight(5, 64, 32, 32), checkpoint_format)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

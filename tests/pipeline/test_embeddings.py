@@ -54,6 +54,25 @@ def test_a_tied_weight_is_rounded_once_and_serves_both(bits: int, calibrated: bo
     assert rule["bits"] == bits
 
 
+def test_groups_of_its_own_may_be_whole_rows() -> None:
+    model = owner()
+    report = quantize_model(model, config(8, embed_group_size=-1), None)
+    assert model.embed.spec.groups == 1
+    assert model.embed.spec.in_features == 32
+    (rule,) = (each for key, each in (report.config.dynamic or {}).items() if "embed" in key)
+    assert rule["group_size"] == -1
+
+
+def test_groups_of_an_embedding_that_stays_dense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="embed_group_size=-1, but the embedding stays in 16 bits; set embed_bits"):
+        find_embedding(owner(), config(None, embed_group_size=-1))
+
+
+def test_planes_that_cannot_hold_the_rows_are_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"embed is \[48, 32\], but checkpoint_format='gptq_p' packs 5-bit codes"):
+        find_embedding(owner(), config(5))
+
+
 def test_a_run_with_training_leaves_it_frozen() -> None:
     model = owner()
     original = copy.deepcopy(model)

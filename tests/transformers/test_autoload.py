@@ -144,14 +144,27 @@ def test_stock_config_of_a_working_stock_path_is_left_alone(tmp_path: Path) -> N
     assert python(code, tmp_path) == "False"
 
 
+@pytest.mark.parametrize("call", ["GPTQConfig(6)", "GPTQConfig(bits=6)"])
+def test_stock_config_takes_codes_of_six_bits(call: str) -> None:
+    code = f"""
+    import gptq_transformers
+    from transformers import GPTQConfig
+    from gptq_transformers import GPTQConfig as Ours
+    config = {call}
+    settings = Ours.adopt(config).to_quantize_config()
+    print(config.bits, settings.bits, settings.checkpoint_format)
+    """
+    assert python(code) == "6 6 gptq_p"
+
+
 @needs_entry_point
 def test_stock_config_still_rejects_bad_values() -> None:
     code = """
     from transformers import GPTQConfig
     try:
-        GPTQConfig(bits=5, modules_in_block_to_quantize=[["q"]])
+        GPTQConfig(bits=9, modules_in_block_to_quantize=[["q"]])
     except ValueError as error:
-        print("5" in str(error))
+        print("9" in str(error))
     """
     assert python(code) == "True"
 

@@ -72,6 +72,16 @@ def test_a_gptq_checkpoint_is_converted_exactly(name: str, to: str, tmp_path: Pa
     assert peer_error(from_quantized(tmp_path / "out", dtype=torch.float32), name) < BOUND
 
 
+@pytest.mark.parametrize("name", ["gptq-5bit", "gptq-7bit"])
+def test_codes_in_planes_become_wider_where_a_format_has_none_and_else_stay(name: str, tmp_path: Path) -> None:
+    layer = "model.layers.0.mlp.up_proj.qweight"
+    stored = load_file(FORMATS / name / "model.safetensors")[layer]
+    for to in ("gptq", "compressed-tensors", "gptq_p"):
+        assert convert(FORMATS / name, tmp_path / to, to).exact
+    assert load_file(tmp_path / "gptq" / "model.safetensors")[layer].shape[0] == 64 * 8 // 32
+    assert torch.equal(load_file(tmp_path / "gptq_p" / "model.safetensors")[layer], stored)
+
+
 # Phi-3's gate and up, which the model has in one; experts that the model's own loader calls otherwise.
 @pytest.mark.parametrize("name", ["phi3-4-32", "mixtral-4-32", "llama-embed-both"])
 def test_a_dense_checkpoint_has_the_names_of_plain_transformers(name: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, LlamaFo
 from gptq_backend import ConfigError, QuantEmbedding, QuantizeConfig, QuantLinear, TiedHead
 from gptq_backend.format import checkpoint_files, read_manifest
 from gptq_transformers import GPTQConfig, quantize
+from gptq_transformers.converting import convert
 from tests.transformers.checkpoints import VOCABULARY, distance, load, logits, tiny
 
 TOKENS = 4 * 32
@@ -194,11 +195,28 @@ def test_an_offloaded_model_is_the_same(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_model_cannot_share_is_refused(source: Path) -> None:
-    with pytest.raises(ConfigError, match=r"embed_bits=3 is not supported; choose one of \(4, 8\)"):
+    with pytest.raises(ConfigError, match=r"embed_bits=3 is not supported; choose one of \(4, 5, 6, 7, 8\)"):
         settings(3)
     if LlamaForCausalLM.from_pretrained(source).config.tie_word_embeddings:
         with pytest.raises(ConfigError, match="ties them; leave lm_head out"):
             quantize(LlamaForCausalLM.from_pretrained(source), settings(8, lm_head=True), None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_codes_of_six_bits_are_saved_and_read_and_become_wider_elsewhere(tied: bool, tmp_path: Path) -> None:
+    tiny(vocab_size=288, tie_word_embeddings=tied).save_pretrained(tmp_path / "source")
+    config = QuantizeConfig(bits=4, group_size=32, embed_bits=6, quality="fast", lm_head=not tied)
+    quantize(tmp_path / "source", config, calibration(288), output=tmp_path / "model")
+    model = load(tmp_path / "model")
+    assert model.get_input_embeddings().stored_spec.bits == 6
+    model.save_pretrained(tmp_path / "again")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("model", "again")]
+    assert all(torch.equal(files[1][key], files[0][key]) for key in files[0] if "embed_tokens" in key)
+    assert convert(tmp_path / "model", tmp_path / "plain", "gptq").exact
+    plain = load(tmp_path / "plain")
+    assert plain.config.quantization_config.checkpoint_format == "gptq"
+    assert plain.get_input_embeddings().stored_spec.bits == 8
+    assert torch.equal(logits(plain), logits(model))
 
 
 def test_a_head_of_its_own_is_quantized_beside(source: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_an_unknown_kernel_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 5}, "bits=5"),
+        ({"bits": 9}, "bits=9"),
         ({"bits": 4, "checkpoint_format": "marlin"}, "the settings of marlin, expected those of GPTQ"),
         ({"bits": 4, "quant_method": "awq"}, "the settings of awq, expected those of GPTQ"),
     ],

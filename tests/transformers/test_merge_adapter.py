@@ -29,6 +29,7 @@ CONFIGS = {
     "asymmetric, act-order, rules": QuantizeConfig(
         bits=4, group_size=32, sym=False, desc_act=True, dynamic={r".*q_proj": {"bits": 8, "group_size": 16}}
     ),
+    "6 bits, 5 in some layers": QuantizeConfig(bits=6, group_size=32, dynamic={".*gate_proj": {"bits": 5}}),
     "one layer in 16 bits": QuantizeConfig(bits=3, group_size=-1, dynamic={r"-:.*0\.mlp\.gate_proj": {}}),
     "gptq_v2, int64 words, head": QuantizeConfig(
         bits=2, group_size=32, checkpoint_format="gptq_v2", pack_dtype="int64", lm_head=True

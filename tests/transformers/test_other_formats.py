@@ -47,6 +47,15 @@ def test_it_is_saved_as_a_gptq_checkpoint(name: str, tmp_path: Path, nobody_else
     assert error(again, name) < BOUND
 
 
+@pytest.mark.parametrize("name", ["gptq-5bit", "gptq-7bit"])
+def test_codes_in_planes_are_saved_as_their_tool_stored_them(name: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(FORMATS / name, dtype=torch.float32).save_pretrained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (FORMATS / name, tmp_path))
+    packed = [key for key in before if key.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx")]
+    assert packed
+    assert all(torch.equal(after[key], before[key]) for key in packed)
+
+
 def test_from_quantized_serves_though_the_tools_package_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_formats, "is_missing", lambda package: False)
     assert error(from_quantized(FORMATS / "ct-w4a16-asym", dtype=torch.float32), "ct-w4a16-asym") < BOUND

@@ -55,6 +55,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "2 bits": ("llama", {"bits": 2, "group_size": 32}, {}),
     "2 bits, asym, v2": ("llama", {"bits": 2, "group_size": 32, "sym": False, "checkpoint_format": "gptq_v2"}, {}),
     "3 bits in planes": ("llama", {"bits": 3, "group_size": 32, "checkpoint_format": "gptq_p"}, {}),
+    "5 bits, 6 and 8 in shards": (
+        "llama",
+        {"bits": 5, "group_size": 32, "dynamic": {".*k_proj": {"bits": 8}, ".*up_proj": {"bits": 6, "sym": False}}},
+        {},
+    ),
+    "mixtral, 7 bits": ("mixtral", {"bits": 7, "group_size": 32}, {}),
     "8 bits, one group": ("llama", {"bits": 8, "group_size": -1, "sym": False}, {}),
     "a ragged group": ("llama", {"group_size": 40}, {}),
     "a ragged group with act-order": ("llama", {"group_size": 40, "desc_act": True}, {}),
@@ -104,6 +110,7 @@ def made(folder: Path, case: str) -> Tensor:
 IN_SHORT = (
     "2 bits, asym, v2",
     "3 bits in planes",
+    "5 bits, 6 and 8 in shards",
     "8 bits, one group",
     "a ragged group with act-order",
     "q, k and v in other bits",

@@ -147,6 +147,7 @@ class _Work:
         for done, name in enumerate(self.layers, start=1):
             if name not in parts_of:
                 weight, bias = source.quantized(name), source.bias(name)
+                weight = weight if TARGETS[self.to].planes else weight.held()
                 _check_finite(name, weight.scales)
                 wrapping += self.to == "gptq" and bool((weight.zeros == 0).any())
                 parts = TARGETS[self.to].encode(name, weight) | ({} if bias is None else {"bias": bias})

@@ -44,6 +44,7 @@ class Target(NamedTuple):
 
     encode: Callable[[str, QuantizedWeight], dict[str, Tensor]]
     embeddings: bool  # whether it can hold quantized ones
+    planes: bool  # whether it has codes of 5 to 7 bits; elsewhere they become 8 bits wide, the same numbers
     settings: Callable[[Mapping[str, Kind], Sequence[str], Mapping[str, Any]], dict[str, Any] | None]
 
 
@@ -65,13 +66,15 @@ def _gptq(checkpoint_format: str) -> Target:
         kept = QuantizeConfig.from_dict(known).to_dict() if known else {}
         # What may not hold any more.
         gone = {"act_group_aware", "static_groups", "pack_dtype", "dynamic"}
-        if not any(name.rpartition(".")[2] in EMBEDDINGS for name in kinds):
-            gone.add("embed_bits")
+        embedding = next((kind for name, kind in kinds.items() if name.rpartition(".")[2] in EMBEDDINGS), None)
+        gone |= {"embed_bits", "embed_group_size"} if embedding is None else set()
         kept = {key: value for key, value in kept.items() if key not in gone}
+        if "embed_bits" in kept and embedding is not None:
+            kept["embed_bits"] = embedding.bits
         kept |= {**meant, "dynamic": rules or None, "quant_method": "gptq", "format": checkpoint_format}
         return {key: value for key, value in kept.items() if value is not None}
 
-    return Target(write, True, settings)
+    return Target(write, True, checkpoint_format == "gptq_p", settings)
 
 
 def _awq(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -151,7 +154,8 @@ def _most_common(kinds: Mapping[str, Kind]) -> Kind:
 TARGETS = {
     "gptq": _gptq("gptq"),
     "gptq_v2": _gptq("gptq_v2"),
-    "awq": Target(_awq, False, _awq_settings),
-    "compressed-tensors": Target(_compressed, False, _compressed_settings),
-    "bf16": Target(_bf16, False, lambda kinds, dense, known: None),
+    "gptq_p": _gptq("gptq_p"),
+    "awq": Target(_awq, False, False, _awq_settings),
+    "compressed-tensors": Target(_compressed, False, False, _compressed_settings),
+    "bf16": Target(_bf16, False, False, lambda kinds, dense, known: None),
 }

@@ -14,7 +14,7 @@ from gptq_backend.format import (
     checkpoint_files,
     quantized_modules,
     read_manifest,
-    read_packed,
+    read_quantized,
     read_settings,
     read_tensor,
     resolve_specs,
@@ -73,13 +73,13 @@ class Base:
 
     def quantized(self, layer: str) -> QuantizedWeight:
         """A layer's codes, scales, zeros and groups."""
-        return read_packed(self.specs[layer], self.parts(layer), layer).unpack()
+        return read_quantized(self.specs[layer], self.parts(layer), layer)
 
     def merged(self, layer: str, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
         """The weight [N, K] of a layer with the adapter in it, in float32, and its bias in the stored dtype."""
         parts = self.parts(layer)
         if layer in self.specs:
-            weight = read_packed(self.specs[layer], parts, layer).unpack().dequantize(torch.float32)
+            weight = read_quantized(self.specs[layer], parts, layer).dequantize(torch.float32)
         else:
             weight = parts["weight"].float()
         bias = parts.get("bias")
