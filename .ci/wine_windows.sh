@@ -4,14 +4,14 @@
 #
 #   .ci/wine_windows.sh WHEEL PYTHON FOLDER [pytest arguments]
 #
-# Before: sudo apt-get install wine64. PYTHON (3.11, of this machine, with pip and ziglang) fetches packages into FOLDER,
+# Before: sudo apt-get install wine wine64. PYTHON (3.10 to 3.12, of this machine, with pip and ziglang) fetches packages into FOLDER,
 # which is kept for the next time: torch for Windows with its OpenMP, and CPython's DLLs, which panda3d's wheel brings for
 # those who ship a game; the rest of Python's library is PYTHON's own, for it is the same on every system.
 set -euo pipefail
 wheel=$(realpath "$1") python=$(command -v "$2") folder=$(realpath -m "$3")
 shift 3
 cd "$(dirname "$0")/.."
-minor=11
+minor=$("$python" -c "import sys; print(sys.version_info.minor)")
 export WINEPREFIX=$folder/prefix WINEDEBUG=-all
 
 fetch() {
