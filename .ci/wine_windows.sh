@@ -4,7 +4,7 @@
 #
 #   .ci/wine_windows.sh WHEEL PYTHON FOLDER [pytest arguments]
 #
-# Before: sudo apt-get install wine wine64. PYTHON (3.10 to 3.12, of this machine, with pip and ziglang) fetches packages
+# Before: sudo apt-get install wine wine64. PYTHON (3.10 to 3.12, of this machine, with pip, ziglang) fetches packages
 # into FOLDER, which is kept for the next time: torch for Windows with its OpenMP, and CPython's DLLs, which panda3d's
 # wheel brings for those who ship a game; the rest of Python's library is PYTHON's own, for it is the same everywhere.
 set -euo pipefail
@@ -62,9 +62,9 @@ mkdir -p "$folder"
 [ -e "$folder/python/python3.dll" ] || make_python
 # numpy 2 needs functions that wine 8 lacks.
 [ -d "$folder/site/torch" ] || fetch "$folder/site" torch==2.13.0 numpy==1.26.4 safetensors greenlet regex \
-    transformers==5.19.0 accelerate psutil huggingface_hub tokenizers pyyaml tqdm httpx2 httpcore2 h11 anyio truststore \
-    certifi idna hf-xet click typer rich shellingham markdown-it-py mdurl pytest pytest-timeout hypothesis sympy mpmath \
-    typing_extensions filelock fsspec jinja2 markupsafe networkx iniconfig packaging pluggy pygments attrs \
+    transformers==5.19.0 accelerate psutil huggingface_hub tokenizers pyyaml tqdm httpx2 httpcore2 h11 anyio \
+    truststore certifi idna hf-xet click typer rich shellingham markdown-it-py mdurl pytest pytest-timeout hypothesis \
+    sympy mpmath typing_extensions filelock fsspec jinja2 markupsafe networkx iniconfig packaging pluggy pygments attrs \
     sortedcontainers colorama
 rm -rf "$folder/wheel" "$folder/tree" && mkdir "$folder/tree"
 "$python" -m zipfile -e "$wheel" "$folder/wheel"
