@@ -4,7 +4,7 @@
 #
 #   .ci/wine_windows.sh WHEEL PYTHON FOLDER [pytest arguments]
 #
-# Before: sudo apt-get install wine wine64. PYTHON (3.10 to 3.12, of this machine, with pip, ziglang) fetches packages
+# Before: sudo apt-get install wine wine64. PYTHON (3.10 to 3.12, of this machine, with pip, ziglang) gets packages
 # into FOLDER, which is kept for the next time: torch for Windows with its OpenMP, and CPython's DLLs, which panda3d's
 # wheel brings for those who ship a game; the rest of Python's library is PYTHON's own, for it is the same everywhere.
 set -euo pipefail
