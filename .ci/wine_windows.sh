@@ -64,8 +64,8 @@ mkdir -p "$folder"
 [ -d "$folder/site/torch" ] || fetch "$folder/site" torch==2.13.0 numpy==1.26.4 safetensors greenlet regex \
     transformers==5.19.0 accelerate psutil huggingface_hub tokenizers pyyaml tqdm httpx2 httpcore2 h11 anyio \
     truststore certifi idna hf-xet click typer rich shellingham markdown-it-py mdurl pytest pytest-timeout hypothesis \
-    sympy mpmath typing_extensions filelock fsspec jinja2 markupsafe networkx iniconfig packaging pluggy pygments attrs \
-    sortedcontainers colorama
+    sympy mpmath typing_extensions filelock fsspec jinja2 markupsafe networkx iniconfig packaging pluggy pygments \
+    attrs sortedcontainers colorama
 rm -rf "$folder/wheel" "$folder/tree" && mkdir "$folder/tree"
 "$python" -m zipfile -e "$wheel" "$folder/wheel"
 cp -r tests pyproject.toml csrc .ci "$folder/tree/"
