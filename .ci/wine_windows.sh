@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Uses the Windows wheel under wine, on Debian or Ubuntu: a checkpoint generates, a model is quantized, and tests run once
-# per level that this CPU has.
+# Uses the Windows wheel under wine, on Debian or Ubuntu: a checkpoint generates, a model is quantized, and tests run
+# once per level that this CPU has.
 #
 #   .ci/wine_windows.sh WHEEL PYTHON FOLDER [pytest arguments]
 #
-# Before: sudo apt-get install wine64. PYTHON (3.11, of this machine, with pip and ziglang) fetches packages into FOLDER,
-# which is kept for the next time: torch for Windows with its OpenMP, and CPython's DLLs, which panda3d's wheel brings for
-# those who ship a game; the rest of Python's library is PYTHON's own, for it is the same on every system.
+# Before: sudo apt-get install wine wine64. PYTHON (3.10 to 3.12, of this machine, with pip, ziglang) gets packages
+# into FOLDER, which is kept for the next time: torch for Windows with its OpenMP, and CPython's DLLs, which panda3d's
+# wheel brings for those who ship a game; the rest of Python's library is PYTHON's own, for it is the same everywhere.
 set -euo pipefail
 wheel=$(realpath "$1") python=$(command -v "$2") folder=$(realpath -m "$3")
 shift 3
 cd "$(dirname "$0")/.."
-minor=11
+minor=$("$python" -c "import sys; print(sys.version_info.minor)")
 export WINEPREFIX=$folder/prefix WINEDEBUG=-all
 
 fetch() {
@@ -36,7 +36,8 @@ from pathlib import Path
 dll, scratch = Path(sys.argv[1]), Path(sys.argv[2])
 names = sorted({name.decode() for name in re.findall(rb"\0(_?Py\w+)(?=\0)", dll.read_bytes())})
 (scratch / "names.def").write_text("\n".join([f"LIBRARY {dll.name}", "EXPORTS", *names]))
-(scratch / "python3.def").write_text("\n".join(["LIBRARY python3.dll", "EXPORTS", *(f"{n}={dll.stem}.{n}" for n in names)]))
+passed_on = [f"{name}={dll.stem}.{name}" for name in names]
+(scratch / "python3.def").write_text("\n".join(["LIBRARY python3.dll", "EXPORTS", *passed_on]))
 END
     cat > "$scratch/python.c" <<'END'
 #include <wchar.h>
@@ -60,10 +61,11 @@ END
 mkdir -p "$folder"
 [ -e "$folder/python/python3.dll" ] || make_python
 # numpy 2 needs functions that wine 8 lacks.
-[ -d "$folder/site/torch" ] || fetch "$folder/site" torch==2.13.0 numpy==1.26.4 safetensors greenlet regex transformers==5.19.0 \
-    accelerate psutil huggingface_hub tokenizers pyyaml tqdm httpx2 httpcore2 h11 anyio truststore certifi idna hf-xet click \
-    typer rich shellingham markdown-it-py mdurl pytest pytest-timeout hypothesis sympy mpmath typing_extensions filelock \
-    fsspec jinja2 markupsafe networkx iniconfig packaging pluggy pygments attrs sortedcontainers colorama
+[ -d "$folder/site/torch" ] || fetch "$folder/site" torch==2.13.0 numpy==1.26.4 safetensors greenlet regex \
+    transformers==5.19.0 accelerate psutil huggingface_hub tokenizers pyyaml tqdm httpx2 httpcore2 h11 anyio \
+    truststore certifi idna hf-xet click typer rich shellingham markdown-it-py mdurl pytest pytest-timeout hypothesis \
+    sympy mpmath typing_extensions filelock fsspec jinja2 markupsafe networkx iniconfig packaging pluggy pygments \
+    attrs sortedcontainers colorama
 rm -rf "$folder/wheel" "$folder/tree" && mkdir "$folder/tree"
 "$python" -m zipfile -e "$wheel" "$folder/wheel"
 cp -r tests pyproject.toml csrc .ci "$folder/tree/"

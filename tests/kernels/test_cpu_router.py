@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,9 @@ def test_routers_are_exact(sizes, tokens, width, dtype, weight_dtype, bias, corr
     torch.testing.assert_close(found[alike], wanted[alike], rtol=3e-2 if rule.rounded else 1e-5, atol=1e-7)
 
 
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="torch there is built with another C++ library, which sorts otherwise"
+)
 @given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 6), st.booleans(), st.integers(0, 99))
 def test_of_equal_scores_the_same_are_chosen_as_by_torch(experts, top_k, levels, nan, seed) -> None:
     """Also for so few of so many that torch sorts in another way, and where some are no numbers."""
