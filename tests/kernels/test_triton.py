@@ -6,7 +6,6 @@ interpret_triton.py and interpret_columns.py and run in a process of their own.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
@@ -18,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gptq_backend.algorithm.grid import Grid
 from gptq_backend.format import encode
@@ -30,11 +28,8 @@ from tests.kernels.checks import LIMITS, error, exact, packed, prepared
 from tests.kernels.test_experts import arguments, check_experts, stacked
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it is part of the test extra")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
 from gptq_backend.algorithm import columns_triton as triton_columns  # noqa: E402
-from gptq_backend.kernels.triton import programs as triton_kernels  # noqa: E402
+from tests.kernels.triton_compiler import TARGETS, Compiler  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = ("tests/kernels/interpret_triton.py", "tests/algorithm/interpret_columns.py")
@@ -136,39 +131,6 @@ def test_x_that_cannot_be_read_is_refused() -> None:
 
 
 # -- compiled for GPUs -------------------------------------------------------------------------------------------------
-
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
-
-
-class Compiler:
-    """Stands in for the module of kernels: compiles what would be launched, for a GPU that is not here."""
-
-    def __init__(self, target: str, module: Any = triton_kernels) -> None:
-        self.name, self.target, self.compiled = target, GPUTarget(*TARGETS[target]), {}
-        self.kernels = {name: kernel for name, kernel in vars(module).items() if hasattr(kernel, "arg_names")}
-
-    def __getattr__(self, name: str) -> Any:
-        launch = functools.partial(self._compile, name)
-        return type("Grid", (), {"__getitem__": lambda self, grid: launch})()
-
-    def _compile(self, name: str, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
-        kernel = self.kernels[name]
-        signature: dict[str, str] = dict.fromkeys(constants, "constexpr")
-        attributes = {}
-        for i, (argument, value) in enumerate(zip(kernel.arg_names, arguments)):
-            special = not kernel.params[i].do_not_specialize
-            if isinstance(value, Tensor):
-                signature[argument] = f"*{TYPES[value.dtype]}"
-            elif value is None or (value == 1 and special):  # Triton makes a constant of every 1
-                signature[argument], constants[argument] = "constexpr", value
-            else:
-                signature[argument] = "i32"
-            if isinstance(value, Tensor) or (value is not None and value % 16 == 0 and special):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, {key: signature[key] for key in kernel.arg_names}, constants, attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        self.compiled[name] = triton.compile(source, target=self.target, options=options)
 
 
 @pytest.fixture
