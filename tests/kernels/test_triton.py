@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tests.kernels.test_experts import arguments, check_experts, stacked
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it is part of the test extra")
 from gptq_backend.algorithm import columns_triton as triton_columns  # noqa: E402
-from tests.kernels.triton_compiler import TARGETS, Compiler  # noqa: E402
+from tests.kernels.triton_compiler import Compiler  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = ("tests/kernels/interpret_triton.py", "tests/algorithm/interpret_columns.py")
@@ -74,7 +75,7 @@ def test_a_machine_without_triton_is_told_what_to_install(monkeypatch: pytest.Mo
 
 
 # The least shared memory of a device that is served by the row of the heuristics: bytes.
-SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10, "xpu": 64 << 10}
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10, "xpu": 64 << 10}
 
 UNCACHED = {name: getattr(triton_plan, name).__wrapped__ for name in ("plan", "fitting_tiles")}
 
@@ -106,6 +107,15 @@ def test_blocks_of_experts_have_a_tile_in_every_format(machine: str, monkeypatch
         for bits in (2, 3, 4, 8):
             for itemsize in (2, 4):
                 assert block in [tile.rows for tile in triton_plan.fitting_tiles(bits, itemsize, CPU)]
+
+
+@pytest.mark.parametrize(("lanes", "row"), [(64, "gfx942"), (32, "gfx1100")])
+def test_amd_gpus_take_the_tiles_for_their_waves(lanes: int, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = types.SimpleNamespace(warp_size=lanes, multi_processor_count=96)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    found = triton_plan.machine.__wrapped__(torch.device("cuda"))
+    assert found == triton_plan.Machine(triton_plan.HEURISTICS[row], 96, 64 << 10)
 
 
 # -- numbers, in the interpreter ---------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def assert_fast(target: str, name: str, compiled: Any, dtype: torch.dtype) -> No
     assert compiled.metadata.shared <= SHARED[target]
     if assembly := compiled.asm.get("amdgcn"):
         assert re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly) == ["0", "0"]
-        wide, matrix = "_load_dwordx4", "v_mfma"
+        wide, matrix = ("_load_dwordx4", "v_mfma") if target == "gfx942" else ("_load_b128", "v_wmma")
     else:
         assembly = compiled.asm["ptx"]
         if dtype != torch.float32:  # whose products take no matrix unit and more registers
@@ -197,7 +207,7 @@ def test_compiles_without_spilling(compiler, target: str, bits: int, rows: int, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "gfx1100"])
 @pytest.mark.parametrize(
     ("bits", "dtype"),
     [(2, torch.bfloat16), (3, torch.bfloat16), (4, torch.float16), (8, torch.bfloat16), (4, torch.float32)],
