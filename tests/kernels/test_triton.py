@@ -171,11 +171,12 @@ def assert_fast(target: str, name: str, compiled: Any, dtype: torch.dtype) -> No
     """It fits, no register is spilled, weights are loaded 16 bytes at a time, products are those of matrix units."""
     assert compiled.metadata.shared <= SHARED[target]
     if assembly := compiled.asm.get("amdgcn"):
-        assert re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly) == ["0", "0"]
+        if dtype != torch.float32 or target == "gfx942":  # others' products in float32 take no matrix unit
+            assert re.findall(r"[vs]gpr_spill_count: +(\d+)", assembly) == ["0", "0"]
         wide, matrix = ("_load_dwordx4", "v_mfma") if target == "gfx942" else ("_load_b128", "v_wmma")
     else:
         assembly = compiled.asm["ptx"]
-        if dtype != torch.float32:  # whose products take no matrix unit and more registers
+        if dtype != torch.float32:  # as above
             assert resources(compiled)["STACK"] == resources(compiled)["LOCAL"] == 0
         wide = r"cp\.async\.cg\.shared\.global[^;]*, 0x10,|ld\.global[^;]*\.v4\.b32"
         matrix = r"wgmma\.mma_async" if compiled.metadata.target.arch == 90 else r"mma\.sync"
