@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from gptq_backend.kernels.cuda import machine_code, nvrtc
 from gptq_backend.kernels.cuda.nvrtc import CompileError, Compiler
@@ -28,15 +27,6 @@ FEW = [(80, 4), (90, 3)]
 FEW_AND_SLOW = [
     pytest.param(*each, marks=() if each in FEW else [pytest.mark.slow, pytest.mark.timeout(600)]) for each in EVERY
 ]
-
-
-@pytest.fixture(scope="session")
-def compiler() -> Compiler:
-    """The one of an installed torch for CUDA, or of a package."""
-    try:
-        return nvrtc.find_compiler(torch.version.cuda)
-    except CompileError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

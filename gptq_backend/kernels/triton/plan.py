@@ -45,6 +45,8 @@ HEURISTICS = {
     "sm_80": Heuristics(_AMPERE),
     "sm_90": Heuristics((*_AMPERE, Tile(128, 128, 8, 3))),
     "gfx942": Heuristics((Tile(1, 128, 4, 2), Tile(16, 64, 4, 2), Tile(32, 128, 4, 2), Tile(64, 128, 4, 2))),
+    # A wave of 32 lanes, as Radeon cards have, needs twice the registers of one of 64: smaller tiles, or more waves.
+    "gfx1100": Heuristics((Tile(1, 64, 4, 2), Tile(16, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))),
     "xpu": Heuristics((Tile(1, 64, 4, 2), Tile(16, 64, 4, 2), Tile(32, 64, 8, 2), Tile(64, 128, 16, 2))),
 }
 
@@ -68,7 +70,8 @@ def machine(device: torch.device) -> Machine:
         return Machine(HEURISTICS["xpu"], xpu.max_compute_units, xpu.local_mem_size)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Machine(HEURISTICS["gfx942"], properties.multi_processor_count, 64 << 10)
+        name = "gfx942" if properties.warp_size == 64 else "gfx1100"
+        return Machine(HEURISTICS[name], properties.multi_processor_count, 64 << 10)
     shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     heuristics = HEURISTICS["sm_90" if properties.major in (9, 10) else "sm_80"]
     return Machine(heuristics, properties.multi_processor_count, shared)

@@ -1,4 +1,4 @@
-// A stand-in for NVIDIA's driver, by the names of its library: modules are the emulated kernels, whatever their image
+// A stand-in for NVIDIA's driver, by the names of its library: modules are the listed kernels, whatever their image
 // says, and a launch runs one. It writes down what was asked of it, and fails where a test wants it to.
 #include <map>
 #include <set>
@@ -141,6 +141,6 @@ API Status cuLaunchKernel(emulator::Kernel* function, unsigned x, unsigned y, un
     if (!current || !x || !y || !z) return kInvalidValue;
     if (threads > 1024 || shared_bytes > emulator::shared_limit || y > 65535 || z > 65535) return kInvalidValue;
     if (const Status status = called("cuLaunchKernel")) return status;
-    emulator::run_grid(dim3(x, y, z), threads, shared_bytes, [&] { function->call(arguments); });
+    function->launch(dim3(x, y, z), threads, shared_bytes, arguments);
     return 0;
 }

@@ -219,8 +219,9 @@ inline void run_grid(dim3 grid, int threads, size_t shared_bytes, const std::fun
 // -- kernels by name, as a driver finds them
 
 struct Kernel {
-    std::function<void(void**)> call;  // in a thread, with the addresses of the arguments
-    std::vector<size_t> sizes;         // of the arguments
+    // With the addresses of the arguments. Throws what a thread throws.
+    std::function<void(dim3 grid, int threads, size_t shared_bytes, void** arguments)> launch;
+    std::vector<size_t> sizes;  // of the arguments
 };
 
 inline std::map<std::string, Kernel>& kernels() {
@@ -230,7 +231,10 @@ inline std::map<std::string, Kernel>& kernels() {
 
 template <class... Args, size_t... I>
 bool add(const char* name, void (*function)(Args...), std::index_sequence<I...>) {
-    kernels()[name] = {[function](void** arguments) { function(*static_cast<Args*>(arguments[I])...); },
+    kernels()[name] = {[function](dim3 grid, int threads, size_t shared_bytes, void** arguments) {
+                           run_grid(grid, threads, shared_bytes,
+                                    [&] { function(*static_cast<Args*>(arguments[I])...); });
+                       },
                        {sizeof(Args)...}};
     return true;
 }
