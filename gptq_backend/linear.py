@@ -169,9 +169,9 @@ class QuantLinear(nn.Module):
 
     @property
     def spec(self) -> WeightSpec:
-        """Of the weight: what the checkpoint claims, and after :meth:`prepare` what its values tell."""
+        """Of the weight in memory: what the checkpoint claims, and after :meth:`prepare` what its values tell."""
         weight = self._served[0]
-        return self.stored_spec if weight is None else weight.spec
+        return self.stored_spec.weight if weight is None else weight.spec
 
     @property
     def weight(self) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config_fields import FORMATS, held_bits
+from ..config_fields import FORMATS, PLANAR_ONLY_BITS, held_bits
 from ..errors import CheckpointError, ConfigError
 from . import packing
 from .weight import PackedWeight, QuantizedWeight, WeightSpec, widening
@@ -155,7 +155,7 @@ def read_packed(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> P
     """The weight of stored tensors, checked.
 
     Raises:
-        CheckpointError: see :func:`resolve`.
+        ConfigError, CheckpointError: see :func:`resolve`.
     """
     spec = resolve(spec, tensors, name)
     qweight, weight = packing.to_int32_words(tensors["qweight"], 0), spec.weight
@@ -212,9 +212,15 @@ def resolve(spec: StoredSpec, tensors: Mapping[str, Tensor], name: str) -> Store
     ``2**(b-1)``, whatever its format key says (v2 zeros under a v1 label are in circulation).
 
     Raises:
+        ConfigError: the spec has codes of 5 to 7 bits outside of planes, where no format has them.
         CheckpointError: packed words of another dtype, ``g_idx`` out of range, or non-finite scales or bias (which need
             not be among ``tensors``), with the module's ``name``.
     """
+    if spec.bits in PLANAR_ONLY_BITS and not spec.planar:
+        raise ConfigError(
+            f"{name}: its spec has {spec.bits}-bit codes one after another, expected them in planes, as "
+            "checkpoint_format='gptq_p' has them; pass planar=True"
+        )
     for key in {"qweight", "qzeros"} & tensors.keys():  # load_state_dict(assign=True) compares no dtypes
         if tensors[key].dtype != spec.word_dtype:
             raise CheckpointError(

@@ -29,7 +29,10 @@ def expert_kernel(kernel: Kernel) -> ExpertKernel | None:
 
 
 def kernel_report(spec: WeightSpec, device: torch.device) -> dict[str, str | None]:
-    """``{row: None if it can serve spec on device, else why not}``, fastest first, without the opt-in rows."""
+    """``{row: None if it can serve spec on device, else why not}``, fastest first, without the opt-in rows.
+
+    spec: of the weight in memory (``StoredSpec.weight``); in a file its codes may be narrower.
+    """
     return {kernel.name: kernel.supports(spec, device) for kernel in KERNELS if not kernel.opt_in}
 
 

@@ -83,7 +83,9 @@ def _kernels(layers: Sequence[Layer], device: torch.device) -> list[dict[str, An
     used: Counter[str] = Counter()
     declined: dict[str, dict[str, Counter[str]]] = {}
     # A mixture has thousands of layers of few specs.
-    for (spec, expert), count in Counter((layer.spec, "experts" in layer.name.split(".")) for layer in layers).items():
+    # As wide as in memory, where kernels meet them.
+    specs = Counter((layer.spec.weight, "experts" in layer.name.split(".")) for layer in layers)
+    for (spec, expert), count in specs.items():
         report = kernel_report(spec, device)  # fastest first
         chosen = fastest(report, expert).name
         used[chosen] += count

@@ -151,6 +151,14 @@ def stored(**changes: object) -> tuple[StoredSpec, dict[str, Tensor]]:
     return dataclasses.replace(spec, **changes), tensors  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_a_spec_without_planes_cannot_have_codes_that_lie_in_planes_only(bits: int) -> None:
+    spec, tensors = encode(random_weight(bits, 64, 32, 16), "gptq_p")
+    for read in (read_packed, read_quantized):
+        with pytest.raises(ConfigError, match=f"up_proj: its spec has {bits}-bit codes .* pass planar=True"):
+            read(dataclasses.replace(spec, planar=False), tensors, "up_proj")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_damaged_scales_name_the_module(bad: float) -> None:
     spec, tensors = stored()
