@@ -52,8 +52,6 @@ class QuantizeConfig(Settings):
             if not isinstance(pattern, str) or not isinstance(overrides, Mapping):
                 raise ConfigError(f"dynamic: {pattern!r}: {overrides!r} is not a regex with a mapping of settings")
         self._patterns()
-        if self._has_planar_only_bits():  # one such layer makes the format that of the file, as in GPTQModel
-            object.__setattr__(self, "checkpoint_format", "gptq_p")
 
     @property
     def group_aware(self) -> bool:
@@ -105,11 +103,6 @@ class QuantizeConfig(Settings):
             if unknown := sorted(map(str, _known(canonical(overrides))[1])):
                 found.append(f"the rule {pattern!r} has unknown settings: {', '.join(unknown)}")
         return found
-
-    def _has_planar_only_bits(self) -> bool:
-        rules = [canonical(rule) for pattern, rule in (self.dynamic or {}).items() if pattern[:2] != "-:"]
-        widths = (self.bits, self.embed_bits, *(as_integer(rule.get("bits")) for rule in rules))
-        return any(bits in PLANAR_ONLY_BITS for bits in widths)
 
     def _patterns(self) -> Patterns:
         rules = self.dynamic or {}

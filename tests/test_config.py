@@ -248,16 +248,12 @@ def test_a_rule_with_desc_act_conflicts_with_the_default_order() -> None:
 @pytest.mark.parametrize(
     "settings", [{"bits": 5}, {"bits": "6"}, {"dynamic": {"q_proj": {"bits": 7}}}, {"embed_bits": 5}, {"w_bit": 6}]
 )
-def test_a_layer_of_5_to_7_bits_makes_the_format_of_the_file_planes(settings: dict[str, Any]) -> None:
-    config = QuantizeConfig.from_dict({"checkpoint_format": "gptq", **settings})
-    assert config.checkpoint_format == "gptq_p"
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2", "gptq_p"])
+def test_the_label_of_a_file_is_trusted_whatever_its_bits(settings: dict[str, Any], label: str) -> None:
+    config = QuantizeConfig.from_dict({"checkpoint_format": label, **settings})
     rule = config.for_module("k_proj")
     assert rule is not None
-    assert rule.checkpoint_format == "gptq_p"
-
-
-def test_a_rule_that_skips_layers_says_nothing_of_the_format() -> None:
-    assert QuantizeConfig(dynamic={"-:q_proj": {"bits": 5}}).checkpoint_format == "gptq"
+    assert (config.checkpoint_format, rule.checkpoint_format) == (label, label)
 
 
 def test_dynamic_override_with_a_bad_value_is_refused() -> None:

@@ -194,9 +194,14 @@ def _check_shapes(name: str, spec: StoredSpec, manifest: Manifest) -> None:
 def _bits(name: str, qweight: TensorInfo, features: int, config: QuantizeConfig, word_bits: int) -> int:
     rows = qweight.shape[0]
     fitting = [bits for bits in range(1, 17) if math.ceil(features * bits / word_bits) == rows]
+    widths = FORMATS[config.checkpoint_format].bits
+    if config.bits in fitting and config.bits in PLANAR_ONLY_BITS and config.bits not in widths:
+        raise CheckpointError(
+            f"{name} has {config.bits}-bit codes, which checkpoint_format={config.checkpoint_format!r} cannot hold, "
+            "expected 'gptq_p'; correct checkpoint_format in the config, or export the checkpoint anew"
+        )
     if config.bits in fitting:
         return config.bits
-    widths = FORMATS[config.checkpoint_format].bits
     supported = [bits for bits in fitting if bits in widths]
     if len(supported) == 1:
         return supported[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import QuantizeConfig
 from ..errors import ConfigError
-from ..format.stored_tensors import check_planes
+from .file_format import check_layer, file_format
 
 # Layers that models do not call: Mamba's code hands the weight of this one to a kernel.
 _READ_BY_WEIGHT = {"dt_proj"}
@@ -54,6 +54,16 @@ class Structure:
     def targets(self) -> tuple[Target, ...]:
         inside = tuple(target for block in self.blocks for target in block.targets)
         return inside + ((self.head,) if self.head else ())
+
+    @property
+    def checkpoint_format(self) -> str:
+        """Of the file, see :func:`file_format.file_format`: all targets' settings have it."""
+        return self.targets[0].config.checkpoint_format
+
+    def widths(self, config: QuantizeConfig) -> dict[str, int]:
+        """Bits of all that will be quantized, by name."""
+        embedding = {} if config.embed_bits is None else {"the embedding of tokens": config.embed_bits}
+        return {target.name: target.config.bits for target in self.targets} | embedding
 
     def describe(self, config: QuantizeConfig) -> QuantizeConfig:
         """``config`` with ``dynamic`` rules for what stays in 16 bits: edge blocks, and layers read by their weight."""
@@ -186,10 +196,12 @@ def find_structure(model: nn.Module, config: QuantizeConfig, block_name: BlockNa
             f"no layer is left to quantize in the blocks {', '.join(blocks)}; check dynamic, "
             "modules_in_block_to_quantize and keep_edge_blocks"
         )
+    if (chosen := file_format(structure.widths(config), config)) != config.checkpoint_format:
+        return find_structure(model, dataclasses.replace(config, checkpoint_format=chosen), block_name)
     _check_shared(structure)
     for target in structure.targets:
         target.config.check_quantizer_settings()
-        _check_format(target, config)
+        check_layer(target.name, dense_weight(target.module).shape, target.config, config)
     return structure
 
 
@@ -335,17 +347,6 @@ def _routers(mixture: nn.Module, experts: list[nn.Module]) -> Iterator[nn.Module
             yield child
         elif len(inside) == 1 and child not in experts and len({*dense_weight(inside[0]).shape}) == 2:
             yield inside[0]
-
-
-def _check_format(target: Target, config: QuantizeConfig) -> None:
-    """Raises ConfigError for a rule that would give a layer a format of its own (readers know one of a checkpoint), and
-    where planes cannot hold a layer.
-    """
-    for key in ("checkpoint_format", "pack_dtype"):
-        own, common = getattr(target.config, key), getattr(config, key)
-        if own != common:
-            raise ConfigError(f"dynamic gives {target.name} {key}={own!r}, but a checkpoint has one: {common!r}")
-    check_planes(target.name, dense_weight(target.module).shape, target.config.bits, config.checkpoint_format)
 
 
 def _check_wanted(blocks: list[nn.Module], config: QuantizeConfig) -> None:

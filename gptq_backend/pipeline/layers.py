@@ -17,6 +17,7 @@ from ..algorithm.requantize import round_changed
 from ..config import QuantizeConfig
 from ..format.weight import QuantizedWeight
 from ..linear import QuantLinear
+from ..model.file_format import tell_of_format
 from ..model.joint_rounding import JointRounding
 from ..model.layer_inputs import InputFactor
 from ..model.placement import Placement
@@ -35,6 +36,8 @@ class Layers:
         self.model, self.backend, self.events, self.before = model, options.backend, events, options.before
         self.calibrate_all_experts = options.calibrate_all_experts
         self.structure, self.placement = find_structure(model, config, options.block_name), Placement(options.device)
+        tell_of_format(self.structure.widths(config), config)
+        config = dataclasses.replace(config, checkpoint_format=self.structure.checkpoint_format)
         self.embedding = find_embedding(model, config)
         if (embedding := self.embedding) is not None:
             if embedding.calibrated and embedding.head is not None:

@@ -53,6 +53,9 @@ def quantize_loaded(model: Any, config: GPTQConfig) -> None:
         report = quantize_model(model, settings, samples, options=options, events=_Shown(bar))
     # Blocks kept in 16 bits are described by rules now, for other readers of the checkpoint.
     config.dynamic, config.keep_edge_blocks = report.config.dynamic, report.config.keep_edge_blocks
+    config.checkpoint_format = report.config.checkpoint_format  # which some layers' bits may have changed
+    if hasattr(config, "format"):  # transformers 5's name for it
+        config.format = config.checkpoint_format
     untie_quantized(model)
     group_experts(model)
 

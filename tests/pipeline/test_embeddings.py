@@ -70,7 +70,7 @@ def test_groups_of_an_embedding_that_stays_dense_are_refused() -> None:
 
 def test_planes_that_cannot_hold_the_rows_are_refused_before_the_run() -> None:
     with pytest.raises(ConfigError, match=r"embed is \[48, 32\], but checkpoint_format='gptq_p' packs 5-bit codes"):
-        find_embedding(owner(), config(5))
+        quantize_model(owner(), config(5), None)
 
 
 def test_a_run_with_training_leaves_it_frozen() -> None:

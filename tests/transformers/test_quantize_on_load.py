@@ -71,6 +71,20 @@ def test_options_take_effect(plain: Path, tokenizer: str) -> None:
     assert {(layer.spec.bits, layer.spec.groups, layer.spec.sym) for layer in layers.values()} == {(3, 1, False)}
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_codes_of_five_bits_are_saved_under_the_format_that_has_them(
+    ours: bool, plain: Path, tokenizer: str, tmp_path: Path
+) -> None:
+    from gptq_transformers import GPTQConfig as Ours
+
+    kind: Any = Ours if ours else GPTQConfig
+    model = quantized(plain, kind(bits=5, group_size=32, dataset=TEXTS, tokenizer=tokenizer))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (saved["bits"], saved["checkpoint_format"], saved.get("format", "gptq_p")) == (5, "gptq_p", "gptq_p")
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
 def test_keys_that_only_we_know_take_effect(plain: Path, tokenizer: str) -> None:
     from gptq_transformers import GPTQConfig as Ours
 
