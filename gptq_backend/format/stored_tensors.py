@@ -125,12 +125,15 @@ def encode(
     }
 
 
-def check_planes(name: str, shape: Sequence[int], bits: int, checkpoint_format: str) -> None:
-    """Raises ConfigError where planes cannot hold a weight of that shape, before a long run finds out."""
+def check_planes(name: str, shape: Sequence[int], bits: int, checkpoint_format: str, instead: str) -> None:
+    """Raises ConfigError where planes cannot hold a weight of that shape, before a long run finds out.
+
+    instead: what to do then, for the message.
+    """
     if bits in FORMATS[checkpoint_format].planar_bits and any(size % 32 for size in shape):
         raise ConfigError(
             f"{name} is {[*shape]}, but checkpoint_format={checkpoint_format!r} packs {bits}-bit codes in runs of 32; "
-            "use 8 bits, for 3 bits 'gptq_v2', or skip the layer with a dynamic rule"
+            f"{instead}"
         )
 
 

@@ -52,7 +52,8 @@ def check_layer(name: str, shape: Sequence[int], own: QuantizeConfig, common: Qu
             raise ConfigError(
                 f"dynamic gives {name} {key}={getattr(own, key)!r}, but a checkpoint has one: {getattr(common, key)!r}"
             )
-    check_planes(name, shape, own.bits, common.checkpoint_format)
+    instead = "use 8 bits, for 3 bits 'gptq_v2', or skip the layer with a dynamic rule"
+    check_planes(name, shape, own.bits, common.checkpoint_format, instead)
 
 
 def _needs_planes(widths: Mapping[str, int], config: QuantizeConfig) -> str | None:

@@ -97,6 +97,11 @@ def find_embedding(model: nn.Module, config: QuantizeConfig) -> EmbeddingTarget 
             f"{asked} quantizes the output embedding too, since {type(model).__name__} ties them; leave lm_head out, "
             "which would give it a weight of its own"
         )
+    if config.embed_group_size == -1 and not owners:
+        raise ConfigError(
+            f"embed_group_size=-1 is one scale for a token, but {type(model).__name__} has no head that is tied to "
+            f"{name}, and then a group is of tokens that follow each other; pass their number, or leave it out"
+        )
     size = config.embed_group_size or (_GROUP if config.group_size == -1 else config.group_size)
     own = dataclasses.replace(
         config,
@@ -106,7 +111,8 @@ def find_embedding(model: nn.Module, config: QuantizeConfig) -> EmbeddingTarget 
         act_group_aware=None,
         dynamic=None,
     )
-    check_planes(name, (module.num_embeddings, module.embedding_dim), own.bits, own.checkpoint_format)
+    instead = "use embed_bits=8 or 4, or leave embed_bits out"
+    check_planes(name, (module.num_embeddings, module.embedding_dim), own.bits, own.checkpoint_format, instead)
     return EmbeddingTarget(name, module, own, head if owners else None)
 
 

@@ -146,7 +146,7 @@ def bench_quantize(
     blocks: Annotated[int, typer.Option(min=2, help="So many of its blocks are quantized.")] = 2,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration tokens (random ones).")] = 128,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 2048,
-    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
+    bits: Annotated[int, typer.Option(help="Width of a code: 2 to 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
     quality: Annotated[str, typer.Option(help="fast or default; best needs a real model.")] = "default",
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",

@@ -69,8 +69,17 @@ def test_groups_of_an_embedding_that_stays_dense_are_refused() -> None:
 
 
 def test_planes_that_cannot_hold_the_rows_are_refused_before_the_run() -> None:
-    with pytest.raises(ConfigError, match=r"embed is \[48, 32\], but checkpoint_format='gptq_p' packs 5-bit codes"):
+    refused = r"embed is \[48, 32\], but checkpoint_format='gptq_p' packs 5-bit .*; use embed_bits=8 or 4, or leave"
+    with pytest.raises(ConfigError, match=refused):
         quantize_model(owner(), config(5), None)
+
+
+def test_one_scale_for_a_token_needs_a_head_that_is_tied() -> None:
+    with pytest.raises(ConfigError, match="embed_group_size=-1 is one scale for a token, but Owner has no head .*tied"):
+        find_embedding(Owner(), config(8, embed_group_size=-1))
+    found = find_embedding(Owner(), config(8, embed_group_size=16))
+    assert found is not None
+    assert found.round().scales.shape == (3, 32)  # of 48 tokens
 
 
 def test_a_run_with_training_leaves_it_frozen() -> None:

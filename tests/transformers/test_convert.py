@@ -40,6 +40,9 @@ NOT_AS_AWQ = {
 }
 
 
+PLANAR = {"gptq-5bit": 5, "gptq-7bit": 7}
+
+
 @pytest.mark.parametrize("to", [name for name in TARGETS if name != "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_another_tools_checkpoint_is_converted_exactly(name: str, to: str, tmp_path: Path) -> None:
@@ -50,7 +53,7 @@ def test_another_tools_checkpoint_is_converted_exactly(name: str, to: str, tmp_p
         return
     report = convert(FORMATS / name, tmp_path / "out", to)
     assert report.exact
-    assert report.notes == []
+    assert len(report.notes) == (name in PLANAR and to != "gptq_p")
     assert error(from_quantized(tmp_path / "out", dtype=torch.float32), name) < BOUND
 
 
@@ -72,14 +75,31 @@ def test_a_gptq_checkpoint_is_converted_exactly(name: str, to: str, tmp_path: Pa
     assert peer_error(from_quantized(tmp_path / "out", dtype=torch.float32), name) < BOUND
 
 
-@pytest.mark.parametrize("name", ["gptq-5bit", "gptq-7bit"])
+@pytest.mark.parametrize("name", PLANAR)
 def test_codes_in_planes_become_wider_where_a_format_has_none_and_else_stay(name: str, tmp_path: Path) -> None:
     layer = "model.layers.0.mlp.up_proj.qweight"
     stored = load_file(FORMATS / name / "model.safetensors")[layer]
     for to in ("gptq", "compressed-tensors", "gptq_p"):
-        assert convert(FORMATS / name, tmp_path / to, to).exact
+        report = convert(FORMATS / name, tmp_path / to, to)
+        assert report.exact
+        count = sum(f"of {PLANAR[name]} bits became 8 bits wide" in note for note in report.notes)
+        assert (len(report.notes), count) == ((0, 0) if to == "gptq_p" else (1, 1))
     assert load_file(tmp_path / "gptq" / "model.safetensors")[layer].shape[0] == 64 * 8 // 32
     assert torch.equal(load_file(tmp_path / "gptq_p" / "model.safetensors")[layer], stored)
+
+
+@pytest.mark.parametrize("name", PLANAR)
+def test_a_format_without_such_codes_names_the_width_in_the_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"has {PLANAR[name]} bits, expected what AWQ can hold"):
+        convert(FORMATS / name, tmp_path / "out", "awq")
+
+
+def test_a_layer_that_planes_cannot_hold_is_named_with_the_option(tmp_path: Path) -> None:
+    tiny(intermediate_size=72).save_pretrained(tmp_path / "source")
+    settings = QuantizeConfig(bits=3, group_size=32, quality="fast")
+    quantize(tmp_path / "source", settings, None, output=tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.\w+ is \[.*72.*\], .*packs 3-bit .*like --to gptq_v2"):
+        convert(tmp_path / "model", tmp_path / "out", "gptq_p")
 
 
 # Phi-3's gate and up, which the model has in one; experts that the model's own loader calls otherwise.

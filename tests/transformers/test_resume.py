@@ -22,7 +22,7 @@ from tests.transformers.checkpoints import ids, tiny
 SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {"quality": "fast"},
     "dense, rounded to nearest": {"quality": "fast"},
-    "dense, 5 bits": {"quality": "fast", "bits": 5, "embed_bits": 8, "embed_group_size": -1},
+    "dense, 5 bits": {"quality": "fast", "bits": 5, "embed_bits": 8, "embed_group_size": 64},
     "mixture": {"quality": "fast", "keep_edge_blocks": 1},
     "mixture that trains": {"quality": "fast", "block_epochs": 1},
     "dense that trains and distils": {"quality": "fast", "block_epochs": 1, "distill_epochs": 1},

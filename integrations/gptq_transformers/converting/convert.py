@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,11 +144,13 @@ class _Work:
         """All tensors."""
         source, shards = self.source, Shards(folder, _SHARD_BYTES)
         parts_of = {part: parts for parts in self.names.joined.values() for part in parts}
-        wrapping = 0
+        wrapping, widened = 0, Counter[int]()
         for done, name in enumerate(self.layers, start=1):
             if name not in parts_of:
                 weight, bias = source.quantized(name), source.bias(name)
-                weight = weight if TARGETS[self.to].planes else weight.held()
+                if TARGETS[self.to].widens and weight.held().bits > weight.bits:
+                    widened[weight.bits] += 1
+                    weight = weight.held()
                 _check_finite(name, weight.scales)
                 wrapping += self.to == "gptq" and bool((weight.zeros == 0).any())
                 parts = TARGETS[self.to].encode(name, weight) | ({} if bias is None else {"bias": bias})
@@ -169,6 +172,7 @@ class _Work:
         shards.finish()
         self.notes += [] if source.lossy is None or self.to == "bf16" else [source.lossy]
         self.dense |= source.rounded
+        self.notes += [f"{count} layers of {bits} bits became 8 bits wide" for bits, count in sorted(widened.items())]
         if wrapping:
             self.notes.append(
                 f"{wrapping} layers have zeros of 0, which format gptq stores as the largest number; other readers may "

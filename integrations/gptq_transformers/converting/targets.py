@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_backend import ConfigError, QuantizeConfig, QuantizedWeight
-from gptq_backend.format import EMBEDDINGS, encode, write_awq, write_compressed_tensors
+from gptq_backend.format import EMBEDDINGS, check_planes, encode, write_awq, write_compressed_tensors
 
 from ..loading.prepare import name_patterns
 
@@ -44,12 +44,14 @@ class Target(NamedTuple):
 
     encode: Callable[[str, QuantizedWeight], dict[str, Tensor]]
     embeddings: bool  # whether it can hold quantized ones
-    planes: bool  # whether it has codes of 5 to 7 bits; elsewhere they become 8 bits wide, the same numbers
+    widens: bool  # whether codes of 5 to 7 bits become 8 bits wide, the same numbers, since it has none
     settings: Callable[[Mapping[str, Kind], Sequence[str], Mapping[str, Any]], dict[str, Any] | None]
 
 
 def _gptq(checkpoint_format: str) -> Target:
     def write(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        instead = "write another format, like --to gptq_v2 (to='gptq_v2' in Python)"
+        check_planes(name, weight.codes.shape[::-1], weight.bits, checkpoint_format, instead)
         return encode(weight, checkpoint_format)[1]
 
     def settings(kinds: Mapping[str, Kind], dense: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _gptq(checkpoint_format: str) -> Target:
         kept |= {**meant, "dynamic": rules or None, "quant_method": "gptq", "format": checkpoint_format}
         return {key: value for key, value in kept.items() if value is not None}
 
-    return Target(write, True, checkpoint_format == "gptq_p", settings)
+    return Target(write, True, checkpoint_format != "gptq_p", settings)
 
 
 def _awq(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -156,6 +158,6 @@ TARGETS = {
     "gptq_v2": _gptq("gptq_v2"),
     "gptq_p": _gptq("gptq_p"),
     "awq": Target(_awq, False, False, _awq_settings),
-    "compressed-tensors": Target(_compressed, False, False, _compressed_settings),
+    "compressed-tensors": Target(_compressed, False, True, _compressed_settings),
     "bf16": Target(_bf16, False, False, lambda kinds, dense, known: None),
 }
