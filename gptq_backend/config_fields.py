@@ -32,7 +32,7 @@ FORMATS = {
     "gptq_v2": Format(zero_offset=0),
     "gptq_p": Format(zero_offset=0, planar_bits=(3, *PLANAR_ONLY_BITS)),
 }
-EMBED_BITS = (4, 5, 6, 7, 8)
+EMBED_BITS = tuple(bits for bits in SUPPORTED_BITS if bits >= 4)
 PACK_DTYPES = ("int8", "int16", "int32", "int64")
 
 

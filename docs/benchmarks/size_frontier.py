@@ -150,11 +150,9 @@ def ratio(point: dict[str, Any], other: dict[str, Any]) -> str:
 def label(point: dict[str, Any]) -> str:
     if point["kind"] == GGUF:
         return str(point["name"])
-    others = [pattern for pattern in point["dynamic"] if "embed" not in pattern]
     group, size = point["embed_group_size"] or point["group_size"], point["group_size"]
     own = "" if group == size else " by row" if group == -1 or group > size > 0 else f" g{group}"
-    bits = f"{point['bits']}{' and 8' if others else ''} bits"
-    return f"{bits}, g{size}, e{point['embed_bits']}{own}"
+    return f"{point['bits']} bits, g{size}, e{point['embed_bits']}{own}"
 
 
 def table(points: list[dict[str, Any]]) -> Iterator[str]:

@@ -50,7 +50,8 @@ def fit_grid(columns: Tensor, cost: Tensor, config: QuantizeConfig, spread: Tens
 
 def _candidates(low: Tensor, high: Tensor, config: QuantizeConfig) -> Grid:
     """Grids over shrunk ranges, fields [candidates, N]; with signed scales also wider search and what a sign adds."""
-    # And the one under which the largest weight is the greatest code: what was rounded so before is found again.
+    # And the one under which, on a symmetric grid, the largest weight is the greatest code: what was rounded so before
+    # is found again.
     exact = ((1 << config.bits) - 1) / ((1 << config.bits) - 2)
     shrinks = (*(_WIDE_SHRINK if config.preset.signed_scales else _SHRINK), exact)
     shrink = torch.tensor(shrinks, dtype=low.dtype, device=low.device).unsqueeze(1)

@@ -165,6 +165,7 @@ def test_negative_scales_give_the_same_output_in_every_kernel(backend: str, bits
     weight, hessian = layer(seed=5, outputs=32, columns=64)
     config = QuantizeConfig(bits=bits, group_size=32, damp_percent=0.05)
     result = quantize_weight(weight, prepare_factor(hessian, config), config).weight
+    assert (float(result.scales.min()) < 0) == (bits < 8)
     signs = torch.tensor([1, -1]).repeat(16)  # with 8 bits, no search prefers negative ones
     result = dataclasses.replace(result, scales=result.scales * signs)
     try:

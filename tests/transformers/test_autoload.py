@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from gptq_autoload import stock_config
+from gptq_backend.config import PLANAR_ONLY_BITS
+
 pytest.importorskip("transformers")
 
 _INSTALLED = any(
@@ -155,6 +158,10 @@ def test_stock_config_takes_codes_of_six_bits(call: str) -> None:
     print(config.bits, settings.bits)
     """
     assert python(code) == "6 6"
+
+
+def test_the_widths_that_the_stock_config_is_taught_are_those_in_planes() -> None:
+    assert stock_config._ODD_BITS == PLANAR_ONLY_BITS  # twice, since gptq_autoload needs nothing but Python
 
 
 @needs_entry_point
