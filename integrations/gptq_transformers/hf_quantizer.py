@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from .loading.finish import finish_model
 from .loading.newer_config import adopt_newer
 from .loading.prepare import LoadPlan, follow_renaming, prepare_model
 from .loading.skeleton import check_size
-from .quantized_layers import tied_names, untie_quantized
+from .quantized_layers import quant_linears, tied_names, untie_quantized
 from .versions import changed, warn_of_newer
 
 logger = logging.getLogger(__name__)
@@ -176,6 +177,8 @@ def attach(model: Any, config: QuantizeConfig) -> None:
 
 def mark_quantized(model: Any, config: QuantizeConfig) -> None:
     """Let a ``PreTrainedModel``, whose layers are QuantLinear already, be saved as what it is."""
+    if any(layer.stored_spec.planar for _, layer in quant_linears(model)):  # also where that is the run's own choice
+        config = dataclasses.replace(config, checkpoint_format="gptq_p")
     quantizer = GPTQBackendQuantizer(GPTQConfig.from_quantize_config(config), pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True

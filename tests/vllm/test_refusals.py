@@ -47,7 +47,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, object],
         f"{LAYER}: the checkpoint has 128 inputs, 32 outputs and 64 columns of scales, the model 128 inputs and 64",
     ),
     "nothing is quantized": (lambda tensors: {"model.norm.weight": tensors["model.norm.weight"]}, {}, "no tensor is"),
-    "5 bits": (None, {"bits": 5}, "bits=5 is not supported; choose one of"),
+    "9 bits": (None, {"bits": 9}, "bits=9 is not supported; choose one of"),
     "a fixed unknown format": (None, {"checkpoint_format": "x9", "format": "x9"}, "checkpoint_format='x9' is not"),
 }
 
