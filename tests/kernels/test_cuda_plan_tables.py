@@ -104,6 +104,7 @@ def test_a_usual_plan_that_fails_is_replaced_and_none_that_runs_is_an_error() ->
     choice = plans.choose(8, SHAPE, 108, 163 << 10, measured({usual: float("nan"), None: 2.0}))
     assert choice.best not in (usual, None)
     assert choice.usual_seconds is None
+    assert choice.usual_reason == "RuntimeError: no"
     with pytest.raises(
         ConfigError, match="no plan of the CUDA kernels ran for 8 rows of a 4-bit layer .RuntimeError: no"
     ):
@@ -268,3 +269,31 @@ def test_times_are_of_plans_that_give_the_right_result() -> None:
     assert all(time > 0 for time in times.values())
     assert list(failed) == tried[3:]
     assert "no kernel with 5 strips" in failed[Plan(5, 1)]
+
+
+@pytest.mark.usefixtures("driver")
+def test_wrong_results_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = plans.Layer(Problem(32, 128, group_size=64), [prepared(random_weight(4, 128, 32, 64), cuda.KERNEL)])
+    right = cuda.planned_gemm
+
+    def planned(x: torch.Tensor, w: cuda.WeightFields, bias: torch.Tensor | None, how: Plan | None) -> torch.Tensor:
+        return right(x, w, bias, how) * (1.5 if how == Plan(0, 2) else 1)
+
+    monkeypatch.setattr(cuda, "planned_gemm", planned)
+    times, failed = layer.seconds(2, 1e-6, [None, Plan(1, 1, 2), Plan(0, 2)])
+    assert list(times) == [None, Plan(1, 1, 2)]
+    assert failed == {Plan(0, 2): plans.WRONG}
+
+
+@pytest.mark.usefixtures("driver")
+def test_each_number_of_rows_is_kept_as_soon_as_it_is_measured() -> None:
+    layer = plans.Layer(
+        Problem(32, 128, bits=6, group_size=64, dtype="fp16"), [prepared(random_weight(8, 128, 32, 64), cuda.KERNEL)]
+    )
+    assert layer.shape == Shape(8, 32, 2)
+    choices = plans.tune(layer, (1, 2), 1e-6)
+    first = next(choices)
+    kind = Kind.of(CPU)
+    assert plan_tables.read(kind.path, kind) == {layer.shape: {1: first.best}}
+    second = next(choices)
+    assert [best_plan(rows, layer.shape, CPU) for rows in (1, 2)] == [first.best, second.best]
