@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("typer")
 
-from gptq_backend import GPTQError
+from gptq_backend import GPTQError, QuantizeConfig
 from gptq_backend.bench import Problem, plans
 from gptq_backend.format.stored_tensors import encode
 from gptq_backend.kernels.cuda.plan import Plan
 from gptq_cli.checkpoint import Layer, read_checkpoint
 from gptq_cli.tune_command import Measured, as_json, layers, line, tune, tune_all
+from gptq_transformers import quantize
 from tests.cli.command import run
 from tests.format.test_stored_tensors import random_weight
+from tests.transformers.checkpoints import tiny
 
 CHECKPOINT = "tests/data/checkpoints/llama-4-32-sym"
 
@@ -66,6 +70,18 @@ def test_an_embedding_is_measured_only_if_a_head_multiplies_by_it() -> None:
     assert checkpoint.looked_up == {"model.embed_tokens"}
     assert "lm_head" in {layer.name for layer in checkpoint.layers}
     assert read_checkpoint(CHECKPOINT).looked_up == set()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_embedding_and_codes_of_6_bits_are_found_in_a_checkpoint(tied: bool, tmp_path: Path) -> None:
+    tiny(tie_word_embeddings=tied).save_pretrained(tmp_path / "source")
+    config = QuantizeConfig(bits=6, group_size=32, embed_bits=8)
+    quantize(tmp_path / "source", config, None, output=tmp_path / "model")
+    checkpoint = read_checkpoint(tmp_path / "model")
+    assert checkpoint.looked_up == (set() if tied else {"model.embed_tokens"})
+    (projection,) = {layer.spec.bits for layer in checkpoint.layers if layer.name.endswith("q_proj")}
+    assert projection == 6
+    assert {each.bits for each in layers(checkpoint.layers)} == {8}
 
 
 def test_a_layer_that_cannot_be_measured_is_named_and_the_others_are_measured() -> None:
