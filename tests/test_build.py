@@ -81,7 +81,7 @@ def built(folder: Path) -> set[str]:
     return {path.stem.removeprefix("level_") for path in (folder / "temp/csrc/cpu").glob("level_*.o")} - {"generic"}
 
 
-@pytest.mark.timeout(900)  # seconds, where nothing else runs
+@pytest.mark.timeout(900)  # it compiles all sources
 @pytest.mark.skipif(cpu._cpu is None, reason="the levels that were built are not known")
 def test_an_old_compiler_builds_the_levels_that_it_can(tmp_path: Path) -> None:
     done = build(tmp_path, "-mavxvnni|-mavx512*", compiled=True)
