@@ -39,7 +39,7 @@ def test_user_errors_are_one_line_and_leave_nothing(original: Path, quantized: P
     config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     (other / "config.json").write_text(json.dumps(config))
     expected = [
-        (["quantize", original, out, *with_text, "--bits", "5"], "bits=5 is not supported"),
+        (["quantize", original, out, *with_text, "--bits", "9"], "bits=9 is not supported"),
         (["quantize", original, out, *with_text, "--group-size", "0"], "group_size=0"),
         (["quantize", original, out, *with_text, "--dynamic", "{"], "--dynamic is not valid JSON"),
         (["quantize", original, out, *with_text, "--dynamic", "[" * 20_000], "--dynamic is not valid JSON"),

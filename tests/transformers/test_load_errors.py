@@ -96,7 +96,7 @@ def test_a_broken_checkpoint_is_refused(damage: str, folder: Path) -> None:
     ("settings", "message"),
     [
         ({"checkpoint_format": "exotic"}, "checkpoint_format='exotic'"),
-        ({"bits": 6}, "bits=6"),
+        ({"bits": 9}, "bits=9"),
     ],
 )
 def test_unknown_settings_are_refused(settings: dict[str, Any], message: str, folder: Path) -> None:
