@@ -6,7 +6,7 @@
 #   make test-versions   the wheel in the oldest and the newest Python, torch and transformers: two CUDA builds of torch
 #   make wheel      dist/*.whl for this machine's kind of CPU and every Python; installed and tried without a compiler
 #   make wheel-aarch64   the same for ARM, by a cross compiler; its kernels are tested under qemu-user, for half an hour
-#   make wheel-windows   the same for Windows, by pip's ziglang; tried and tested under wine, for half an hour
+#   make wheel-windows   the same for Windows, by pip's ziglang; tried and tested under wine, once per level
 #   make wheel-cuda   the machine code of the CUDA kernels as a wheel of its own; without a GPU, in minutes
 #   make sdist      dist/*.tar.gz; its page is checked, and a part of its tests run where nothing else is unpacked
 #   make lint       ruff, mypy, clang-format

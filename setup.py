@@ -1,8 +1,9 @@
 """Builds the native kernels (everything else is in pyproject.toml).
 
 They include no torch header and need no torch here. Without a compiler the installation succeeds, says so, and slower
-kernels serve; GPTQ_BACKEND_REQUIRE_NATIVE=1 makes that an error. For CUDA only what launches the kernels is built, with
-the same compiler; cuda/ builds the machine code. GPTQ_BACKEND_CUDA=0 leaves it out.
+kernels serve; one that lacks instructions builds what it can. GPTQ_BACKEND_REQUIRE_NATIVE=1 makes either an error. For
+CUDA only what launches the kernels is built, with the same compiler; cuda/ builds the machine code.
+GPTQ_BACKEND_CUDA=0 leaves it out.
 
 GPTQ_BACKEND_REPOSITORY is the address of the source, to which the package's page links; the release
 workflow sets it.
@@ -13,35 +14,53 @@ import platform
 import re
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from pybind11.setup_helpers import ParallelCompile, has_flag
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 BINDING = "csrc/python/binding.h"
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 REQUIRED = os.environ.get("GPTQ_BACKEND_REQUIRE_NATIVE", "0") not in ("", "0")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-# A level is a file, level_NAME.cpp, and one is chosen at run time: each has the flags of its instruction set, and no
-# other file has them. Slowest first.
+
+
+class Level(NamedTuple):
+    """A file, level_NAME.cpp: one is chosen at run time, so each has the flags of its instruction set, and no other
+    file has them.
+    """
+
+    flags: list[str]
+    probe: str  # a source with an instruction of the level, which the assembler has to know too
+
+
+# Slowest first.
 X86 = {
-    "avx2": AVX2,
-    "avx_vnni": [*AVX2, "-mavxvnni"],
-    "avx512": AVX512,
-    "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx2": Level(AVX2, "__m256i f(__m256i x) { return _mm256_madd_epi16(x, x); }"),
+    "avx_vnni": Level([*AVX2, "-mavxvnni"], "__m256i f(__m256i x) { return _mm256_dpbusd_avx_epi32(x, x, x); }"),
+    "avx512": Level(AVX512, "__m512i f(__m512i x) { return _mm512_madd_epi16(x, x); }"),
+    "avx512_vnni": Level([*AVX512, "-mavx512vnni"], "__m512i f(__m512i x) { return _mm512_dpbusd_epi32(x, x, x); }"),
 }
 ARM = {
-    "neon": [],
-    "neon_dotprod": ["-march=armv8.2-a+dotprod"],
-    "neon_i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+    "neon": Level([], "int8x16_t f(int8x16_t x) { return vaddq_s8(x, x); }"),
+    "neon_dotprod": Level(
+        ["-march=armv8.2-a+dotprod"], "int32x4_t f(int32x4_t x, int8x16_t y) { return vdotq_s32(x, y, y); }"
+    ),
+    "neon_i8mm": Level(
+        ["-march=armv8.2-a+dotprod+i8mm"],
+        "int32x4_t f(int32x4_t x, uint8x16_t y, int8x16_t z) { return vusdotq_s32(x, y, z); }",
+    ),
 }
 # Of what is built for, which _PYTHON_HOST_PLATFORM names where it is another machine.
 MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower().rpartition("-")[2]
 SYSTEM = sysconfig.get_platform().partition("-")[0]  # linux, macosx, win
 LEVELS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(MACHINE, {})
+HEADER = "immintrin.h" if LEVELS is X86 else "arm_neon.h"
 SANITIZE = os.environ.get("GPTQ_BACKEND_SANITIZE")  # e.g. address,undefined
 EXTRA = ["-g", "-O1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 ADVICE = {
@@ -63,8 +82,8 @@ class BuildNative(build_ext):
         compile_one = self.compiler._compile
 
         def with_flags(obj, src, ext_, cc_args, extra_postargs, pp_opts):
-            level = Path(src).stem.removeprefix("level_")
-            compile_one(obj, src, ext_, cc_args, [*extra_postargs, *LEVELS.get(level, [])], pp_opts)
+            level = LEVELS.get(Path(src).stem.removeprefix("level_"))
+            compile_one(obj, src, ext_, cc_args, [*extra_postargs, *(level.flags if level else [])], pp_opts)
 
         try:
             if ext.name == "gptq_backend._cpu":
@@ -84,21 +103,57 @@ class BuildNative(build_ext):
             self.compiler._compile = compile_one
 
     def choose_levels(self, ext) -> None:
-        """Let ``ext`` have the levels whose flags the compiler knows, and say which are left out: GCC 10 lacks one."""
-        flags = sorted({flag for level in LEVELS.values() for flag in level})
-        # A compiler that cannot even do this one is the business of the build's own error.
-        refused = (
-            {flag for flag in flags if not has_flag(self.compiler, flag)} if has_flag(self.compiler, "-O3") else set()
-        )
-        built = [name for name, level in LEVELS.items() if not refused.intersection(level)]
+        """Let ``ext`` have the levels that the compiler can build, and say which are left out: GCC 10 lacks one.
+
+        Raises:
+            RuntimeError: it cannot build all, and that is REQUIRED.
+        """
+        refused = {}
+        if self.complaint("", []) is None:  # a compiler that can do nothing is the business of the build's own error
+            for name, level in LEVELS.items():
+                line = self.complaint(f"#include <{HEADER}>\n{level.probe}\n", level.flags)
+                if line is not None:
+                    refused[name] = line
+        built = [name for name in LEVELS if name not in refused]
         if refused:
-            missing = ", ".join(name for name in LEVELS if name not in built)
+            known = {flag for name in built for flag in LEVELS[name].flags}
+            flags = sorted({flag for name in refused for flag in LEVELS[name].flags} - known)
+            reason = f"the compiler or its assembler does not know {' '.join(flags)} ({next(iter(refused.values()))})"
+            if REQUIRED:
+                raise RuntimeError(
+                    f"the CPU kernels cannot be built with {', '.join(refused)}: {reason}. Install a newer g++ or "
+                    "clang++, or unset GPTQ_BACKEND_REQUIRE_NATIVE to do without"
+                )
             self.warn(
-                f"the CPU kernels are built without {missing}, since the compiler does not know "
-                f"{', '.join(sorted(refused))}; a newer g++ or clang++ does."
+                f"the CPU kernels are built without {', '.join(refused)}: {reason}. For all, install a newer g++ or "
+                f"clang++, {AGAIN}"
             )
         ext.sources += [f"csrc/cpu/level_{name}.cpp" for name in built]
         ext.define_macros += [("GPTQ_LEVELS", " ".join(f"LEVEL({name})" for name in built))]
+        # What was built with other levels is not up to date, whatever the dates of the sources.
+        chosen = Path(self.build_temp, "levels.txt")
+        if not chosen.exists() or chosen.read_text() != " ".join(built):
+            chosen.parent.mkdir(parents=True, exist_ok=True)
+            chosen.write_text(" ".join(built))
+        ext.depends.append(str(chosen))
+
+    def complaint(self, source: str, flags: list[str]) -> str | None:
+        """The last error that the compiler reports for a source; None if it makes an object of it."""
+        with tempfile.TemporaryDirectory() as folder, open(Path(folder, "errors"), "w+b") as errors:
+            path = Path(folder, "probe.cpp")
+            path.write_text(source)
+            before = os.dup(2)
+            os.dup2(errors.fileno(), 2)  # to which the compiler, a process of its own, writes
+            try:
+                self.compiler.compile([str(path)], output_dir=folder, extra_postargs=["-std=c++17", *flags])
+                return None
+            except CompileError as error:
+                errors.seek(0)
+                lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
+                return next((line for line in reversed(lines) if "rror:" in line), lines[-1] if lines else str(error))
+            finally:
+                os.dup2(before, 2)
+                os.close(before)
 
     def share_openmp(self, module: str) -> None:
         """On macOS: let ``module`` take the libomp that torch brings, by a path that holds wherever both are installed.

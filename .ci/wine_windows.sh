@@ -21,7 +21,7 @@ fetch() {
 
 # CPython, and what wine 8 lacks: a random number for the standard library of Rust.
 make_python() {
-    local home=$folder/python scratch=$folder/scratch
+    local home=$folder/python.partial scratch=$folder/scratch
     rm -rf "$home" "$scratch" && mkdir -p "$home/DLLs" "$scratch"
     fetch "$scratch/parts" panda3d==1.10.16 msvc-runtime
     cp "$scratch"/parts/deploy_libs/*.dll "$scratch"/parts/Scripts/*.dll "$home/"
@@ -55,17 +55,26 @@ END
     $zig cc $target -shared "$scratch/random.c" -ladvapi32 -o "$home/bcryptprimitives.dll"
     echo > "$scratch/empty.c"
     $zig cc $target -shared "$scratch/empty.c" "$scratch/python3.def" -o "$home/python3.dll"
-    rm -rf "$scratch"
+    rm -rf "$scratch" "$folder/python"
+    mv "$home" "$folder/python"
+}
+
+# What Python imports.
+make_site() {
+    local site=$folder/site.partial
+    rm -rf "$site" "$folder/site"
+    # numpy 2 needs functions that wine 8 lacks.
+    fetch "$site" torch==2.13.0 numpy==1.26.4 safetensors greenlet regex transformers==5.19.0 accelerate psutil \
+        huggingface_hub tokenizers pyyaml tqdm httpx2 httpcore2 h11 anyio truststore certifi idna hf-xet click typer \
+        rich shellingham markdown-it-py mdurl pytest pytest-timeout hypothesis sympy mpmath typing_extensions filelock \
+        fsspec jinja2 markupsafe networkx iniconfig packaging pluggy pygments attrs sortedcontainers colorama
+    mv "$site" "$folder/site"
 }
 
 mkdir -p "$folder"
+# What was interrupted is not there under its own name, so it is made again.
 [ -e "$folder/python/python3.dll" ] || make_python
-# numpy 2 needs functions that wine 8 lacks.
-[ -d "$folder/site/torch" ] || fetch "$folder/site" torch==2.13.0 numpy==1.26.4 safetensors greenlet regex \
-    transformers==5.19.0 accelerate psutil huggingface_hub tokenizers pyyaml tqdm httpx2 httpcore2 h11 anyio \
-    truststore certifi idna hf-xet click typer rich shellingham markdown-it-py mdurl pytest pytest-timeout hypothesis \
-    sympy mpmath typing_extensions filelock fsspec jinja2 markupsafe networkx iniconfig packaging pluggy pygments \
-    attrs sortedcontainers colorama
+[ -d "$folder/site/torch" ] || make_site
 rm -rf "$folder/wheel" "$folder/tree" && mkdir "$folder/tree"
 "$python" -m zipfile -e "$wheel" "$folder/wheel"
 cp -r tests pyproject.toml csrc .ci "$folder/tree/"
@@ -78,7 +87,9 @@ cd "$folder/tree"
 # Windows' Python takes no file as its standard output from wine.
 emulated() { wine "$folder/python/python.exe" "$@" < /dev/null 2>&1 | cat; }
 emulated .ci/smoke.py
-for level in $(emulated -c "from gptq_backend import _cpu; print(*_cpu.levels())" | tr -d '\r'); do
+levels=$(emulated -c "from gptq_backend import _cpu; print(*_cpu.levels())" | tr -d '\r') || { echo "$levels" >&2; exit 1; }
+[ -n "$levels" ] || { echo "error: the wheel names no level of the CPU kernels; expected generic at least" >&2; exit 1; }
+for level in $levels; do
     echo "level $level"
     GPTQ_BACKEND_CPU_LEVEL=$level emulated -m pytest -q -p no:cacheprovider --timeout 3600 "$@"
 done

@@ -22,6 +22,7 @@ from .timing import Candidate, explain, interleave, quartiles
 
 _WORTH = 0.97  # of the usual plan's time: what saves less may be noise
 _ALIKE = 0.02  # of the largest result: what the plans' roundings may differ by
+WRONG = "wrong results"  # the reason why a plan that runs must not serve
 
 # Takes the plans to try -> seconds of a product by plan, and why others did not run.
 Measure = Callable[[Sequence[Plan | None]], tuple[dict[Plan | None, float], dict[Plan | None, str]]]
@@ -34,7 +35,8 @@ class Choice(NamedTuple):
     best: Plan | None
     best_seconds: float
     usual: Plan | None  # what would serve without a measurement
-    usual_seconds: float | None  # None if it did not run
+    usual_seconds: float | None  # None if it did not run or is WRONG
+    usual_reason: str | None = None  # why it has no time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +56,24 @@ class Layer:
 
     @property
     def shape(self) -> Shape:
-        """What its plans depend on."""
+        """What its plans depend on: of the weight in memory, where codes of 5 to 7 bits have 8."""
         fields = _fields(self.copies[0])
-        return Shape(self.problem.bits, self.problem.N, fields.qweight.shape[1])
+        return Shape(fields.bits, fields.out_features, fields.qweight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return _fields(self.copies[0]).qweight.device
 
     def seconds(
         self, rows: int, seconds: float, plans: Sequence[Plan | None]
     ) -> tuple[dict[Plan | None, float], dict[Plan | None, str]]:
         """Median time of a product with x [rows, K] by plan, ``seconds`` spent on each, and why others have none."""
         fields = list(map(_fields, self.copies))
-        device = fields[0].qweight.device
-        x = torch.randn((rows, self.problem.K), device=device).to(DTYPES[self.problem.dtype])
+        x = torch.randn((rows, self.problem.K), device=self.device).to(DTYPES[self.problem.dtype])
         failed = {how: reason for how in plans if (reason := _fault(x, fields[0], how)) is not None}
         right = [how for how in plans if how not in failed]
         tried = [Candidate(str(how), [functools.partial(_product, x, each, how) for each in fields]) for how in right]
-        interleave(tried, seconds, device)
+        interleave(tried, seconds, self.device)
         failed |= {how: one.reason for how, one in zip(right, tried) if one.reason is not None}
         return {how: quartiles(one.samples)[1] for how, one in zip(right, tried) if one.reason is None}, failed
 
@@ -80,7 +85,7 @@ def _fault(x: Tensor, fields: cuda.WeightFields, how: Plan | None) -> str | None
         off = (_product(x, fields, how).float() - expected).abs().max()
     except Exception as error:
         return explain(error)
-    return None if off <= _ALIKE * expected.abs().max() else "wrong results"
+    return None if off <= _ALIKE * expected.abs().max() else WRONG
 
 
 def _fields(weight: PreparedWeight) -> cuda.WeightFields:
@@ -109,26 +114,23 @@ def choose(rows: int, shape: Shape, processors: int, shared_bytes: int, measure:
     best = min(times, key=lambda how: times[how])
     if usual in times and times[best] > _WORTH * times[usual]:
         best = usual
-    return Choice(rows, best, times[best], usual, times.get(usual))
+    return Choice(rows, best, times[best], usual, times.get(usual), failed.get(usual))
 
 
-def tune(problem: Problem, rows: Sequence[int], device: torch.device, seconds: float) -> Iterator[Choice]:
+def tune(layer: Layer, rows: Sequence[int], seconds: float) -> Iterator[Choice]:
     """Measure each number of ``rows``, and keep what was best for all later processes of this user.
 
     seconds: spent on each plan, of which there are some thirty.
 
     Raises:
-        ConfigError: the kernels do not serve this layer.
-        OSError: the table cannot be written.
+        ConfigError: no plan runs.
+        OSError: the table cannot be read or written.
     """
-    layer = Layer.random(problem, device)
-    found: dict[int, Plan | None] = {}
     for count in rows:
-        choice = choose(count, layer.shape, *machine(device), functools.partial(layer.seconds, count, seconds))
-        found[count] = choice.best
+        choice = choose(count, layer.shape, *machine(layer.device), functools.partial(layer.seconds, count, seconds))
+        plan_tables.write({layer.shape: {count: choice.best}}, plan_tables.Kind.of(layer.device))
+        plan_tables.forget()
         yield choice
-    plan_tables.write({layer.shape: found}, plan_tables.Kind.of(device))
-    plan_tables.forget()
 
 
 def table_path(device: torch.device) -> Path:

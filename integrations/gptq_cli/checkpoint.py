@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_backend import CheckpointError, GPTQError, QuantizeConfig, StoredSpec
+from gptq_backend import CheckpointError, GPTQError, QuantEmbedding, QuantizeConfig, StoredSpec, TiedHead
 from gptq_backend.format import (
     ForeignLayer,
     Manifest,
@@ -58,6 +58,7 @@ class Checkpoint:
     damaged: dict[str, str] = field(default_factory=dict)  # what keeps modules, or the whole, from being loaded
     skipped: list[str] = field(default_factory=list)
     unbiased: Collection[str] = ()  # quantized modules that the model has without a bias
+    looked_up: Collection[str] = ()  # quantized embeddings that no output embedding multiplies by
     unknown: str = ""  # why the model's structure is not known; "" if it is
 
     @property
@@ -146,6 +147,13 @@ def _as_the_model_reads(checkpoint: Checkpoint, modules: Mapping[str, Manifest])
         specs = specs or {name: layer.stored_spec for name, layer in quant_linears(model)}
         if not specs:
             specs = _one_by_one(checkpoint, model, modules, names.of)
+    multiplied = {module.embedding for module in model.modules() if isinstance(module, TiedHead)}
+    looked_up = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantEmbedding) and module not in multiplied
+    }
+    checkpoint.looked_up = {name for name, key in own.items() if key in looked_up}
     by_model = {names.of[key]: info for key, info in manifest.items()}
     return {
         name: (spec, {part: by_model[f"{own[name]}.{part}"] for part in spec.shapes})

@@ -19,7 +19,8 @@ def test_what_was_measured_is_kept_and_serves(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = torch.device("cuda", 0)
     try:
-        choices = list(plans.tune(Problem(1024, 512, dtype="fp16"), (1, 64), device, 0.002))
+        layer = plans.Layer.random(Problem(1024, 512, dtype="fp16"), device)
+        choices = list(plans.tune(layer, (1, 64), 0.002))
     except ConfigError as error:
         pytest.skip(str(error))
     assert [choice.rows for choice in choices] == [1, 64]

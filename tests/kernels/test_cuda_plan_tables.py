@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.cuda import plan_tables
 from gptq_backend.kernels.cuda.plan import Plan, Shape, candidates, fits, plan
 from gptq_backend.kernels.cuda.plan_tables import Kind, best_plan
+from gptq_backend.locks import claim
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import prepared
 
@@ -101,6 +104,7 @@ def test_a_usual_plan_that_fails_is_replaced_and_none_that_runs_is_an_error() ->
     choice = plans.choose(8, SHAPE, 108, 163 << 10, measured({usual: float("nan"), None: 2.0}))
     assert choice.best not in (usual, None)
     assert choice.usual_seconds is None
+    assert choice.usual_reason == "RuntimeError: no"
     with pytest.raises(
         ConfigError, match="no plan of the CUDA kernels ran for 8 rows of a 4-bit layer .RuntimeError: no"
     ):
@@ -115,33 +119,76 @@ def test_a_table_comes_back_as_it_was_written_and_grows(cache: Path) -> None:
     assert path.parent == cache / "gptq_backend" / "cuda"
     assert path.name.startswith("plans-nvidia-a100-sxm4-80gb-8.0-108-")
     assert plan_tables.read(path, GPU) == TABLE
-    other = {Shape(4, 128, 4): {1: None}, SHAPE: {1: Plan(2, 1, 8)}}
-    plan_tables.write(other, GPU)
-    assert plan_tables.read(path, GPU) == other
+    other = Shape(4, 128, 4)
+    plan_tables.write({other: {1: None}, SHAPE: {1: Plan(2, 1, 8), 32: Plan(0, 2)}}, GPU)
+    assert plan_tables.read(path, GPU) == {
+        other: {1: None},
+        SHAPE: {1: Plan(2, 1, 8), 16: Plan(2, 2, 4), 32: Plan(0, 2), 64: Plan(0, 4), 256: None},
+    }
+    assert [found.name for found in path.parent.iterdir()] == [path.name]  # and no lock
 
 
-def test_between_measured_rows_the_plan_for_more_serves_and_above_them_the_estimate() -> None:
+def test_between_measured_rows_the_plan_for_up_to_twice_as_many_serves_else_the_estimate() -> None:
     plan_tables.write(TABLE, Kind.of(CPU))
-    found = {rows: best_plan(rows, SHAPE, CPU) for rows in (1, 2, 16, 17, 64, 65, 256)}
+    found = {rows: best_plan(rows, SHAPE, CPU) for rows in (1, 8, 16, 32, 64, 128, 256)}
     small, middle, large = Plan(1, 1, 2), Plan(2, 2, 4), Plan(0, 4)
-    assert found == {1: small, 2: middle, 16: middle, 17: large, 64: large, 65: None, 256: None}
+    assert found == {1: small, 8: middle, 16: middle, 32: large, 64: large, 128: None, 256: None}
     usual = (SHAPE.out_features, SHAPE.tiles, SHAPE.bits, 4, 227 << 10)
-    assert best_plan(257, SHAPE, CPU) == plan(257, *usual)
-    assert best_plan(0, SHAPE, CPU) == small
+    for rows in (0, 2, 7, 17, 31, 65, 127, 257):
+        assert best_plan(rows, SHAPE, CPU) == plan(rows, *usual)
     assert best_plan(8, SHAPE._replace(out_features=80), CPU) == plan(8, 80, *usual[1:])
 
 
-def test_the_users_table_comes_before_a_shipped_one(
-    cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shipped = tmp_path_factory.mktemp("shipped")
-    monkeypatch.setattr(plan_tables, "SHIPPED", shipped)
-    path = plan_tables.write({SHAPE: {8: Plan(1, 1, 3)}}, Kind.of(CPU))
-    path.rename(shipped / path.name)
-    assert best_plan(8, SHAPE, CPU) == Plan(1, 1, 3)
-    plan_tables.write({SHAPE: {8: Plan(1, 1, 5)}}, Kind.of(CPU))
-    plan_tables.forget()
-    assert best_plan(8, SHAPE, CPU) == Plan(1, 1, 5)
+def test_a_table_that_serves_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, plan_tables.logger.name):
+        best_plan(1, SHAPE, CPU)
+        assert not caplog.records
+        path = plan_tables.write(TABLE, Kind.of(CPU))
+        plan_tables.forget()
+        for rows in (1, 16, 64):
+            best_plan(rows, SHAPE, CPU)
+    (record,) = caplog.records
+    assert record.getMessage() == f"on cpu the measured plans in {path} serve"
+
+
+def test_devices_with_another_size_of_shared_memory_have_a_table_of_their_own() -> None:
+    less = GPU._replace(shared_bytes=99 << 10)
+    plan_tables.write(TABLE, GPU)
+    plan_tables.write({SHAPE: {2: None}}, less)
+    assert plan_tables.read(GPU.path, GPU) == TABLE
+    assert plan_tables.read(less.path, less) == {SHAPE: {2: None}}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the lock is of another module there")
+def test_writers_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    GPU.path.parent.mkdir(parents=True)
+    monkeypatch.setattr(plan_tables, "_PATIENCE", 0.1)
+    held = claim(GPU.path.with_name(f"{GPU.path.name}.lock"))
+    with pytest.raises(OSError, match="another process has kept .* locked"):
+        plan_tables.write(TABLE, GPU)
+    held.close()
+    writers = [threading.Thread(target=plan_tables.write, args=({SHAPE: {rows: None}}, GPU)) for rows in range(1, 9)]
+    monkeypatch.setattr(plan_tables, "_PATIENCE", 60.0)
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert plan_tables.read(GPU.path, GPU) == {SHAPE: dict.fromkeys(range(1, 9))}
+
+
+def test_a_file_that_cannot_be_read_is_not_replaced() -> None:
+    GPU.path.mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        plan_tables.write(TABLE, GPU)
+
+
+def test_a_user_without_a_home_has_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = plan_tables.write(TABLE, Kind.of(CPU))
+    monkeypatch.chdir(tmp_path)
+    assert plan_tables.read(path.relative_to(tmp_path), Kind.of(CPU)) == {}
+    monkeypatch.setattr(plan_tables, "cache_folder", lambda: Path("~/.cache"))
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        plan_tables.write(TABLE, Kind.of(CPU))
 
 
 def damaged(text: str, kind: str) -> str:
@@ -222,3 +269,31 @@ def test_times_are_of_plans_that_give_the_right_result() -> None:
     assert all(time > 0 for time in times.values())
     assert list(failed) == tried[3:]
     assert "no kernel with 5 strips" in failed[Plan(5, 1)]
+
+
+@pytest.mark.usefixtures("driver")
+def test_wrong_results_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = plans.Layer(Problem(32, 128, group_size=64), [prepared(random_weight(4, 128, 32, 64), cuda.KERNEL)])
+    right = cuda.planned_gemm
+
+    def planned(x: torch.Tensor, w: cuda.WeightFields, bias: torch.Tensor | None, how: Plan | None) -> torch.Tensor:
+        return right(x, w, bias, how) * (1.5 if how == Plan(0, 2) else 1)
+
+    monkeypatch.setattr(cuda, "planned_gemm", planned)
+    times, failed = layer.seconds(2, 1e-6, [None, Plan(1, 1, 2), Plan(0, 2)])
+    assert list(times) == [None, Plan(1, 1, 2)]
+    assert failed == {Plan(0, 2): plans.WRONG}
+
+
+@pytest.mark.usefixtures("driver")
+def test_each_number_of_rows_is_kept_as_soon_as_it_is_measured() -> None:
+    layer = plans.Layer(
+        Problem(32, 128, bits=6, group_size=64, dtype="fp16"), [prepared(random_weight(8, 128, 32, 64), cuda.KERNEL)]
+    )
+    assert layer.shape == Shape(8, 32, 2)
+    choices = plans.tune(layer, (1, 2), 1e-6)
+    first = next(choices)
+    kind = Kind.of(CPU)
+    assert plan_tables.read(kind.path, kind) == {layer.shape: {1: first.best}}
+    second = next(choices)
+    assert [best_plan(rows, layer.shape, CPU) for rows in (1, 2)] == [first.best, second.best]
