@@ -18,13 +18,17 @@ from .options import (
     BlockDevice,
     BlockName,
     Device,
+    GroupSizes,
     HeadBits,
     Json,
     Out,
     Overwrite,
+    Rows,
     Samples,
     Seed,
     Seqlen,
+    Shape,
+    Shapes,
     TrustRemoteCode,
     names_in_core,
     with_settings,
@@ -340,15 +344,11 @@ def tune(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Folder of a quantized checkpoint.", show_default=False)
     ] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option(metavar="NxK", help="Output and input features (repeatable).")
-    ] = None,
-    shapes: Annotated[
-        list[str] | None, typer.Option(metavar="LIST", help="Layers of a model, e.g. llama2-7b, or all.")
-    ] = None,
+    shape: Shape = None,
+    shapes: Shapes = None,
     bits: Annotated[str, typer.Option(metavar="B,...", help="Widths of a code, for the shapes.")] = "4",
-    group_size: Annotated[str, typer.Option(metavar="G,...", help="Channels that share a scale; -1 for all.")] = "128",
-    m: Annotated[str, typer.Option("--m", metavar="M,...", help="Rows of activations.")] = "1,2,4,8,16,32,64,128,256",
+    group_size: GroupSizes = "128",
+    m: Rows = "1,2,4,8,16,32,64,128,256",
     seconds: Annotated[float, typer.Option(min=0.001, help="Per way to cut a product; there are some thirty.")] = 0.01,
     device: Device = "cuda:0",
     json_target: Json = None,

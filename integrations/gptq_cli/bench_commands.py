@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .model_shapes import SHAPES
-from .options import Device, HeadBits, Json, Threads, TrustRemoteCode
+from .options import Device, GroupSizes, HeadBits, Json, Rows, Shape, Shapes, Threads, TrustRemoteCode
 
 app = typer.Typer(
     help="Measure speed: of a layer's product, a model's generation, or quantizing.", no_args_is_help=True
@@ -20,15 +20,11 @@ app = typer.Typer(
 
 @app.command("gemm")
 def bench_gemm(
-    shape: Annotated[
-        list[str] | None, typer.Option(metavar="NxK", help="Output and input features (repeatable).")
-    ] = None,
-    shapes: Annotated[
-        list[str] | None, typer.Option(metavar="LIST", help="Layers of a model, e.g. llama2-7b, or all.")
-    ] = None,
-    m: Annotated[str, typer.Option("--m", metavar="M,...", help="Rows of activations.")] = "1,4,16,64,256,1024",
+    shape: Shape = None,
+    shapes: Shapes = None,
+    m: Rows = "1,4,16,64,256,1024",
     bits: Annotated[str, typer.Option(metavar="B,...", help="Widths of a code.")] = "4",
-    group_size: Annotated[str, typer.Option(metavar="G,...", help="Channels that share a scale; -1 for all.")] = "128",
+    group_size: GroupSizes = "128",
     dtype: Annotated[str, typer.Option(metavar="D,...", help="Of the activations: bf16, fp16, fp32.")] = "bf16",
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Zeros all in the middle, or random ones.")] = True,
     act_order: Annotated[bool, typer.Option("--act-order", help="Groups scattered over the input channels.")] = False,

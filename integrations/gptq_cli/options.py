@@ -18,6 +18,10 @@ Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout, and nothing else goes there."),
 ]
+Shape = Annotated[list[str] | None, typer.Option(metavar="NxK", help="Output and input features (repeatable).")]
+Shapes = Annotated[list[str] | None, typer.Option(metavar="LIST", help="Layers of a model, e.g. llama2-7b, or all.")]
+GroupSizes = Annotated[str, typer.Option(metavar="G,...", help="Channels that share a scale; -1 for all.")]
+Rows = Annotated[str, typer.Option("--m", metavar="M,...", help="Rows of activations.")]
 Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda:0.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Never done unasked.")
