@@ -1,7 +1,6 @@
 // From plans to launches.
 #include "launch.h"
 
-#include <algorithm>
 #include <stdexcept>
 
 #include "modules.h"
@@ -37,10 +36,10 @@ void run_skinny(const Kernels& loaded, const Kernel& kernel, const Product& p, c
 
 void run_wide(const Kernels& loaded, const Kernel& kernel, const Product& p, int type, const Plan& plan, void* stream) {
     const Grid grid{ceil_div(p.weight.strips, kWideStrips), ceil_div(p.rows, plan.tokens * 8), plan.splits};
-    // The pipeline's stages, and afterwards the sums of half of the warps.
-    const size_t exchange = size_t{4} * 32 * 2 * plan.tokens * 4 * 4;
-    const size_t pipeline = size_t{kStages} * (plan.tokens * 8 * kStageTokenBytes + p.weight.bits * kStageBitBytes);
-    launch(loaded, kernel, grid, kWideWarps * 32, std::max(pipeline, exchange), stream, p);
+    // The pipeline's stages; afterwards, in less, the block's outputs.
+    const size_t pipeline =
+        size_t(wide_stages(p.weight.bits, plan.tokens)) * wide_stage_bytes(p.weight.bits, plan.tokens);
+    launch(loaded, kernel, grid, kWideWarps * 32, pipeline, stream, p);
     if (plan.splits > 1) {
         const int64_t outputs = int64_t(p.rows) * p.weight.out_features;
         launch(loaded, loaded.reduce[type], {ceil_div(outputs, 256)}, 256, 0, stream, p, plan.splits);

@@ -313,8 +313,15 @@ uint32_t subtract2(uint32_t a, uint32_t b) {
     return low | uint32_t(high) << 16;
 }
 
+inline uint32_t multiply_add2(uint32_t a, uint32_t b, uint32_t c) {
+    auto part = [](uint32_t a, uint32_t b, uint32_t c) -> uint16_t {
+        return of_float<F16>(std::fma(to_float<F16>(a), to_float<F16>(b), to_float<F16>(c)));
+    };
+    return part(a & 0xFFFF, b & 0xFFFF, c & 0xFFFF) | uint32_t(part(a >> 16, b >> 16, c >> 16)) << 16;
+}
+
 template <class T>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
     using namespace emulator;
     const int me = block->current, warp = me / 32 * 32, lane = me % 32;
     Deposit& mine = block->deposits[me];
@@ -333,7 +340,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
             sum += double(to_float<T>(k % 2 ? left >> 16 : left & 0xFFFF)) *
                    to_float<T>(k % 2 ? right >> 16 : right & 0xFFFF);
         }
-        c[i] = static_cast<float>(sum);
+        d[i] = static_cast<float>(sum);
     }
     wait_at(block->warps[me / 32]);  // before anyone deposits again
 }
@@ -368,6 +375,15 @@ void wait_copies() {
         emulator::land(groups.front());
         groups.erase(groups.begin());
     }
+}
+
+inline int uniform(int value) {
+    return value;
+}
+
+template <class T>
+T kept(T value) {
+    return value;
 }
 
 inline void synchronize_block() {
