@@ -175,7 +175,8 @@ __device__ __forceinline__ void wait_copies() {
 
 // A value that all lanes of a warp have, so that the compiler knows that branches on it do not diverge.
 __device__ __forceinline__ int uniform(int value) {
-    return __shfl_sync(~0u, value, 0);
+    asm volatile("shfl.sync.idx.b32 %0, %0, 0, 31, -1;" : "+r"(value));
+    return value;
 }
 
 // Stays in a register: the compiler would compute it again at each use, to spare registers that are free.

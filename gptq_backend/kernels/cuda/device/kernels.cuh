@@ -60,6 +60,10 @@ DEVICE void store_partials(const Product& p, int row, int channel, float4 values
     }
 }
 
+DEVICE int smaller(int a, int b) {
+    return a < b ? a : b;
+}
+
 // -- few tokens -------------------------------------------------------------------------------------------------------
 
 // Tiles whose words and activations a warp has under way.
@@ -78,46 +82,64 @@ struct StreamingLoad {
 template <int Bits, class T, int Strips, int Tokens>
 DEVICE void skinny(Product p) {
     const Weight& w = p.weight;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), warps = blockDim.x / 32;
     const int first_strip = blockIdx.x * Strips, first_row = blockIdx.y * Tokens * 8;
-    const int begin = int64_t(w.tiles) * warp / warps, end = int64_t(w.tiles) * (warp + 1) / warps;
+    const int begin = uint32_t(w.tiles) * warp / warps, end = uint32_t(w.tiles) * (warp + 1) / warps;
+
+    // Instead of rows and strips behind the last, the last is read: nobody looks at what becomes of it.
+    const uint32_t* from[Strips];
+    const uint16_t* row[Tokens];
+#pragma unroll
+    for (int s = 0; s < Strips; ++s)
+        from[s] = w.words + (int64_t(smaller(first_strip + s, w.strips - 1)) * w.tiles + begin) * (32 * Bits);
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t)
+        row[t] = p.x + int64_t(smaller(first_row + t * 8 + lane / 4, p.rows - 1)) * p.columns + begin * kTile +
+                 lane % 4 * 8;
 
     uint32_t words[kDepth][Strips][Bits];
     uint4 x[kDepth][2][Tokens];
-    auto load = [&](int slot, int tile) {
+    auto load = [&](int slot, int ahead, auto has) {
 #pragma unroll
         for (int s = 0; s < Strips; ++s)
-            if (first_strip + s < w.strips)
-                load_words<Bits>(words[slot][s], w.words + (int64_t(first_strip + s) * w.tiles + tile) * 32 * Bits,
-                                 lane, StreamingLoad());
+            load_words<Bits>(words[slot][s], from[s] + ahead * 32 * Bits, lane, StreamingLoad());
 #pragma unroll
         for (int unit = 0; unit < 2; ++unit)
 #pragma unroll
             for (int t = 0; t < Tokens; ++t) {
-                const int row = first_row + t * 8 + lane / 4, column = tile * kTile + unit * kUnit + lane % 4 * 8;
-                x[slot][unit][t] =
-                    row < p.rows && column < p.columns
-                        ? load_cached(reinterpret_cast<const uint4*>(p.x + int64_t(row) * p.columns + column))
-                        : uint4{0, 0, 0, 0};
+                const int column = ahead * kTile + unit * kUnit;
+                x[slot][unit][t] = has(column) ? load_cached(reinterpret_cast<const uint4*>(row[t] + column))
+                                               : uint4{0, 0, 0, 0};
             }
     };
-
-    Sums<Bits, T, Strips, Tokens> sums(w, first_strip, begin * 2, lane);
+    // Tiles and activations of the lane from here on; tiles that need no check, all of their columns being there.
+    int tiles = end - begin, columns = p.columns - begin * kTile - lane % 4 * 8;
+    int whole = smaller(end, p.columns / kTile) - begin;
+    const auto is_there = [&](int column) { return column < columns; };
+    Sums<Bits, T, Strips, Tokens, Every<kDepth>> sums(w, first_strip, begin * 2, lane);
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot)
-        if (begin + slot < end) load(slot, begin + slot);
-    for (int tile = begin; tile < end; tile += kDepth) {
+        if (slot < tiles) load(slot, slot, is_there);
+    for (; tiles > 0; tiles -= kDepth) {
+        const bool unchecked = whole >= 2 * kDepth;
 #pragma unroll
         for (int slot = 0; slot < kDepth; ++slot) {
-            if (tile + slot >= end) break;
+            if (!unchecked && slot >= tiles) break;
 #pragma unroll
-            for (int unit = 0; unit < 2; ++unit) {
-                sums.add(
-                    w, words[slot], tile + slot, unit, [](int following) { return following; },
-                    [&](int t) { return x[slot][unit][t]; });
-            }
-            if (tile + slot + kDepth < end) load(slot, tile + slot + kDepth);
+            for (int unit = 0; unit < 2; ++unit)
+                sums.add(w, words[slot], slot * 2 + unit, [&](int t) { return x[slot][unit][t]; });
+            if (unchecked)
+                load(slot, slot + kDepth, [](int) { return true; });
+            else if (slot + kDepth < tiles)
+                load(slot, slot + kDepth, is_there);
         }
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) from[s] += kDepth * 32 * Bits;
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t) row[t] += kDepth * kTile;
+        columns -= kDepth * kTile;
+        whole -= kDepth;
+        sums.advance();
     }
     sums.flush();
 
@@ -170,28 +192,33 @@ struct StageCopy {
     static constexpr int kStripsAtOnce = kThreads / kStripVectors;  // of 3 bits, the last threads have no place in one
     static_assert(kRowsAtOnce % 2 == 0 && Tokens * 8 % kRowsAtOnce == 0 && kWideStrips % kStripsAtOnce == 0);
 
-    const unsigned char* x;      // the first row, or the last that there is
+    static constexpr int kRows = Tokens * 8 / kRowsAtOnce, kStrips = kWideStrips / kStripsAtOnce;  // of a thread
+
+    const unsigned char* x;      // the first row
     const unsigned char* words;  // the place in the first strip of stage 0
-    int rows_after;              // that there are
-    int strips_after;            // likewise; 0 without a place
+    uint32_t rows[kRows];        // from the first row, in bytes per column
+    uint32_t strips[kStrips];    // from the first strip, in bytes per tile
     int column, tile;            // in a stage
     int x_to, words_to;          // in shared memory
 
+    // Instead of rows and strips behind the last, the last is copied: nobody looks at what becomes of it.
     DEVICE StageCopy(const Product& p, int first_row, int first_strip) {
         const Weight& w = p.weight;
         const int row = threadIdx.x / kRowVectors, vector = threadIdx.x % kRowVectors;
-        const int last = p.rows - 1 - first_row;
-        x = reinterpret_cast<const unsigned char*>(p.x + int64_t(first_row + (row < last ? row : last)) * p.columns);
-        rows_after = kept(row < last ? last - row : 0);
+        x = kept(reinterpret_cast<const unsigned char*>(p.x + int64_t(first_row) * p.columns));
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) rows[i] = kept(smaller(row + i * kRowsAtOnce, p.rows - 1 - first_row) * 2);
         column = kept(vector * 8);
         // Odd rows swap the halves of each 128 bytes, so that the 8 rows that a warp reads at once lie in different
         // banks.
         x_to = kept((row * kRowVectors + (vector ^ row % 2 * 4)) * 16);
         const int strip = threadIdx.x / kStripVectors, inside = threadIdx.x % kStripVectors;
-        tile = kept(inside / kTileVectors);
-        words = reinterpret_cast<const unsigned char*>(w.words) +
-                (int64_t(first_strip + strip) * w.tiles * kTileVectors + inside) * 16;
-        strips_after = kept(strip < kStripsAtOnce ? w.strips - first_strip - strip : 0);
+        words = kept(reinterpret_cast<const unsigned char*>(w.words) +
+                     (int64_t(first_strip) * w.tiles * kTileVectors + inside) * 16);
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i)
+            strips[i] = kept(smaller(strip + i * kStripsAtOnce, w.strips - 1 - first_strip) * kTileVectors * 16);
+        tile = kept(strip < kStripsAtOnce ? inside / kTileVectors : 1 << 30);  // there is none without a place
         words_to = kept(Tokens * 8 * kRowVectors * 16 + (strip * kStripVectors + inside) * 16);
     }
 
@@ -200,19 +227,14 @@ struct StageCopy {
         const bool valid = slot < p.columns;
         const unsigned char* from = kept(x + (valid ? slot : 0) * uint64_t(2));
 #pragma unroll
-        for (int i = 0; i < Tokens * 8 / kRowsAtOnce; ++i) {
-            // Behind the last row any will do: nobody looks at what becomes of it.
-            const int row = i * kRowsAtOnce < rows_after ? i * kRowsAtOnce : rows_after;
-            copy16(to + x_to + i * kThreads * 16, from + uint64_t(uint32_t(row)) * uint32_t(p.columns * 2), valid);
-        }
-        // Tiles behind the last are not multiplied, nor are the results of strips behind the last stored.
+        for (int i = 0; i < kRows; ++i)
+            copy16(to + x_to + i * kThreads * 16, from + rows[i] * uint64_t(uint32_t(p.columns)), valid);
+        if (stage * kStageTiles + tile >= p.weight.tiles) return;  // nor are tiles behind the last multiplied
         from = kept(words + uint32_t(stage) * uint64_t(kStripVectors * 16));
-        const int strips = stage * kStageTiles + tile < p.weight.tiles ? strips_after : 0;
 #pragma unroll
-        for (int i = 0; i < kWideStrips / kStripsAtOnce; ++i)
-            if (i * kStripsAtOnce < strips)
-                copy16(to + words_to + i * kStripsAtOnce * kStripVectors * 16,
-                       from + uint32_t(p.weight.tiles) * (i * kStripsAtOnce * kTileVectors * 16u), true);
+        for (int i = 0; i < kStrips; ++i)
+            copy16(to + words_to + i * kStripsAtOnce * kStripVectors * 16,
+                   from + strips[i] * uint64_t(uint32_t(p.weight.tiles)), true);
     }
 };
 
@@ -231,7 +253,7 @@ DEVICE void wide(Product p) {
     const int block_strip = blockIdx.x * kWideStrips, first_strip = block_strip + warp % 4 * kStrips;
     const int first_row = blockIdx.y * Tokens * 8;
     const int stages = (w.tiles + kStageTiles - 1) / kStageTiles;
-    const int begin = int64_t(stages) * blockIdx.z / gridDim.z, end = int64_t(stages) * (blockIdx.z + 1) / gridDim.z;
+    const int begin = uint32_t(stages) * blockIdx.z / gridDim.z, end = uint32_t(stages) * (blockIdx.z + 1) / gridDim.z;
 
     unsigned char* shared = shared_memory();
     const StageCopy<Bits, Tokens> copy(p, first_row, block_strip);
@@ -242,11 +264,7 @@ DEVICE void wide(Product p) {
     const int of_unit[2] = {kept(own + parity * 64), kept(own + 64 - parity * 64)};  // odd rows are swapped
     const int of_words = kept(Tokens * 8 * kRow + (warp % 4 * kStrips * kStageTiles + half * kHalf) * 128 * Bits);
 
-    // The warp's first unit at or after another.
-    auto following = [half](unsigned unit) {
-        return unit / (2 * kHalf) % 2 == unsigned(half) ? unit : (unit / (2 * kHalf) + 1) * 2 * kHalf;
-    };
-    Sums<Bits, T, kStrips, Tokens> sums(w, first_strip, (begin * kStageTiles + half * kHalf) * 2, lane);
+    Sums<Bits, T, kStrips, Tokens, EveryOther<kHalf>> sums(w, first_strip, (begin * kStageTiles + half * kHalf) * 2, lane);
     int filled = 0, current = 0;
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
@@ -273,10 +291,11 @@ DEVICE void wide(Product p) {
 #pragma unroll
             for (int unit = 0; unit < 2; ++unit) {
                 const unsigned char* from = shared + current + of_unit[unit] + i * kTile * 2;
-                sums.add(w, words, tile, unit, following,
+                sums.add(w, words, i * 2 + unit,
                          [&](int t) { return *reinterpret_cast<const uint4*>(from + t * 8 * kRow); });
             }
         }
+        sums.advance();
         current = after(current);
     }
     sums.flush();
@@ -331,10 +350,11 @@ DEVICE void dequantize(Weight w, int first_strip, int channels, int columns, voi
     load_words<Bits>(words, w.words + (int64_t(strip) * w.tiles + tile) * 32 * Bits, lane, StreamingLoad());
 #pragma unroll
     for (int unit = 0; unit < 2; ++unit) {
-        const RawChunk raw = ChunkPointer(w, strip, lane).load(w, (tile * 2 + unit) / w.chunk_units);
-        const float2 scales = scales_of(raw, w.scales_dtype);
+        const RawChunk raw[1] = {ChunkPointer(w, strip, lane).load(w, (tile * 2 + unit) / w.chunk_units)};
+        float2 scales[1];
+        scales_of(scales, raw, w.scales_dtype);
         Zero<Bits, F16> zeros[2];
-        zeros_of<Bits, F16>(zeros, raw, w.zeros != nullptr);
+        zeros_of<Bits, F16>(zeros, raw[0], w.zeros != nullptr);
         const int column = tile * kTile + unit * kUnit + lane % 4 * 8;
         if (column >= columns) continue;
 #pragma unroll
@@ -345,7 +365,7 @@ DEVICE void dequantize(Weight w, int first_strip, int channels, int columns, voi
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 const uint32_t codes = unpack<Bits, F16>(words, unit, half, pair, zeros[half]);
-                const float scale = half ? scales.y : scales.x;
+                const float scale = half ? scales[0].y : scales[0].x;
                 values[pair * 2] = f16_to_float(codes & 0xFFFF) * scale;
                 values[pair * 2 + 1] = f16_to_float(codes >> 16) * scale;
             }

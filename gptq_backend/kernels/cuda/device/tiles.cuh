@@ -98,34 +98,44 @@ struct RawChunk {
     uint32_t zeros;
 };
 
-// Where a lane finds those of a strip's output channels g and g + 8.
+// Where a lane finds those of output channels g and g + 8 of any strip.
 struct ChunkPointer {
     const unsigned char* scales;
     const unsigned char* zeros;  // null when there are none
+    uint32_t pitch;              // bytes of a chunk's scales
 
     DEVICE ChunkPointer(const Weight& w, int strip, int lane) {
         const int64_t at = int64_t(strip) * w.chunks * 8 + lane / 4;
-        scales = static_cast<const unsigned char*>(w.scales) + at * (w.scales_dtype == kFloat32 ? 8 : 4);
-        zeros = w.zeros ? w.zeros + at * 2 : nullptr;
+        const int bytes = w.scales_dtype == kFloat32 ? 8 : 4;
+        pitch = kept(bytes * 8);
+        scales = kept(static_cast<const unsigned char*>(w.scales) + at * bytes);
+        zeros = kept(w.zeros ? w.zeros + at * 2 : nullptr);
     }
 
-    DEVICE RawChunk load(const Weight& w, int chunk) const {
+    // chunk: counted from the strip's first.
+    DEVICE RawChunk load(const Weight& w, uint32_t chunk) const {
         RawChunk raw{};
-        if (w.scales_dtype == kFloat32)
-            raw.scales = load_cached(reinterpret_cast<const uint2*>(scales + uint32_t(chunk) * uint64_t(64)));
-        else
-            raw.scales.x = load_cached(reinterpret_cast<const uint32_t*>(scales + uint32_t(chunk) * uint64_t(32)));
-        if (w.zeros) raw.zeros = load_cached(reinterpret_cast<const uint16_t*>(zeros + uint32_t(chunk) * uint64_t(16)));
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(scales + chunk * uint64_t(pitch));
+        raw.scales.x = load_cached(from);
+        if (w.scales_dtype == kFloat32) raw.scales.y = load_cached(from + 1);
+        if (w.zeros) raw.zeros = load_cached(reinterpret_cast<const uint16_t*>(zeros + chunk * uint64_t(16)));
         return raw;
     }
 };
 
-// Scales of output channels g and g + 8.
-DEVICE float2 scales_of(const RawChunk& raw, Dtype dtype) {
-    if (dtype == kFloat32) return {as_float(raw.scales.x), as_float(raw.scales.y)};
-    const uint16_t low = raw.scales.x & 0xFFFF, high = raw.scales.x >> 16;
-    if (dtype == kBFloat16) return {bf16_to_float(low), bf16_to_float(high)};
-    return {f16_to_float(low), f16_to_float(high)};
+// Scales of output channels g and g + 8 of some strips.
+template <int Strips>
+DEVICE void scales_of(float2 (&scales)[Strips], const RawChunk (&raw)[Strips], Dtype dtype) {
+    const auto each = [&](auto low, auto high) {
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) scales[s] = {low(raw[s].scales), high(raw[s].scales)};
+    };
+    if (dtype == kFloat16)
+        each([](uint2 bits) { return f16_to_float(bits.x & 0xFFFF); }, [](uint2 bits) { return f16_to_float(bits.x >> 16); });
+    else if (dtype == kBFloat16)
+        each([](uint2 bits) { return as_float(bits.x << 16); }, [](uint2 bits) { return as_float(bits.x & 0xFFFF0000); });
+    else
+        each([](uint2 bits) { return as_float(bits.x); }, [](uint2 bits) { return as_float(bits.y); });
 }
 
 template <int Bits, class T>
@@ -137,9 +147,30 @@ DEVICE void zeros_of(Zero<Bits, T> (&zeros)[2], const RawChunk& raw, bool stored
 // -- a warp's sums
 // -----------------------------------------------------------------------------------------------------
 
+// Which units a warp multiplies, by windows of some tiles: all of each window.
+template <int Tiles>
+struct Every {
+    static constexpr int kWindow = Tiles * 2;
+
+    // The first of the warp's units at or after another. Units are counted from the first of a window.
+    static DEVICE int following(int unit) { return unit; }
+};
+
+// Likewise, but after each window comes one of another warp.
+template <int Tiles>
+struct EveryOther {
+    static constexpr int kUnits = Tiles * 2, kWindow = kUnits * 2;
+    static_assert((kUnits & (kUnits - 1)) == 0 && kUnits <= 8);  // up to 15, Sums::reciprocal is exact
+
+    static DEVICE int following(int unit) { return unit & kUnits ? (unit + kUnits) & -kUnits : unit; }
+};
+
 // Sums of a warp over `Strips` strips by `Tokens` * 8 tokens. The products of a chunk are summed as integers times
 // activations, and scaled once: more exact than rounding scaled weights to 16 bits, and cheaper.
-template <int Bits, class T, int Strips, int Tokens>
+//
+// Units are counted from the first of the warp's window (Windows: above), so that most of what is compared are
+// constants.
+template <int Bits, class T, int Strips, int Tokens, class Windows>
 struct Sums {
     float total[Strips][Tokens][4];
     float part[Strips][Tokens][4];
@@ -148,10 +179,12 @@ struct Sums {
     RawChunk next[Strips];
     ChunkPointer from;  // of the first strip
     int chunk_end;      // first unit after the current chunk
-    int next_chunk;     // what `next` holds
+    int next_end;       // and after the one that `next` holds
+    int next_chunk;     // which that is
+    int reciprocal;     // of a chunk's units, times 256, rounded up
     int strips;         // of the warp that there are
 
-    // first_strip, first_unit: of the warp.
+    // first_strip: of the warp. first_unit: of its first window, among all.
     DEVICE Sums(const Weight& w, int first_strip, int first_unit, int lane)
         : from(w, first_strip < w.strips ? first_strip : 0, lane) {
 #pragma unroll
@@ -165,23 +198,29 @@ struct Sums {
             zeros_of<Bits, T>(zeros[s], next[s], false);
         }
         strips = w.strips - first_strip;
+        reciprocal = (256 + w.chunk_units - 1) / w.chunk_units;
         next_chunk = first_unit / w.chunk_units;
+        next_end = (next_chunk + 1) * w.chunk_units - first_unit;
         chunk_end = 0;
         fetch(w);
     }
 
-    // Add the products of a unit of a tile.
-    // following: (unit) -> the warp's first unit at or after it. x: (t) -> the lane's 16 bytes of activations of token
-    // block t.
-    template <class Following, class Activations>
-    DEVICE void add(const Weight& w, const uint32_t (&words)[Strips][Bits], int tile, int unit, Following following,
-                    Activations x) {
-        if (tile * 2 + unit < chunk_end) {
-            multiply<false>(words, unit, x);
+    // Add the products of a unit of the window. words: of its tile. x: (t) -> the lane's 16 bytes of activations of
+    // token block t.
+    template <class Activations>
+    DEVICE void add(const Weight& w, const uint32_t (&words)[Strips][Bits], int unit, Activations x) {
+        if (unit < chunk_end) {
+            multiply<false>(words, unit % 2, x);
         } else {
-            enter(w, following);
-            multiply<true>(words, unit, x);
+            enter(w);
+            multiply<true>(words, unit % 2, x);
         }
+    }
+
+    // To the next window.
+    DEVICE void advance() {
+        chunk_end -= Windows::kWindow;
+        next_end -= Windows::kWindow;
     }
 
     // Add the current chunk's products to the totals.
@@ -196,17 +235,17 @@ struct Sums {
 
   private:
     // To the next chunk, whose first products overwrite `part`.
-    template <class Following>
-    DEVICE void enter(const Weight& w, Following following) {
+    DEVICE void enter(const Weight& w) {
         flush();
+        scales_of(scales, next, w.scales_dtype);
+        if (w.zeros)
 #pragma unroll
-        for (int s = 0; s < Strips; ++s) {
-            scales[s] = scales_of(next[s], w.scales_dtype);
-            if (w.zeros) zeros_of<Bits, T>(zeros[s], next[s], true);
-        }
-        chunk_end = (next_chunk + 1) * w.chunk_units;
-        const int after = following(chunk_end);
-        for (int end = chunk_end; after >= end; end += w.chunk_units) ++next_chunk;
+            for (int s = 0; s < Strips; ++s) zeros_of<Bits, T>(zeros[s], next[s], true);
+        chunk_end = next_end;
+        // Chunks of which the warp has nothing are skipped.
+        const uint32_t skipped = (Windows::following(chunk_end) - chunk_end) * reciprocal / 256u;
+        next_chunk += 1 + skipped;
+        next_end += (1 + skipped) * w.chunk_units;
         fetch(w);
     }
 
