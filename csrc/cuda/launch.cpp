@@ -37,8 +37,8 @@ void run_skinny(const Kernels& loaded, const Kernel& kernel, const Product& p, c
 void run_wide(const Kernels& loaded, const Kernel& kernel, const Product& p, int type, const Plan& plan, void* stream) {
     const Grid grid{ceil_div(p.weight.strips, kWideStrips), ceil_div(p.rows, plan.tokens * 8), plan.splits};
     // The pipeline's stages; afterwards, in less, the block's outputs.
-    const size_t pipeline =
-        size_t(wide_stages(p.weight.bits, plan.tokens)) * wide_stage_bytes(p.weight.bits, plan.tokens);
+    const int bits = p.weight.bits, stages = wide_stages(bits, plan.tokens, loaded.shared_bytes);
+    const size_t pipeline = size_t(stages) * wide_stage_bytes(bits, plan.tokens);
     launch(loaded, kernel, grid, kWideWarps * 32, pipeline, stream, p);
     if (plan.splits > 1) {
         const int64_t outputs = int64_t(p.rows) * p.weight.out_features;
@@ -53,11 +53,10 @@ void multiply(int device, const Product& p, Dtype dtype, const Plan& plan, void*
     const int type = dtype == kBFloat16 ? 0 : 1;
     switch (plan.strips * 10 + plan.tokens) {
         case 11:
-            return run_skinny(loaded, loaded.skinny[type][0], p, plan, stream);
+        case 12:
         case 21:
-            return run_skinny(loaded, loaded.skinny[type][1], p, plan, stream);
         case 22:
-            return run_skinny(loaded, loaded.skinny[type][2], p, plan, stream);
+            return run_skinny(loaded, loaded.skinny[type][plan.strips - 1][plan.tokens - 1], p, plan, stream);
         case 2:
             return run_wide(loaded, loaded.wide[type][0], p, type, plan, stream);
         case 4:

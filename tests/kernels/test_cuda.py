@@ -5,6 +5,7 @@ The machine code they become is in test_cuda_machine_code.py, what needs a GPU i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -18,14 +19,14 @@ from gptq_backend.format import encode, read_packed
 from gptq_backend.kernels import PreparedWeight, reference
 from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.cuda import plan as cuda_plan
-from gptq_backend.kernels.cuda.plan import Plan
+from gptq_backend.kernels.cuda.plan import Gpu, Plan
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, prepared
 from tests.kernels.emulator import Emulator
 
 # All kernels that the plans can name, with K shared among unlike numbers of warps and blocks.
 PLANS = [
-    *(Plan(strips, tokens, warps) for strips, tokens in ((1, 1), (2, 1), (2, 2)) for warps in (1, 3, 8)),
+    *(Plan(strips, tokens, warps) for strips, tokens in ((1, 1), (1, 2), (2, 1), (2, 2)) for warps in (1, 3, 8)),
     *(Plan(0, tokens, splits=splits) for tokens in (2, 4, 8) for splits in (1, 3)),
     None,
 ]
@@ -114,7 +115,7 @@ def test_every_code_meets_every_zero(bits: int, dtype: torch.dtype, driver: Emul
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
-    columns=st.integers(1, 600),
+    columns=st.integers(1, 600) | st.sampled_from([1024, 1984, 2300]),  # the last: all stages and more
     outputs=st.integers(1, 150),
     size=st.sampled_from([1, 32, 48, 64, 128, 200, 600]),
     rows=st.sampled_from([1, 2, 8, 9, 16, 17, 33, 65]),
@@ -217,17 +218,43 @@ def test_a_plan_without_a_kernel_is_refused(driver: Emulator) -> None:
     tiles=st.integers(1, 500),
     bits=st.sampled_from([2, 3, 4, 8]),
     processors=st.integers(1, 200),
-    shared=st.sampled_from([64, 99, 163, 227]),
+    device=st.sampled_from([((7, 5), 64), ((8, 0), 163), ((8, 9), 99), ((9, 0), 227), ((10, 0), 227), ((12, 0), 99)]),
 )
 def test_every_plan_has_a_kernel_that_fits_and_gives_each_block_work(
-    rows, outputs, tiles, bits, processors, shared
+    rows, outputs, tiles, bits, processors, device
 ) -> None:
-    plan = cuda_plan.plan(rows, outputs, tiles, bits, processors, shared << 10)
+    capability, shared = device
+    plan = cuda_plan.plan(rows, outputs, tiles, bits, Gpu(processors, shared << 10, capability))
     if plan is None:
         assert rows > 16
         return
-    assert (plan.strips, plan.tokens) in {(1, 1), (2, 1), (2, 2), (0, 2), (0, 4), (0, 8)}
+    assert cuda_plan.fits(plan, tiles, bits, shared << 10)
+    assert (plan.strips, plan.tokens) in {(1, 1), (1, 2), (2, 1), (2, 2), (0, 2), (0, 4), (0, 8)}
     assert 1 <= plan.splits <= max(1, tiles // 4)
     assert plan.warps * plan.strips * plan.tokens * 512 <= 48 * 1024
-    assert plan.strips or cuda_plan._wide_bytes(bits, plan.tokens) <= shared << 10
     assert plan.warps <= 8 or (plan.strips, plan.tokens) == (1, 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_plans_know_the_shared_memory_of_a_launch(bits: int, driver: Emulator) -> None:
+    served = prepared(random_weight(bits, 300, 40, 64), cuda.KERNEL)
+    for tokens in (2, 4, 8):
+        multiply(served, torch.ones(3, 300, dtype=torch.float16), None, Plan(0, tokens))
+        assert driver.shared_bytes == cuda_plan._wide_bytes(bits, tokens, 227 << 10)
+
+
+def _busiest(how: Plan, out_features: int, processors: int) -> float:
+    """Strips of the multiprocessor that has the most, against a fair share."""
+    strips = math.ceil(out_features / 16)
+    return math.ceil(math.ceil(strips / how.strips) / processors) * how.strips / (strips / processors)
+
+
+@pytest.mark.parametrize(("processors", "capability"), [(108, (8, 0)), (132, (9, 0)), (142, (8, 9)), (128, (8, 9))])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_no_multiprocessor_has_much_more_strips_than_others(
+    rows: int, processors: int, capability: tuple[int, int]
+) -> None:
+    for out_features in (4096, 6144, 8192, 11008, 14336):
+        how = cuda_plan.plan(rows, out_features, 64, 4, Gpu(processors, 99 << 10, capability))
+        one = Plan(1, how.tokens)
+        assert _busiest(how, out_features, processors) <= 1.05 * _busiest(one, out_features, processors)

@@ -140,7 +140,7 @@ def test_a_module_is_loaded_once_with_all_its_kernels_and_captures_may_run(drive
     assert loaded(driver) == ["emulated"]
     asked = {call.partition(" ")[2] for call in calls if call.startswith("cuModuleGetFunction")}
     assert asked == {name for name in driver.kernels if f"_4_{name.rsplit('_')[-1]}" in name}
-    assert len(asked) == 19
+    assert len(asked) == 21
     assert calls.count("cuFuncSetAttribute") == 6  # the wide kernels
     modes = [index for index, call in enumerate(calls) if call.startswith("cuThreadExchangeStreamCaptureMode")]
     assert [calls[index][-1] for index in modes] == ["2", "0"]  # relaxed, and as it was

@@ -41,6 +41,7 @@ struct dim3 {
 
 // Declares the kernel, lists it by its name, and begins its definition.
 #define ENTRY(name, parameters) LISTED(name, parameters)  // which expands the name
+#define LIMITED_ENTRY(threads, blocks, name, parameters) ENTRY(name, parameters)
 #define LISTED(name, parameters)                                   \
     extern "C" void name parameters;                               \
     static const bool listed_##name = emulator::add(#name, &name); \
@@ -253,6 +254,8 @@ inline float half_to_float(uint16_t bits) {
 }  // namespace emulator
 
 namespace gptq {
+
+constexpr int kBlockSharedBytes = kSharedBytes;
 
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
     return (a & b) | c;

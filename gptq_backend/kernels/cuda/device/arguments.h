@@ -64,9 +64,13 @@ BOTH constexpr int wide_stage_bytes(int bits, int tokens) {
     return tokens * 8 * kStageTiles * kTile * 2 + bits * kWideStrips * kStageTiles * kTile * kStrip / 8;
 }
 
-// As many as fit in what every architecture with asynchronous copies has, 99 KB, but at least 2 and at most 4.
-BOTH constexpr int wide_stages(int bits, int tokens) {
-    const int fitting = 99 * 1024 / wide_stage_bytes(bits, tokens);
+// What every architecture with asynchronous copies lets a block have; and 7.5, which has none.
+constexpr int kSharedBytes = 99 * 1024, kTuringSharedBytes = 64 * 1024;
+
+// As many as fit, but at least 2 and at most 4: in both of the above alike, on whatever has more.
+BOTH constexpr int wide_stages(int bits, int tokens, int shared_bytes) {
+    const int usable = shared_bytes < kSharedBytes ? kTuringSharedBytes : kSharedBytes;
+    const int fitting = usable / wide_stage_bytes(bits, tokens);
     return fitting < 2 ? 2 : fitting > 4 ? 4 : fitting;
 }
 

@@ -17,15 +17,24 @@ constexpr bool kSame<A, A> = true;
 
 }  // namespace gptq
 
-// ENTRY(name, parameters) { ... } is a kernel that the host finds by its name.
+// ENTRY(name, parameters) { ... } is a kernel that the host finds by its name. LIMITED_ENTRY: with at most so many
+// threads, of which `blocks` blocks find registers in a multiprocessor.
 #ifndef __CUDACC__
 #define DEVICE inline
 #include "emulator.h"
 #else
 #define DEVICE __device__ __forceinline__
 #define ENTRY(name, parameters) extern "C" __global__ void name parameters
+#define LIMITED_ENTRY(threads, blocks, name, parameters) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
 
 namespace gptq {
+
+#if __CUDA_ARCH__ >= 800
+constexpr int kBlockSharedBytes = kSharedBytes;
+#else
+constexpr int kBlockSharedBytes = kTuringSharedBytes;
+#endif
 
 // d = (a & b) | c
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {

@@ -86,6 +86,9 @@ DEVICE void skinny(Product p) {
     const int first_strip = blockIdx.x * Strips, first_row = blockIdx.y * Tokens * 8;
     const int begin = uint32_t(w.tiles) * warp / warps, end = uint32_t(w.tiles) * (warp + 1) / warps;
 
+    // Tiles and columns that there are from here on; tiles that need no check, all of their columns being there.
+    int tiles = end - begin, columns = p.columns - begin * kTile - lane % 4 * 8;
+    int whole = smaller(end, p.columns / kTile) - begin;
     // Instead of rows and strips behind the last, the last is read: nobody looks at what becomes of it.
     const uint32_t* from[Strips];
     const uint16_t* row[Tokens];
@@ -99,7 +102,7 @@ DEVICE void skinny(Product p) {
 
     uint32_t words[kDepth][Strips][Bits];
     uint4 x[kDepth][2][Tokens];
-    auto load = [&](int slot, int ahead, auto has) {
+    const auto load = [&](int slot, int ahead, bool check) {
 #pragma unroll
         for (int s = 0; s < Strips; ++s)
             load_words<Bits>(words[slot][s], from[s] + ahead * 32 * Bits, lane, StreamingLoad());
@@ -108,18 +111,15 @@ DEVICE void skinny(Product p) {
 #pragma unroll
             for (int t = 0; t < Tokens; ++t) {
                 const int column = ahead * kTile + unit * kUnit;
-                x[slot][unit][t] = has(column) ? load_cached(reinterpret_cast<const uint4*>(row[t] + column))
-                                               : uint4{0, 0, 0, 0};
+                x[slot][unit][t] = !check || column < columns
+                                       ? load_cached(reinterpret_cast<const uint4*>(row[t] + column))
+                                       : uint4{0, 0, 0, 0};
             }
     };
-    // Tiles and activations of the lane from here on; tiles that need no check, all of their columns being there.
-    int tiles = end - begin, columns = p.columns - begin * kTile - lane % 4 * 8;
-    int whole = smaller(end, p.columns / kTile) - begin;
-    const auto is_there = [&](int column) { return column < columns; };
     Sums<Bits, T, Strips, Tokens, Every<kDepth>> sums(w, first_strip, begin * 2, lane);
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot)
-        if (slot < tiles) load(slot, slot, is_there);
+        if (slot < tiles) load(slot, slot, true);
     for (; tiles > 0; tiles -= kDepth) {
         const bool unchecked = whole >= 2 * kDepth;
 #pragma unroll
@@ -129,9 +129,9 @@ DEVICE void skinny(Product p) {
             for (int unit = 0; unit < 2; ++unit)
                 sums.add(w, words[slot], slot * 2 + unit, [&](int t) { return x[slot][unit][t]; });
             if (unchecked)
-                load(slot, slot + kDepth, [](int) { return true; });
+                load(slot, slot + kDepth, false);
             else if (slot + kDepth < tiles)
-                load(slot, slot + kDepth, is_there);
+                load(slot, slot + kDepth, true);
         }
 #pragma unroll
         for (int s = 0; s < Strips; ++s) from[s] += kDepth * 32 * Bits;
@@ -246,7 +246,7 @@ template <int Bits, class T, int Tokens>
 DEVICE void wide(Product p) {
     constexpr int kStrips = kWideStrips / 4, kHalf = kStageTiles / 2;
     constexpr int kRow = kStageTiles * kTile * 2;  // bytes of a token in a stage
-    constexpr int kStage = wide_stage_bytes(Bits, Tokens), kStages = wide_stages(Bits, Tokens);
+    constexpr int kStage = wide_stage_bytes(Bits, Tokens), kStages = wide_stages(Bits, Tokens, kBlockSharedBytes);
     const Weight& w = p.weight;
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
     const int half = warp / 4;  // of each stage

@@ -126,16 +126,18 @@ struct ChunkPointer {
 // Scales of output channels g and g + 8 of some strips.
 template <int Strips>
 DEVICE void scales_of(float2 (&scales)[Strips], const RawChunk (&raw)[Strips], Dtype dtype) {
-    const auto each = [&](auto low, auto high) {
+    if (dtype == kFloat16) {
 #pragma unroll
-        for (int s = 0; s < Strips; ++s) scales[s] = {low(raw[s].scales), high(raw[s].scales)};
-    };
-    if (dtype == kFloat16)
-        each([](uint2 bits) { return f16_to_float(bits.x & 0xFFFF); }, [](uint2 bits) { return f16_to_float(bits.x >> 16); });
-    else if (dtype == kBFloat16)
-        each([](uint2 bits) { return as_float(bits.x << 16); }, [](uint2 bits) { return as_float(bits.x & 0xFFFF0000); });
-    else
-        each([](uint2 bits) { return as_float(bits.x); }, [](uint2 bits) { return as_float(bits.y); });
+        for (int s = 0; s < Strips; ++s)
+            scales[s] = {f16_to_float(raw[s].scales.x & 0xFFFF), f16_to_float(raw[s].scales.x >> 16)};
+    } else if (dtype == kBFloat16) {
+#pragma unroll
+        for (int s = 0; s < Strips; ++s)
+            scales[s] = {as_float(raw[s].scales.x << 16), as_float(raw[s].scales.x & 0xFFFF0000)};
+    } else {
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) scales[s] = {as_float(raw[s].scales.x), as_float(raw[s].scales.y)};
+    }
 }
 
 template <int Bits, class T>
