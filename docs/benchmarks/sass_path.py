@@ -31,6 +31,8 @@ class Marks(NamedTuple):
 
 _OF_PTX = (r"^mma\.", r"^fma\.rn\.f32", r"^cp\.async\.cg|^ld\.global\S*\.v4")
 _OF_SASS = (r"\bHMMA\b", r"\bFFMA\b", r"\bLDGSTS\b|\bLDG\.\S*128")
+# ptxas leaves loops by calls, too; one to a function may as well be passed over.
+_JUMP = r"\b(?:BRA|CALL\.REL)\b.*?0x([0-9a-f]+)"
 
 
 def marks_of_ptx(executed: list[tuple[str, int]], warps: int) -> Marks:
@@ -53,8 +55,8 @@ class _Block:
 def _blocks(sass: str) -> dict[int, _Block]:
     """By address."""
     code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.MULTILINE)]
-    jumps = {at: int(found[1], 16) for at, text in code if (found := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))}
-    ends = [bool(re.search(r"\b(BRA|EXIT)\b", text)) for _, text in code]
+    jumps = {at: int(found[1], 16) for at, text in code if (found := re.search(_JUMP, text))}
+    ends = [bool(re.search(r"\b(BRA|CALL|RET|EXIT)\b", text)) for _, text in code]
     firsts = {code[0][0], *jumps.values(), *(code[i + 1][0] for i, end in enumerate(ends[:-1]) if end)}
     blocks, first = {}, 0
     for i, (at, text) in enumerate(code):
@@ -65,9 +67,9 @@ def _blocks(sass: str) -> dict[int, _Block]:
         following: list[int | None] = []
         if at in jumps:
             following.append(jumps[at])
-        elif ends[i]:
+        elif "EXIT" in text:
             following.append(None)
-        if not last and (not ends[i] or re.search(r"^@|BRA\S* !?U?P", text)):
+        if not last and (not ends[i] or re.search(r"^@|CALL|BRA\S* !?U?P", text)):
             following.append(code[i + 1][0])
         marks = Marks(*(sum(bool(re.search(each, line)) for line in part) for each in _OF_SASS))
         blocks[code[first][0]] = _Block(len(part), marks, following)

@@ -115,7 +115,7 @@ def test_every_code_meets_every_zero(bits: int, dtype: torch.dtype, driver: Emul
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
-    columns=st.integers(1, 600) | st.sampled_from([1024, 1984, 2300]),  # the last: all stages and more
+    columns=st.integers(1, 600) | st.sampled_from([1024, 1984, 2300]),
     outputs=st.integers(1, 150),
     size=st.sampled_from([1, 32, 48, 64, 128, 200, 600]),
     rows=st.sampled_from([1, 2, 8, 9, 16, 17, 33, 65]),
@@ -256,5 +256,4 @@ def test_no_multiprocessor_has_much_more_strips_than_others(
 ) -> None:
     for out_features in (4096, 6144, 8192, 11008, 14336):
         how = cuda_plan.plan(rows, out_features, 64, 4, Gpu(processors, 99 << 10, capability))
-        one = Plan(1, how.tokens)
-        assert _busiest(how, out_features, processors) <= 1.05 * _busiest(one, out_features, processors)
+        assert _busiest(how, out_features, processors) < 1.3

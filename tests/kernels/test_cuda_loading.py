@@ -195,7 +195,7 @@ def test_the_next_code_serves_where_one_fails(driver: Emulator, monkeypatch: pyt
     assert loaded(driver) == ["second"]
 
 
-@pytest.mark.parametrize(("rows", "kernel"), [(1, "skinny_1_1"), (40, "wide_8"), (200, "dequantize")])
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "skinny_1_1"), (40, "wide_2"), (2000, "dequantize")])
 def test_a_launch_that_fails_names_its_kernel(rows: int, kernel: str, driver: Emulator) -> None:
     served = prepared(random_weight(4, 64, 16, 32), cuda.KERNEL)
     assert loading.unfit(0, 4) is None

@@ -56,7 +56,7 @@ def test_the_usual_plan_fits_and_so_does_all_that_is_tried(rows: int, tiles: int
     "how",
     [
         Plan(3, 1),
-        Plan(1, 2),
+        Plan(1, 4),
         Plan(1, 1, 0),
         Plan(2, 2, 16),
         Plan(1, 1, 8, splits=2),

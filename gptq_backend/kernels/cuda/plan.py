@@ -67,7 +67,7 @@ _WIDE_ELSE = 256
 _SKINNY_COSTS = {(1, 1): 78, (1, 2): 99, (2, 1): 71, (2, 2): 85}
 # Blocks of tokens of each wide kernel: for a stage.
 _WIDE_COSTS = {2: 290, 4: 330, 8: 435}
-_BESIDE, _BESIDE_WIDE = 400, 1000  # before the first and after the last of these
+_BESIDE, _BESIDE_WIDE = 250, 1000  # before the first and after the last of these
 _BUSY = 12  # warps that keep a multiprocessor busy
 _SPLIT_COST = 0.02  # share of the time that each further split adds, for partial sums
 _WIDE_STRIPS, _STAGE_TILES = 8, 4  # of a block of a wide kernel, and of one of its stages
