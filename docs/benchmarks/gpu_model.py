@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from sass_path import fewest_instructions, marks_of_ptx
 
 from gptq_backend.kernels.cuda import loading, nvrtc
@@ -42,7 +42,10 @@ BITS, SIZE, COLUMNS, OUTPUTS = 4, 128, 8192, 8192
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 ISSUED, BANDWIDTH, PRODUCTS = 0.6, 0.85, 0.8  # instructions a clock and scheduler; shares of the peaks
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
-KERNELS = [*(Plan(strips, tokens) for strips in (1, 2) for tokens in (1, 2)), *(Plan(0, tokens) for tokens in (2, 4, 8))]
+KERNELS = [
+    *(Plan(strips, tokens) for strips in (1, 2) for tokens in (1, 2)),
+    *(Plan(0, tokens) for tokens in (2, 4, 8)),
+]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Counter:
     def __init__(self, folder: Path) -> None:
         compiler = nvrtc.find_compiler()
         self._machine = Machine(shutil.which("g++") or "clang++", folder)
-        self._ptx = compiler.compile(BITS, "compute_80").rstrip(b"\0").decode()
+        self._machine.load(compiler.compile(BITS, "compute_80").rstrip(b"\0").decode())
         self._code = disassembled(compiler.compile(BITS, "sm_80"), folder)
         self._known: dict[tuple[Plan, str, int], Counted] = {}
         loading.images = lambda bits, capability: iter([Image("PTX", lambda: b"PTX")])
@@ -109,14 +112,16 @@ class Counter:
 
     def _warp(self, how: Plan, name: str, dtype: torch.dtype, size: int, columns: int) -> tuple[int, int]:
         """Instructions and matrix products of a warp in a block for so many input channels."""
-        self._machine.load(self._ptx)
+        before = self._machine.executed(name)
         x = torch.randn(how.tokens * 8, columns).to(dtype)
         with self._machine.memory(x):
             weight = random_weight(BITS, columns, 16 * (how.strips or 8), size, sym=True)
             served = prepared(weight, cuda.KERNEL)
             fields = cuda.WeightFields(*cuda.KERNEL.layout.arguments(served.spec, served.tensors))
             cuda.planned_gemm(x, fields, None, how)
-        marks = marks_of_ptx(self._machine.executed(name), how.warps)
+        after = self._machine.executed(name)
+        executed = [(text, count - earlier) for (text, count), (_, earlier) in zip(after, before)]
+        marks = marks_of_ptx(executed, how.warps)
         return fewest_instructions(self._code[name], marks), marks.products
 
 
@@ -149,8 +154,10 @@ def predict(gpu: Gpu, rows: int, counter: Counter) -> dict[str, Any]:
     how = plan(rows, OUTPUTS, COLUMNS // 64, BITS, gpu.device)
     dense = by_cublas(gpu, rows)
     dequantizing = (BITS / 8 + 2) * COLUMNS * OUTPUTS / (BANDWIDTH * gpu.bandwidth * 1e3)
-    times = {"through the dense weight": round(dequantizing + dense, 1)} if how is None else by_kernel(
-        gpu, rows, how, counter.count(how)
+    times = (
+        {"through the dense weight": round(dequantizing + dense, 1)}
+        if how is None
+        else by_kernel(gpu, rows, how, counter.count(how))
     )
     through = round(dequantizing + dense, 1)
     return {"gpu": gpu.name, "rows": rows, "plan": str(how), **times, "dequantized": through, "16 bits": dense}
@@ -163,11 +170,9 @@ def main() -> None:
     where = parser.parse_args().json
     with tempfile.TemporaryDirectory() as folder:
         counter = Counter(Path(folder))
-        counts = [
-            counter.count(how, *kind)
-            for how in KERNELS
-            for kind in (("f16", 128), ("bf16", 128), ("f16", 64), ("f16", 32))
-        ]
+        counts = [counter.count(how) for how in KERNELS]
+        kinds = (("bf16", 128), ("f16", 64), ("f16", 32))
+        counts += [counter.count(how, *kind) for how in (Plan(1, 1), Plan(0, 8)) for kind in kinds]
         rows = [predict(gpu, rows, counter) for rows in ROWS for gpu in GPUS]
     result = {"bits": BITS, "K": COLUMNS, "N": OUTPUTS, "kernels": list(map(asdict, counts)), "products": rows}
     where.write_text(json.dumps(result, indent=1) + "\n")

@@ -74,7 +74,11 @@ def check_random_product(machine: Machine, bits: int, dtype: torch.dtype, plan: 
     torch.manual_seed(seed)
     choose = random.Random(seed).choice
     sym, scales_dtype = FORMATS[seed % len(FORMATS)]
-    columns, outputs, rows = choose([7, 63, 200, 384, 1000, 2300]), choose([1, 17, 40, 150]), choose([1, 8, 9, 17, 33, 65])
+    columns, outputs, rows = (
+        choose([7, 63, 200, 384, 1000, 2300]),
+        choose([1, 17, 40, 150]),
+        choose([1, 8, 9, 17, 33, 65]),
+    )
     size = choose([1, 32, 48, 128, columns])
     weight = random_weight(bits, columns, outputs, min(size, columns), seed, sym=sym, act_order=choose([True, False]))
     weight = QuantizedWeight(weight.codes, weight.scales.to(scales_dtype), weight.zeros, weight.g_idx, bits)

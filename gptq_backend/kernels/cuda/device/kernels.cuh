@@ -97,8 +97,8 @@ DEVICE void skinny(Product p) {
         from[s] = w.words + (int64_t(smaller(first_strip + s, w.strips - 1)) * w.tiles + begin) * (32 * Bits);
 #pragma unroll
     for (int t = 0; t < Tokens; ++t)
-        row[t] = p.x + int64_t(smaller(first_row + t * 8 + lane / 4, p.rows - 1)) * p.columns + begin * kTile +
-                 lane % 4 * 8;
+        row[t] =
+            p.x + int64_t(smaller(first_row + t * 8 + lane / 4, p.rows - 1)) * p.columns + begin * kTile + lane % 4 * 8;
 
     uint32_t words[kDepth][Strips][Bits];
     uint4 x[kDepth][2][Tokens];
@@ -264,7 +264,8 @@ DEVICE void wide(Product p) {
     const int of_unit[2] = {kept(own + parity * 64), kept(own + 64 - parity * 64)};  // odd rows are swapped
     const int of_words = kept(Tokens * 8 * kRow + (warp % 4 * kStrips * kStageTiles + half * kHalf) * 128 * Bits);
 
-    Sums<Bits, T, kStrips, Tokens, EveryOther<kHalf>> sums(w, first_strip, (begin * kStageTiles + half * kHalf) * 2, lane);
+    Sums<Bits, T, kStrips, Tokens, EveryOther<kHalf>> sums(w, first_strip, (begin * kStageTiles + half * kHalf) * 2,
+                                                           lane);
     int filled = 0, current = 0;
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
