@@ -9,7 +9,7 @@ independent, as rounding makes them; that takes most of the noise out of the few
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -18,20 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..model.calibration import Batch, model_inputs, output_mask
+from ..model.calibration import Batch
 from ..model.placement import Placement, tensors_of
 from ..model.structure import dense_weight, evaluating
-from .embedding import counted
+from .predictions import predictions
 from .rounding import Group, Probe
 from .storage import Storage
 
 
 def predict_divergences(
-    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], placement: Placement, seed: int = 0
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Sequence[Batch],
+    placement: Placement,
+    on_batch: Callable[[], None],
+    seed: int = 0,
 ) -> list[dict[Storage, float]]:
     """The KL divergence in nats per predicted token that each group's errors cause, by way to store it.
 
-    The model is in memory as a whole and computes where ``placement`` says.
+    The model is in memory as a whole and computes where ``placement`` says; ``on_batch`` is called after each batch.
 
     Raises:
         ConfigError: the model predicts nothing, or no derivatives can be taken.
@@ -42,6 +47,10 @@ def predict_divergences(
     parameters = [each for each in model.parameters() if each.requires_grad]
     tokens = 0
     tensors = tensors_of(model)
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ConfigError(
+            "a budget is spent by derivatives, but the model was loaded in torch.inference_mode; load it outside of it"
+        )
     placement.bring(tensors)
     try:
         for parameter in parameters:
@@ -54,17 +63,18 @@ def predict_divergences(
                     for storage, errors in probe.errors.items():
                         along = (gradient * errors.to(gradient.device)).sum(1)
                         sums[probe][storage] += float(along.square().sum()) / 2
+                on_batch()
     finally:
         placement.send_back(tensors)
         for parameter in parameters:
             parameter.requires_grad_(True)
-    return [
-        {
-            each: len(group.names) / len(group.probes) / tokens * sum(sums[p][each] / _share(p) for p in group.probes)
-            for each in group.choices
-        }
-        for group in groups
-    ]
+    return [{each: _sum(group, sums, each) / tokens for each in group.choices} for group in groups]
+
+
+def _sum(group: Group, sums: dict[Probe, dict[Storage, float]], storage: Storage) -> float:
+    """Of all channels of all of a group's layers, from those that were probed."""
+    found = sum(sums[probe].get(storage, 0.0) / _share(probe) for probe in group.probes)
+    return found * len(group.names) / len(group.probes)
 
 
 def _share(probe: Probe) -> float:
@@ -76,7 +86,6 @@ def _gradients(
     model: nn.Module, probes: Sequence[Probe], batch: Batch, placement: Placement, generator: torch.Generator
 ) -> tuple[dict[Probe, Tensor], int]:
     """Of the log-likelihood of drawn tokens for the probed rows [C, K] of each weight; and the number of tokens."""
-    inputs = model_inputs(model, batch, placement.device)
     found: dict[Probe, Tensor] = {}
 
     def add(probe: Probe, x: Tensor, gradient: Tensor) -> None:
@@ -88,16 +97,13 @@ def _gradients(
         x = next(iter((*args, *kwargs.values()))).detach()
         y = y if y.requires_grad else y.detach().requires_grad_()
         y.register_hook(partial(add, probe, x))
-        return y
+        return y.clone()  # the model may write into it
 
-    with torch.enable_grad(), ExitStack() as hooks:
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as hooks:
         for probe in probes:
             hook = partial(follow, probe)
             hooks.callback(probe.target.module.register_forward_hook(hook, with_kwargs=True).remove)
-        logits = getattr(model(**inputs), "logits", None)
-        if logits is None:
-            raise ConfigError(f"{type(model).__name__} predicts nothing whose divergence could be measured")
-        rows = counted(logits, output_mask(model, inputs)).float()
+        rows = predictions(model, batch, placement).float()
         log_probabilities = rows.log_softmax(-1)
         drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator).to(rows.device)
         log_probabilities.gather(-1, drawn).sum().backward()

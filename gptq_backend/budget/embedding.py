@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from ..algorithm.gptq import prepare_factor, round_weights
 from ..algorithm.hessian import Hessian
 from ..config import QuantizeConfig
 from ..errors import ConfigError
-from ..model.calibration import Batch, model_inputs, output_mask
+from ..model.calibration import Batch, model_inputs
 from ..model.placement import Placement, tensors_of
 from ..model.structure import evaluating
 from ..pipeline.embeddings import EmbeddingTarget, find_embedding
 from ..training.distill import summed_divergence
+from .predictions import predictions
 
 WIDTHS = (8, 4)  # which every kernel multiplies, beside 16
 _GROUP = 64
@@ -55,11 +56,11 @@ def measure_embeddings(
             rounded = _rounded(model, targets, batches, placement)
             sums, tokens = dict.fromkeys(targets, 0.0), 0
             for batch in batches:
-                original = _logits(model, batch, placement)
+                original = predictions(model, batch, placement)
                 tokens += len(original)
                 for bits, weight in rounded.items():
                     with _replaced(targets[bits].module.weight, weight):
-                        found = _logits(model, batch, placement)
+                        found = predictions(model, batch, placement)
                     parts = zip(found.split(_ROWS), original.split(_ROWS), strict=True)
                     sums[bits] += sum(summed_divergence(ours, theirs).item() for ours, theirs in parts)
     finally:
@@ -114,15 +115,3 @@ def _replaced(weight: Tensor, data: Tensor) -> Iterator[None]:
         yield
     finally:
         weight.data = own
-
-
-def _logits(model: nn.Module, batch: Batch, placement: Placement) -> Tensor:
-    """[tokens that count, V]."""
-    inputs = model_inputs(model, batch, placement.device)
-    return counted(model(**inputs).logits, output_mask(model, inputs))
-
-
-def counted(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """logits [..., V] -> [tokens, V] without padding; a ``mask`` of other places is none of theirs."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    return rows if mask is None or mask.numel() != len(rows) else rows[mask.bool().flatten()]

@@ -21,7 +21,7 @@ from .frontier import Frontier, find_frontier
 from .goal import Goal
 from .rules import dynamic_rules
 from .sensitivity import GroupCosts, Sensitivity, measure_sensitivity
-from .storage import Storage, StoredTensor, header_bytes, stored_bytes, stored_tensors
+from .storage import Storage, StoredTensor, file_bytes, stored_bytes, stored_tensors
 
 _DENSE = 16  # bits, as a name for an embedding that stays as it is
 _CURVE = 100  # points to draw
@@ -70,7 +70,9 @@ class BudgetPlan:
         counts = Counter({(each.bits, each.group_size): 0 for each in self.groups})
         for each in self.groups:
             counts[each.bits, each.group_size] += len(each.layers)
-        layers = ", ".join(f"{count} of {bits} bits in groups of {size}" for (bits, size), count in sorted(counts.items()))
+        layers = ", ".join(
+            f"{count} of {bits} bits in groups of {size}" for (bits, size), count in sorted(counts.items())
+        )
         return f"layers: {layers}; embedding: {self.embed_bits} bits"
 
 
@@ -88,7 +90,8 @@ def plan_budget(
 
     Args:
         model: in memory as a whole; it is as before afterwards.
-        config: other settings; layers that its ``dynamic`` rules name keep those, and ``embed_bits`` that is given stays.
+        config: other settings; layers that its ``dynamic`` rules name keep those, and so does the embedding that
+            ``embed_bits`` names.
         calibration: token id samples; the first are used.
         options: how the run goes: its device, its blocks, the sequences per pass.
         progress: where an interrupted run has left what it measured.
@@ -139,7 +142,6 @@ class _Chooser:
         chosen = [each[index] for each, index in zip(choices, picked)]
         embed_bits = widths[picked[-1]] if len(picked) > len(groups) else self._embed_bits
         config = self._config(chosen, embed_bits)
-        tensors = self._tensors(chosen, embed_bits)
         step = max(1, len(frontier.nbytes) // _CURVE)
         points = [*range(0, len(frontier.nbytes), step), len(frontier.nbytes) - 1]
         return BudgetPlan(
@@ -151,7 +153,7 @@ class _Chooser:
             ),
             embed_bits=embed_bits,
             divergence=float(frontier.divergence[point]),
-            nbytes=sum(each.nbytes for each in tensors) + header_bytes(tensors),
+            nbytes=file_bytes(self._tensors(chosen, embed_bits)),
             layer_bits=self._layer_bits(sum(map(self._bytes, groups, chosen))),
             curve=tuple((int(frontier.nbytes[i]) + fixed, float(frontier.divergence[i])) for i in points),
         )
@@ -183,7 +185,7 @@ class _Chooser:
             return []
         dense = target.module.weight
         if bits == _DENSE:
-            return [StoredTensor(f"{target.name}.weight", "BF16", tuple(dense.shape), dense.nbytes)]
+            return [StoredTensor(f"{target.name}.weight", dense.dtype, tuple(dense.shape))]
         own = self.embeddings[bits].config
         shape = tuple(dense.shape) if target.head is not None else tuple(dense.shape)[::-1]
         return stored_tensors(target.name, shape, Storage(own.group_size, own.bits), own)
@@ -208,17 +210,19 @@ class _Chooser:
             if name in replaced or not tensor.numel() or tensor.data_ptr() in seen:
                 continue
             seen.add(tensor.data_ptr())
-            found.append(StoredTensor(name, "BF16", tuple(tensor.shape), tensor.nbytes))
+            found.append(StoredTensor(name, tensor.dtype, tuple(tensor.shape)))
         return found
 
     def _fixed_bytes(self, widths: Sequence[int]) -> int:
-        """Of the files, whatever is chosen."""
-        smallest = [min(each.costs) for each in self.found.groups]
-        chosen = self._tensors(smallest, self._embed_bits)
-        variable = sum(map(self._bytes, self.found.groups, smallest))
-        if widths:
-            variable += sum(each.nbytes for each in self._embedding(self._embed_bits))
-        return sum(each.nbytes for each in chosen) + header_bytes(chosen) - variable
+        """Of the files, whatever is chosen; with the longest header, which names the largest sizes and most tensors."""
+        largest = [max(each.costs, key=lambda storage: self._bytes(each, storage)) for each in self.found.groups]
+        variable = sum(map(self._bytes, self.found.groups, largest))
+
+        def rest(embed_bits: int) -> int:
+            own = sum(each.nbytes for each in self._embedding(embed_bits)) if widths else 0
+            return file_bytes(self._tensors(largest, embed_bits)) - variable - own
+
+        return max(map(rest, widths or [self._embed_bits]))
 
     def _budget(self, goal: Goal, fixed: int) -> float:
         """Bytes of the goal that are left to choose with."""
@@ -242,10 +246,11 @@ class _Chooser:
     def _unreachable(self, goal: Goal, least: int, fixed: int) -> str:
         if goal.nbytes is not None:
             return (
-                f"a budget of {goal} cannot be met: the weight files take {least + fixed} bytes at least, with the fewest "
-                "bits everywhere; ask for more"
+                f"a budget of {goal} cannot be met: the weight files take {least + fixed} bytes at least; ask for more"
             )
-        return f"a budget of {goal} cannot be met: layers take {self._layer_bits(least):.3f} bits at least; ask for more"
+        return (
+            f"a budget of {goal} cannot be met: layers take {self._layer_bits(least):.3f} bits at least; ask for more"
+        )
 
     def _config(self, chosen: Sequence[Storage], embed_bits: int) -> QuantizeConfig:
         """The settings that say all that."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +63,21 @@ def probe_rounding(
     batches: list[Batch],
     storages: Sequence[Storage],
     options: RunOptions,
-    events: Events,
+    on_block: Callable[[], None],
 ) -> list[Group]:
     """Round a sample of each layer's output channels in each of ``storages`` that the layer can have.
 
     Args:
         config: of the run; layers that its rules skip, or give settings of their own, are left out.
         batches: of calibration data.
+        on_block: called after each block.
 
     Raises:
         ConfigError, CalibrationError: as of ``quantize_model``.
     """
-    cheap = dataclasses.replace(config, quality="fast", **{item.name: None for item in dataclasses.fields(config.preset)})
-    run = _Probing(Layers(model, cheap, options, Events()), cheap, storages, events)
+    as_preset: dict[str, Any] = {item.name: None for item in dataclasses.fields(config.preset)}
+    cheap = dataclasses.replace(config, quality="fast", true_sequential=True, **as_preset)
+    run = _Probing(Layers(model, cheap, options, Events()), cheap, storages, on_block)
     with torch.no_grad(), evaluating(model):
         run.calibrate(batches)
     return run.groups
@@ -83,12 +86,14 @@ def probe_rounding(
 class _Probing:
     """Gives each block its turn, and rounds where the passes wait."""
 
-    def __init__(self, layers: Layers, config: QuantizeConfig, storages: Sequence[Storage], events: Events) -> None:
-        self.layers, self.config, self.storages, self.events = layers, config, storages, events
+    def __init__(
+        self, layers: Layers, config: QuantizeConfig, storages: Sequence[Storage], on_block: Callable[[], None]
+    ) -> None:
+        self.layers, self.config, self.storages, self.on_block = layers, config, storages, on_block
         self.structure, self.placement = layers.structure, layers.placement
         self.factors, self.passes = Factors(self.placement), Passes(layers, config)
+        self.given = Storage(config.group_size, config.bits)  # for layers that fit nothing else
         self.groups: list[Group] = []
-        self._done = 0  # blocks
         self._wanted: set[Target] = set()  # of the current block: layers to round
         self._inputs: dict[Target, object] = {}  # likewise: a mark of what each layer has read
         self._probes: dict[Target, Probe] = {}
@@ -120,7 +125,7 @@ class _Probing:
         channels = torch.randperm(len(weight), generator=generator)[:_CHANNELS].sort().values
         probe = Probe(target, channels)
         rows = weight[channels.to(weight.device)].float()
-        for storage in fitting(self.storages, target):
+        for storage in fitting(self.storages, target) or [self.given]:
             config = dataclasses.replace(target.config, **storage.settings)
             source = self.factors.of(dataclasses.replace(target, config=config), inputs)
             if source is None:  # no token
@@ -147,14 +152,13 @@ class _Probing:
             choices = [set(fitting(self.storages, target)) for target in targets]
             common = tuple(each for each in self.storages if all(each in some for some in choices))
             probes = tuple(self._probes[target] for target in targets if target in self._probes)
-            if common and probes:
+            if probes:
                 names = tuple(target.name for target in targets)
-                self.groups.append(Group(state.block.name, names, common, probes))
+                self.groups.append(Group(state.block.name, names, common or (self.given,), probes))
         self._probes, self._inputs = {}, {}
         self.factors.clear()
         self.placement.send_back(tensors_of(state.block.module))
-        self._done += 1
-        self.events.sensitivity_step(self._done, len(self.structure.blocks))
+        self.on_block()
 
 
 def _some_experts(targets: Sequence[Target]) -> set[Target]:

@@ -8,7 +8,6 @@ but the other layers there, and needs no table of such names.
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,7 +39,8 @@ def _pattern(members: Sequence[str], inside: Sequence[str]) -> str:
     """For names in a block: all ``members``, and none other of those ``inside`` it."""
     if len(members) == 1:
         return f"{re.escape(members[0])}$"
-    parent = ".".join(os.path.commonprefix([name.split(".")[:-1] for name in members]))
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".")[:-1] for name in members)))
+    parent = ".".join(parts[0] for parts in same)
     prefix = f"{parent}." if parent else ""
     strangers = [name.removeprefix(prefix) for name in inside if name.startswith(prefix) and name not in members]
     but = f"(?!(?:{'|'.join(map(re.escape, strangers))})$)" if strangers else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import ConfigError
 from ..model.calibration import make_batches
 from ..model.placement import Placement, tensors_of
 from ..model.progress import Progress
+from ..model.structure import find_structure
 from ..pipeline.options import Events, RunOptions
 from .divergence import predict_divergences
 from .embedding import embedding_targets, measure_embeddings
@@ -66,14 +68,20 @@ def measure_sensitivity(
     digest = progress.digest("", [_NAME, config.to_dict(), embedding], [*tensors, *tensors_of(model)])
     if (entry := progress.load(_NAME, digest)) is not None:
         return _read(*entry)
-    groups = probe_rounding(model, config, make_batches(samples, options.batch_size), STORAGES, options, events)
+    blocks = len(find_structure(model, config, options.block_name).blocks)
+    steps = itertools.count(1)
+
+    def step() -> None:
+        events.sensitivity_step(next(steps), blocks + len(windows))
+
+    groups = probe_rounding(model, config, make_batches(samples, options.batch_size), STORAGES, options, step)
     if not groups:
         raise ConfigError(
             "no layer is left to choose a width for: no calibration token reached one without a rule of its own; leave "
             "the budget out, or remove rules from dynamic"
         )
     placement = Placement(options.device)
-    costs = predict_divergences(model, groups, windows, placement)
+    costs = predict_divergences(model, groups, windows, placement, step)
     targets = embedding_targets(model, config) if embedding else {}
     found = Sensitivity(
         tuple(GroupCosts(group.block, group.names, each) for group, each in zip(groups, costs, strict=True)),
@@ -97,4 +105,4 @@ def _read(tensors: dict[str, Tensor], facts: Any) -> Sensitivity:
         GroupCosts(block, tuple(layers), {Storage(size, bits): next(costs) for bits, size in choices})
         for block, layers, choices in facts["groups"]
     ]
-    return Sensitivity(tuple(groups), {bits: cost for bits, cost in facts["embedding"]})
+    return Sensitivity(tuple(groups), dict(facts["embedding"]))

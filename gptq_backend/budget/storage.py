@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from ..config_fields import FORMATS, HELD_BITS
 from ..format.stored_tensors import StoredSpec
 from ..model.structure import Target, dense_weight
 
+_NAMES = {torch.int32: "I32", torch.float16: "F16", torch.float32: "F32"}  # of safetensors; their length counts
 _GROUP_SIZES = (32, 64, 128)  # for which every reader has kernels
 
 
@@ -26,7 +27,7 @@ class Storage:
     bits: int  # of a code
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, Any]:
         """As a ``dynamic`` rule has them."""
         return {"bits": self.bits, "group_size": self.group_size}
 
@@ -41,16 +42,22 @@ def fitting(storages: Sequence[Storage], target: Target) -> list[Storage]:
     """Those that the layer can have: its input channels are whole groups, and planes hold whole runs of 32."""
     outputs, inputs = dense_weight(target.module).shape
     planar = FORMATS[target.config.checkpoint_format].planar_bits
-    return [each for each in storages if inputs % each.group_size == 0 and (each.bits not in planar or not outputs % 32)]
+    return [
+        each for each in storages if inputs % each.group_size == 0 and (each.bits not in planar or not outputs % 32)
+    ]
 
 
 class StoredTensor(NamedTuple):
     """One tensor of a file."""
 
     name: str
-    dtype: str  # as safetensors calls it; only its length matters
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def stored_tensors(name: str, shape: Sequence[int], storage: Storage, config: QuantizeConfig) -> list[StoredTensor]:
@@ -67,10 +74,7 @@ def stored_tensors(name: str, shape: Sequence[int], storage: Storage, config: Qu
         planar=storage.bits in planar_bits,
         word_dtype=getattr(torch, config.pack_dtype),
     )
-    sizes = {key: spec.dtypes[key].itemsize for key in spec.shapes}
-    return [
-        StoredTensor(f"{name}.{key}", "I32", each, math.prod(each) * sizes[key]) for key, each in spec.shapes.items()
-    ]
+    return [StoredTensor(f"{name}.{key}", spec.dtypes[key], each) for key, each in spec.shapes.items()]
 
 
 def stored_bytes(shape: Sequence[int], storage: Storage, config: QuantizeConfig) -> int:
@@ -78,11 +82,11 @@ def stored_bytes(shape: Sequence[int], storage: Storage, config: QuantizeConfig)
     return sum(each.nbytes for each in stored_tensors("", shape, storage, config))
 
 
-def header_bytes(tensors: Iterable[StoredTensor]) -> int:
-    """Of a safetensors file's header, which names all tensors."""
+def file_bytes(tensors: Sequence[StoredTensor]) -> int:
+    """Of a safetensors file of them. Several files that share them take as much, but for some bytes."""
     entries, end = {}, 0
-    for each in tensors:
-        entries[each.name] = {"dtype": each.dtype, "shape": each.shape, "data_offsets": [end, end + each.nbytes]}
-        end += each.nbytes
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
-    return 8 + -(-len(text) // 8) * 8
+    for each in sorted(tensors, key=lambda each: (-each.dtype.itemsize, each.name)):  # as the library does
+        kind = _NAMES.get(each.dtype, "BF16")
+        entries[each.name] = {"dtype": kind, "shape": each.shape, "data_offsets": [end, end := end + each.nbytes]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
+    return 8 + -(-len(header) // 8) * 8 + end

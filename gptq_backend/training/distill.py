@@ -187,6 +187,8 @@ def _mean_loss(model: nn.Module, teacher: nn.Module, batches: list[Batch]) -> fl
     for batch in batches:
         found = _logits(model, batch)
         target = _logits(teacher, batch).to(found.device)
-        total += sum(summed_divergence(a, b).item() for a, b in zip(found.split(_ROWS), target.split(_ROWS), strict=True))
+        total += sum(
+            summed_divergence(a, b).item() for a, b in zip(found.split(_ROWS), target.split(_ROWS), strict=True)
+        )
         tokens += len(found)
     return total / tokens
