@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,7 @@ def plan_budget(
     options: RunOptions | None = None,
     events: Events | None = None,
     progress: Progress | None = None,
+    stored_names: Callable[[list[str]], Mapping[str, str]] | None = None,
 ) -> BudgetPlan:
     """Choose bits and group sizes for a budget.
 
@@ -95,6 +96,7 @@ def plan_budget(
         calibration: token id samples; the first are used.
         options: how the run goes: its device, its blocks, the sequences per pass.
         progress: where an interrupted run has left what it measured.
+        stored_names: gives what the files will call tensors of these names; None: the same.
 
     Raises:
         ConfigError: nothing fits into the budget, there is no calibration text, or the model cannot be measured.
@@ -108,8 +110,7 @@ def plan_budget(
     structure = find_structure(model, config, options.block_name)
     free = goal.nbytes is not None and config.embed_bits is None  # to choose the embedding's bits, too
     found = measure_sensitivity(model, config, calibration, free, options, events, progress)
-    chooser = _Chooser(model, config, structure, found)
-    plan = chooser.plan(goal)
+    plan = _Chooser(model, config, structure, found, stored_names).plan(goal)
     events.budget_planned(plan)
     return plan
 
@@ -117,8 +118,16 @@ def plan_budget(
 class _Chooser:
     """Adds up bytes and divergences of one model."""
 
-    def __init__(self, model: nn.Module, config: QuantizeConfig, structure: Structure, found: Sensitivity) -> None:
-        self.model, self.config, self.structure, self.found = model, config, structure, found
+    def __init__(
+        self,
+        model: nn.Module,
+        config: QuantizeConfig,
+        structure: Structure,
+        found: Sensitivity,
+        stored_names: Callable[[list[str]], Mapping[str, str]] | None,
+    ) -> None:
+        self.model, self.config, self.found = model, config, found
+        self.stored_names = stored_names
         self.shapes = {target.name: tuple(dense_weight(target.module).shape) for target in structure.targets}
         grouped = {name for group in found.groups for name in group.layers}
         # What has a rule of its own; but a layer that no token reached and that is no expert stays in 16 bits.
@@ -198,7 +207,9 @@ class _Chooser:
         found = self._rest(storages)
         for name, storage in storages.items():
             found += stored_tensors(name, self.shapes[name], storage, self.config)
-        return found + self._embedding(embed_bits)
+        found += self._embedding(embed_bits)
+        names = self.stored_names([each.name for each in found]) if self.stored_names is not None else {}
+        return [each._replace(name=names.get(each.name, each.name)) for each in found]
 
     def _rest(self, quantized: Mapping[str, Storage]) -> list[StoredTensor]:
         """Tensors that stay as they are, each once, without the embedding if its bits can be chosen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel
 
 from gptq_backend import ConfigError, Events, QuantizeConfig, RunOptions
 from gptq_backend.budget import Goal, plan_budget
-from gptq_backend.model import Progress, find_blocks
+from gptq_backend.model import Progress, find_blocks, find_structure
 
 from .dispatch import keeping_hooks
+from .experts.conversions import are_only_renamed, keep_packed_names, stored_names
 from .experts.unfuse import unfuse_experts
 from .memory import bytes_of, free_bytes
 from .streaming import load_whole
@@ -52,7 +54,19 @@ def spend_budget(
         whole = load_whole(source, trust_remote_code=trust_remote_code)
         with keeping_hooks(whole):
             unfuse_experts(whole)
-    return plan_budget(whole, config, calibration, goal, options=options, events=events, progress=progress).config
+        layers = find_structure(whole, config, options.block_name).targets
+        keep_packed_names(whole, [f"{layer.name}.{key}" for layer in layers for key in ("weight", "bias")])
+    plan = plan_budget(
+        whole,
+        config,
+        calibration,
+        goal,
+        options=options,
+        events=events,
+        progress=progress,
+        stored_names=partial(stored_names, whole) if are_only_renamed(whole) else None,
+    )
+    return plan.config
 
 
 def _check_memory(model: PreTrainedModel, device: torch.device | str | None, goal: Goal) -> None:
