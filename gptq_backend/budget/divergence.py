@@ -25,6 +25,8 @@ from .predictions import predictions
 from .rounding import Group, Probe
 from .storage import Storage
 
+_ROWS = 256  # positions whose distributions are computed at once
+
 
 def predict_divergences(
     model: nn.Module,
@@ -103,8 +105,16 @@ def _gradients(
         for probe in probes:
             hook = partial(follow, probe)
             hooks.callback(probe.target.module.register_forward_hook(hook, with_kwargs=True).remove)
-        rows = predictions(model, batch, placement).float()
-        log_probabilities = rows.log_softmax(-1)
-        drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator).to(rows.device)
-        log_probabilities.gather(-1, drawn).sum().backward()
-    return found, len(rows)
+        logits = predictions(model, batch, placement)
+        logits.backward(_of_drawn_tokens(logits.detach(), generator))
+    return found, len(logits)
+
+
+def _of_drawn_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The derivatives of the log-likelihood of a token drawn in each row of ``logits`` [T, V], in its dtype."""
+    gradient = torch.empty_like(logits)
+    for rows, into in zip(logits.split(_ROWS), gradient.split(_ROWS)):  # larger than everything else
+        shares = rows.float().softmax(-1)
+        drawn = torch.multinomial(shares.cpu(), 1, generator=generator).to(rows.device)
+        into.copy_(shares.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=shares.dtype)))
+    return gradient

@@ -62,8 +62,8 @@ class BudgetPlan:
 
     def report(self) -> dict[str, Any]:
         """As JSON values; the settings are elsewhere in a report."""
-        found = dataclasses.asdict(dataclasses.replace(self, config=QuantizeConfig()))
-        return {key: value for key, value in found.items() if key != "config"}
+        found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "config"}
+        return {**found, "groups": [dataclasses.asdict(each) for each in self.groups]}
 
     def summary(self) -> str:
         """What was chosen, for people."""

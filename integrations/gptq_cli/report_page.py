@@ -75,7 +75,7 @@ def describe(report: Mapping[str, Any]) -> str:
     settings, calibration = report["settings"], report["calibration"]
     group = "one group per output channel" if settings["group_size"] == -1 else f"groups of {settings['group_size']}"
     words = [f"{settings['bits']} bits", group]
-    if (budget := report.get("budget")) is not None:
+    if (budget := report["budget"]) is not None:
         words = [f"{budget['layer_bits']:.2f} bits per weight of a layer, chosen by a budget of {budget['goal']}"]
     words.append("symmetric" if settings["sym"] else "asymmetric")
     words += [label for key, label in (("desc_act", "act-order"), ("static_groups", "static groups")) if settings[key]]
