@@ -37,8 +37,9 @@ from gptq_transformers.streaming import load_whole
 
 WIDTHS = (2, 3, 4)
 NOISE = 0.05  # relative, of the noise
-BLOCKS = (0, 5, 12, 20, 29)
-MIXTURES = 10
+BLOCKS = (0, 12, 29)
+SAMPLES = 8  # windows of calibration text
+MIXTURES = 8
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("calibration", type=Path)
     parser.add_argument("test", type=Path)
-    parser.add_argument("--windows", type=int, default=2, help="of 512 tokens of the test text")
+    parser.add_argument("--windows", type=int, default=1, help="of 512 tokens of the test text")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     tokenizer, model = AutoTokenizer.from_pretrained(arguments.model), load_whole(arguments.model, torch.float32)
@@ -56,7 +57,7 @@ def main() -> None:
 
     rounding._CHANNELS = 1 << 30  # all
     storages = [Storage(64, bits) for bits in WIDTHS]
-    samples, config = windows(arguments.calibration, 16), QuantizeConfig(group_size=64)
+    samples, config = windows(arguments.calibration, SAMPLES), QuantizeConfig(group_size=64)
     groups = rounding.probe_rounding(model, config, make_batches(samples, None), storages, RunOptions(), lambda: None)
     placement = Placement()
     costs = divergence.predict_divergences(model, groups, make_batches(samples, 1), placement, lambda: None)
