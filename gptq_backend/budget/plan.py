@@ -127,7 +127,7 @@ class _Chooser:
         stored_names: Callable[[list[str]], Mapping[str, str]] | None,
     ) -> None:
         self.model, self.config, self.found = model, config, found
-        self.stored_names = stored_names
+        self.stored_names, self.files = stored_names, len(structure.blocks) + 1
         self.shapes = {target.name: tuple(dense_weight(target.module).shape) for target in structure.targets}
         grouped = {name for group in found.groups for name in group.layers}
         # What has a rule of its own; but a layer that no token reached and that is no expert stays in 16 bits.
@@ -225,7 +225,9 @@ class _Chooser:
         return found
 
     def _fixed_bytes(self, widths: Sequence[int]) -> int:
-        """Of the files, whatever is chosen; with the longest header, which names the largest sizes and most tensors."""
+        """Of the files at most, whatever is chosen: with the longest header, which names the largest sizes and most
+        tensors, and with a file for each block.
+        """
         largest = [max(each.costs, key=lambda storage: self._bytes(each, storage)) for each in self.found.groups]
         variable = sum(map(self._bytes, self.found.groups, largest))
 
@@ -233,7 +235,7 @@ class _Chooser:
             own = sum(each.nbytes for each in self._embedding(embed_bits)) if widths else 0
             return file_bytes(self._tensors(largest, embed_bits)) - variable - own
 
-        return max(map(rest, widths or [self._embed_bits]))
+        return max(map(rest, widths or [self._embed_bits])) + file_bytes([]) * self.files
 
     def _budget(self, goal: Goal, fixed: int) -> float:
         """Bytes of the goal that are left to choose with."""

@@ -45,7 +45,7 @@ def spend_budget(
     Raises:
         ConfigError: memory does not hold the model as a whole, or as of ``plan_budget``.
     """
-    _check_memory(model, options.device, goal)
+    _check_memory(model, source is None, options.device, goal)
     if source is None:
         for block in find_blocks(model, options.block_name).values():
             bring(block)
@@ -69,12 +69,15 @@ def spend_budget(
     return plan.config
 
 
-def _check_memory(model: PreTrainedModel, device: torch.device | str | None, goal: Goal) -> None:
-    """Raises ConfigError where the sensitivity pass would run out of memory: on a CPU it computes in float32."""
+def _check_memory(model: PreTrainedModel, loaded: bool, device: torch.device | str | None, goal: Goal) -> None:
+    """Raises ConfigError where the sensitivity pass would run out of memory: on a CPU it computes in float32.
+
+    loaded: what the model takes as it is, it has already.
+    """
     where = torch.device(device or "cpu")
     dtype = torch.float32 if where.type == "cpu" else model.dtype
     needed, free = bytes_of(model, dtype), free_bytes(where)
-    if needed > free:
+    if needed - (bytes_of(model, model.dtype) if loaded else 0) > free:
         raise ConfigError(
             f"a budget of {goal} is spent by measuring the whole model in {str(dtype).removeprefix('torch.')}, which "
             f"takes {needed / 1e9:.1f} GB of memory of {where}, and {free / 1e9:.1f} GB are free; run where there is "
