@@ -42,6 +42,7 @@ ROOMS = {
     "model": {"format", "kernels", "algorithm"},
     "training": {"format", "kernels", "linear", "embedding", "algorithm", "model"},
     "pipeline": {"format", "kernels", "linear", "embedding", "algorithm", "model", "training"},
+    "budget": {"format", "kernels", "linear", "embedding", "algorithm", "model", "training", "pipeline"},
     "bench": {"format", "kernels", "linear"},
 }
 # What each package beside the core may import of the others.
