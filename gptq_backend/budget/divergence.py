@@ -9,6 +9,7 @@ independent, as rounding makes them; that takes most of the noise out of the few
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -26,6 +27,10 @@ from .rounding import Group, Probe
 from .storage import Storage
 
 _ROWS = 256  # positions whose distributions are computed at once
+_NOT_FINITE = (
+    "a budget is spent by what rounding does to predictions, but the model's own, or their derivatives, are not "
+    "finite; the dtype may overflow, or the weights are damaged"
+)
 
 
 def predict_divergences(
@@ -41,7 +46,7 @@ def predict_divergences(
     The model is in memory as a whole and computes where ``placement`` says; ``on_batch`` is called after each batch.
 
     Raises:
-        ConfigError: the model predicts nothing, or no derivatives can be taken.
+        ConfigError: the model predicts nothing or what is not finite, or no derivatives can be taken.
     """
     probes = [probe for group in groups for probe in group.probes]
     sums = {probe: dict.fromkeys(probe.errors, 0.0) for probe in probes}
@@ -70,6 +75,8 @@ def predict_divergences(
         placement.send_back(tensors)
         for parameter in parameters:
             parameter.requires_grad_(True)
+    if not all(math.isfinite(found) for by_storage in sums.values() for found in by_storage.values()):
+        raise ConfigError(_NOT_FINITE)
     return [{each: _sum(group, sums, each) / tokens for each in group.choices} for group in groups]
 
 
@@ -106,6 +113,11 @@ def _gradients(
             hook = partial(follow, probe)
             hooks.callback(probe.target.module.register_forward_hook(hook, with_kwargs=True).remove)
         logits = predictions(model, batch, placement)
+        if not logits.requires_grad:
+            raise ConfigError(
+                f"a budget is spent by derivatives, and {type(model).__name__} takes none (torch.no_grad in its "
+                "forward?); choose bits yourself"
+            )
         logits.backward(_of_drawn_tokens(logits.detach(), generator))
     return found, len(logits)
 
@@ -115,6 +127,8 @@ def _of_drawn_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
     gradient = torch.empty_like(logits)
     for rows, into in zip(logits.split(_ROWS), gradient.split(_ROWS)):  # larger than everything else
         shares = rows.float().softmax(-1)
+        if shares.isnan().any():
+            raise ConfigError(_NOT_FINITE)
         drawn = torch.multinomial(shares.cpu(), 1, generator=generator).to(rows.device)
         into.copy_(shares.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=shares.dtype)))
     return gradient

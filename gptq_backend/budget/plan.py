@@ -261,9 +261,8 @@ class _Chooser:
             return (
                 f"a budget of {goal} cannot be met: the weight files take {least + fixed} bytes at least; ask for more"
             )
-        return (
-            f"a budget of {goal} cannot be met: layers take {self._layer_bits(least):.3f} bits at least; ask for more"
-        )
+        bits = math.ceil(self._layer_bits(least) * 1000) / 1000  # so that asking for what is printed works
+        return f"a budget of {goal} cannot be met: layers take {bits:.3f} bits at least; ask for more"
 
     def _config(self, chosen: Sequence[Storage], embed_bits: int) -> QuantizeConfig:
         """The settings that say all that."""

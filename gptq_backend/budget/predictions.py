@@ -18,7 +18,7 @@ def predictions(model: nn.Module, batch: Batch, placement: Placement) -> Tensor:
     inputs = model_inputs(model, batch, placement.device)
     output = model(**inputs)
     logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, Tensor) or logits.shape[-1] < 2:  # one logit is a number, and its share always 1
         raise ConfigError(
             f"{type(model).__name__} predicts nothing, so a budget has no divergence to go by; choose bits yourself"
         )

@@ -30,8 +30,9 @@ def dynamic_rules(
         inside = [name.removeprefix(f"{block}.") for name in names if name.startswith(f"{block}.")]
         own = [name.removeprefix(f"{block}.") for name in members]
         blocks.setdefault((storage, _pattern(own, inside)), []).append(block)
-    # The first match wins: a name that only a reader has matches the rule of the innermost parent.
-    ordered = sorted(blocks.items(), key=lambda item: -item[0][1].count("."))
+    # The first match wins: a name that only a reader has matches the rule of the innermost parent. What follows
+    # "(?!" are the names that a rule leaves out, which say nothing of its depth.
+    ordered = sorted(blocks.items(), key=lambda item: -item[0][1].partition("(?!")[0].count("."))
     return {f"+:^{_any_of(found)}\\.{pattern}": storage.settings for (storage, pattern), found in ordered}
 
 

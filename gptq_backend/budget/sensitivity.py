@@ -65,14 +65,15 @@ def measure_sensitivity(
     samples = calibration[:_WINDOWS]
     windows = make_batches(samples, 1)
     tensors = [value for batch in windows for value in batch.values() if isinstance(value, Tensor)]
-    digest = progress.digest("", [_NAME, config.to_dict(), embedding], [*tensors, *tensors_of(model)])
+    names = [block.name for block in find_structure(model, config, options.block_name).blocks]
+    facts = [_NAME, config.to_dict(), embedding, names, str(options.device), options.calibrate_all_experts]
+    digest = progress.digest("", facts, [*tensors, *tensors_of(model)])
     if (entry := progress.load(_NAME, digest)) is not None:
         return _read(*entry)
-    blocks = len(find_structure(model, config, options.block_name).blocks)
     steps = itertools.count(1)
 
     def step() -> None:
-        events.sensitivity_step(next(steps), blocks + len(windows))
+        events.sensitivity_step(next(steps), len(names) + len(windows))
 
     groups = probe_rounding(model, config, make_batches(samples, options.batch_size), STORAGES, options, step)
     if not groups:

@@ -29,7 +29,10 @@ def test_a_size_is_bytes_with_a_unit(text: str | int, nbytes: int) -> None:
     assert (goal.nbytes, goal.layer_bits) == (nbytes, None)
 
 
-@pytest.mark.parametrize("text", ["", "MB", "800 MX", "-1MB", "0", "0GB", "1e3MB", "8_0MB", "800MBit", 0, -5])
+@pytest.mark.parametrize(
+    "text",
+    ["", "MB", "800 MX", "-1MB", "0", "0GB", "1e3MB", "8_0MB", "800MBit", "9" * 400 + "GB", "1M\u0130B", "0.5", 0, -5],
+)
 def test_a_size_that_is_none_is_refused_with_what_is_expected(text: str | int) -> None:
     with pytest.raises(ConfigError, match="use bytes or a unit, like 800MB"):
         read_goal(text, None)

@@ -71,6 +71,13 @@ def test_vllm_finds_the_rules_of_layers_that_it_joins() -> None:
     assert utils.get_dynamic_override(config, "h.0.self_attn.o_proj", "group_size") == 32
 
 
+def test_a_joined_layer_has_the_rule_of_its_innermost_parent_however_many_names_the_outer_one_leaves_out() -> None:
+    members = ["h.0.attn.q", "h.0.attn.k"]
+    rules = dict(dynamic_rules([("h.0", members, Storage(64, 3)), ("h.0", ["h.0.fc1", "h.0.fc2"], Storage(32, 2))]))
+    assert as_others_read(rules, "h.0.attn.qk") == as_others_read(rules, "h.0.attn.q") == Storage(64, 3).settings
+    assert as_others_read(rules, "h.0.fc1") == Storage(32, 2).settings
+
+
 def test_layers_with_rules_of_their_own_are_left_to_them() -> None:
     groups = [("h.0", ["h.0.mlp.up", "h.0.mlp.gate"], Storage(64, 3))]
     rules = {"h\\.0\\.mlp\\.down": {"bits": 8}, **dynamic_rules(groups, ["h.0.mlp.down"])}
