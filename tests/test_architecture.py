@@ -39,9 +39,10 @@ ROOMS = {
     "linear": {"format", "kernels", "lazy_weight"},
     "embedding": {"format", "kernels", "linear", "lazy_weight"},
     "algorithm": {"format", "kernels"},
-    "model": {"format", "kernels", "algorithm"},
-    "training": {"format", "kernels", "linear", "embedding", "algorithm", "model"},
-    "pipeline": {"format", "kernels", "linear", "embedding", "algorithm", "model", "training"},
+    "distributed": set(),
+    "model": {"format", "kernels", "algorithm", "distributed"},
+    "training": {"format", "kernels", "linear", "embedding", "algorithm", "distributed", "model"},
+    "pipeline": {"format", "kernels", "linear", "embedding", "algorithm", "distributed", "model", "training"},
     "bench": {"format", "kernels", "linear"},
 }
 # What each package beside the core may import of the others.

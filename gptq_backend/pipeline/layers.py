@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..algorithm.gptq import quantize_weight
 from ..algorithm.requantize import round_changed
 from ..config import QuantizeConfig
+from ..distributed.team import Team
 from ..format.weight import QuantizedWeight
 from ..linear import QuantLinear
 from ..model.file_format import tell_of_format
@@ -32,7 +34,10 @@ logger = logging.getLogger(__name__)
 class Layers:
     """The layers of one run, those that are quantized already, and the report of them."""
 
-    def __init__(self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events) -> None:
+    def __init__(
+        self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events, team: Team
+    ) -> None:
+        self.team = team
         self.model, self.backend, self.events, self.before = model, options.backend, events, options.before
         self.calibrate_all_experts = options.calibrate_all_experts
         self.structure, self.placement = find_structure(model, config, options.block_name), Placement(options.device)
@@ -60,10 +65,11 @@ class Layers:
         done = [target for target in block.targets if target.module in self.done]
         return {target: self.done[target.module].quantized_weight() for target in done}
 
-    def quantize(self, target: Target, source: InputFactor | None) -> None:
+    def quantize(self, target: Target, source: InputFactor | None, team: Team | None = None) -> None:
         """Quantize one layer for its input, or to nearest for None, and leave the dequantized weight in the module for
-        the passes under way.
+        the passes under way. The ranks of ``team`` share the work, by default all of them.
         """
+        quantize = partial(quantize_weight, name=target.name, sharing=(team or self.team).work)
         start = time.perf_counter()
         weight = dense_weight(target.module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -74,10 +80,10 @@ class Layers:
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
             shared, rounded = source.factor, self.joint.take(target, weight, source.factor)
-        layer = quantize_weight(weight, shared, target.config, tokens, name=target.name, rounded=rounded)
+        layer = quantize(weight, shared, target.config, tokens, rounded=rounded)
         if (before := self.before(target.name)) is not None:
             rounded = round_changed(weight, before.to(weight.device), target.config)
-            again = quantize_weight(weight, shared, target.config, tokens, name=target.name, rounded=rounded)
+            again = quantize(weight, shared, target.config, tokens, rounded=rounded)
             layer = min(layer, again, key=lambda each: each.loss)
         self.store(target, layer.weight)
         entry = LayerReport(

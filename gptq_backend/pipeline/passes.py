@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import QuantizeConfig
+from ..distributed.team import Team
 from ..model import lockstep
 from ..model.all_experts import call_of_all
 from ..model.calibration import Batch, call_model, masks_of, model_inputs
@@ -91,8 +92,9 @@ _TASK: contextvars.ContextVar[_Task] = contextvars.ContextVar("task")  # the run
 class Passes:
     """The passes of one run, in which more and more of ``layers`` get done."""
 
-    def __init__(self, layers: Layers, config: QuantizeConfig) -> None:
+    def __init__(self, layers: Layers, config: QuantizeConfig, team: Team) -> None:
         self.layers, self.model, self.structure, self.config = layers, layers.model, layers.structure, config
+        self.team = team
         self.state: BlockState | None = None  # set by whoever serves the places
         self.reached: set[Block] = set()
         self._arrived: dict[Target, list[LayerInput]] = {}  # what the waiting passes are about to feed each layer
@@ -107,30 +109,35 @@ class Passes:
         """Pass all batches through the model, which is unchanged afterwards but for what the callbacks do to it.
 
         Args:
-            batches: the calibration data.
-            serve_place: called when all passes that come to it wait at a place of a block.
-            serve_layer: likewise in front of a layer, with what they are about to feed it.
+            batches: the calibration data, of which this rank takes its share.
+            serve_place: called on all ranks when all passes that come to it wait at a place of a block.
+            serve_layer: likewise in front of a layer, with what those of this rank are about to feed it.
         """
-        ranks: dict[Any, int] = {}  # the order in which passes that wait at different places are served
+        keys: list[Any] = []  # in the order in which passes that wait at different places are served
         for block in self.structure.blocks:
             for place in (Place.ORIGINAL, Place.START, *block.targets, Place.MEASURED, Place.TRAIN, Place.LEAVE):
-                ranks[(block, place) if isinstance(place, Place) else place] = len(ranks)
-        if self.structure.head is not None:
-            ranks[self.structure.head] = len(ranks)
+                keys.append((block, place) if isinstance(place, Place) else place)
+        keys += [self.structure.head, None]  # in the end there is nothing to be served
+        order = {key: i for i, key in enumerate(keys)}
 
         def serve(key: Target | tuple[Block, Place]) -> None:
             if isinstance(key, Target):
-                serve_layer(key, self._arrived.pop(key))
+                serve_layer(key, self._arrived.pop(key, []))
             else:
+                self.reached.add(key[0])
                 serve_place(*key)
 
+        def agree(key: Any) -> Any:
+            return keys[self.team.least(order[key])]
+
         kinds = (True, False) if self.config.preset.block_epochs else (False,)
-        inputs = [model_inputs(self.model, batch, self.layers.placement.device) for batch in batches]
-        numbered = [(i, each, masks_of(each)) for i, each in enumerate(inputs)]
+        mine = self.team.share(len(batches))
+        inputs = [model_inputs(self.model, batches[i], self.layers.placement.device) for i in mine]
+        numbered = [(i, each, masks_of(each)) for i, each in zip(mine, inputs)]
         tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
             self._set_hooks(hooks)
-            lockstep.run([partial(self._forward, task) for task in tasks], serve, ranks.__getitem__)
+            lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
 
     def _forward(self, task: _Task) -> None:
         _TASK.set(task)
@@ -255,7 +262,9 @@ class Passes:
             if task.original or (state and any(target is each for each, _ in state.measured)):
                 return
             x = next(iter((*args, *kwargs.values())))
-            self._arrived.setdefault(target, []).append(LayerInput(x, task.mask(x), task.weights.get(module)))
+            self._arrived.setdefault(target, []).append(
+                LayerInput(task.number, x, task.mask(x), task.weights.get(module))
+            )
             lockstep.wait(target)
             self.layers.placement.fetch(x)
 

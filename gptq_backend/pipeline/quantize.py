@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QuantizeConfig
+from ..distributed.team import Team
 from ..errors import ConfigError
 from ..model.calibration import Batch, check_fits, make_batches
 from ..model.layer_inputs import Factors, LayerInput
@@ -45,6 +46,7 @@ def quantize_model(
     events: Events | None = None,
     teacher: Callable[[], nn.Module] | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> QuantizeReport:
     """Replace the linear layers of ``model``'s blocks by :class:`QuantLinear`, in place.
 
@@ -56,7 +58,10 @@ def quantize_model(
         events: told what happens.
         teacher: gives the original model, for ``config.distill_epochs``; called after everything else is done.
         progress: where an interrupted run finds the blocks that it has done, and the state of its distillation; removed
-            by whoever made it.
+            by whoever made it. Of a team, the first rank's counts.
+        team: the processes that quantize together, which all pass the same; None: this one alone. The result is the
+            same to the bit on all ranks, and for any number of them with as many threads each, but for a distillation,
+            which only the first rank does, and gets.
 
     Raises:
         ConfigError, CalibrationError: see their messages. The model is then partly quantized: load it again.
@@ -71,9 +76,10 @@ def quantize_model(
         )
     if config.preset.trains:  # what would fail after the work
         _check_trainable(model, config, batches)
-    run = _Run(model, config, options, events, progress)
+    team = team or Team()
+    run = _Run(model, config, options, events, progress, team)
     report = run.quantize(batches)
-    if epochs and teacher is not None and batches is not None:
+    if epochs and team.first and teacher is not None and batches is not None:
         start = time.perf_counter()
         report.distillation = run.distill(teacher, batches)
         report.seconds += time.perf_counter() - start
@@ -84,15 +90,21 @@ class _Run:
     """Gives each block its turn, and does what is to be done where the passes wait."""
 
     def __init__(
-        self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events, progress: Progress
+        self,
+        model: nn.Module,
+        config: QuantizeConfig,
+        options: RunOptions,
+        events: Events,
+        progress: Progress,
+        team: Team,
     ) -> None:
-        self.model, self.config, self.events = model, config, events
-        self.layers = Layers(model, config, options, events)
+        self.model, self.config, self.events, self.team = model, config, events, team
+        self.layers = Layers(model, config, options, events, team)
         self.structure, self.placement = self.layers.structure, self.layers.placement
         _warn_of_exceptions(model, self.structure, config)
-        self.factors = Factors(self.placement)
-        self.passes = Passes(self.layers, config)
-        self.resume = Resume(progress, self.layers)
+        self.factors = Factors(self.placement, team)
+        self.passes = Passes(self.layers, config, team)
+        self.resume = Resume(progress, self.layers, team)
 
     def quantize(self, batches: list[Batch] | None) -> QuantizeReport:
         """The whole model but for a distillation; without ``batches`` by rounding to nearest."""
@@ -216,9 +228,10 @@ class _Run:
             block.name,
             {name: weights[target] for name, target in targets.items()},
             trainable_vectors(self.model, block).values(),
-            [state.examples[number] for number in sorted(state.examples)],
+            state.examples,
             self.config.preset.block_epochs,
             lambda parameter: self.placement.home(parameter)[1],
+            self.team,
         )
         state.examples.clear()
         state.phase = Phase.QUANTIZING

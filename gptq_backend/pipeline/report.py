@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..algorithm.refine import Step
+from ..algorithm.gptq import Step
 from ..config import QuantizeConfig
 from ..training.blocks import BlockReport
 from ..training.distill import DistillReport
