@@ -66,7 +66,7 @@ class Hessian:
         if weights is not None:
             wide = torch.float32 if rows.dtype == torch.float16 else rows.dtype  # float16 could overflow
             rows = rows.to(wide) * weights.reshape(-1, 1).sqrt().to(wide)
-        if not _tensor_cores(rows, self.dtype):
+        if not on_tensor_cores(rows, self.dtype):
             rows = rows.to(self.device, self.dtype)
         if not rows.sum(dtype=self.dtype).isfinite():  # cheaper than a look at each entry
             finite = rows.isfinite().all(dim=1)
@@ -102,11 +102,7 @@ class Hessian:
         """The block upper triangle of rows^T rows; the rest follows by symmetry."""
         part = torch.empty(self.size, dtype=self.dtype, device=self.device)
         for (first, stop), block in zip(self._block_rows(), self._blocks(part)):
-            left, right = rows[:, first:stop].t(), rows[:, first:]
-            if rows.dtype == self.dtype:
-                torch.mm(left, right, out=block)
-            else:
-                block.copy_(torch.mm(left, right, out_dtype=self.dtype))
+            multiply_wide(rows[:, first:stop].t(), rows[:, first:], self.dtype, block)
         return part
 
     def _block_rows(self) -> list[tuple[int, int]]:
@@ -120,11 +116,21 @@ class Hessian:
         return [each.view(shape) for each, shape in zip(part.split([a * b for a, b in shapes]), shapes)]
 
 
-def _tensor_cores(rows: Tensor, total: torch.dtype) -> bool:
+def on_tensor_cores(rows: Tensor, total: torch.dtype) -> bool:
     """Whether torch multiplies these 16-bit rows as they are, with sums in float32."""
     if not (rows.is_cuda and total == torch.float32 and rows.dtype in (torch.float16, torch.bfloat16)):
         return False
     return torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8
+
+
+def multiply_wide(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``left @ right`` with sums in ``dtype``; factors of another one have to be such that :func:`on_tensor_cores` says
+    yes.
+    """
+    if right.dtype == dtype:
+        return torch.mm(left, right, out=out)
+    product = torch.mm(left, right, out_dtype=dtype)
+    return product if out is None else out.copy_(product)
 
 
 def damping(damp_percent: float, channels: int, tokens: float) -> float:

@@ -7,12 +7,13 @@ import itertools
 import torch
 from torch import Tensor
 
+from ..algorithm.drift import CrossMoment
 from ..algorithm.hessian import Hessian
 from ..algorithm.tree_sum import total
 from ..distributed.team import Team
 
 
-def add_up(hessian: Hessian, team: Team) -> None:
+def add_up(hessian: Hessian | CrossMoment, team: Team) -> None:
     """Let ``hessian``, of this rank's batches, be that of the team's.
 
     Each rank adds up one slice of the entries, from the sums of all ranks that are not yet joined: with a power of two
@@ -22,7 +23,9 @@ def add_up(hessian: Hessian, team: Team) -> None:
     keys = torch.tensor([*nodes], dtype=torch.int64).reshape(-1, 2)
     counts = torch.tensor([hessian.tokens, hessian.dropped])
     edges = [hessian.size * i // team.size for i in range(team.size + 1)]
-    pieces = [[counts, keys, *(node[first:stop] for node in nodes.values())] for first, stop in itertools.pairwise(edges)]
+    pieces = [
+        [counts, keys, *(node[first:stop] for node in nodes.values())] for first, stop in itertools.pairwise(edges)
+    ]
     received = team.exchange(pieces)
     del pieces
     nodes.clear()  # their memory

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..algorithm.drift import CrossMoment, make_up
 from ..algorithm.gptq import LayerFactor, prepare_factor
 from ..algorithm.hessian import Hessian
 from ..distributed.team import Team, as_tensor, from_tensor
@@ -35,14 +36,33 @@ class LayerInput:
     x: Tensor  # [B, T, K] or another shape that ends in K
     mask: Tensor | None  # [B, T], 0 marks padding; None if nothing is padded
     weights: Tensor | None  # [B, T], what each token counts (token_weights.py); None: as much as an average one
+    original: Tensor | None = None  # like x: what the original model feeds the layer
+    residual: tuple[Tensor, Tensor] | None = None  # [B, T, N]: what its output is added to, in the original and here
 
     def used(self) -> tuple[Tensor, Tensor | None]:
         """x and weights without padding; shapes that do not tell where it is pass whole."""
+        return self._kept(self.x), None if self.weights is None else self._kept(self.weights.reshape(self.x.shape[:-1]))
+
+    def drift(self) -> Tensor | None:
+        """What x lacks to the original's, without padding; None where that is not known."""
+        return self._difference(self.original, self.x)
+
+    def residual_drift(self) -> Tensor | None:
+        """The same of what the layer's output is added to."""
+        return None if self.residual is None else self._difference(*self.residual)
+
+    def _difference(self, original: Tensor | None, here: Tensor) -> Tensor | None:
+        if original is None or original.shape != here.shape or here.shape[:-1] != self.x.shape[:-1]:
+            return None
+        wide = torch.promote_types(here.dtype, torch.float32)
+        return self._kept((original.to(wide) - here.to(wide)).to(self.x.dtype))
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """Without padding: values [B, T, ...] or with other rows, as x has them."""
         rows = self.x.shape[:-1]
         if self.mask is None or not tells(self.mask, rows):
-            return self.x, self.weights
-        keep = self.mask.bool().reshape(rows)
-        return self.x[keep], None if self.weights is None else self.weights.reshape(rows)[keep]
+            return values
+        return values[self.mask.bool().reshape(rows)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +75,14 @@ class InputFactor:
     settings: tuple[Any, ...]
     factor: LayerFactor
     hessian: Hessian
+    of_input: Tensor | None = None  # how the input has drifted: see drift.make_up
+    of_residual: Tensor | None = None  # likewise of what one layer's output is added to
+
+    def aim(self, weight: Tensor) -> Tensor:
+        """The weight [N, K] to round in the place of a layer's own."""
+        if self.of_input is None:
+            return weight
+        return make_up(weight, self.factor, self.of_input, self.of_residual)
 
     @property
     def alive(self) -> bool:
@@ -89,15 +117,20 @@ class Factors:
         order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)  # see column_order
         settings = (*order, config.damp_percent)
         same = [each for each in self._entries if each.serial in seen.matching and each.weighted == seen.weighted]
+        outputs, channels = dense_weight(target.module).shape
+        place = self._placement.device or dense_weight(target.module).device
+        where = place, self.team
+        drifts = [each.residual_drift() for each in inputs]
+        residual = _accumulate_drift(inputs, drifts, seen, (outputs, channels), *where)
         for entry in same:
             if entry.settings == settings:
-                return entry
+                return replace(entry, of_residual=residual)
         if same:
-            hessian, serial = same[0].hessian, same[0].serial
+            hessian, serial, drift = same[0].hessian, same[0].serial, same[0].of_input
         else:
-            channels = dense_weight(target.module).shape[1]
-            place = self._placement.device or dense_weight(target.module).device
-            hessian, serial = _accumulate(inputs, seen, channels, place, self.team), self._made
+            hessian, serial = _accumulate(inputs, seen, channels, *where), self._made
+            drifts = [each.drift() for each in inputs]
+            drift = _accumulate_drift(inputs, drifts, seen, (channels, channels), *where)
             self._made += 1
         self._placement.park([each.x for each in inputs])
         if hessian.dropped:
@@ -107,9 +140,9 @@ class Factors:
             return None
         factor = prepare_factor(matrix, config, hessian.tokens, self.team.work)
         refs = [weakref.ref(each.x) for each in inputs]
-        shared = InputFactor(refs, serial, seen.weighted, settings, factor, hessian)
+        shared = InputFactor(refs, serial, seen.weighted, settings, factor, hessian, drift)
         self._entries.append(shared)
-        return shared
+        return replace(shared, of_residual=residual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +174,12 @@ class _Seen:
             mean=_mean(told) if told else None,
         )
 
+    def relative(self, weights: Tensor | None) -> Tensor | None:
+        """Token weights, 1 on average over all ranks' batches."""
+        if self.mean is None or weights is None:
+            return None
+        return (weights / self.mean.to(weights.device)).nan_to_num_(nan=1.0, posinf=1.0)
+
 
 @timed("hessian")
 def _accumulate(inputs: list[LayerInput], seen: _Seen, channels: int, device: torch.device, team: Team) -> Hessian:
@@ -149,12 +188,28 @@ def _accumulate(inputs: list[LayerInput], seen: _Seen, channels: int, device: to
     hessian = Hessian(channels, seen.dtype, device, first)
     for each in inputs:
         x, weights = each.used()
-        if seen.mean is None or weights is None:
-            hessian.add(x, None, each.number)
-        else:
-            hessian.add(x, (weights / seen.mean.to(weights.device)).nan_to_num_(nan=1.0, posinf=1.0), each.number)
+        hessian.add(x, seen.relative(weights), each.number)
     add_up(hessian, team)
     return hessian
+
+
+@timed("drift")
+def _accumulate_drift(
+    inputs: list[LayerInput],
+    drifts: list[Tensor | None],
+    seen: _Seen,
+    shape: tuple[int, int],
+    device: torch.device,
+    team: Team,
+) -> Tensor | None:
+    """[M, K], the moment of the drifts [..., M] with all ranks' inputs [..., K]; None where none is known."""
+    moment = CrossMoment(*shape, seen.dtype, device, inputs[0].number if inputs else 0)
+    for each, drift in zip(inputs, drifts):
+        x, weights = each.used()
+        if drift is not None:
+            moment.add(each.number, drift, x, seen.relative(weights))
+    add_up(moment, team)
+    return moment.matrix()
 
 
 def _mean(weights: list[Tensor]) -> Tensor | None:

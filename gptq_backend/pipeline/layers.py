@@ -79,7 +79,8 @@ class Layers:
             factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
-            shared, rounded = source.factor, self.joint.take(target, weight, source.factor)
+            weight = source.aim(weight)
+            shared, rounded = source.factor, self.joint.take(target, weight, source)
         layer = quantize(weight, shared, target.config, tokens, rounded=rounded)
         if (before := self.before(target.name)) is not None:
             rounded = round_changed(weight, before.to(weight.device), target.config)

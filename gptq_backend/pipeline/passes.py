@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..config import QuantizeConfig
 from ..distributed.team import Team
 from ..model import lockstep
+from ..model.additions import BLOCK, Additions, Trace
 from ..model.all_experts import call_of_all
 from ..model.calibration import Batch, call_model, masks_of, model_inputs
 from ..model.layer_inputs import InputFactor, LayerInput, tells
@@ -63,6 +64,8 @@ class BlockState:
     measured: list[tuple[Target, InputFactor | None]] = field(default_factory=list)  # to quantize when MEASURING ends
     originals: dict[int, Tensor] = field(default_factory=dict)  # what the original block returned, by batch
     examples: dict[int, Example] = field(default_factory=dict)  # of the quantized block, likewise
+    additions: Additions | None = None  # of the block, where drift is made up for
+    traces: dict[int, Trace] = field(default_factory=dict)  # what was seen in the original block, by batch
 
 
 @dataclass(eq=False)
@@ -80,6 +83,7 @@ class _Task:
     inside: bool = False  # whether it is in a block
     left: set[Block] = field(default_factory=set)  # blocks that it has passed
     weights: dict[nn.Module, Tensor] = field(default_factory=dict)  # of tokens, for the layers of the block it is in
+    places: dict[str, Tensor] = field(default_factory=dict)  # see additions.py, of the block it is in
 
     def mask(self, x: Tensor) -> Tensor | None:
         """Which rows of x [..., K] are padding (0): the mask of their shape."""
@@ -97,6 +101,7 @@ class Passes:
         self.team = team
         self.state: BlockState | None = None  # set by whoever serves the places
         self.reached: set[Block] = set()
+        self._hooks = ExitStack()  # of the run
         self._arrived: dict[Target, list[LayerInput]] = {}  # what the waiting passes are about to feed each layer
         self._sensitivity = Sensitivity()
 
@@ -130,12 +135,13 @@ class Passes:
         def agree(key: Any) -> Any:
             return keys[self.team.least(order[key])]
 
-        kinds = (True, False) if self.config.preset.block_epochs else (False,)
+        kinds = (True, False) if self.config.preset.needs_original else (False,)
         mine = self.team.share(len(batches))
         inputs = [model_inputs(self.model, batches[i], self.layers.placement.device) for i in mine]
         numbered = [(i, each, masks_of(each)) for i, each in zip(mine, inputs)]
         tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
+            self._hooks = hooks
             self._set_hooks(hooks)
             lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
 
@@ -184,12 +190,13 @@ class Passes:
         def wait_and_run(*args: Any, **kwargs: Any) -> Any:
             run = partial(forward, *args, **kwargs)
             self.reached.add(block)
+            x = next(iter((*args, *kwargs.values())), None)
             if _TASK.get().original:
-                return self._run_original(block, run)
+                return self._run_original(block, x, run)
             lockstep.wait((block, Place.START))
             state = self._current()
             if block.targets and state.phase is not Phase.FINAL_BEFORE:
-                x = next(iter((*args, *kwargs.values())), None)
+                _TASK.get().places = {BLOCK: x} if isinstance(x, Tensor) else {}
 
                 def trial() -> Any:
                     return forward(*map(_own_cache, args), **{key: _own_cache(value) for key, value in kwargs.items()})
@@ -199,14 +206,39 @@ class Passes:
 
         return waiting_forward
 
-    def _run_original(self, block: Block, run: Callable[[], Any]) -> Any:
-        """Keep what the block returns before it is quantized."""
+    def _run_original(self, block: Block, x: Any, run: Callable[[], Any]) -> Any:
+        """Keep what is needed of the block as it is before it is quantized."""
         lockstep.wait((block, Place.ORIGINAL))
-        output = run()
-        self._current().originals[_TASK.get().number] = output_tensor(output)
+        state, number = self._current(), _TASK.get().number
+        if self.config.preset.correct_drift:
+            if (additions := state.additions) is None:
+                additions = state.additions = Additions(block.module, [target.module for target in block.targets])
+                output, trace = additions.trace(x, run, output_tensor)
+                self._hook_places(additions)
+            else:
+                output, trace = additions.trace(x, run, output_tensor)
+            state.traces[number] = trace
+        else:
+            output = run()
+        if self.config.preset.block_epochs:
+            state.originals[number] = output_tensor(output)
         self._leave(block)
         lockstep.wait((block, Place.LEAVE))
         return output
+
+    def _hook_places(self, additions: Additions) -> None:
+        """Let the passes through the quantized block remember what comes to the places that its layers add to."""
+
+        def remember(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if not self._busy() and not (task := _TASK.get()).original:
+                    task.places[name] = next(iter((*args, *kwargs.values())))
+
+            return hook
+
+        for name in set((additions.of or {}).values()) - {BLOCK}:
+            module = additions.block.get_submodule(name)
+            self._hooks.callback(module.register_forward_pre_hook(remember(name), with_kwargs=True).remove)
 
     def _run_until_final(self, state: BlockState, run: Callable[[], Any], mask: Tensor | None) -> None:
         """Run the block as often as it takes until all its weights are final; ``mask`` is that of its input.
@@ -262,13 +294,27 @@ class Passes:
             if task.original or (state and any(target is each for each, _ in state.measured)):
                 return
             x = next(iter((*args, *kwargs.values())))
+            original, residual = self._originals(task, module)
             self._arrived.setdefault(target, []).append(
-                LayerInput(task.number, x, task.mask(x), task.weights.get(module))
+                LayerInput(task.number, x, task.mask(x), task.weights.get(module), original, residual)
             )
             lockstep.wait(target)
             self.layers.placement.fetch(x)
 
         hooks.callback(target.module.register_forward_pre_hook(wait, with_kwargs=True).remove)
+
+    def _originals(self, task: _Task, layer: nn.Module) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """What the original block feeds a layer in the pass that waits before it; and what its output is added to, in
+        the original and in this pass. None where that is not known.
+        """
+        state = self.state
+        if state is None or state.additions is None or (trace := state.traces.get(task.number)) is None:
+            return None, None
+        place = (state.additions.of or {}).get(layer, "unknown")
+        both = trace.places.get(place), task.places.get(place)
+        return trace.inputs.pop(layer, None), (both[0], both[1]) if both[0] is not None and both[
+            1
+        ] is not None else None
 
     def _current(self) -> BlockState:
         assert self.state is not None, "a block was passed without its turn"
