@@ -22,7 +22,9 @@ def add_up(hessian: Hessian, team: Team) -> None:
     keys = torch.tensor([*nodes], dtype=torch.int64).reshape(-1, 2)
     counts = torch.tensor([hessian.tokens, hessian.dropped])
     edges = [hessian.size * i // team.size for i in range(team.size + 1)]
-    pieces = [[counts, keys, *(node[first:stop] for node in nodes.values())] for first, stop in itertools.pairwise(edges)]
+    pieces = [
+        [counts, keys, *(node[first:stop] for node in nodes.values())] for first, stop in itertools.pairwise(edges)
+    ]
     received = team.exchange(pieces)
     del pieces
     nodes.clear()  # their memory

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..algorithm.gptq import Step
 from ..config import QuantizeConfig
 from ..distributed.team import Team, as_tensor, from_tensor
 from ..format.stored_tensors import decode
@@ -76,7 +75,7 @@ class Resume:
         self._begun = time.perf_counter() - facts["seconds"]  # as if the earlier run went on
         self.layers.report.blocks += [BlockReport(**each) for each in facts["blocks"]]
         for each in facts["layers"]:
-            self.layers.add_report(LayerReport(**each | {"steps": tuple(Step(**step) for step in each["steps"])}))
+            self.layers.add_report(LayerReport.read(each))
         return True
 
     def save(self, block: Block) -> None:

@@ -43,7 +43,7 @@ class Told(Events):
         self.layers: list[str] = []
 
     def layer_done(self, layer: Any, done: int, total: int) -> None:
-        self.layers.append(f"{layer.name} {done}/{total}")
+        self.layers.append(layer.name)
 
 
 def quantize(case: str, team: Team, out: Path) -> None:
@@ -56,7 +56,7 @@ def quantize(case: str, team: Team, out: Path) -> None:
     options, calibration = RunOptions(batch_size=2), None if case == "to nearest" else data
     report = quantize_model(model, config, calibration, options=options, events=told, team=team)
     layers = [dataclasses.asdict(layer) | {"seconds": 0} for layer in report.layers]
-    facts = {"layers": layers, "blocks": [dataclasses.asdict(each) for each in report.blocks], "told": told.layers}
+    facts = {"layers": layers, "blocks": [dataclasses.asdict(each) for each in report.blocks], "told": sorted(told.layers)}
     name = f"{case}.{team.rank}"
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / f"{name}.safetensors")
     (out / f"{name}.json").write_text(json.dumps(facts))
