@@ -132,8 +132,9 @@ def quantize_weight(
         found, sums = _quantize_rows(weight[parts[i]], shared, config, given)
         return [found.codes, found.scales, found.zeros, found.g_idx, torch.tensor(sums, dtype=torch.float64)]
 
-    codes, scales, zeros, g_idx, sums = zip(*sharing(len(parts), part))
-    quantized = QuantizedWeight(*(torch.cat(each, dim=1) for each in (codes, scales, zeros)), g_idx[0], config.bits)
+    *fields, g_idx, sums = zip(*sharing(len(parts), part))
+    codes, scales, zeros = (torch.cat(each, dim=1) for each in fields)
+    quantized = QuantizedWeight(codes, scales, zeros, g_idx[0], config.bits)
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {SCALE_DTYPE}; skip the layer with a dynamic rule")
     loss, energy, *errors = torch.stack([each.cpu() for each in sums]).sum(0).tolist()

@@ -123,42 +123,43 @@ def _losses() -> Iterator[None]:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[tuple[Team, torch.device]]:
-    """The team that this process is of, and where it computes: one GPU for each rank of a machine.
+def joined(device: str) -> Iterator[tuple[Team, str]]:
+    """The team that this process is of, and the device where it computes: one GPU for each rank of a machine.
 
     Of several ranks that fail only the first one's error goes on; the others end with SystemExit, without a word.
     """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield Team(), device
         return
-    if device.type == "cuda":
-        device = _own_gpu(device)
     store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
-        yield ProcessTeam(device), device
+        if device.partition(":")[0] == "cuda":
+            device = _own_gpu(device)
+        yield ProcessTeam(torch.device(device)), device
+        with _losses():
+            dist.barrier()  # who leaves early takes the connections along
     except Exception as error:
-        if not _is_first_failure(store):
-            raise SystemExit(1) from error
-        raise
-    with _losses():
-        dist.barrier()  # who leaves early takes the connections along
-    dist.destroy_process_group()
+        if _is_first_failure(store):
+            raise
+        raise SystemExit(1) from error
+    finally:
+        dist.destroy_process_group()
 
 
-def _own_gpu(device: torch.device) -> torch.device:
+def _own_gpu(device: str) -> str:
     """The GPU of this rank.
 
     Raises:
-        GPTQError: there are more ranks than GPUs.
+        GPTQError: one for all was asked for, or there are more ranks than GPUs.
     """
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if device.index is not None:
-        raise GPTQError(f"--device {device} is one GPU; under torchrun pass --device cuda: rank i takes GPU i")
+    if device != "cuda":
+        raise GPTQError(f"device {device!r} is one GPU for all ranks; pass cuda: rank i of a machine takes GPU i")
     if local >= count:
-        raise GPTQError(f"rank {local} of this machine has no GPU of its own: there are {count}; start fewer ranks")
+        raise GPTQError(f"rank {local} of this machine has no GPU, as there are {count}; start at most {count} ranks")
     torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    return f"cuda:{local}"
 
 
 def _is_first_failure(store: Any) -> bool:

@@ -115,7 +115,8 @@ class Layers:
             if target.name in found:
                 entry, fields = found[target.name]
                 if target.module not in self.done:
-                    self.store(target, QuantizedWeight(*fields, bits=target.config.bits))
+                    codes, scales, zeros, g_idx = fields
+                    self.store(target, QuantizedWeight(codes, scales, zeros, g_idx, target.config.bits))
                 self.add_report(entry)
 
     def store(self, target: Target, quantized: QuantizedWeight) -> None:

@@ -77,8 +77,8 @@ def send_to_owners(team: Team, each: Round, inputs: list[ExpertInput]) -> dict[i
         for entry in sent:
             layers = [i for i, target in enumerate(each.targets[entry.expert]) if target.module in entry.weights]
             facts.append([entry.number, entry.expert, entry.mask is not None, layers])
-            weights = [entry.weights[each.targets[entry.expert][i].module] for i in layers]
-            tensors += [entry.x, *([] if entry.mask is None else [entry.mask]), *weights]
+            tensors += [entry.x, *([] if entry.mask is None else [entry.mask])]
+            tensors += [entry.weights[each.targets[entry.expert][i].module] for i in layers]
         pieces.append([as_tensor(facts), *tensors])
     found: dict[int, list[ExpertInput]] = {expert: [] for expert, rank in owner.items() if rank == team.rank}
     for told, *rest in team.exchange(pieces):

@@ -88,7 +88,7 @@ def run(
         torch.cuda.reset_peak_memory_stats(device)
     with scratch_folder("bench") as folder, record(device) as recorder:
         progress = Progress(Path(folder) / "progress")
-        writer = BlockWriter.of(model, Path(folder), progress, find_structure(model, config))
+        writer = BlockWriter.of(model, progress, find_structure(model, config))
         assert writer is not None
         events = _Timed(recorder, writer)
         quantize_model(model, config, tokens, options=RunOptions(device=device), events=events, progress=progress)

@@ -56,7 +56,8 @@ def quantize(case: str, team: Team, out: Path) -> None:
     options, calibration = RunOptions(batch_size=2), None if case == "to nearest" else data
     report = quantize_model(model, config, calibration, options=options, events=told, team=team)
     layers = [dataclasses.asdict(layer) | {"seconds": 0} for layer in report.layers]
-    facts = {"layers": layers, "blocks": [dataclasses.asdict(each) for each in report.blocks], "told": sorted(told.layers)}
+    blocks = [dataclasses.asdict(each) for each in report.blocks]
+    facts = {"layers": layers, "blocks": blocks, "told": sorted(told.layers)}
     name = f"{case}.{team.rank}"
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / f"{name}.safetensors")
     (out / f"{name}.json").write_text(json.dumps(facts))
@@ -67,7 +68,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    with joined(torch.device("cpu")) as (team, _):
+    with joined("cpu") as (team, _):
         for case in sys.argv[2:] or CASES:
             quantize(case, team, out)
 
