@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import GPTQError
+from ..timing import timed
 from .team import Team, as_tensor, from_tensor
 
 _TIMEOUT = timedelta(hours=2)  # that ranks may be apart; one that dies is noticed at once
@@ -37,6 +38,7 @@ class ProcessTeam(Team):
         self._device = device
         self._group = dist.new_group(backend="nccl", timeout=_TIMEOUT) if device.type == "cuda" else None
 
+    @timed("exchange")
     def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         own = self._pack(tensors)
         with _losses():
@@ -47,6 +49,7 @@ class ProcessTeam(Team):
             dist.all_gather(parts, padded, group=self._group)
         return [_unpack(part[:length]) for part, length in zip(parts, lengths)]
 
+    @timed("exchange")
     def exchange(self, pieces: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         packed = [self._pack(each) for each in pieces]
         sizes = [each.numel() for each in packed]
@@ -56,6 +59,7 @@ class ProcessTeam(Team):
             dist.all_to_all_single(received, torch.cat(packed), coming, sizes, group=self._group)
         return [_unpack(each) for each in received.split(coming)]
 
+    @timed("exchange")
     def broadcast(self, source: int, tensors: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         own = self._pack(tensors()) if source == self.rank else None
         length = torch.tensor([0 if own is None else own.numel()])
@@ -65,6 +69,7 @@ class ProcessTeam(Team):
             dist.broadcast(buffer, source, group=self._group)
         return _unpack(buffer)
 
+    @timed("exchange")
     def least(self, value: int) -> int:
         number = torch.tensor(value)
         with _losses():
@@ -122,13 +127,18 @@ def _losses() -> Iterator[None]:
         ) from error
 
 
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Team, str]]:
     """The team that this process is of, and the device where it computes: one GPU for each rank of a machine.
 
     Of several ranks that fail only the first one's error goes on; the others end with SystemExit, without a word.
     """
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not launched():
         yield Team(), device
         return
     store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
@@ -169,4 +179,4 @@ def _is_first_failure(store: Any) -> bool:
         return False
 
 
-__all__ = ["ProcessTeam", "RankLostError", "joined"]
+__all__ = ["ProcessTeam", "RankLostError", "joined", "launched"]

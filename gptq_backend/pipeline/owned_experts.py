@@ -87,7 +87,7 @@ def send_to_owners(team: Team, each: Round, inputs: list[ExpertInput]) -> dict[i
             x, mask = tensors.pop(0), tensors.pop(0) if masked else None
             weights = {each.targets[expert][i].module: tensors.pop(0) for i in layers}
             found[expert].append(ExpertInput(number, expert, x, mask, weights))
-    return found
+    return {expert: sorted(entries, key=lambda entry: entry.number) for expert, entries in found.items()}
 
 
 def gather_names(team: Team, targets: list[Target]) -> set[str]:

@@ -130,7 +130,7 @@ class Passes:
 
         def serve(key: Target | tuple[Block, Place | Round]) -> None:
             if isinstance(key, Target):
-                serve_layer(key, self._arrived.pop(key, []))
+                serve_layer(key, self._arrivals(key))
                 return
             block, place = key
             self.reached.add(block)
@@ -150,6 +150,10 @@ class Passes:
         with ExitStack() as hooks:
             self._set_hooks(hooks)
             lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
+
+    def _arrivals(self, target: Target) -> list[LayerInput]:
+        """What passes are about to feed a layer, by batch; they may have come one before the other."""
+        return sorted(self._arrived.pop(target, []), key=lambda arrived: arrived.number)
 
     def _keys(self) -> list[Any]:
         """All that passes wait for, in the order in which it is served."""
@@ -175,7 +179,7 @@ class Passes:
             each.mixture.call(given.expert, given.x)
 
         def serve(target: Target) -> None:
-            serve_layer(target, self._arrived.pop(target))
+            serve_layer(target, self._arrivals(target))
 
         lockstep.run([partial(forward, given) for given in inputs], serve, targets.index)
 
@@ -318,6 +322,7 @@ class Passes:
         if task is None or task.recording is None or self._busy():
             return call(x)
         if expert in task.recording.wanted:
+            task.recording.wanted.remove(expert)  # a layer is quantized for the first call
             given = ExpertInput(task.number, expert, x.detach().clone(), task.mask(x), task.weights)
             task.recording.inputs.append(given)
         return torch.zeros_like(x)
