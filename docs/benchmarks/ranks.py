@@ -43,8 +43,8 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m")
-    parser.add_argument("--blocks", default="3")
-    parser.add_argument("--samples", default="16")
+    parser.add_argument("--blocks", default="2")
+    parser.add_argument("--samples", default="8")
     parser.add_argument("--seqlen", default="512")
     parser.add_argument("--group-size", default="64")
     parser.add_argument("--ranks", type=int, default=2)

@@ -122,8 +122,8 @@ def _losses() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RankLostError(
-            "another rank has ended, and this one cannot go on alone; look for its message, then begin the same run "
-            f"again, which goes on from the last finished block ({str(error).splitlines()[0]})"
+            "another rank has ended, and this one cannot go on alone; torchrun's report below says which, and with what "
+            "exit code; begin the same run again, with as many ranks or others: it goes on from the last finished block"
         ) from error
 
 
