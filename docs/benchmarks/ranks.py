@@ -25,7 +25,8 @@ def one_run(arguments: list[str], ranks: int, threads: int) -> dict[str, Any]:
         target = Path(folder) / "result.json"
         command = [sys.executable, "-m", "gptq_cli", "bench", "quantize", *arguments]
         command += ["--ranks", str(ranks), "--threads", str(threads), "--json", str(target)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # Threads that spin while they wait take the cores from those that work, if others use the machine, too.
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         return json.loads(target.read_text())
 

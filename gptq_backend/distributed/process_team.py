@@ -122,8 +122,8 @@ def _losses() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RankLostError(
-            "another rank has ended, and this one cannot go on alone; torchrun's report below says which, and with what "
-            "exit code; begin the same run again, with as many ranks or others: it goes on from the last finished block"
+            "another rank has ended, and this one cannot go on alone; torchrun's report below says which one; begin "
+            "the same run again, with any number of ranks: it goes on from the last finished block"
         ) from error
 
 

@@ -84,7 +84,7 @@ class Layers:
             factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
-            shared, rounded = source.factor, self.joint.take(target, weight, source.factor)
+            shared, rounded = source.factor, self.joint.take(target, weight, source.factor, team.work)
         quantize = partial(quantize_weight, name=target.name, sharing=team.work)
         layer = quantize(weight, shared, target.config, tokens, rounded=rounded)
         if (before := self.before(target.name)) is not None:

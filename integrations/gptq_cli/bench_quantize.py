@@ -125,7 +125,13 @@ def launch(ranks: int, arguments: Sequence[str]) -> None:
         GPTQError: one of them failed, and has said why.
     """
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="bench",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "gptq_cli", *arguments)
