@@ -3,7 +3,9 @@
     python docs/benchmarks/ranks.py --shape smollm2-135m --ranks 2 --turns 3 --json docs/benchmarks/ranks-cpu.json
 
 Each turn runs ``gptq-backend bench quantize`` once in each way, in new processes: blocks of the shape with random
-weights on random tokens. The first block is left out of the seconds: it holds what is done once.
+weights on random tokens. The first block is left out of the seconds: it holds what is done once. CPU seconds, of all
+threads and blocks, tell what it would be like where nobody else uses the machine: a process with n threads takes at
+least an n-th of its own, ranks about as long as the one with most.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ def row(result: dict[str, Any], ranks: int, threads: int) -> dict[str, Any]:
     """What is kept of a run."""
     _, _, *later = result["phases"]
     phases = {name: sum(lap.get(name, 0) for lap in later) / len(later) for name in sorted({*later[0]})}
-    peaks = result["peak_bytes_by_rank"]
-    seconds = sum(phases.values())
-    return {"ranks": ranks, "threads": threads, "block_seconds": seconds, "phases": phases, "peak_bytes": peaks}
+    found = {"ranks": ranks, "threads": threads, "block_seconds": sum(phases.values())}
+    kept = {key: result[key] for key in ("cpu_seconds_by_rank", "peak_bytes_by_rank")}
+    return {**found, **kept, "load_average": os.getloadavg()[0], "phases": phases}
 
 
 def main() -> None:
@@ -62,14 +64,15 @@ def main() -> None:
             rows.append(row(result, ranks, threads))
             print(json.dumps(rows[-1]), flush=True)
     alone, together = ([each["block_seconds"] for each in rows if each["ranks"] == n] for n in (1, asked.ranks))
+    longest = [max(each["cpu_seconds_by_rank"]) / each["threads"] for each in rows]
     ratios = [b / a for a, b in zip(alone, together, strict=True)]
     found = {
         "command": " ".join(["python", "docs/benchmarks/ranks.py", *sys.argv[1:]]),
         "machine": {key: value for key, value in machine.items() if key not in ("command", "threads")},
-        "load_average": os.getloadavg(),
         "median_seconds_of_one_process": statistics.median(alone),
         "median_seconds_of_ranks": statistics.median(together),
         "ratio_of_each_turn": ratios,
+        "ratio_of_cpu_seconds_per_thread": [b / a for a, b in zip(longest[::2], longest[1::2], strict=True)],
         "rows": rows,
     }
     asked.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -48,7 +48,8 @@ class Resume:
         constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
         every = self.layers.calibrate_all_experts
-        facts = [config.to_dict(), str(self.layers.placement.device), described, others, every]
+        device = self.layers.placement.device  # each rank has a GPU of its own
+        facts = [config.to_dict(), None if device is None else device.type, described, others, every]
         self.identity = self.progress.digest("", facts, [*data, *outside])
 
     def begin_block(self, block: Block) -> None:

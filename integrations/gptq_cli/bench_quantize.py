@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ class Result:
     peak_bytes: int | None  # allocated on a GPU; on a CPU resident in the process since its start, model included
     peak_reserved_bytes: int | None  # on a GPU what torch's allocator held at most
     peak_bytes_by_rank: list[int]  # the first of them is that of peak_bytes, as all else is of the first rank
+    cpu_seconds_by_rank: list[float]  # of all threads, for all of the run
 
 
 @dataclass
@@ -98,11 +100,13 @@ def run(
         writer = BlockWriter.of(model, progress, find_structure(model, config))
         assert writer is not None
         events = _Timed(recorder, writer)
-        options = RunOptions(device=device)
+        options, begun = RunOptions(device=device), time.process_time()
         quantize_model(model, config, tokens, options=options, events=events, progress=progress, team=team)
         events.cut()
+        worked = time.process_time() - begun
     before, first, *later = [sum(lap.values()) for lap in events.laps]
     peak, reserved = _peak(device)
+    by_rank = team.all_gather([torch.tensor([peak or 0, worked], dtype=torch.float64)])
     return Result(
         shape=shape,
         blocks=blocks,
@@ -114,7 +118,8 @@ def run(
         whole=before + first + sum(later) / len(later) * (settings["num_hidden_layers"] - 1),
         peak_bytes=peak,
         peak_reserved_bytes=reserved,
-        peak_bytes_by_rank=[int(each) for (each,) in team.all_gather([torch.tensor(peak or 0)])],
+        peak_bytes_by_rank=[int(each[0]) for (each,) in by_rank],
+        cpu_seconds_by_rank=[float(each[1]) for (each,) in by_rank],
     )
 
 
