@@ -132,8 +132,9 @@ def quantize_weight(
         found, sums = _quantize_rows(weight[parts[i]], shared, config, given)
         return [found.codes, found.scales, found.zeros, found.g_idx, torch.tensor(sums, dtype=torch.float64)]
 
-    codes, scales, zeros, g_idx, sums = zip(*sharing(len(parts), part))
-    quantized = QuantizedWeight(*(torch.cat(each, dim=1) for each in (codes, scales, zeros)), g_idx[0], config.bits)
+    *fields, g_idx, sums = zip(*sharing(len(parts), part))
+    codes, scales, zeros = (torch.cat(each, dim=1) for each in fields)
+    quantized = QuantizedWeight(codes, scales, zeros, g_idx[0], config.bits)
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {SCALE_DTYPE}; skip the layer with a dynamic rule")
     loss, energy, *errors = torch.stack([each.cpu() for each in sums]).sum(0).tolist()
@@ -184,9 +185,12 @@ def _quantize_rows(
 
 @torch.no_grad()
 def round_weights(
-    weights: Sequence[Tensor], shared: LayerFactor | None, config: QuantizeConfig
+    weights: Sequence[Tensor], shared: LayerFactor | None, config: QuantizeConfig, sharing: Sharing = alone
 ) -> list[QuantizedWeight]:
-    """The column loop alone, at once over the output channels of several layers, [N, K] each, with one input."""
+    """The column loop alone, at once over the output channels of several layers, [N, K] each, with one input.
+
+    ``sharing`` does the parts that :func:`row_parts` makes of all those channels.
+    """
     exact = torch.cat([weight.to(_working_dtype(weight)) for weight in weights])
     if shared is None:
         plain = column_order(torch.ones_like(exact[0]), config)
@@ -194,14 +198,16 @@ def round_weights(
         upper = torch.eye(exact.shape[1], dtype=exact.dtype, device=exact.device)
     else:
         order, upper = shared.order, shared.factor.upper.to(exact.dtype)
-    quantized = _ColumnLoop(exact, order, upper, config).run()
-    if len(weights) == 1:
-        return [quantized]
-    sizes, fields = [len(weight) for weight in weights], (quantized.codes, quantized.scales, quantized.zeros)
-    return [
-        QuantizedWeight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), order.g_idx, config.bits)
-        for codes, scales, zeros in zip(*(field.split(sizes, dim=1) for field in fields))
-    ]
+    parts = row_parts(len(exact), exact.device)
+
+    def part(i: int) -> list[Tensor]:
+        found = _ColumnLoop(exact[parts[i]], order, upper, config).run()
+        return [found.codes, found.scales, found.zeros]
+
+    codes, scales, zeros = (torch.cat(each, dim=1) for each in zip(*sharing(len(parts), part)))
+    quantized = QuantizedWeight(codes, scales, zeros, order.g_idx, config.bits)
+    edges = [0, *itertools.accumulate(len(weight) for weight in weights)]
+    return [quantized.rows(slice(first, stop)) for first, stop in itertools.pairwise(edges)]
 
 
 class _ColumnLoop:

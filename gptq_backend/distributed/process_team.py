@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import GPTQError
+from ..timing import timed
 from .team import Team, as_tensor, from_tensor
 
 _TIMEOUT = timedelta(hours=2)  # that ranks may be apart; one that dies is noticed at once
@@ -37,6 +38,7 @@ class ProcessTeam(Team):
         self._device = device
         self._group = dist.new_group(backend="nccl", timeout=_TIMEOUT) if device.type == "cuda" else None
 
+    @timed("exchange")
     def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         own = self._pack(tensors)
         with _losses():
@@ -47,6 +49,7 @@ class ProcessTeam(Team):
             dist.all_gather(parts, padded, group=self._group)
         return [_unpack(part[:length]) for part, length in zip(parts, lengths)]
 
+    @timed("exchange")
     def exchange(self, pieces: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         packed = [self._pack(each) for each in pieces]
         sizes = [each.numel() for each in packed]
@@ -56,6 +59,7 @@ class ProcessTeam(Team):
             dist.all_to_all_single(received, torch.cat(packed), coming, sizes, group=self._group)
         return [_unpack(each) for each in received.split(coming)]
 
+    @timed("exchange")
     def broadcast(self, source: int, tensors: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         own = self._pack(tensors()) if source == self.rank else None
         length = torch.tensor([0 if own is None else own.numel()])
@@ -65,6 +69,7 @@ class ProcessTeam(Team):
             dist.broadcast(buffer, source, group=self._group)
         return _unpack(buffer)
 
+    @timed("exchange")
     def least(self, value: int) -> int:
         number = torch.tensor(value)
         with _losses():
@@ -117,48 +122,54 @@ def _losses() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RankLostError(
-            "another rank has ended, and this one cannot go on alone; look for its message, then begin the same run "
-            f"again, which goes on from the last finished block ({str(error).splitlines()[0]})"
+            "another rank has ended, and this one cannot go on alone; torchrun's report below says which one; begin "
+            "the same run again, with any number of ranks: it goes on from the last finished block"
         ) from error
 
 
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
 @contextmanager
-def joined(device: torch.device) -> Iterator[tuple[Team, torch.device]]:
-    """The team that this process is of, and where it computes: one GPU for each rank of a machine.
+def joined(device: str) -> Iterator[tuple[Team, str]]:
+    """The team that this process is of, and the device where it computes: one GPU for each rank of a machine.
 
     Of several ranks that fail only the first one's error goes on; the others end with SystemExit, without a word.
     """
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not launched():
         yield Team(), device
         return
-    if device.type == "cuda":
-        device = _own_gpu(device)
     store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
-        yield ProcessTeam(device), device
+        if device.partition(":")[0] == "cuda":
+            device = _own_gpu(device)
+        yield ProcessTeam(torch.device(device)), device
+        with _losses():
+            dist.barrier()  # who leaves early takes the connections along
     except Exception as error:
-        if not _is_first_failure(store):
-            raise SystemExit(1) from error
-        raise
-    with _losses():
-        dist.barrier()  # who leaves early takes the connections along
-    dist.destroy_process_group()
+        if _is_first_failure(store):
+            raise
+        raise SystemExit(1) from error
+    finally:
+        dist.destroy_process_group()
 
 
-def _own_gpu(device: torch.device) -> torch.device:
+def _own_gpu(device: str) -> str:
     """The GPU of this rank.
 
     Raises:
-        GPTQError: there are more ranks than GPUs.
+        GPTQError: one for all was asked for, or there are more ranks than GPUs.
     """
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if device.index is not None:
-        raise GPTQError(f"--device {device} is one GPU; under torchrun pass --device cuda: rank i takes GPU i")
+    if device != "cuda":
+        raise GPTQError(f"device {device!r} is one GPU for all ranks; pass cuda: rank i of a machine takes GPU i")
     if local >= count:
-        raise GPTQError(f"rank {local} of this machine has no GPU of its own: there are {count}; start fewer ranks")
+        raise GPTQError(f"rank {local} of this machine has no GPU, as there are {count}; start at most {count} ranks")
     torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    return f"cuda:{local}"
 
 
 def _is_first_failure(store: Any) -> bool:
@@ -168,4 +179,4 @@ def _is_first_failure(store: Any) -> bool:
         return False
 
 
-__all__ = ["ProcessTeam", "RankLostError", "joined"]
+__all__ = ["ProcessTeam", "RankLostError", "joined", "launched"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import QuantizeConfig
 from ..distributed.team import Team
 from ..errors import ConfigError
+from ..format.weight import QuantizedWeight
 from ..model.calibration import Batch, check_fits, make_batches
 from ..model.layer_inputs import Factors, LayerInput
 from ..model.placement import outside_of, tensors_of
@@ -30,8 +31,9 @@ from ..training.distill import DistillReport, distill
 from ..training.scales import validation_batches
 from .layers import Layers
 from .options import Events, RunOptions
+from .owned_experts import ExpertInput, Round, gather_names, send_to_owners
 from .passes import BlockState, Passes, Phase, Place
-from .report import QuantizeReport
+from .report import LayerReport, QuantizeReport
 from .resume import Resume
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ class _Run:
         self.layers = Layers(model, config, options, events, team)
         self.structure, self.placement = self.layers.structure, self.layers.placement
         _warn_of_exceptions(model, self.structure, config)
-        self.factors = Factors(self.placement, team)
+        self.factors, self.own_factors = Factors(self.placement, team), Factors(self.placement, Team())
         self.passes = Passes(self.layers, config, team)
         self.resume = Resume(progress, self.layers, team)
 
@@ -149,7 +151,7 @@ class _Run:
         outside = outside_of([block.module for block in self.structure.blocks], self.model)
         self.resume.begin(self.config, batches, outside)
         self.placement.bring(outside)
-        self.passes.run(batches, self.serve_place, self.serve_layer)
+        self.passes.run(batches, self.serve_place, self.serve_layer, self.serve_experts)
         self.finish_block()
         for block in self.structure.blocks:
             if block not in self.passes.reached:  # no batch came by; its weights are wanted all the same
@@ -176,7 +178,11 @@ class _Run:
         elif place is Place.MEASURED:
             for target, source in state.measured:
                 self.layers.quantize(target, source)
-            state.measured.clear()
+            own = [(target, *self.layers.make(target, source, Team())) for target, source in state.owned]
+            self.layers.share(own, block)
+            for measured in (state.measured, state.owned):
+                measured.clear()
+            state.known.clear()
             state.phase = Phase.QUANTIZING
         elif place is Place.TRAIN:
             self.train(state)
@@ -188,8 +194,31 @@ class _Run:
         # An expert may get its first tokens only after MEASURING: the quantized block routes otherwise.
         if state is not None and state.phase is Phase.MEASURING:
             state.measured.append((target, source))
+            state.known.add(target.name)
         else:
             self.layers.quantize(target, source)
+
+    @timed("other")
+    def serve_experts(self, block: Block, each: Round, inputs: list[ExpertInput]) -> None:
+        """All passes wait in front of some experts, with ``inputs`` for them."""
+        state = self.passes.state
+        assert state is not None, "experts are in a block"
+        made: list[tuple[Target, QuantizedWeight, LayerReport]] = []
+
+        def serve(target: Target, inputs: list[LayerInput]) -> None:
+            source = self.own_factors.of(target, inputs)
+            if state.phase is Phase.MEASURING:
+                state.owned.append((target, source))
+            else:
+                weight, entry = self.layers.make(target, source, Team())
+                self.layers.store(target, weight)
+                made.append((target, weight, entry))
+
+        for own in send_to_owners(self.team, each, inputs).values():
+            if own:
+                self.passes.run_expert(each, own, serve)
+        self.layers.share(made, block)
+        state.known |= gather_names(self.team, [target for target, _ in state.owned])
 
     def distill(self, teacher: Callable[[], nn.Module], batches: list[Batch]) -> DistillReport:
         """Train the whole quantized model towards the original."""
@@ -264,9 +293,11 @@ class _Run:
             )
         for target in block.targets:
             self.layers.install(target)
+        self.layers.sort_reports(block)
         self.placement.send_back(tensors_of(block.module))
         self.resume.save(block)
         self.factors.clear()
+        self.own_factors.clear()
         self.events.block_done(block.name, block.module)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..algorithm.gptq import Step
 from ..config import QuantizeConfig
 from ..distributed.team import Team, as_tensor, from_tensor
 from ..format.stored_tensors import decode
@@ -49,7 +48,8 @@ class Resume:
         constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
         every = self.layers.calibrate_all_experts
-        facts = [config.to_dict(), str(self.layers.placement.device), described, others, every]
+        device = self.layers.placement.device  # each rank has a GPU of its own
+        facts = [config.to_dict(), None if device is None else device.type, described, others, every]
         self.identity = self.progress.digest("", facts, [*data, *outside])
 
     def begin_block(self, block: Block) -> None:
@@ -76,7 +76,7 @@ class Resume:
         self._begun = time.perf_counter() - facts["seconds"]  # as if the earlier run went on
         self.layers.report.blocks += [BlockReport(**each) for each in facts["blocks"]]
         for each in facts["layers"]:
-            self.layers.add_report(LayerReport(**each | {"steps": tuple(Step(**step) for step in each["steps"])}))
+            self.layers.add_report(LayerReport.read(each))
         return True
 
     def save(self, block: Block) -> None:
