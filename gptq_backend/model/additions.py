@@ -39,7 +39,8 @@ class Additions:
         Returns:
             What ``run`` returns, and what was seen: after the first call at no more places than :attr:`of` needs.
         """
-        found, outputs, seen = Trace(), {}, []  # outputs: by layer, with how many places had been seen before
+        found, seen = Trace(), list[Tensor]()
+        outputs: dict[nn.Module, tuple[Tensor, int]] = {}  # by layer, with how many places had been seen before
         wanted = None if self.of is None else set(self.of.values())
 
         def enter(name: str) -> Callable[..., None]:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from ..config import QuantizeConfig
 from ..distributed.team import Team
 from ..model import lockstep
-from ..model.additions import BLOCK, Additions, Trace
 from ..model.calibration import Batch, call_model, masks_of, model_inputs
 from ..model.layer_inputs import InputFactor, LayerInput, tells
 from ..model.mixtures import find_mixture
 from ..model.structure import Block, Target
 from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
+from .drifts import Drifts
 from .layers import Layers
 from .owned_experts import ExpertInput, Recording, Round, rounds_of
 
@@ -68,8 +68,6 @@ class BlockState:
     known: set[str] = field(default_factory=set)  # names of what any rank has in those
     originals: dict[int, Tensor] = field(default_factory=dict)  # what the original block returned, by batch
     examples: dict[int, Example] = field(default_factory=dict)  # of the quantized block, likewise
-    additions: Additions | None = None  # of the block, where drift is made up for
-    traces: dict[int, Trace] = field(default_factory=dict)  # what was seen in the original block, by batch
 
 
 @dataclass(eq=False)
@@ -87,7 +85,6 @@ class _Task:
     inside: bool = False  # whether it is in a block
     left: set[Block] = field(default_factory=set)  # blocks that it has passed
     weights: dict[nn.Module, Tensor] = field(default_factory=dict)  # of tokens, for the layers of the block it is in
-    places: dict[str, Tensor] = field(default_factory=dict)  # see additions.py, of the block it is in
     recording: Recording | None = None  # while experts are not called
 
     def mask(self, x: Tensor) -> Tensor | None:
@@ -109,7 +106,7 @@ class Passes:
         self._recorded: dict[Round, list[ExpertInput]] = {}
         self.state: BlockState | None = None  # set by whoever serves the places
         self.reached: set[Block] = set()
-        self._hooks = ExitStack()  # of the run
+        self._drifts: Drifts | None = None  # of the run
         self._arrived: dict[Target, list[LayerInput]] = {}  # what the waiting passes are about to feed each layer
         self._sensitivity = Sensitivity()
 
@@ -152,7 +149,8 @@ class Passes:
         numbered = [(i, each, masks_of(each)) for i, each in zip(mine, inputs)]
         tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
-            self._hooks = hooks
+            if self.config.preset.correct_drift:
+                self._drifts = Drifts(hooks, self._here)
             self._set_hooks(hooks)
             lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
 
@@ -244,7 +242,8 @@ class Passes:
             lockstep.wait((block, Place.START))
             state = self._current()
             if block.targets and state.phase is not Phase.FINAL_BEFORE:
-                _TASK.get().places = {BLOCK: x} if isinstance(x, Tensor) else {}
+                if self._drifts is not None:
+                    self._drifts.enter(block, _TASK.get().number, x)
 
                 def trial() -> Any:
                     return forward(*map(_own_cache, args), **{key: _own_cache(value) for key, value in kwargs.items()})
@@ -258,37 +257,12 @@ class Passes:
         """Keep what is needed of the block as it is before it is quantized."""
         lockstep.wait((block, Place.ORIGINAL))
         state, number = self._current(), _TASK.get().number
-        if self.config.preset.correct_drift:
-            if (additions := state.additions) is None:
-                # Experts get other tokens here than there, so that their inputs cannot be compared.
-                layers = [target.module for target in block.targets if not target.may_be_idle]
-                additions = state.additions = Additions(block.module, layers)
-                output, trace = additions.trace(x, run, output_tensor)
-                self._hook_places(additions)
-            else:
-                output, trace = additions.trace(x, run, output_tensor)
-            state.traces[number] = trace
-        else:
-            output = run()
+        output = self._drifts.original(block, number, x, run) if self._drifts is not None else run()
         if self.config.preset.block_epochs:
             state.originals[number] = output_tensor(output)
         self._leave(block)
         lockstep.wait((block, Place.LEAVE))
         return output
-
-    def _hook_places(self, additions: Additions) -> None:
-        """Let the passes through the quantized block remember what comes to the places that its layers add to."""
-
-        def remember(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if not self._busy() and not (task := _TASK.get()).original:
-                    task.places[name] = next(iter((*args, *kwargs.values())))
-
-            return hook
-
-        for name in set((additions.of or {}).values()) - {BLOCK}:
-            module = additions.block.get_submodule(name)
-            self._hooks.callback(module.register_forward_pre_hook(remember(name), with_kwargs=True).remove)
 
     def _run_until_final(self, state: BlockState, run: Callable[[], Any], mask: Tensor | None) -> None:
         """Run the block as often as it takes until all its weights are final; ``mask`` is that of its input.
@@ -374,27 +348,18 @@ class Passes:
             if task.original or (state and target.name in state.known):
                 return
             x = next(iter((*args, *kwargs.values())))
-            original, residual = self._originals(task, module)
+            there = (None, None) if self._drifts is None else self._drifts.of(module, task.number)
             self._arrived.setdefault(target, []).append(
-                LayerInput(task.number, x, task.mask(x), task.weights.get(module), original, residual)
+                LayerInput(task.number, x, task.mask(x), task.weights.get(module), *there)
             )
             lockstep.wait(target)
             self.layers.placement.fetch(x)
 
         hooks.callback(target.module.register_forward_pre_hook(wait, with_kwargs=True).remove)
 
-    def _originals(self, task: _Task, layer: nn.Module) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """What the original block feeds a layer in the pass that waits before it; and what its output is added to, in
-        the original and in this pass. None where that is not known.
-        """
-        state = self.state
-        if state is None or state.additions is None or (trace := state.traces.get(task.number)) is None:
-            return None, None
-        place = (state.additions.of or {}).get(layer, "unknown")
-        both = trace.places.get(place), task.places.get(place)
-        return trace.inputs.pop(layer, None), (both[0], both[1]) if both[0] is not None and both[
-            1
-        ] is not None else None
+    def _here(self) -> int | None:
+        """The batch whose pass through the quantized blocks is running; None of any other call of a block."""
+        return None if self._busy() or _TASK.get().original else _TASK.get().number
 
     def _current(self) -> BlockState:
         assert self.state is not None, "a block was passed without its turn"
