@@ -85,7 +85,10 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     sizes = {"hidden": HIDDEN, "expert": EXPERT, "experts": EXPERTS, "chosen": CHOSEN, "tokens": TOKENS}
     if asked.json:
-        asked.json.write_text(json.dumps({"model": sizes, "threads": 1, "runs": rows}, indent=1) + "\n")
+        command = " ".join(["python", "docs/benchmarks/mixture_memory.py", *sys.argv[1:]])
+        asked.json.write_text(
+            json.dumps({"command": command, "model": sizes, "threads": 1, "runs": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
