@@ -264,40 +264,52 @@ def evaluate(
         str | None, typer.Option(help="Row of the kernel table. Default: the fastest that fits.", show_default=False)
     ] = None,
     head_bits: HeadBits = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Questions with given answers: BIG-bench's task.json, or .jsonl (repeatable).",
+            show_default=False,
+        ),
+    ] = None,
+    items: Annotated[int, typer.Option(min=1, help="Questions of each FILE at most, evenly spread.")] = 200,
+    robustness: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="SWAPS",
+            help="Swap so many tokens of each window by gradients, and tell how the loss rises.",
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json_target: Json = None,
 ) -> None:
-    """Perplexity of MODEL; with --reference also how far its predictions are from the reference's."""
-    if text is None:
+    """Perplexity of MODEL, its answers, its robustness; with --reference also how far it is from the reference."""
+    if text is None and (not tasks or robustness is not None):
         raise typer.BadParameter("pass --text FILE: some 50 kB of UTF-8 text that the model was not calibrated on")
-    import dataclasses
+    if robustness is not None and reference is None:
+        raise typer.BadParameter("--robustness compares two models; pass --reference REF, usually the original")
+    from . import eval_command
 
-    from gptq_transformers.calibration_input import load_tokenizer
-
-    from . import evaluate as work
-    from . import models, terminal
-
-    console, say = terminal.start(json_target)
-    content = terminal.read_text(text)
-    for path in filter(None, (model, reference)):
-        models.require_model(path)
-    models.require_device(device)
-    with console.status("loading", spinner="line") as status:
-        ids = work.cut_windows(content, load_tokenizer(model, True, trust_remote_code), seqlen, windows)
-        if reference is not None:
-            work.check_reference_tokens(reference, content, ids.flatten().tolist(), trust_remote_code)
-        options: dict[str, Any] = {
-            "dtype": dtype and dtype.value,
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-        }
-        loaded = models.load_model(model, backend=backend, head_bits=head_bits, **options)
-        other = None if reference is None else models.load_model(reference, **options)
-        result = work.evaluate(loaded, ids, other, lambda done, total: status.update(f"window {done} of {total}"))
-    settings = {"model": model, "reference": reference, "text": str(text), "device": device, "head_bits": head_bits}
-    computed_in = str(next(p for p in loaded.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
-    terminal.write_json(json_target, {**settings, "dtype": computed_in, **dataclasses.asdict(result)})
-    say("\n".join(work.lines(result, computed_in, device)))
+    eval_command.run(
+        eval_command.Request(
+            model=model,
+            reference=reference,
+            text=text,
+            seqlen=seqlen,
+            windows=windows,
+            tasks=tasks or (),
+            items=items,
+            robustness=robustness,
+            dtype=dtype and dtype.value,
+            device=device,
+            backend=backend,
+            head_bits=head_bits,
+            trust_remote_code=trust_remote_code,
+        ),
+        json_target,
+    )
 
 
 @app.command()

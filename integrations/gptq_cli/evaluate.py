@@ -78,9 +78,9 @@ def evaluate(
         GPTQError: the two models have different vocabularies, or one of them yields NaN.
     """
     ids = torch.stack([torch.as_tensor(row) for row in windows]).long()
-    _check_limits(model, ids)
+    check_limits(model, ids)
     if reference is not None:
-        _check_limits(reference, ids)
+        check_limits(reference, ids)
     figures: list[dict[str, Any]] = []
     seconds = 0.0
     with torch.inference_mode():
@@ -165,7 +165,7 @@ def _summarize(figures: Sequence[Mapping[str, Any]], seconds: float, ids: Tensor
     return Evaluation(**result)
 
 
-def _check_limits(model: nn.Module, ids: Tensor) -> None:
+def check_limits(model: nn.Module, ids: Tensor) -> None:
     """Raise GPTQError for windows that the model cannot read, which would end in an index error deep inside it."""
     positions, vocabulary = model_limits(model)
     if ids.shape[1] > positions:
@@ -179,13 +179,15 @@ def _check_limits(model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def check_reference_tokens(reference: str, text: str, ids: list[int], trust_remote_code: bool) -> None:
-    """Raises GPTQError when the tokenizer of ``reference``, if there is one, begins ``text`` with other ``ids``."""
+def check_reference_tokens(
+    reference: str, tokenizer: Callable[..., Any], texts: Sequence[str], trust_remote_code: bool
+) -> None:
+    """Raises GPTQError when the tokenizer of ``reference``, if there is one, gives ``texts`` other ids."""
     try:
-        tokenizer = load_tokenizer(reference, True, trust_remote_code)
+        other = load_tokenizer(reference, True, trust_remote_code)
     except GPTQError:  # there is none
         return
-    if list(tokenizer(text)["input_ids"])[: len(ids)] != ids:
+    if any(list(tokenizer(text)["input_ids"]) != list(other(text)["input_ids"]) for text in texts):
         raise GPTQError(
             f"the tokenizer of {reference} gives the text other token ids than the model's; a reference must have "
             "the same tokenizer"

@@ -32,3 +32,53 @@ def test_eval_prints_a_table_of_what_it_measured(original: Path, quantized: Path
     assert result.exit_code == 0, result.output
     for words in ("3 windows of 32 tokens", "perplexity of the reference", "mean KL divergence", "99th percentile"):
         assert words in result.stdout
+
+
+def test_eval_answers_questions_and_swaps_tokens(original: Path, quantized: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"Which comes after {i}?", "choices": ["this", "that"], "answer": i % 2} for i in range(6)]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--reference", original, "--tasks", questions, "--items", "4", "--json", tmp_path / "found.json"]
+    result = run("eval", quantized, *options)
+    assert result.exit_code == 0, result.output
+    assert "flips" in result.stdout
+    assert "perplexity" not in result.stdout
+    (task,) = json.loads((tmp_path / "found.json").read_text())["tasks"]
+    assert (task["name"], task["items"], task["chance"]) == ("questions", 4, 0.5)
+    text = ["--text", TEXT, "--seqlen", "16", "--windows", "2"]
+    result = run("eval", quantized, *options, *text, "--robustness", "2")
+    assert result.exit_code == 0, result.output
+    for words in ("perplexity", "flips", "2 tokens swapped in the first halves of 2 windows of 16 tokens"):
+        assert words in result.stdout
+    assert json.loads((tmp_path / "found.json").read_text())["robustness"]["swaps"] == 2
+
+
+def test_eval_says_what_robustness_needs(original: Path, quantized: Path) -> None:
+    for options, words in ((["--text", TEXT], "--reference"), (["--reference", original], "--text")):
+        result = run("eval", quantized, *options, "--robustness", "2")
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
+def test_eval_compares_models_whose_texts_begin_with_a_token_of_their_own(
+    original: Path, quantized: Path, tmp_path: Path
+) -> None:
+    models = [shutil.copytree(folder, tmp_path / folder.name) for folder in (original, quantized)]
+    for model in models:
+        file = model / "tokenizer.json"
+        content = json.loads(file.read_text())
+        begin = next(iter(content["model"]["vocab"]))
+        number = content["model"]["vocab"][begin]
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {begin: {"id": begin, "ids": [number], "tokens": [begin]}},
+        }
+        file.write_text(json.dumps(content))
+        settings = model / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": begin}))
+    command = ["eval", models[1], "--reference", models[0], "--text", TEXT, "--seqlen", "32", "--windows", "3"]
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert "3 windows of 32 tokens" in result.stdout
