@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..algorithm.gptq import LayerFactor, round_weights
+from ..algorithm.sharing import Sharing
 from ..format.weight import QuantizedWeight
 from .structure import Block, Target, dense_weight
 
@@ -43,10 +44,10 @@ class JointRounding:
         self._ahead.clear()
         self._block = {target.name.removeprefix(f"{block.name}."): target for target in block.targets}
 
-    def take(self, target: Target, weight: Tensor, shared: LayerFactor) -> QuantizedWeight | None:
+    def take(self, target: Target, weight: Tensor, shared: LayerFactor, sharing: Sharing) -> QuantizedWeight | None:
         """The layer's rounded weight, if it was rounded with others or now is; None if it has to be by itself.
 
-        weight: [N, K], float32 or float64; shared: order and factor of the layer's input.
+        weight: [N, K], float32 or float64; shared: order and factor of the layer's input; sharing: does the parts.
         """
         name = next((name for name, each in self._block.items() if each is target), None)
         if name is None:
@@ -66,7 +67,7 @@ class JointRounding:
         if not others or not _worth_it(weight):
             return None
         weights = [weight, *(dense_weight(other.module).detach().to(weight.dtype) for other in others)]
-        first, *later = round_weights(weights, shared, target.config)
+        first, *later = round_weights(weights, shared, target.config, sharing)
         self._ahead.update({other: (weakref.ref(shared), rounded) for other, rounded in zip(others, later)})
         return first
 
