@@ -43,6 +43,17 @@ ROOMS = {
     "model": {"format", "kernels", "algorithm", "distributed"},
     "training": {"format", "kernels", "linear", "embedding", "algorithm", "distributed", "model"},
     "pipeline": {"format", "kernels", "linear", "embedding", "algorithm", "distributed", "model", "training"},
+    "budget": {
+        "format",
+        "kernels",
+        "linear",
+        "embedding",
+        "algorithm",
+        "distributed",
+        "model",
+        "training",
+        "pipeline",
+    },
     "bench": {"format", "kernels", "linear"},
 }
 # What each package beside the core may import of the others.

@@ -79,7 +79,8 @@ def run(
 
     Args:
         settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
-        options: ``batch_size``, ``block_name``, ``calibrate_all_experts``, ``overwrite`` and ``resume``.
+        options: ``batch_size``, ``block_name``, ``calibrate_all_experts``, ``overwrite``, ``resume``, ``target_size``
+            and ``target_bits``.
         push_to: repository on the hub, or None.
 
     Raises:
@@ -123,7 +124,7 @@ def run(
 
     if here is not None:  # the folder that this process stood in was replaced; relative paths mean the same again
         os.chdir(here)
-    report = make_report(result, model, out, source.describe(result, progress.choice))
+    report = make_report(result, model, out, source.describe(result, progress.choice), progress.plan)
     with _reporting(out):
         _, page = write_reports(report, out)  # before the comparison, which can fail
     if source.calibration is not None and kld_windows:
@@ -232,6 +233,10 @@ def _print(report: dict[str, Any], page: Path, say: Callable[[str], None]) -> No
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     say(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    if (budget := report["budget"]) is not None:
+        measured = report["evaluation"] and f", measured {significant(report['evaluation']['kld'])}"
+        predicted = f"predicted KL divergence {significant(budget['divergence'])}{measured or ''}"
+        say(f"budget of {budget['goal']}: {budget['layer_bits']:.2f} bits per weight of a layer; {predicted}")
     if kept := report["kept"]:
         say(f"stays in 16 bits: {places(kept)}")
     if (advice := _embedding_advice(report)) is not None:

@@ -112,7 +112,7 @@ def test_targets_that_are_not_finite_change_nothing() -> None:
     examples = {0: example, 1: example}
     vectors = block.blocks[0].norm1.parameters()
     report, found = train_block(
-        block.blocks[0], "blocks.0", weights, vectors, dict(enumerate(examples)), 1, lambda each: each.dtype, Team()
+        block.blocks[0], "blocks.0", weights, vectors, examples, 1, lambda each: each.dtype, Team()
     )
     assert not report.kept
     assert not found
