@@ -57,18 +57,14 @@ class CrossMoment:
         return None if total is None else total.view(self.shape)
 
 
-def make_up(weight: Tensor, shared: LayerFactor, of_input: Tensor, of_residual: Tensor | None) -> Tensor:
+def make_up(weight: Tensor, shared: LayerFactor, pull: Tensor) -> Tensor:
     """The weight [N, K] to round in the place of ``weight``.
 
     Args:
         shared: of the layer's input.
-        of_input: D [K, K].
-        of_residual: ``sum (r' - r) x^T`` [N, K] of what the layer's output is added to.
+        pull: [N, K], ``W D``, with what the residual adds to it.
     """
     upper, order = shared.factor.upper, shared.order.perm
-    pull = weight.to(upper.dtype) @ of_input.to(upper.dtype)
-    if of_residual is not None:
-        pull += of_residual.to(upper.dtype)
-    change = torch.empty_like(pull)
-    change[:, order] = pull[:, order] @ upper.t() @ upper  # U^T U is the inverse of the damped H
+    change = torch.empty_like(pull, dtype=upper.dtype)
+    change[:, order] = pull.to(upper.dtype)[:, order] @ upper.t() @ upper  # U^T U is the inverse of the damped H
     return weight + change.to(weight.dtype)

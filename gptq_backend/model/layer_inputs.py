@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,9 +48,11 @@ class LayerInput:
         """What x lacks to the original's, without padding; None where that is not known."""
         return self._difference(self.original, self.x)
 
-    def residual_drift(self) -> Tensor | None:
-        """The same of what the layer's output is added to."""
-        return None if self.residual is None else self._difference(*self.residual)
+    def output_drift(self, weight: Tensor) -> Tensor | None:
+        """What the sum of the output of a layer [N, K] and of what it is added to lacks to the original's, likewise."""
+        drift = self.drift()
+        residual = None if self.residual is None else self._difference(*self.residual)
+        return None if drift is None or residual is None else residual.add_(drift @ weight.t().to(drift))
 
     def _difference(self, original: Tensor | None, here: Tensor) -> Tensor | None:
         if original is None or original.shape != here.shape or here.shape[:-1] != self.x.shape[:-1]:
@@ -75,14 +78,14 @@ class InputFactor:
     settings: tuple[Any, ...]
     factor: LayerFactor
     hessian: Hessian
-    of_input: Tensor | None = None  # how the input has drifted: see drift.make_up
-    of_residual: Tensor | None = None  # likewise of what one layer's output is added to
+    of_input: Tensor | None = None  # how the input has drifted, D of drift.py
+    of_output: Tensor | None = None  # for one layer, W D with the residual's
 
     def aim(self, weight: Tensor) -> Tensor:
         """The weight [N, K] to round in the place of a layer's own."""
-        if self.of_input is None:
-            return weight
-        return make_up(weight, self.factor, self.of_input, self.of_residual)
+        if self.of_output is not None:
+            return make_up(weight, self.factor, self.of_output)
+        return weight if self.of_input is None else make_up(weight, self.factor, weight @ self.of_input.to(weight))
 
     @property
     def alive(self) -> bool:
@@ -99,10 +102,12 @@ class Factors:
     def __init__(self, placement: Placement, team: Team) -> None:
         self._placement, self.team = placement, team
         self._entries: list[InputFactor] = []
+        self._drifts: dict[int, Tensor | None] = {}  # of inputs, by the serial of their Hessian
         self._made = 0
 
     def clear(self) -> None:
         self._entries.clear()
+        self._drifts.clear()
 
     def of(self, target: Target, inputs: list[LayerInput]) -> InputFactor | None:
         """The factor of a layer's input, if an earlier layer read the same tensors the one made for it; None if there
@@ -117,21 +122,23 @@ class Factors:
         order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)  # see column_order
         settings = (*order, config.damp_percent)
         same = [each for each in self._entries if each.serial in seen.matching and each.weighted == seen.weighted]
-        outputs, channels = dense_weight(target.module).shape
-        place = self._placement.device or dense_weight(target.module).device
-        where = place, self.team
-        drifts = [each.residual_drift() for each in inputs]
-        residual = _accumulate_drift(inputs, drifts, seen, (outputs, channels), *where)
+        weight = dense_weight(target.module).detach()
+        where = self._placement.device or weight.device, self.team
+        found = _accumulate_drift(inputs, lambda each: each.output_drift(weight), seen, tuple(weight.shape), *where)
+        drift: dict[str, Any] = {"of_output": found}
+        if same:
+            hessian, serial = same[0].hessian, same[0].serial
+        else:
+            hessian, serial = _accumulate(inputs, seen, weight.shape[1], *where), self._made
+            self._made += 1
+        if found is None:
+            if serial not in self._drifts:
+                shape = weight.shape[1], weight.shape[1]
+                self._drifts[serial] = _accumulate_drift(inputs, LayerInput.drift, seen, shape, *where)
+            drift = {"of_input": self._drifts[serial]}
         for entry in same:
             if entry.settings == settings:
-                return replace(entry, of_residual=residual)
-        if same:
-            hessian, serial, drift = same[0].hessian, same[0].serial, same[0].of_input
-        else:
-            hessian, serial = _accumulate(inputs, seen, channels, *where), self._made
-            drifts = [each.drift() for each in inputs]
-            drift = _accumulate_drift(inputs, drifts, seen, (channels, channels), *where)
-            self._made += 1
+                return replace(entry, **drift)
         self._placement.park([each.x for each in inputs])
         if hessian.dropped:
             logger.warning("%s: dropped %d tokens with NaN or infinite inputs", target.name, hessian.dropped)
@@ -140,9 +147,9 @@ class Factors:
             return None
         factor = prepare_factor(matrix, config, hessian.tokens, self.team.work)
         refs = [weakref.ref(each.x) for each in inputs]
-        shared = InputFactor(refs, serial, seen.weighted, settings, factor, hessian, drift)
+        shared = InputFactor(refs, serial, seen.weighted, settings, factor, hessian)
         self._entries.append(shared)
-        return replace(shared, of_residual=residual)
+        return replace(shared, **drift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,17 +203,17 @@ def _accumulate(inputs: list[LayerInput], seen: _Seen, channels: int, device: to
 @timed("drift")
 def _accumulate_drift(
     inputs: list[LayerInput],
-    drifts: list[Tensor | None],
+    drift_of: Callable[[LayerInput], Tensor | None],
     seen: _Seen,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     device: torch.device,
     team: Team,
 ) -> Tensor | None:
-    """[M, K], the moment of the drifts [..., M] with all ranks' inputs [..., K]; None where none is known."""
-    moment = CrossMoment(*shape, seen.dtype, device, inputs[0].number if inputs else 0)
-    for each, drift in zip(inputs, drifts):
-        x, weights = each.used()
-        if drift is not None:
+    """[M, K], the moment of drifts [..., M] with all ranks' inputs [..., K]; None where none is known."""
+    moment = CrossMoment(shape[0], shape[1], seen.dtype, device, inputs[0].number if inputs else 0)
+    for each in inputs:
+        if (drift := drift_of(each)) is not None:
+            x, weights = each.used()
             moment.add(each.number, drift, x, seen.relative(weights))
     add_up(moment, team)
     return moment.matrix()
