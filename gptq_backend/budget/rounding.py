@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..algorithm.gptq import round_weights
 from ..config import QuantizeConfig
+from ..distributed.team import Team
 from ..model.calibration import Batch, check_fits
 from ..model.layer_inputs import Factors, LayerInput
 from ..model.placement import outside_of, tensors_of
@@ -77,7 +78,7 @@ def probe_rounding(
     """
     as_preset: dict[str, Any] = {item.name: None for item in dataclasses.fields(config.preset)}
     cheap = dataclasses.replace(config, quality="fast", true_sequential=True, **as_preset)
-    run = _Probing(Layers(model, cheap, options, Events()), cheap, storages, on_block)
+    run = _Probing(Layers(model, cheap, options, Events(), Team()), cheap, storages, on_block)
     with torch.no_grad(), evaluating(model):
         run.calibrate(batches)
     return run.groups
@@ -91,7 +92,7 @@ class _Probing:
     ) -> None:
         self.layers, self.config, self.storages, self.on_block = layers, config, storages, on_block
         self.structure, self.placement = layers.structure, layers.placement
-        self.factors, self.passes = Factors(self.placement), Passes(layers, config)
+        self.factors, self.passes = Factors(self.placement, layers.team), Passes(layers, config, layers.team)
         self.given = Storage(config.group_size, config.bits)  # for layers that fit nothing else
         self.groups: list[Group] = []
         self._wanted: set[Target] = set()  # of the current block: layers to round
@@ -102,7 +103,7 @@ class _Probing:
         check_fits(self.layers.model, batches)
         outside = outside_of([block.module for block in self.structure.blocks], self.layers.model)
         self.placement.bring(outside)
-        self.passes.run(batches, self.serve_place, self.serve_layer)
+        self.passes.run(batches, self.serve_place, self.serve_layer, lambda *_: None)  # one rank has no rounds
         self.finish_block()
         self.placement.send_back(outside)
 
