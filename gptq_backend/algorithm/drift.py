@@ -64,6 +64,8 @@ def make_up(weight: Tensor, shared: LayerFactor, pull: Tensor) -> Tensor:
         shared: of the layer's input.
         pull: [N, K], ``W D``, with what the residual adds to it.
     """
+    if shared.factor.method == "diagonal":  # each of several like channels would make up for the whole drift
+        return weight
     upper, order = shared.factor.upper, shared.order.perm
     change = torch.empty_like(pull, dtype=upper.dtype)
     change[:, order] = pull.to(upper.dtype)[:, order] @ upper.t() @ upper  # U^T U is the inverse of the damped H

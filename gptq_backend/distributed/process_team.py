@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from ..errors import GPTQError
 from ..timing import timed
 from .team import Team, as_tensor, from_tensor
 
-_TIMEOUT = timedelta(hours=2)  # that ranks may be apart; one that dies is noticed at once
+# That ranks may be apart: the others wait for what the first does alone, and a distillation can take days. One that dies
+# is noticed at once.
+_TIMEOUT = timedelta(days=30)
 _ALIGNMENT = 16  # bytes: every tensor begins where its dtype may
 _FAILED = "gptq_backend/failed"  # in the store that all ranks share: how many have failed
 
@@ -129,6 +130,8 @@ def _losses() -> Iterator[None]:
 
 def launched() -> bool:
     """Whether torchrun started this process as one of several."""
+    if not dist.is_available():  # a torch that was built without
+        return False
     return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
@@ -141,7 +144,9 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
     if not launched():
         yield Team(), device
         return
-    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    from torch.distributed.rendezvous import rendezvous  # not in every torch
+
+    store, rank, size = next(rendezvous("env://"))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         if device.partition(":")[0] == "cuda":

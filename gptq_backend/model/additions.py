@@ -90,9 +90,13 @@ def _place(places: Mapping[str, Tensor], ends: list[Any], output: Tensor, before
     for name, start in list(places.items())[:before]:
         if start.shape != output.shape:
             continue
-        total = start + output
-        if any(
-            isinstance(end, Tensor) and end.shape == total.shape and torch.equal(end, total) for end in ends[before:]
-        ):
+        total = start.to(output.device) + output  # a block's input may come from another device
+        if any(_same(end, total) for end in ends[before:]):
             return name
     return None
+
+
+def _same(found: Any, expected: Tensor) -> bool:
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return torch.equal(found.to(expected.device), expected)

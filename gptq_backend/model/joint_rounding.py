@@ -52,7 +52,7 @@ class JointRounding:
         """
         shared = source.factor
         name = next((name for name, each in self._block.items() if each is target), None)
-        if name is None:
+        if name is None or source.of_output is not None:  # that is the drift of what this layer alone is added to
             return None
         for factor, names in self._readers:
             if factor() is shared:

@@ -58,7 +58,7 @@ class LayerInput:
         if original is None or original.shape != here.shape or here.shape[:-1] != self.x.shape[:-1]:
             return None
         wide = torch.promote_types(here.dtype, torch.float32)
-        return self._kept((original.to(wide) - here.to(wide)).to(self.x.dtype))
+        return self._kept((original.to(wide) - here.to(original.device, wide)).to(self.x))
 
     def _kept(self, values: Tensor) -> Tensor:
         """Without padding: values [B, T, ...] or with other rows, as x has them."""
@@ -118,6 +118,7 @@ class Factors:
         """
         seen = _Seen.by_all(self.team, self._entries, inputs)
         self._entries = [entry for entry in self._entries if entry.serial in seen.alive]
+        self._drifts = {serial: drift for serial, drift in self._drifts.items() if serial in seen.alive}
         config = target.config
         order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)  # see column_order
         settings = (*order, config.damp_percent)

@@ -64,7 +64,8 @@ class Drifts:
         def see(place: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if additions is self._additions and (number := self._batch()) in self._here:
-                    self._here[number][place] = next(iter((*args, *kwargs.values())))
+                    # Of the first call, as in the original; later ones may be of other tensors.
+                    self._here[number].setdefault(place, next(iter((*args, *kwargs.values()))))
 
             return hook
 

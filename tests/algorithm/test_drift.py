@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,11 +73,10 @@ def test_without_drift_the_weight_stays() -> None:
     assert torch.equal(make_up(weight, shared, torch.zeros(4, 16)), weight)
 
 
-@pytest.mark.parametrize("method", ["diagonal"])
-def test_a_hessian_that_could_not_be_factored_still_gives_a_weight(method: str) -> None:
+def test_the_weight_stays_where_the_hessian_could_not_be_factored() -> None:
     x, weight = torch.randn(40, 8), torch.randn(2, 8)
     hessian = x.T @ x
     hessian[0, 1] = hessian[1, 0] = 1e6  # far from positive definite
     shared = prepare_factor(hessian, QuantizeConfig(group_size=8, damp_percent=1e-6))
-    assert shared.factor.method == method
-    assert make_up(weight, shared, torch.randn(2, 8)).isfinite().all()
+    assert shared.factor.method == "diagonal"
+    assert torch.equal(make_up(weight, shared, torch.randn(2, 8)), weight)
