@@ -16,8 +16,8 @@ from ..errors import GPTQError
 from ..timing import timed
 from .team import Team, as_tensor, from_tensor
 
-# That ranks may be apart: the others wait for what the first does alone, and a distillation can take days. One that dies
-# is noticed at once.
+# That ranks may be apart: the others wait for what the first does alone, and a distillation can take days. A rank that
+# dies is noticed at once.
 _TIMEOUT = timedelta(days=30)
 _ALIGNMENT = 16  # bytes: every tensor begins where its dtype may
 _FAILED = "gptq_backend/failed"  # in the store that all ranks share: how many have failed

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 BLOCK = ""  # the place where a block begins; other places are called as the module is whose input is meant
@@ -22,11 +21,11 @@ class Trace:
 
 
 class Additions:
-    """The places where the tensors are that a block's layers add to; found in the first pass."""
+    """The places where the tensors are that a block's layers add to; found in the first pass with a finite output."""
 
     def __init__(self, block: nn.Module, layers: Iterable[nn.Module]) -> None:
         self.block, self.layers = block, set(layers)
-        self.of: dict[nn.Module, str] | None = None  # layer -> place; without layers that add to no tensor of a place
+        self.of: dict[nn.Module, str] | None = None  # layer -> place, without those that add to none; None yet
 
     def trace(self, x: Any, run: Callable[[], Any], output_of: Callable[[Any], Any]) -> tuple[Any, Trace]:
         """Run the block.
@@ -37,7 +36,7 @@ class Additions:
             output_of: finds the tensor in what it returns.
 
         Returns:
-            What ``run`` returns, and what was seen: after the first call at no more places than :attr:`of` needs.
+            What ``run`` returns, and what was seen: no more places than :attr:`of` needs.
         """
         found, seen = Trace(), list[Tensor]()
         outputs: dict[nn.Module, tuple[Tensor, int]] = {}  # by layer, with how many places had been seen before
@@ -74,8 +73,10 @@ class Additions:
         if self.of is None:
             ends = [*seen, output_of(output)]
             pairs = ((layer, _place(found.places, ends, *made)) for layer, made in outputs.items())
-            self.of = {layer: place for layer, place in pairs if place is not None}
-            found.places = {name: found.places[name] for name in self.of.values()}
+            of = {layer: place for layer, place in pairs if place is not None}
+            found.places = {name: found.places[name] for name in of.values()}
+            if not isinstance(ends[-1], Tensor) or ends[-1].isfinite().any():
+                self.of = of
         return output, found
 
 
@@ -97,6 +98,9 @@ def _place(places: Mapping[str, Tensor], ends: list[Any], output: Tensor, before
 
 
 def _same(found: Any, expected: Tensor) -> bool:
+    """Whether this is the tensor; the NaN of a spoilt token is like any other, but tells nothing by itself."""
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False
-    return torch.equal(found.to(expected.device), expected)
+    found = found.to(expected.device)
+    alike = found == expected
+    return bool(alike.any()) and bool((alike | (found.isnan() & expected.isnan())).all())

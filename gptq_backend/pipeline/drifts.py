@@ -38,7 +38,7 @@ class Drifts:
         assert self._additions is not None
         first = self._additions.of is None
         output, self._there[number] = self._additions.trace(x, run, output_tensor)
-        if first:
+        if first and self._additions.of is not None:
             self._watch(self._additions)
         return output
 

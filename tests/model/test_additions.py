@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,20 @@ def test_layers_whose_output_is_not_added_by_itself_add_to_nothing() -> None:
 
 def test_an_addition_in_place_to_a_copy_is_one_to_the_original() -> None:
     assert _places(_InPlace(), runs=2) == {"mix": BLOCK}
+
+
+def test_tokens_that_are_not_finite_hide_nothing() -> None:
+    block = _Sequential()
+    additions = Additions(block, [block.mix, block.down])
+    x = torch.randn(2, 3, 8)
+    for spoilt in (x * math.nan, torch.cat([x, x[:1] * math.nan]), x):
+        _, trace = additions.trace(spoilt, lambda x=spoilt: block(x), lambda output: output[0])
+        if spoilt.isfinite().any():
+            assert additions.of == {block.mix: BLOCK, block.down: "second_norm"}
+            assert set(trace.places) == {BLOCK, "second_norm"}
+        else:  # tells nothing; the next one is asked
+            assert additions.of is None
+            assert not trace.places
 
 
 def test_hooks_are_gone_afterwards() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from gptq_backend import QuantizeConfig
+from gptq_backend.distributed import Team
+from gptq_backend.model.layer_inputs import Factors, LayerInput
+from gptq_backend.model.placement import Placement
 from gptq_backend.model.structure import Block, Target
 from gptq_backend.pipeline.drifts import Drifts
 
@@ -41,3 +45,18 @@ def test_of_a_module_that_is_called_twice_the_first_input_counts_in_both() -> No
         there, here = residual
         assert torch.equal(there, x + module.first(x))
         assert torch.equal(here, there)
+
+
+def test_the_drift_of_an_input_is_forgotten_with_the_input() -> None:
+    factors, target = Factors(Placement(), Team()), Target("b.layer", nn.Linear(8, 8), QuantizeConfig(group_size=8))
+
+    def drift() -> weakref.ref[Tensor]:
+        x = torch.randn(20, 8)
+        source = factors.of(target, [LayerInput(0, x, None, None, original=x + 0.1)])
+        assert source is not None
+        assert source.of_input is not None
+        return weakref.ref(source.of_input)
+
+    first, second = drift(), drift()
+    assert first() is None
+    assert second() is not None
