@@ -1,7 +1,6 @@
 // From plans to launches.
 #include "launch.h"
 
-#include <algorithm>
 #include <stdexcept>
 
 #include "modules.h"
@@ -37,10 +36,10 @@ void run_skinny(const Kernels& loaded, const Kernel& kernel, const Product& p, c
 
 void run_wide(const Kernels& loaded, const Kernel& kernel, const Product& p, int type, const Plan& plan, void* stream) {
     const Grid grid{ceil_div(p.weight.strips, kWideStrips), ceil_div(p.rows, plan.tokens * 8), plan.splits};
-    // The pipeline's stages, and afterwards the sums of half of the warps.
-    const size_t exchange = size_t{4} * 32 * 2 * plan.tokens * 4 * 4;
-    const size_t pipeline = size_t{kStages} * (plan.tokens * 8 * kStageTokenBytes + p.weight.bits * kStageBitBytes);
-    launch(loaded, kernel, grid, kWideWarps * 32, std::max(pipeline, exchange), stream, p);
+    // The pipeline's stages; afterwards, in less, the block's outputs.
+    const int bits = p.weight.bits, stages = wide_stages(bits, plan.tokens, loaded.shared_bytes);
+    const size_t pipeline = size_t(stages) * wide_stage_bytes(bits, plan.tokens);
+    launch(loaded, kernel, grid, kWideWarps * 32, pipeline, stream, p);
     if (plan.splits > 1) {
         const int64_t outputs = int64_t(p.rows) * p.weight.out_features;
         launch(loaded, loaded.reduce[type], {ceil_div(outputs, 256)}, 256, 0, stream, p, plan.splits);
@@ -54,11 +53,10 @@ void multiply(int device, const Product& p, Dtype dtype, const Plan& plan, void*
     const int type = dtype == kBFloat16 ? 0 : 1;
     switch (plan.strips * 10 + plan.tokens) {
         case 11:
-            return run_skinny(loaded, loaded.skinny[type][0], p, plan, stream);
+        case 12:
         case 21:
-            return run_skinny(loaded, loaded.skinny[type][1], p, plan, stream);
         case 22:
-            return run_skinny(loaded, loaded.skinny[type][2], p, plan, stream);
+            return run_skinny(loaded, loaded.skinny[type][plan.strips - 1][plan.tokens - 1], p, plan, stream);
         case 2:
             return run_wide(loaded, loaded.wide[type][0], p, type, plan, stream);
         case 4:

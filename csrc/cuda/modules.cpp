@@ -49,20 +49,23 @@ class Relaxed {
     int mode_ = driver::kRelaxed;
 };
 
-void find_all(Kernels& to, driver::Module module, int bits, int shared_bytes) {
+void find_all(Kernels& to, driver::Module module, int bits) {
     const auto find = [&](Kernel& kernel, const std::string& kind, const std::string& type) {
         kernel.name = "gptq_" + kind + "_" + std::to_string(bits) + "_" + type;
         check(api().get_function(&kernel.function, module, kernel.name.c_str()), "looking for " + kernel.name);
     };
     const char* const types[] = {"f32", "bf16", "f16"};  // by Dtype
-    const char *const shapes[] = {"1_1", "2_1", "2_2"}, *const tokens[] = {"2", "4", "8"};
+    const char* const tokens[] = {"2", "4", "8"};
     for (int type = 0; type < 2; ++type) {
+        for (int strips = 1; strips <= 2; ++strips)
+            for (int blocks = 1; blocks <= 2; ++blocks)
+                find(to.skinny[type][strips - 1][blocks - 1],
+                     "skinny_" + std::to_string(strips) + "_" + std::to_string(blocks), types[type + 1]);
         for (int i = 0; i < 3; ++i) {
-            find(to.skinny[type][i], std::string("skinny_") + shapes[i], types[type + 1]);
             Kernel& wide = to.wide[type][i];
             find(wide, std::string("wide_") + tokens[i], types[type + 1]);
             // Without this a block has 48 KB.
-            check(api().set_function_attribute(wide.function, driver::kDynamicSharedBytes, shared_bytes),
+            check(api().set_function_attribute(wide.function, driver::kDynamicSharedBytes, to.shared_bytes),
                   "shared memory of " + wide.name);
         }
         find(to.reduce[type], "reduce", types[type + 1]);
@@ -88,7 +91,8 @@ void load(int device, int bits, const char* image) {
     driver::Module module = nullptr;
     check(api().load_module(&module, image), "cuModuleLoadData");
     try {
-        find_all(*made, module, bits, attribute(device, driver::kSharedBytesPerBlock));
+        made->shared_bytes = attribute(device, driver::kSharedBytesPerBlock);
+        find_all(*made, module, bits);
     } catch (...) {
         api().unload_module(module);
         throw;

@@ -15,8 +15,9 @@ struct Kernel {
 // One loaded module.
 struct Kernels {
     driver::Context context;
-    // [0 for bf16, 1 for fp16]; skinny: strips and blocks of tokens are (1, 1), (2, 1), (2, 2); wide: 2, 4, 8 blocks.
-    Kernel skinny[2][3];
+    int shared_bytes;  // that a block may have
+    // [0 for bf16, 1 for fp16]; skinny: [strips - 1][blocks of tokens - 1]; wide: 2, 4, 8 blocks.
+    Kernel skinny[2][2][2];
     Kernel wide[2][3];
     Kernel reduce[2];
     Kernel dequantize[3];  // [Dtype]

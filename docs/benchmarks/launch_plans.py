@@ -19,7 +19,7 @@ import torch
 
 from gptq_backend import ConfigError
 from gptq_backend.bench import Problem, describe_machine, plans
-from gptq_backend.kernels.cuda.plan import candidates, machine, plan
+from gptq_backend.kernels.cuda.plan import candidates, gpu, plan
 from gptq_backend.locks import write_text
 
 SHAPES = [(1024, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (8192, 8192)]
@@ -32,12 +32,12 @@ def measure(problem: Problem, rows: int, device: torch.device, seconds: float = 
         layer = plans.Layer.random(problem, device)
     except ConfigError as error:
         raise SystemExit(str(error)) from None
-    sizes = (layer.shape.tiles, problem.bits, machine(device)[1])
+    sizes = (layer.shape.tiles, problem.bits, gpu(device).shared_bytes)
     times, failed = layer.seconds(rows, seconds, candidates(rows, *sizes))
     return {
         **dataclasses.asdict(problem),
         "M": rows,
-        "chosen": str(plan(rows, problem.N, layer.shape.tiles, problem.bits, *machine(device))),
+        "chosen": str(plan(rows, problem.N, layer.shape.tiles, problem.bits, gpu(device))),
         "us": {str(how): time * 1e6 for how, time in sorted(times.items(), key=lambda item: item[1])},
         "failed": {str(how): reason for how, reason in failed.items()},
     }

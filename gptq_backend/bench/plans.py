@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..kernels.cuda import operators as cuda
 from ..kernels.cuda import plan_tables
-from ..kernels.cuda.plan import Plan, Shape, candidates, machine, plan
+from ..kernels.cuda.plan import Gpu, Plan, Shape, candidates, gpu, plan
 from ..kernels.interface import PreparedWeight
 from . import products
 from .layers import DTYPES, Problem, Weight
@@ -96,14 +96,14 @@ def _product(x: Tensor, fields: cuda.WeightFields, how: Plan | None) -> Tensor:
     return cuda.planned_gemm(x, fields, None, how)
 
 
-def choose(rows: int, shape: Shape, processors: int, shared_bytes: int, measure: Measure) -> Choice:
+def choose(rows: int, shape: Shape, on: Gpu, measure: Measure) -> Choice:
     """The fastest plan; the usual one stays where nothing is clearly faster.
 
     Raises:
         ConfigError: none ran.
     """
-    usual = plan(rows, shape.out_features, shape.tiles, shape.bits, processors, shared_bytes)
-    tried = dict.fromkeys([usual, *candidates(rows, shape.tiles, shape.bits, shared_bytes)])
+    usual = plan(rows, shape.out_features, shape.tiles, shape.bits, on)
+    tried = dict.fromkeys([usual, *candidates(rows, shape.tiles, shape.bits, on.shared_bytes)])
     times, failed = measure(list(tried))
     if not times:
         first = next(iter(failed.values()))
@@ -127,7 +127,7 @@ def tune(layer: Layer, rows: Sequence[int], seconds: float) -> Iterator[Choice]:
         OSError: the table cannot be read or written.
     """
     for count in rows:
-        choice = choose(count, layer.shape, *machine(layer.device), functools.partial(layer.seconds, count, seconds))
+        choice = choose(count, layer.shape, gpu(layer.device), functools.partial(layer.seconds, count, seconds))
         plan_tables.write({layer.shape: {count: choice.best}}, plan_tables.Kind.of(layer.device))
         plan_tables.forget()
         yield choice

@@ -73,6 +73,11 @@ class StandIn:
         return self.library.emulator_calls().decode().splitlines()
 
     @property
+    def shared_bytes(self) -> int:
+        """Of the last launch."""
+        return self.library.emulator_shared_bytes()
+
+    @property
     def kernels(self) -> dict[str, list[int]]:
         """By name, the bytes of each argument."""
         lines = [line.split() for line in self.library.emulator_kernels().decode().splitlines()]

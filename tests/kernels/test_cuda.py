@@ -5,6 +5,7 @@ The machine code they become is in test_cuda_machine_code.py, what needs a GPU i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -18,14 +19,14 @@ from gptq_backend.format import encode, read_packed
 from gptq_backend.kernels import PreparedWeight, reference
 from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.cuda import plan as cuda_plan
-from gptq_backend.kernels.cuda.plan import Plan
+from gptq_backend.kernels.cuda.plan import Gpu, Plan
 from tests.format.test_stored_tensors import random_weight
 from tests.kernels.checks import LIMITS, assert_same_packed, error, exact, prepared
 from tests.kernels.emulator import Emulator
 
 # All kernels that the plans can name, with K shared among unlike numbers of warps and blocks.
 PLANS = [
-    *(Plan(strips, tokens, warps) for strips, tokens in ((1, 1), (2, 1), (2, 2)) for warps in (1, 3, 8)),
+    *(Plan(strips, tokens, warps) for strips, tokens in ((1, 1), (1, 2), (2, 1), (2, 2)) for warps in (1, 3, 8)),
     *(Plan(0, tokens, splits=splits) for tokens in (2, 4, 8) for splits in (1, 3)),
     None,
 ]
@@ -150,6 +151,14 @@ def test_any_shape_any_format_any_plan(
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("plan", [Plan(1, 2, 1), Plan(2, 1, 2), Plan(0, 2), Plan(0, 8)])
+@pytest.mark.parametrize("size", [32, 96, 128, 384])
+def test_more_tiles_than_are_under_way_at_once(plan: Plan, size: int, driver: Emulator) -> None:
+    weight = random_weight(4, 2300, 20, size)
+    x = torch.randn(2, 2300, dtype=torch.float16)
+    assert error(multiply(prepared(weight, cuda.KERNEL), x, None, plan), exact(weight, x)) < LIMITS[torch.float16]
+
+
 @pytest.mark.parametrize("plan", [Plan(1, 1, 4), Plan(0, 2, splits=2), None])
 def test_a_row_that_is_not_finite_leaves_the_others_alone(plan: Plan | None, driver: Emulator) -> None:
     weight = random_weight(4, 200, 40, 64)
@@ -217,17 +226,42 @@ def test_a_plan_without_a_kernel_is_refused(driver: Emulator) -> None:
     tiles=st.integers(1, 500),
     bits=st.sampled_from([2, 3, 4, 8]),
     processors=st.integers(1, 200),
-    shared=st.sampled_from([64, 99, 163, 227]),
+    device=st.sampled_from([((7, 5), 64), ((8, 0), 163), ((8, 9), 99), ((9, 0), 227), ((10, 0), 227), ((12, 0), 99)]),
 )
 def test_every_plan_has_a_kernel_that_fits_and_gives_each_block_work(
-    rows, outputs, tiles, bits, processors, shared
+    rows, outputs, tiles, bits, processors, device
 ) -> None:
-    plan = cuda_plan.plan(rows, outputs, tiles, bits, processors, shared << 10)
+    capability, shared = device
+    plan = cuda_plan.plan(rows, outputs, tiles, bits, Gpu(processors, shared << 10, capability))
     if plan is None:
         assert rows > 16
         return
-    assert (plan.strips, plan.tokens) in {(1, 1), (2, 1), (2, 2), (0, 2), (0, 4), (0, 8)}
+    assert cuda_plan.fits(plan, tiles, bits, shared << 10)
+    assert (plan.strips, plan.tokens) in {(1, 1), (1, 2), (2, 1), (2, 2), (0, 2), (0, 4), (0, 8)}
     assert 1 <= plan.splits <= max(1, tiles // 4)
     assert plan.warps * plan.strips * plan.tokens * 512 <= 48 * 1024
-    assert plan.strips or cuda_plan._wide_bytes(bits, plan.tokens) <= shared << 10
     assert plan.warps <= 8 or (plan.strips, plan.tokens) == (1, 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_plans_know_the_shared_memory_of_a_launch(bits: int, driver: Emulator) -> None:
+    served = prepared(random_weight(bits, 300, 40, 64), cuda.KERNEL)
+    for tokens in (2, 4, 8):
+        multiply(served, torch.ones(3, 300, dtype=torch.float16), None, Plan(0, tokens))
+        assert driver.shared_bytes == cuda_plan._wide_bytes(bits, tokens, 227 << 10)
+
+
+def _busiest(how: Plan, out_features: int, processors: int) -> float:
+    """Strips of the multiprocessor that has the most, against a fair share."""
+    strips = math.ceil(out_features / 16)
+    return math.ceil(math.ceil(strips / how.strips) / processors) * how.strips / (strips / processors)
+
+
+@pytest.mark.parametrize(("processors", "capability"), [(108, (8, 0)), (132, (9, 0)), (142, (8, 9)), (128, (8, 9))])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_no_multiprocessor_has_much_more_strips_than_others(
+    rows: int, processors: int, capability: tuple[int, int]
+) -> None:
+    for out_features in (4096, 6144, 8192, 11008, 14336):
+        how = cuda_plan.plan(rows, out_features, 64, 4, Gpu(processors, 99 << 10, capability))
+        assert _busiest(how, out_features, processors) < 1.3

@@ -100,7 +100,7 @@ def test_every_kernel_is_there_and_takes_what_the_host_passes(
 ) -> None:
     """The host's compiler gives the same arguments the same sizes; what is passed there is in test_cuda.py."""
     expected = {name: sizes for name, sizes in emulator.kernels.items() if f"_{bits}_{name.split('_')[-1]}" in name}
-    assert len(expected) == 19
+    assert len(expected) == 21
     assert argument_sizes(cubin) == expected
 
 
@@ -108,7 +108,7 @@ def test_every_kernel_is_there_and_takes_what_the_host_passes(
 def test_no_kernel_spills_and_blocks_find_their_registers(arch: int, bits: int, cubin: bytes, tmp_path: Path) -> None:
     """A multiprocessor has 65536; plans give the smallest skinny kernel up to 16 warps, all others 8."""
     found = disassembled(cubin, tmp_path)
-    assert len(found) == 19
+    assert len(found) == 21
     for name, code in found.items():
         assert re.search(r"STACK:0 .*LOCAL:0 ", code), (name, code.partition("\n")[0])
         assert not re.search(r"\b(LDL|STL)\b", code), name
@@ -300,7 +300,7 @@ def test_the_package_holds_what_it_says(compiler: Compiler, tmp_path: Path, monk
         ptx = shipped.read("compute_80", bits)
         assert ptx.endswith(b"\0")
         assert b".target sm_80" in ptx
-        assert len(re.findall(rb"\.entry gptq_\w+", ptx)) == 19
+        assert len(re.findall(rb"\.entry gptq_\w+", ptx)) == 21
 
 
 def test_the_package_alone_says_what_it_is_built_from(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from gptq_backend import ConfigError
 from gptq_backend.bench import Problem, plans
 from gptq_backend.kernels.cuda import operators as cuda
 from gptq_backend.kernels.cuda import plan_tables
-from gptq_backend.kernels.cuda.plan import Plan, Shape, candidates, fits, plan
+from gptq_backend.kernels.cuda.plan import Gpu, Plan, Shape, candidates, fits, gpu, plan
 from gptq_backend.kernels.cuda.plan_tables import Kind, best_plan
 from gptq_backend.locks import claim
 from tests.format.test_stored_tensors import random_weight
@@ -24,6 +24,7 @@ from tests.kernels.checks import prepared
 
 CPU = torch.device("cpu")  # stands for the emulator's device
 SHAPE = Shape(4, 64, 4)
+A100 = Gpu(108, 163 << 10, (8, 0))
 GPU = Kind("NVIDIA A100-SXM4-80GB", "8.0", 108, 163 << 10)
 TABLE: plan_tables.Table = {SHAPE: {1: Plan(1, 1, 2), 16: Plan(2, 2, 4), 256: None, 64: Plan(0, 4)}}
 
@@ -48,14 +49,14 @@ def test_the_usual_plan_fits_and_so_does_all_that_is_tried(rows: int, tiles: int
     assert None in tried
     assert len(set(tried)) == len(tried)
     assert all(fits(how, tiles, bits, shared) for how in tried)
-    assert fits(plan(rows, 4096, tiles, bits, 108, shared), tiles, bits, shared)
+    assert fits(plan(rows, 4096, tiles, bits, A100._replace(shared_bytes=shared)), tiles, bits, shared)
 
 
 @pytest.mark.parametrize(
     "how",
     [
         Plan(3, 1),
-        Plan(1, 2),
+        Plan(1, 4),
         Plan(1, 1, 0),
         Plan(2, 2, 16),
         Plan(1, 1, 8, splits=2),
@@ -90,25 +91,25 @@ def measured(seconds: dict[Plan | None, float], usual: float = 1.0) -> plans.Mea
 
 
 def test_the_fastest_plan_is_chosen() -> None:
-    choice = plans.choose(8, SHAPE, 108, 163 << 10, measured({Plan(2, 1, 4): 0.5, Plan(0, 2): 0.7}))
-    assert choice == plans.Choice(8, Plan(2, 1, 4), 0.5, plan(8, *SHAPE[1:], 4, 108, 163 << 10), 1.0)
+    choice = plans.choose(8, SHAPE, A100, measured({Plan(2, 1, 4): 0.5, Plan(0, 2): 0.7}))
+    assert choice == plans.Choice(8, Plan(2, 1, 4), 0.5, plan(8, *SHAPE[1:], 4, A100), 1.0)
 
 
 def test_the_usual_plan_stays_where_nothing_is_clearly_faster() -> None:
-    choice = plans.choose(8, SHAPE, 108, 163 << 10, measured({Plan(2, 1, 4): 0.98}))
+    choice = plans.choose(8, SHAPE, A100, measured({Plan(2, 1, 4): 0.98}))
     assert choice.best == choice.usual
 
 
 def test_a_usual_plan_that_fails_is_replaced_and_none_that_runs_is_an_error() -> None:
-    usual = plan(8, *SHAPE[1:], 4, 108, 163 << 10)
-    choice = plans.choose(8, SHAPE, 108, 163 << 10, measured({usual: float("nan"), None: 2.0}))
+    usual = plan(8, *SHAPE[1:], 4, A100)
+    choice = plans.choose(8, SHAPE, A100, measured({usual: float("nan"), None: 2.0}))
     assert choice.best not in (usual, None)
     assert choice.usual_seconds is None
     assert choice.usual_reason == "RuntimeError: no"
     with pytest.raises(
         ConfigError, match="no plan of the CUDA kernels ran for 8 rows of a 4-bit layer .RuntimeError: no"
     ):
-        plans.choose(8, SHAPE, 108, 163 << 10, measured({}, usual=float("nan")))
+        plans.choose(8, SHAPE, A100, measured({}, usual=float("nan")))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def test_between_measured_rows_the_plan_for_up_to_twice_as_many_serves_else_the_
     found = {rows: best_plan(rows, SHAPE, CPU) for rows in (1, 8, 16, 32, 64, 128, 256)}
     small, middle, large = Plan(1, 1, 2), Plan(2, 2, 4), Plan(0, 4)
     assert found == {1: small, 8: middle, 16: middle, 32: large, 64: large, 128: None, 256: None}
-    usual = (SHAPE.out_features, SHAPE.tiles, SHAPE.bits, 4, 227 << 10)
+    usual = (SHAPE.out_features, SHAPE.tiles, SHAPE.bits, gpu(CPU))
     for rows in (0, 2, 7, 17, 31, 65, 127, 257):
         assert best_plan(rows, SHAPE, CPU) == plan(rows, *usual)
     assert best_plan(8, SHAPE._replace(out_features=80), CPU) == plan(8, 80, *usual[1:])
@@ -229,7 +230,7 @@ def test_a_bad_table_is_one_warning_and_the_estimate_serves(kind: str, caplog: p
     path.write_text(damaged(path.read_text(), kind))
     with caplog.at_level(logging.WARNING):
         for rows in (1, 2, 3):
-            assert best_plan(rows, SHAPE, CPU) == plan(rows, SHAPE.out_features, SHAPE.tiles, 4, 4, 227 << 10)
+            assert best_plan(rows, SHAPE, CPU) == plan(rows, SHAPE.out_features, SHAPE.tiles, 4, gpu(CPU))
     (record,) = caplog.records
     assert "are not used" in record.getMessage()
     assert "gptq-backend tune" in record.getMessage()

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WIDTHS = (2, 3, 4, 8)
 # All kernels that the plans can name, with K shared among unlike numbers of warps and blocks; None: the dense weight.
 PLANS = [
-    *(Plan(strips, tokens, warps) for strips, tokens in ((1, 1), (2, 1), (2, 2)) for warps in (1, 3, 8)),
+    *(Plan(strips, tokens, warps) for strips, tokens in ((1, 1), (1, 2), (2, 1), (2, 2)) for warps in (1, 3, 8)),
     *(Plan(0, tokens, splits=splits) for tokens in (2, 4, 8) for splits in (1, 5)),
     None,
 ]
@@ -74,7 +74,11 @@ def check_random_product(machine: Machine, bits: int, dtype: torch.dtype, plan: 
     torch.manual_seed(seed)
     choose = random.Random(seed).choice
     sym, scales_dtype = FORMATS[seed % len(FORMATS)]
-    columns, outputs, rows = choose([7, 63, 200, 384, 1000]), choose([1, 17, 40, 150]), choose([1, 8, 9, 17, 33, 65])
+    columns, outputs, rows = (
+        choose([7, 63, 200, 384, 1000, 2300]),
+        choose([1, 17, 40, 150]),
+        choose([1, 8, 9, 17, 33, 65]),
+    )
     size = choose([1, 32, 48, 128, columns])
     weight = random_weight(bits, columns, outputs, min(size, columns), seed, sym=sym, act_order=choose([True, False]))
     weight = QuantizedWeight(weight.codes, weight.scales.to(scales_dtype), weight.zeros, weight.g_idx, bits)

@@ -190,6 +190,8 @@ def test_matrices_are_loaded_as_the_matrix_instruction_wants_them(trans: bool, m
 def test_a_shuffle_exchanges_lanes(machine: Machine) -> None:
     y = run(machine, "shfl.sync.bfly.b32 %r, %t, 5, 31, -1;" + STORE, [[0] * 4], threads=64)
     assert y[:, 0].tolist() == [32 * (t // 32) + (t % 32 ^ 5) for t in range(64)]
+    y = run(machine, "shfl.sync.idx.b32 %r, %t, 7, 31, -1;" + STORE, [[0] * 4], threads=64)
+    assert y[:, 0].tolist() == [32 * (t // 32) + 7 for t in range(64)]
 
 
 def test_lanes_that_part_meet_again(machine: Machine) -> None:

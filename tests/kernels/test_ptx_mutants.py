@@ -25,7 +25,7 @@ from tests.kernels.ptx.triton_launcher import Launcher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PLANS = [Plan(1, 1, 3), Plan(2, 2), Plan(0, 2, splits=3), Plan(0, 8)]
+PLANS = [Plan(1, 1, 1), Plan(1, 1, 3), Plan(2, 2), Plan(0, 2, splits=3), Plan(0, 8)]
 
 
 def finding_of_cuda(machine: Machine, bits: int) -> str:

@@ -22,7 +22,7 @@ import torch
 from ...locks import Claim, claim, write_text
 from .machine_code import cache_folder
 from .nvrtc import source_hash
-from .plan import Plan, Shape, fits, machine, plan
+from .plan import Plan, Shape, fits, gpu, plan
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,9 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, device: torch.device) -> Kind:
         """That of ``device``, which has an index if it is a GPU."""
-        if device.type == "cpu":  # the emulator of the tests
-            return cls("emulator", "0.0", *machine(device))
-        major, minor = torch.cuda.get_device_capability(device)
-        return cls(torch.cuda.get_device_name(device), f"{major}.{minor}", *machine(device))
+        name = "emulator" if device.type == "cpu" else torch.cuda.get_device_name(device)  # of the tests
+        processors, shared_bytes, (major, minor) = gpu(device)
+        return cls(name, f"{major}.{minor}", processors, shared_bytes)
 
     @property
     def path(self) -> Path:
@@ -67,7 +66,7 @@ def best_plan(rows: int, shape: Shape, device: torch.device) -> Plan | None:
     reach = [count for count in _table(device).get(shape, {}) if rows <= count <= _REACH * rows]
     if reach:
         return _table(device)[shape][min(reach)]
-    return plan(rows, shape.out_features, shape.tiles, shape.bits, *machine(device))
+    return plan(rows, shape.out_features, shape.tiles, shape.bits, gpu(device))
 
 
 @functools.cache

@@ -19,6 +19,7 @@ int compute_capability = 80;
 Handle contexts[4];
 Handle* current = nullptr;
 int modules = 0;
+unsigned last_shared_bytes = 0;  // of a launch
 
 // Writes a call down -> what it returns.
 Status called(const std::string& function, const std::string& what = "") {
@@ -62,6 +63,10 @@ API const char* emulator_kernels() {
         text += "\n";
     }
     return text.c_str();
+}
+
+API unsigned emulator_shared_bytes() {
+    return last_shared_bytes;
 }
 
 // -- the driver's functions
@@ -140,6 +145,7 @@ API Status cuLaunchKernel(emulator::Kernel* function, unsigned x, unsigned y, un
                           unsigned, unsigned shared_bytes, Handle*, void** arguments, void**) {
     if (!current || !x || !y || !z) return kInvalidValue;
     if (threads > 1024 || shared_bytes > emulator::shared_limit || y > 65535 || z > 65535) return kInvalidValue;
+    last_shared_bytes = shared_bytes;
     if (const Status status = called("cuLaunchKernel")) return status;
     function->launch(dim3(x, y, z), threads, shared_bytes, arguments);
     return 0;

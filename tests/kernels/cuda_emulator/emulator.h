@@ -41,6 +41,7 @@ struct dim3 {
 
 // Declares the kernel, lists it by its name, and begins its definition.
 #define ENTRY(name, parameters) LISTED(name, parameters)  // which expands the name
+#define LIMITED_ENTRY(threads, blocks, name, parameters) ENTRY(name, parameters)
 #define LISTED(name, parameters)                                   \
     extern "C" void name parameters;                               \
     static const bool listed_##name = emulator::add(#name, &name); \
@@ -254,6 +255,8 @@ inline float half_to_float(uint16_t bits) {
 
 namespace gptq {
 
+constexpr int kBlockSharedBytes = kSharedBytes;
+
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
     return (a & b) | c;
 }
@@ -313,8 +316,15 @@ uint32_t subtract2(uint32_t a, uint32_t b) {
     return low | uint32_t(high) << 16;
 }
 
+inline uint32_t multiply_add2(uint32_t a, uint32_t b, uint32_t c) {
+    auto part = [](uint32_t a, uint32_t b, uint32_t c) -> uint16_t {
+        return of_float<F16>(std::fma(to_float<F16>(a), to_float<F16>(b), to_float<F16>(c)));
+    };
+    return part(a & 0xFFFF, b & 0xFFFF, c & 0xFFFF) | uint32_t(part(a >> 16, b >> 16, c >> 16)) << 16;
+}
+
 template <class T>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
     using namespace emulator;
     const int me = block->current, warp = me / 32 * 32, lane = me % 32;
     Deposit& mine = block->deposits[me];
@@ -333,7 +343,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
             sum += double(to_float<T>(k % 2 ? left >> 16 : left & 0xFFFF)) *
                    to_float<T>(k % 2 ? right >> 16 : right & 0xFFFF);
         }
-        c[i] = static_cast<float>(sum);
+        d[i] = static_cast<float>(sum);
     }
     wait_at(block->warps[me / 32]);  // before anyone deposits again
 }
@@ -368,6 +378,15 @@ void wait_copies() {
         emulator::land(groups.front());
         groups.erase(groups.begin());
     }
+}
+
+inline int uniform(int value) {
+    return value;
+}
+
+template <class T>
+T kept(T value) {
+    return value;
 }
 
 inline void synchronize_block() {

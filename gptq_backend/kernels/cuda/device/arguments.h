@@ -13,6 +13,12 @@ using uintptr_t = unsigned long long;
 #include <cstdint>
 #endif
 
+#ifdef __CUDACC__
+#define BOTH __host__ __device__
+#else
+#define BOTH
+#endif
+
 namespace gptq {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -48,14 +54,24 @@ constexpr int kStrip = 16;  // output channels
 constexpr int kTile = 64;   // slots
 constexpr int kUnit = 32;
 
-// Of a block of the wide kernel: 4 warps share its strips, times 2 that take every other tile of a stage.
+// Of a block of the wide kernel: 4 warps share its strips, times 2 that take a half of each stage.
 constexpr int kWideWarps = 8;
 constexpr int kWideStrips = 8;
-constexpr int kStageTiles = 2;
-constexpr int kStages = 3;
+constexpr int kStageTiles = 4;
 
 // Shared memory of a stage: activations, then words.
-constexpr int kStageTokenBytes = kStageTiles * kTile * 2;                       // per token
-constexpr int kStageBitBytes = kWideStrips * kStageTiles * kTile * kStrip / 8;  // per bit of the codes
+BOTH constexpr int wide_stage_bytes(int bits, int tokens) {
+    return tokens * 8 * kStageTiles * kTile * 2 + bits * kWideStrips * kStageTiles * kTile * kStrip / 8;
+}
+
+// What every architecture with asynchronous copies lets a block have; and 7.5, which has none.
+constexpr int kSharedBytes = 99 * 1024, kTuringSharedBytes = 64 * 1024;
+
+// As many as fit, but at least 2 and at most 4: in both of the above alike, on whatever has more.
+BOTH constexpr int wide_stages(int bits, int tokens, int shared_bytes) {
+    const int usable = shared_bytes < kSharedBytes ? kTuringSharedBytes : kSharedBytes;
+    const int fitting = usable / wide_stage_bytes(bits, tokens);
+    return fitting < 2 ? 2 : fitting > 4 ? 4 : fitting;
+}
 
 }  // namespace gptq

@@ -17,15 +17,24 @@ constexpr bool kSame<A, A> = true;
 
 }  // namespace gptq
 
-// ENTRY(name, parameters) { ... } is a kernel that the host finds by its name.
+// ENTRY(name, parameters) { ... } is a kernel that the host finds by its name. LIMITED_ENTRY: with at most so many
+// threads, of which `blocks` blocks find registers in a multiprocessor.
 #ifndef __CUDACC__
 #define DEVICE inline
 #include "emulator.h"
 #else
 #define DEVICE __device__ __forceinline__
 #define ENTRY(name, parameters) extern "C" __global__ void name parameters
+#define LIMITED_ENTRY(threads, blocks, name, parameters) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
 
 namespace gptq {
+
+#if __CUDA_ARCH__ >= 800
+constexpr int kBlockSharedBytes = kSharedBytes;
+#else
+constexpr int kBlockSharedBytes = kTuringSharedBytes;
+#endif
 
 // d = (a & b) | c
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
@@ -92,31 +101,41 @@ __device__ __forceinline__ uint32_t subtract2<BF16>(uint32_t a, uint32_t b) {
     return d;
 }
 
-// c += a b, with a 16x16 and b 16x8, in the register layout of mma.m16n8k16 (PTX ISA, "Matrix Fragments for
+// Lane by lane a b + c of packed fp16; exact where it is used.
+__device__ __forceinline__ uint32_t multiply_add2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// d = a b + c, with a 16x16 and b 16x8, in the register layout of mma.m16n8k16 (PTX ISA, "Matrix Fragments for
 // mma.m16n8k16"). bf16 needs sm_80; the host never launches it below.
 template <class T>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    const float (&c)[4]);
 template <>
-__device__ __forceinline__ void mma<F16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<F16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b0));
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
 template <>
-__device__ __forceinline__ void mma<BF16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<BF16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                          const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #endif
 }
 
@@ -161,6 +180,23 @@ __device__ __forceinline__ void wait_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 #endif
+}
+
+// A value that all lanes of a warp have, so that the compiler knows that branches on it do not diverge.
+__device__ __forceinline__ int uniform(int value) {
+    asm volatile("shfl.sync.idx.b32 %0, %0, 0, 31, -1;" : "+r"(value));
+    return value;
+}
+
+// Stays in a register: the compiler would compute it again at each use, to spare registers that are free.
+__device__ __forceinline__ int kept(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+template <class T>
+__device__ __forceinline__ T* kept(T* value) {
+    asm volatile("" : "+l"(value));
+    return value;
 }
 
 __device__ __forceinline__ void synchronize_block() {

@@ -7,10 +7,11 @@
 
 namespace gptq {
 
-// Strips and blocks of 8 tokens.
-#define SKINNY(strips, tokens, T, type)                          \
-    ENTRY(NAME(skinny_##strips##_##tokens, type), (Product p)) { \
-        skinny<GPTQ_BITS, T, strips, tokens>(p);                 \
+// Strips and blocks of 8 tokens; threads of a block at most, and how many such blocks have to find their registers in a
+// multiprocessor.
+#define SKINNY(strips, tokens, threads, blocks, T, type)                                  \
+    LIMITED_ENTRY(threads, blocks, NAME(skinny_##strips##_##tokens, type), (Product p)) { \
+        skinny<GPTQ_BITS, T, strips, tokens>(p);                                          \
     }
 #define WIDE(tokens, T, type)                       \
     ENTRY(NAME(wide_##tokens, type), (Product p)) { \
@@ -18,9 +19,10 @@ namespace gptq {
     }
 
 #define PRODUCTS(T, type)                                \
-    SKINNY(1, 1, T, type)                                \
-    SKINNY(2, 1, T, type)                                \
-    SKINNY(2, 2, T, type)                                \
+    SKINNY(1, 1, 512, 1, T, type)                        \
+    SKINNY(1, 2, 256, 1, T, type)                        \
+    SKINNY(2, 1, 256, GPTQ_BITS < 8 ? 2 : 1, T, type)    \
+    SKINNY(2, 2, 256, 1, T, type)                        \
     WIDE(2, T, type)                                     \
     WIDE(4, T, type)                                     \
     WIDE(8, T, type)                                     \

@@ -24,6 +24,46 @@ DEVICE void store_result(const Product& p, int row, int channel, float value) {
     p.y[int64_t(row) * p.weight.out_features + channel] = to_bits<T>(value);
 }
 
+// Of output channels channel..channel + 3; `channel` is a multiple of 4.
+template <class T>
+DEVICE void store_results(const Product& p, int row, int channel, float4 values) {
+    const int out_features = p.weight.out_features;
+    if (out_features % 4) {
+        const float each[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (channel + i < out_features) store_result<T>(p, row, channel + i, each[i]);
+        return;
+    }
+    if (channel >= out_features) return;
+    if (p.bias) {
+        values.x += load_float(p.bias, channel, p.bias_dtype);
+        values.y += load_float(p.bias, channel + 1, p.bias_dtype);
+        values.z += load_float(p.bias, channel + 2, p.bias_dtype);
+        values.w += load_float(p.bias, channel + 3, p.bias_dtype);
+    }
+    *reinterpret_cast<uint2*>(p.y + int64_t(row) * out_features + channel) = {
+        to_bits<T>(values.x) | uint32_t(to_bits<T>(values.y)) << 16,
+        to_bits<T>(values.z) | uint32_t(to_bits<T>(values.w)) << 16};
+}
+
+DEVICE void store_partials(const Product& p, int row, int channel, float4 values) {
+    const int out_features = p.weight.out_features;
+    float* to = p.partials + (int64_t(blockIdx.z) * p.rows + row) * out_features + channel;
+    if (out_features % 4) {
+        const float each[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (channel + i < out_features) to[i] = each[i];
+    } else if (channel < out_features) {
+        *reinterpret_cast<float4*>(to) = values;
+    }
+}
+
+DEVICE int smaller(int a, int b) {
+    return a < b ? a : b;
+}
+
 // -- few tokens -------------------------------------------------------------------------------------------------------
 
 // Tiles whose words and activations a warp has under way.
@@ -42,46 +82,64 @@ struct StreamingLoad {
 template <int Bits, class T, int Strips, int Tokens>
 DEVICE void skinny(Product p) {
     const Weight& w = p.weight;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32), warps = blockDim.x / 32;
     const int first_strip = blockIdx.x * Strips, first_row = blockIdx.y * Tokens * 8;
-    const int begin = int64_t(w.tiles) * warp / warps, end = int64_t(w.tiles) * (warp + 1) / warps;
+    const int begin = uint32_t(w.tiles) * warp / warps, end = uint32_t(w.tiles) * (warp + 1) / warps;
+
+    // Tiles and columns that there are from here on; tiles that need no check, all of their columns being there.
+    int tiles = end - begin, columns = p.columns - begin * kTile - lane % 4 * 8;
+    int whole = smaller(end, p.columns / kTile) - begin;
+    // Instead of rows and strips behind the last, the last is read: nobody looks at what becomes of it.
+    const uint32_t* from[Strips];
+    const uint16_t* row[Tokens];
+#pragma unroll
+    for (int s = 0; s < Strips; ++s)
+        from[s] = w.words + (int64_t(smaller(first_strip + s, w.strips - 1)) * w.tiles + begin) * (32 * Bits);
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t)
+        row[t] =
+            p.x + int64_t(smaller(first_row + t * 8 + lane / 4, p.rows - 1)) * p.columns + begin * kTile + lane % 4 * 8;
 
     uint32_t words[kDepth][Strips][Bits];
     uint4 x[kDepth][2][Tokens];
-    auto load = [&](int slot, int tile) {
+    const auto load = [&](int slot, int ahead, bool check) {
 #pragma unroll
         for (int s = 0; s < Strips; ++s)
-            if (first_strip + s < w.strips)
-                load_words<Bits>(words[slot][s], w.words + (int64_t(first_strip + s) * w.tiles + tile) * 32 * Bits,
-                                 lane, StreamingLoad());
+            load_words<Bits>(words[slot][s], from[s] + ahead * 32 * Bits, lane, StreamingLoad());
 #pragma unroll
         for (int unit = 0; unit < 2; ++unit)
 #pragma unroll
             for (int t = 0; t < Tokens; ++t) {
-                const int row = first_row + t * 8 + lane / 4, column = tile * kTile + unit * kUnit + lane % 4 * 8;
-                x[slot][unit][t] =
-                    row < p.rows && column < p.columns
-                        ? load_cached(reinterpret_cast<const uint4*>(p.x + int64_t(row) * p.columns + column))
-                        : uint4{0, 0, 0, 0};
+                const int column = ahead * kTile + unit * kUnit;
+                x[slot][unit][t] = !check || column < columns
+                                       ? load_cached(reinterpret_cast<const uint4*>(row[t] + column))
+                                       : uint4{0, 0, 0, 0};
             }
     };
-
-    Sums<Bits, T, Strips, Tokens> sums;
-    sums.start(w, first_strip, begin * 2, lane);
+    Sums<Bits, T, Strips, Tokens, Every<kDepth>> sums(w, first_strip, begin * 2, lane);
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot)
-        if (begin + slot < end) load(slot, begin + slot);
-    for (int tile = begin; tile < end; tile += kDepth) {
+        if (slot < tiles) load(slot, slot, true);
+    for (; tiles > 0; tiles -= kDepth) {
+        const bool unchecked = whole >= 2 * kDepth;
 #pragma unroll
         for (int slot = 0; slot < kDepth; ++slot) {
-            if (tile + slot >= end) break;
+            if (!unchecked && slot >= tiles) break;
 #pragma unroll
-            for (int unit = 0; unit < 2; ++unit) {
-                sums.enter(w, first_strip, (tile + slot) * 2 + unit, lane, [](int following) { return following; });
-                sums.multiply(words[slot], unit, [&](int t) { return x[slot][unit][t]; });
-            }
-            if (tile + slot + kDepth < end) load(slot, tile + slot + kDepth);
+            for (int unit = 0; unit < 2; ++unit)
+                sums.add(w, words[slot], slot * 2 + unit, [&](int t) { return x[slot][unit][t]; });
+            if (unchecked)
+                load(slot, slot + kDepth, false);
+            else if (slot + kDepth < tiles)
+                load(slot, slot + kDepth, true);
         }
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) from[s] += kDepth * 32 * Bits;
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t) row[t] += kDepth * kTile;
+        columns -= kDepth * kTile;
+        whole -= kDepth;
+        sums.advance();
     }
     sums.flush();
 
@@ -122,101 +180,150 @@ struct SharedLoad {
     }
 };
 
+// What a thread of the wide kernel copies of every stage: always the same places, so that all it computes for a copy is
+// one address.
+template <int Bits, int Tokens>
+struct StageCopy {
+    static constexpr int kThreads = kWideWarps * 32;
+    static constexpr int kRowVectors = kStageTiles * kTile / 8;  // of 16 bytes, in a token's row of a stage
+    static constexpr int kRowsAtOnce = kThreads / kRowVectors;   // even: a thread's rows are all odd or all even
+    static constexpr int kTileVectors = 8 * Bits;
+    static constexpr int kStripVectors = kStageTiles * kTileVectors;  // side by side in global memory too
+    static constexpr int kStripsAtOnce = kThreads / kStripVectors;  // of 3 bits, the last threads have no place in one
+    static_assert(kRowsAtOnce % 2 == 0 && Tokens * 8 % kRowsAtOnce == 0 && kWideStrips % kStripsAtOnce == 0);
+
+    static constexpr int kRows = Tokens * 8 / kRowsAtOnce, kStrips = kWideStrips / kStripsAtOnce;  // of a thread
+
+    const unsigned char* x;      // the first row
+    const unsigned char* words;  // the place in the first strip of stage 0
+    uint32_t rows[kRows];        // from the first row, in bytes per column
+    uint32_t strips[kStrips];    // from the first strip, in bytes per tile
+    int column, tile;            // in a stage
+    int x_to, words_to;          // in shared memory
+
+    // Instead of rows and strips behind the last, the last is copied: nobody looks at what becomes of it.
+    DEVICE StageCopy(const Product& p, int first_row, int first_strip) {
+        const Weight& w = p.weight;
+        const int row = threadIdx.x / kRowVectors, vector = threadIdx.x % kRowVectors;
+        x = kept(reinterpret_cast<const unsigned char*>(p.x + int64_t(first_row) * p.columns));
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) rows[i] = kept(smaller(row + i * kRowsAtOnce, p.rows - 1 - first_row) * 2);
+        column = kept(vector * 8);
+        // Odd rows swap the halves of each 128 bytes, so that the 8 rows that a warp reads at once lie in different
+        // banks.
+        x_to = kept((row * kRowVectors + (vector ^ row % 2 * 4)) * 16);
+        const int strip = threadIdx.x / kStripVectors, inside = threadIdx.x % kStripVectors;
+        words = kept(reinterpret_cast<const unsigned char*>(w.words) +
+                     (int64_t(first_strip) * w.tiles * kTileVectors + inside) * 16);
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i)
+            strips[i] = kept(smaller(strip + i * kStripsAtOnce, w.strips - 1 - first_strip) * kTileVectors * 16);
+        tile = kept(strip < kStripsAtOnce ? inside / kTileVectors : 1 << 30);  // there is none without a place
+        words_to = kept(Tokens * 8 * kRowVectors * 16 + (strip * kStripVectors + inside) * 16);
+    }
+
+    DEVICE void operator()(const Product& p, int stage, unsigned char* to) const {
+        const int slot = stage * kStageTiles * kTile + column;
+        const bool valid = slot < p.columns;
+        const unsigned char* from = kept(x + (valid ? slot : 0) * uint64_t(2));
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+            copy16(to + x_to + i * kThreads * 16, from + rows[i] * uint64_t(uint32_t(p.columns)), valid);
+        if (stage * kStageTiles + tile >= p.weight.tiles) return;  // nor are tiles behind the last multiplied
+        from = kept(words + uint32_t(stage) * uint64_t(kStripVectors * 16));
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i)
+            copy16(to + words_to + i * kStripsAtOnce * kStripVectors * 16,
+                   from + strips[i] * uint64_t(uint32_t(p.weight.tiles)), true);
+    }
+};
+
 // One block computes 128 output channels of Tokens * 8 tokens over a share of the slots. Weights and activations arrive
-// in shared memory by asynchronous copies, kStages - 1 stages of 128 slots ahead.
+// in shared memory by asynchronous copies, a stage of 256 slots at a time. Of each, a warp multiplies one half: the 128
+// slots that a scale most often has.
 // Grid: (ceil(strips / 8), ceil(rows / (Tokens * 8)), splits).
 template <int Bits, class T, int Tokens>
 DEVICE void wide(Product p) {
-    constexpr int kStrips = kWideStrips / 4;
-    constexpr int kRowVectors = kStageTiles * kTile / 8;  // of 16 bytes, in a token's row of a stage
-    constexpr int kStage = Tokens * 8 * kStageTokenBytes + Bits * kStageBitBytes;
+    constexpr int kStrips = kWideStrips / 4, kHalf = kStageTiles / 2;
+    constexpr int kRow = kStageTiles * kTile * 2;  // bytes of a token in a stage
+    constexpr int kStage = wide_stage_bytes(Bits, Tokens), kStages = wide_stages(Bits, Tokens, kBlockSharedBytes);
     const Weight& w = p.weight;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int half = warp / 4;  // which tile of each stage
+    const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
+    const int half = warp / 4;  // of each stage
     const int block_strip = blockIdx.x * kWideStrips, first_strip = block_strip + warp % 4 * kStrips;
     const int first_row = blockIdx.y * Tokens * 8;
     const int stages = (w.tiles + kStageTiles - 1) / kStageTiles;
-    const int begin = int64_t(stages) * blockIdx.z / gridDim.z, end = int64_t(stages) * (blockIdx.z + 1) / gridDim.z;
+    const int begin = uint32_t(stages) * blockIdx.z / gridDim.z, end = uint32_t(stages) * (blockIdx.z + 1) / gridDim.z;
 
     unsigned char* shared = shared_memory();
-    auto activations = [&](int stage) { return shared + stage % kStages * kStage; };
-    auto weights = [&](int stage) { return activations(stage) + kRowVectors * 16 * Tokens * 8; };
-    // Odd rows swap the halves of each 128 bytes, so that the 8 rows that a warp reads at once lie in different banks.
-    auto vector_of = [](int row, int vector) { return row * kRowVectors + (vector ^ (row % 2 * 4)); };
+    const StageCopy<Bits, Tokens> copy(p, first_row, block_strip);
+    auto after = [](int place) { return place == (kStages - 1) * kStage ? 0 : place + kStage; };
 
-    auto copy = [&](int stage) {
-        for (int i = threadIdx.x; i < Tokens * 8 * kRowVectors; i += kWideWarps * 32) {
-            const int token = i / kRowVectors, vector = i % kRowVectors;
-            const int row = first_row + token, column = stage * kStageTiles * kTile + vector * 8;
-            const bool valid = row < p.rows && column < p.columns;
-            copy16(activations(stage) + vector_of(token, vector) * 16,
-                   valid ? p.x + int64_t(row) * p.columns + column : p.x, valid);
-        }
-        constexpr int kTileVectors = 8 * Bits;
-        for (int i = threadIdx.x; i < kWideStrips * kStageTiles * kTileVectors; i += kWideWarps * 32) {
-            const int strip = block_strip + i / (kStageTiles * kTileVectors);
-            const int tile = stage * kStageTiles + i / kTileVectors % kStageTiles;
-            const bool valid = strip < w.strips && tile < w.tiles;
-            const uint32_t* from = w.words + (int64_t(strip) * w.tiles + tile) * 32 * Bits + i % kTileVectors * 4;
-            copy16(weights(stage) + i * 16, valid ? from : w.words, valid);
-        }
-    };
+    // Where a lane's activations are in a stage: of token block 0 and the first tile of its half, for both units.
+    const int parity = lane / 4 % 2, own = lane / 4 * kRow + half * kHalf * kTile * 2 + lane % 4 * 16;
+    const int of_unit[2] = {kept(own + parity * 64), kept(own + 64 - parity * 64)};  // odd rows are swapped
+    const int of_words = kept(Tokens * 8 * kRow + (warp % 4 * kStrips * kStageTiles + half * kHalf) * 128 * Bits);
 
-    Sums<Bits, T, kStrips, Tokens> sums;
-    // The warp's first unit at or after another.
-    auto following = [half](int unit) { return unit / 2 % 2 == half ? unit : (unit / 2 + 1) * 2; };
-    sums.start(w, first_strip, (begin * kStageTiles + half) * 2, lane);
+    Sums<Bits, T, kStrips, Tokens, EveryOther<kHalf>> sums(w, first_strip, (begin * kStageTiles + half * kHalf) * 2,
+                                                           lane);
+    int filled = 0, current = 0;
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
-        if (begin + i < end) copy(begin + i);
+        if (begin + i < end) copy(p, begin + i, shared + filled);
+        filled = after(filled);
         commit_copies();
     }
     for (int stage = begin; stage < end; ++stage) {
         wait_copies<kStages - 2>();
         synchronize_block();  // everyone's copies have landed, and everyone has left the stage that comes next
-        if (stage + kStages - 1 < end) copy(stage + kStages - 1);
+        if (stage + kStages - 1 < end) copy(p, stage + kStages - 1, shared + filled);
+        filled = after(filled);
         commit_copies();
-        const int tile = stage * kStageTiles + half;
-        if (tile < w.tiles) {
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            const int tile = stage * kStageTiles + half * kHalf + i;
+            if (tile >= w.tiles) break;
             uint32_t words[kStrips][Bits];
 #pragma unroll
             for (int s = 0; s < kStrips; ++s) {
-                const unsigned char* from =
-                    weights(stage) + ((warp % 4 * kStrips + s) * kStageTiles + half) * 128 * Bits;
+                const unsigned char* from = shared + current + of_words + (s * kStageTiles + i) * 128 * Bits;
                 load_words<Bits>(words[s], reinterpret_cast<const uint32_t*>(from), lane, SharedLoad());
             }
 #pragma unroll
             for (int unit = 0; unit < 2; ++unit) {
-                sums.enter(w, first_strip, tile * 2 + unit, lane, following);
-                sums.multiply(words, unit, [&](int t) {
-                    const int vector = vector_of(t * 8 + lane / 4, half * 8 + unit * 4 + lane % 4);
-                    return reinterpret_cast<const uint4*>(activations(stage))[vector];
-                });
+                const unsigned char* from = shared + current + of_unit[unit] + i * kTile * 2;
+                sums.add(w, words, i * 2 + unit,
+                         [&](int t) { return *reinterpret_cast<const uint4*>(from + t * 8 * kRow); });
             }
         }
+        sums.advance();
+        current = after(current);
     }
     sums.flush();
 
-    // The second half of the warps hands its sums over, a lane's together.
-    synchronize_block();
-    float* other = reinterpret_cast<float*>(shared) + warp % 4 * 32 * kStrips * Tokens * 4 + lane;
+    // [token][channel]: the second half of the warps hands its sums over, and the first half adds. Lanes hold c0..c3 as
+    // in skinny. The padding keeps the 4 tokens that a warp writes at once in different banks.
+    constexpr int kChannels = kWideStrips * kStrip, kPitch = kChannels + 4;
+    float* outputs = reinterpret_cast<float*>(shared);
+    const int mine = lane % 4 * 2 * kPitch + warp % 4 * kStrips * kStrip + lane / 4;
 #pragma unroll
-    for (int i = 0; i < kStrips * Tokens * 4; ++i)
-        if (half == 1) other[i * 32] = sums.total[i / 4 / Tokens][i / 4 % Tokens][i % 4];
-    synchronize_block();
-    if (half == 1) return;
+    for (int turn = 1; turn >= 0; --turn) {
+        synchronize_block();
 #pragma unroll
-    for (int i = 0; i < kStrips * Tokens * 4; ++i) {
-        const int s = i / 4 / Tokens, t = i / 4 % Tokens;
-        // c0..c3 of a lane are rows g and g + 8 of the result, as in skinny.
-        const int channel = (first_strip + s) * kStrip + lane / 4 + i % 4 / 2 * 8;
-        const int row = first_row + t * 8 + lane % 4 * 2 + i % 2;
-        if (channel >= w.out_features || row >= p.rows) continue;
-        const float sum = sums.total[s][t][i % 4] + other[i * 32];
+        for (int i = 0; i < kStrips * Tokens * 4; ++i) {
+            const int s = i / 4 / Tokens, t = i / 4 % Tokens;
+            float& output = outputs[mine + (t * 8 + i % 2) * kPitch + s * kStrip + i % 4 / 2 * 8];
+            if (half == turn) output = turn ? sums.total[s][t][i % 4] : sums.total[s][t][i % 4] + output;
+        }
+    }
+    synchronize_block();
+    const int channel = block_strip * kStrip + lane * 4;
+    for (int token = warp; token < Tokens * 8 && first_row + token < p.rows; token += kWideWarps) {
+        const float4 sum = *reinterpret_cast<const float4*>(outputs + token * kPitch + lane * 4);
         if (gridDim.z == 1)
-            store_result<T>(p, row, channel, sum);
+            store_results<T>(p, first_row + token, channel, sum);
         else
-            p.partials[(int64_t(blockIdx.z) * p.rows + row) * w.out_features + channel] = sum;
+            store_partials(p, first_row + token, channel, sum);
     }
 }
 
@@ -244,10 +351,11 @@ DEVICE void dequantize(Weight w, int first_strip, int channels, int columns, voi
     load_words<Bits>(words, w.words + (int64_t(strip) * w.tiles + tile) * 32 * Bits, lane, StreamingLoad());
 #pragma unroll
     for (int unit = 0; unit < 2; ++unit) {
-        const RawChunk raw = load_chunk(w, strip, (tile * 2 + unit) / w.chunk_units, lane);
-        const float2 scales = scales_of(raw, w.scales_dtype);
-        uint32_t zeros[2];
-        zeros_of<Bits, F16>(zeros, raw, w.zeros != nullptr);
+        const RawChunk raw[1] = {ChunkPointer(w, strip, lane).load(w, (tile * 2 + unit) / w.chunk_units)};
+        float2 scales[1];
+        scales_of(scales, raw, w.scales_dtype);
+        Zero<Bits, F16> zeros[2];
+        zeros_of<Bits, F16>(zeros, raw[0], w.zeros != nullptr);
         const int column = tile * kTile + unit * kUnit + lane % 4 * 8;
         if (column >= columns) continue;
 #pragma unroll
@@ -258,7 +366,7 @@ DEVICE void dequantize(Weight w, int first_strip, int channels, int columns, voi
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 const uint32_t codes = unpack<Bits, F16>(words, unit, half, pair, zeros[half]);
-                const float scale = half ? scales.y : scales.x;
+                const float scale = half ? scales[0].y : scales[0].x;
                 values[pair * 2] = f16_to_float(codes & 0xFFFF) * scale;
                 values[pair * 2 + 1] = f16_to_float(codes >> 16) * scale;
             }

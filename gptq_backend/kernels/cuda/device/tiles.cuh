@@ -29,39 +29,49 @@ struct Magic<BF16> {
 };
 constexpr uint32_t kFloatMagic = 0x4B000000;  // 2^23
 
-// What `unpack` subtracts to turn a code into code - zero.
+// What `unpack` needs to turn a code into code - zero. `scaled`: -(64 + zero), of 4-bit codes that are OR-ed into fp16
+// four bits too high: a sixteenth of such a number is 64 + code.
 template <int Bits, class T>
-DEVICE uint32_t zero_operand(uint32_t zero) {
-    return Magic<T>::bits + zero * 0x00010001u;
-}
-// 8 bits do not fit beside bf16's 128: they go through float.
-template <>
-DEVICE uint32_t zero_operand<8, BF16>(uint32_t zero) {
-    return kFloatMagic + zero;
-}
+struct Zero {
+    uint32_t plain, scaled;
+
+    DEVICE explicit Zero(uint32_t zero = 0) {
+        // 8 bits do not fit beside bf16's 128: they go through float.
+        plain = Bits == 8 && kSame<T, BF16> ? kFloatMagic + zero : Magic<T>::bits + zero * 0x00010001u;
+        scaled = 0xD400D400 + zero * 0x00100010u;
+    }
+};
+constexpr uint32_t kSixteenth = 0x2C002C00;  // two of fp16
 
 // Codes minus zero, exact, as two packed floats: output channel g + 8 * half, slots 8t + 2 * pair + {0, 1} of the unit.
 // words: the lane's of one tile, its codes in the order (half, unit, slot). In a word of b-bit codes, codes 2j and 2j +
 // 1 begin at bits b*j and b*j + 16, so that one shift and one mask yield a pair.
 template <int Bits, class T>
-DEVICE uint32_t unpack(const uint32_t (&words)[Bits], int unit, int half, int pair, uint32_t zero) {
+DEVICE uint32_t unpack(const uint32_t (&words)[Bits], int unit, int half, int pair, const Zero<Bits, T>& zero) {
     const int index = half * 8 + unit * 4 + pair;  // 0..15
     if constexpr (Bits == 8) {
         const uint32_t word = words[index / 2];
         const uint32_t low = index % 2, high = low + 2;
         if constexpr (kSame<T, BF16>) {
-            const float first = as_float(permute_bytes(word, kFloatMagic, 0x7440 | low)) - as_float(zero);
-            const float second = as_float(permute_bytes(word, kFloatMagic, 0x7440 | high)) - as_float(zero);
+            const float first = as_float(permute_bytes(word, kFloatMagic, 0x7440 | low)) - as_float(zero.plain);
+            const float second = as_float(permute_bytes(word, kFloatMagic, 0x7440 | high)) - as_float(zero.plain);
             return permute_bytes(as_bits(first), as_bits(second), 0x7632);  // below 256: truncation is exact
         } else {
-            return subtract2<T>(permute_bytes(word, Magic<T>::bits, 0x5050 | high << 8 | low), zero);
+            return subtract2<T>(permute_bytes(word, Magic<T>::bits, 0x5050 | high << 8 | low), zero.plain);
         }
     } else if constexpr (Bits == 4) {
-        return subtract2<T>(and_or(words[index / 4] >> 4 * (index % 4), 0x000F000F, Magic<T>::bits), zero);
+        const uint32_t word = words[index / 4];
+        if constexpr (kSame<T, F16>) {  // one shift for two pairs
+            const uint32_t shifted = word >> index % 4 / 2 * 8;
+            if (index % 2) return multiply_add2(and_or(shifted, 0x00F000F0, Magic<F16>::bits), kSixteenth, zero.scaled);
+            return subtract2<F16>(and_or(shifted, 0x000F000F, Magic<F16>::bits), zero.plain);
+        } else {
+            return subtract2<T>(and_or(word >> 4 * (index % 4), 0x000F000F, Magic<T>::bits), zero.plain);
+        }
     } else {
         uint32_t code = and_or(words[index / 8] >> 2 * (index % 8), 0x00030003, Magic<T>::bits);
         if constexpr (Bits == 3) code = and_or(rotate_right(words[2], index), 0x00040004, code);
-        return subtract2<T>(code, zero);
+        return subtract2<T>(code, zero.plain);
     }
 }
 
@@ -88,94 +98,131 @@ struct RawChunk {
     uint32_t zeros;
 };
 
-DEVICE RawChunk load_chunk(const Weight& w, int strip, int chunk, int lane) {
-    RawChunk raw{};
-    const int64_t at = (int64_t(strip) * w.chunks + chunk) * 8 + lane / 4;
-    if (w.scales_dtype == kFloat32)
-        raw.scales = load_cached(static_cast<const uint2*>(w.scales) + at);
-    else
-        raw.scales.x = load_cached(static_cast<const uint32_t*>(w.scales) + at);
-    if (w.zeros) raw.zeros = load_cached(reinterpret_cast<const uint16_t*>(w.zeros) + at);
-    return raw;
-}
+// Where a lane finds those of output channels g and g + 8 of any strip.
+struct ChunkPointer {
+    const unsigned char* scales;
+    const unsigned char* zeros;  // null when there are none
+    uint32_t pitch;              // bytes of a chunk's scales
 
-// Scales of output channels g and g + 8.
-DEVICE float2 scales_of(const RawChunk& raw, Dtype dtype) {
-    if (dtype == kFloat32) return {as_float(raw.scales.x), as_float(raw.scales.y)};
-    const uint16_t low = raw.scales.x & 0xFFFF, high = raw.scales.x >> 16;
-    if (dtype == kBFloat16) return {bf16_to_float(low), bf16_to_float(high)};
-    return {f16_to_float(low), f16_to_float(high)};
+    DEVICE ChunkPointer(const Weight& w, int strip, int lane) {
+        const int64_t at = int64_t(strip) * w.chunks * 8 + lane / 4;
+        const int bytes = w.scales_dtype == kFloat32 ? 8 : 4;
+        pitch = kept(bytes * 8);
+        scales = kept(static_cast<const unsigned char*>(w.scales) + at * bytes);
+        zeros = kept(w.zeros ? w.zeros + at * 2 : nullptr);
+    }
+
+    // chunk: counted from the strip's first.
+    DEVICE RawChunk load(const Weight& w, uint32_t chunk) const {
+        RawChunk raw{};
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(scales + chunk * uint64_t(pitch));
+        raw.scales.x = load_cached(from);
+        if (w.scales_dtype == kFloat32) raw.scales.y = load_cached(from + 1);
+        if (w.zeros) raw.zeros = load_cached(reinterpret_cast<const uint16_t*>(zeros + chunk * uint64_t(16)));
+        return raw;
+    }
+};
+
+// Scales of output channels g and g + 8 of some strips.
+template <int Strips>
+DEVICE void scales_of(float2 (&scales)[Strips], const RawChunk (&raw)[Strips], Dtype dtype) {
+    if (dtype == kFloat16) {
+#pragma unroll
+        for (int s = 0; s < Strips; ++s)
+            scales[s] = {f16_to_float(raw[s].scales.x & 0xFFFF), f16_to_float(raw[s].scales.x >> 16)};
+    } else if (dtype == kBFloat16) {
+#pragma unroll
+        for (int s = 0; s < Strips; ++s)
+            scales[s] = {as_float(raw[s].scales.x << 16), as_float(raw[s].scales.x & 0xFFFF0000)};
+    } else {
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) scales[s] = {as_float(raw[s].scales.x), as_float(raw[s].scales.y)};
+    }
 }
 
 template <int Bits, class T>
-DEVICE void zeros_of(uint32_t (&zeros)[2], const RawChunk& raw, bool stored) {
-    zeros[0] = zero_operand<Bits, T>(stored ? raw.zeros & 0xFF : 1u << (Bits - 1));
-    zeros[1] = zero_operand<Bits, T>(stored ? raw.zeros >> 8 : 1u << (Bits - 1));
+DEVICE void zeros_of(Zero<Bits, T> (&zeros)[2], const RawChunk& raw, bool stored) {
+    zeros[0] = Zero<Bits, T>(stored ? raw.zeros & 0xFF : 1u << (Bits - 1));
+    zeros[1] = Zero<Bits, T>(stored ? raw.zeros >> 8 : 1u << (Bits - 1));
 }
 
 // -- a warp's sums
 // -----------------------------------------------------------------------------------------------------
 
+// Which units a warp multiplies, by windows of some tiles: all of each window.
+template <int Tiles>
+struct Every {
+    static constexpr int kWindow = Tiles * 2;
+
+    // The first of the warp's units at or after another. Units are counted from the first of a window.
+    static DEVICE int following(int unit) { return unit; }
+};
+
+// Likewise, but after each window comes one of another warp.
+template <int Tiles>
+struct EveryOther {
+    static constexpr int kUnits = Tiles * 2, kWindow = kUnits * 2;
+    static_assert((kUnits & (kUnits - 1)) == 0 && kUnits <= 8);  // up to 15, Sums::reciprocal is exact
+
+    static DEVICE int following(int unit) { return unit & kUnits ? (unit + kUnits) & -kUnits : unit; }
+};
+
 // Sums of a warp over `Strips` strips by `Tokens` * 8 tokens. The products of a chunk are summed as integers times
 // activations, and scaled once: more exact than rounding scaled weights to 16 bits, and cheaper.
-template <int Bits, class T, int Strips, int Tokens>
+//
+// Units are counted from the first of the warp's window (Windows: above), so that most of what is compared are
+// constants.
+template <int Bits, class T, int Strips, int Tokens, class Windows>
 struct Sums {
     float total[Strips][Tokens][4];
     float part[Strips][Tokens][4];
     float2 scales[Strips];
-    uint32_t zeros[Strips][2];
+    Zero<Bits, T> zeros[Strips][2];
     RawChunk next[Strips];
-    int chunk_end;   // first unit after the current chunk
-    int next_chunk;  // what `next` holds
+    ChunkPointer from;  // of the first strip
+    int chunk_end;      // first unit after the current chunk
+    int next_end;       // and after the one that `next` holds
+    int next_chunk;     // which that is
+    int reciprocal;     // of a chunk's units, times 256, rounded up
+    int strips;         // of the warp that there are
 
-    // first_unit: of the warp. Follow with one call of `enter`.
-    DEVICE void start(const Weight& w, int first_strip, int first_unit, int lane) {
-        for (int s = 0; s < Strips; ++s)
-            for (int t = 0; t < Tokens; ++t)
-                for (int i = 0; i < 4; ++i) total[s][t][i] = part[s][t][i] = 0.f;
+    // first_strip: of the warp. first_unit: of its first window, among all.
+    DEVICE Sums(const Weight& w, int first_strip, int first_unit, int lane)
+        : from(w, first_strip < w.strips ? first_strip : 0, lane) {
+#pragma unroll
         for (int s = 0; s < Strips; ++s) {
+#pragma unroll
+            for (int t = 0; t < Tokens; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) total[s][t][i] = part[s][t][i] = 0.f;
             scales[s] = {0.f, 0.f};
             next[s] = {};
+            zeros_of<Bits, T>(zeros[s], next[s], false);
         }
+        strips = w.strips - first_strip;
+        reciprocal = (256 + w.chunk_units - 1) / w.chunk_units;
         next_chunk = first_unit / w.chunk_units;
+        next_end = (next_chunk + 1) * w.chunk_units - first_unit;
         chunk_end = 0;
-        fetch(w, first_strip, lane);
+        fetch(w);
     }
 
-    // Before the products of `unit`. following: (unit) -> the warp's first unit at or after it.
-    template <class Following>
-    DEVICE void enter(const Weight& w, int first_strip, int unit, int lane, Following following) {
-        if (unit < chunk_end) return;
-        flush();
-#pragma unroll
-        for (int s = 0; s < Strips; ++s) {
-            scales[s] = scales_of(next[s], w.scales_dtype);
-            zeros_of<Bits, T>(zeros[s], next[s], w.zeros != nullptr);
-        }
-        chunk_end = (next_chunk + 1) * w.chunk_units;
-        const int after = following(chunk_end);
-        for (int end = chunk_end; after >= end; end += w.chunk_units) ++next_chunk;
-        fetch(w, first_strip, lane);
-    }
-
-    // x: (t) -> the lane's 16 bytes of activations of token block t.
+    // Add the products of a unit of the window. words: of its tile. x: (t) -> the lane's 16 bytes of activations of
+    // token block t.
     template <class Activations>
-    DEVICE void multiply(const uint32_t (&words)[Strips][Bits], int unit, Activations x) {
-        uint32_t a[Strips][2][4];
-#pragma unroll
-        for (int s = 0; s < Strips; ++s)
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                a[s][i / 4][i % 4] = unpack<Bits, T>(words[s], unit, i % 2, i / 2, zeros[s][i % 2]);
-#pragma unroll
-        for (int t = 0; t < Tokens; ++t) {
-            const uint4 b = x(t);
-#pragma unroll
-            for (int s = 0; s < Strips; ++s) {
-                mma<T>(part[s][t], a[s][0], b.x, b.y);
-                mma<T>(part[s][t], a[s][1], b.z, b.w);
-            }
+    DEVICE void add(const Weight& w, const uint32_t (&words)[Strips][Bits], int unit, Activations x) {
+        if (unit < chunk_end) {
+            multiply<false>(words, unit % 2, x);
+        } else {
+            enter(w);
+            multiply<true>(words, unit % 2, x);
         }
+    }
+
+    // To the next window.
+    DEVICE void advance() {
+        chunk_end -= Windows::kWindow;
+        next_end -= Windows::kWindow;
     }
 
     // Add the current chunk's products to the totals.
@@ -185,18 +232,54 @@ struct Sums {
 #pragma unroll
             for (int t = 0; t < Tokens; ++t)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    total[s][t][i] += (i < 2 ? scales[s].x : scales[s].y) * part[s][t][i];
-                    part[s][t][i] = 0.f;
-                }
+                for (int i = 0; i < 4; ++i) total[s][t][i] += (i < 2 ? scales[s].x : scales[s].y) * part[s][t][i];
     }
 
   private:
-    DEVICE void fetch(const Weight& w, int first_strip, int lane) {
-        const int chunk = next_chunk < w.chunks ? next_chunk : w.chunks - 1;
+    // To the next chunk, whose first products overwrite `part`.
+    DEVICE void enter(const Weight& w) {
+        flush();
+        scales_of(scales, next, w.scales_dtype);
+        if (w.zeros)
+#pragma unroll
+            for (int s = 0; s < Strips; ++s) zeros_of<Bits, T>(zeros[s], next[s], true);
+        chunk_end = next_end;
+        // Chunks of which the warp has nothing are skipped.
+        const uint32_t skipped = (Windows::following(chunk_end) - chunk_end) * reciprocal / 256u;
+        next_chunk += 1 + skipped;
+        next_end += (1 + skipped) * w.chunk_units;
+        fetch(w);
+    }
+
+    // First: of a chunk.
+    template <bool First, class Activations>
+    DEVICE void multiply(const uint32_t (&words)[Strips][Bits], int unit, Activations x) {
+        uint32_t a[Strips][2][4];
 #pragma unroll
         for (int s = 0; s < Strips; ++s)
-            if (first_strip + s < w.strips) next[s] = load_chunk(w, first_strip + s, chunk, lane);
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                a[s][i / 4][i % 4] = unpack<Bits, T>(words[s], unit, i % 2, i / 2, zeros[s][i % 2]);
+        constexpr float kNothing[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t) {
+            const uint4 b = x(t);
+#pragma unroll
+            for (int s = 0; s < Strips; ++s) {
+                if constexpr (First)
+                    mma<T>(part[s][t], a[s][0], b.x, b.y, kNothing);
+                else
+                    mma<T>(part[s][t], a[s][0], b.x, b.y, part[s][t]);
+                mma<T>(part[s][t], a[s][1], b.z, b.w, part[s][t]);
+            }
+        }
+    }
+
+    DEVICE void fetch(const Weight& w) {
+        const int chunk = next_chunk < w.chunks ? next_chunk : w.chunks - 1;
+#pragma unroll
+        for (int s = 0; s < Strips; ++s)  // for strips that there are not, those of the first: nobody looks at them
+            next[s] = from.load(w, s < strips ? s * w.chunks + chunk : chunk);
     }
 };
 

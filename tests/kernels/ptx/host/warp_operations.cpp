@@ -68,7 +68,8 @@ void load_matrices(Warp& warp, const Instruction& i, Mask mask) {
         }
 }
 
-// Operands: result, value, bits to flip of the lane's number, 31, all lanes.
+// Operands: result, value, bits to flip of the lane's number (Flip) or the number of a lane, 31, all lanes.
+template <bool Flip>
 void shuffle(Warp& warp, const Instruction& i, Mask mask) {
     need_all_lanes(mask);
     uint32_t values[kLanes];
@@ -78,7 +79,7 @@ void shuffle(Warp& warp, const Instruction& i, Mask mask) {
         values[lane] = warp.get<uint32_t>(i.operands[1], lane);
     }
     for (int lane = 0; lane < kLanes; ++lane)
-        warp.set(i.operands[0], lane, values[(lane ^ warp.get<uint32_t>(i.operands[2], lane)) % kLanes]);
+        warp.set(i.operands[0], lane, values[((Flip ? lane : 0) ^ warp.get<uint32_t>(i.operands[2], lane)) % kLanes]);
 }
 
 template <class T>
@@ -96,7 +97,8 @@ void add_warp_operations(Operations& to) {
     to["ret"] = to["exit"] = {Kind::exit, nothing};
     to["bar.sync"] = to["barrier.sync"] = {Kind::block, nothing};
     to["bar.warp.sync"] = {Kind::warp, [](Warp& warp, const Instruction&, Mask) { ++warp.barriers; }};
-    to["shfl.sync.bfly.b32"] = {Kind::warp, shuffle};
+    to["shfl.sync.bfly.b32"] = {Kind::warp, shuffle<true>};
+    to["shfl.sync.idx.b32"] = {Kind::warp, shuffle<false>};
     add_matrices<Half>(to, "f16");
     add_matrices<BHalf>(to, "bf16");
     to["ldmatrix.sync.aligned.m8n8.x1.shared.b16"] = {Kind::warp, load_matrices<1, false>};
