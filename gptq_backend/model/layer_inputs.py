@@ -58,7 +58,7 @@ class LayerInput:
         if original is None or original.shape != here.shape or here.shape[:-1] != self.x.shape[:-1]:
             return None
         wide = torch.promote_types(here.dtype, torch.float32)
-        return self._kept((original.to(wide) - here.to(original.device, wide)).to(self.x))
+        return self._kept((original.to(here.device, wide) - here.to(wide)).to(self.x))
 
     def _kept(self, values: Tensor) -> Tensor:
         """Without padding: values [B, T, ...] or with other rows, as x has them."""

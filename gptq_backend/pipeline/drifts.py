@@ -19,10 +19,11 @@ class Drifts:
     Args:
         hooks: of the run; closed at its end.
         batch: the batch whose pass through the quantized block is running; None of any other call.
+        aside: puts a tensor where it may wait.
     """
 
-    def __init__(self, hooks: ExitStack, batch: Callable[[], int | None]) -> None:
-        self._hooks, self._batch = hooks, batch
+    def __init__(self, hooks: ExitStack, batch: Callable[[], int | None], aside: Callable[[Tensor], Tensor]) -> None:
+        self._hooks, self._batch, self._aside = hooks, batch, aside
         self._block: Block | None = None
         self._additions: Additions | None = None  # of the block
         self._there: dict[int, Trace] = {}  # what was seen in the original block, by batch
@@ -37,7 +38,12 @@ class Drifts:
             self._there, self._here = {}, {}
         assert self._additions is not None
         first = self._additions.of is None
-        output, self._there[number] = self._additions.trace(x, run, output_tensor)
+        output, trace = self._additions.trace(x, run, output_tensor)
+        seen = (*trace.inputs.values(), *trace.places.values())  # layers share inputs
+        waiting = {id(tensor): self._aside(tensor) for tensor in {id(tensor): tensor for tensor in seen}.values()}
+        trace.inputs = {layer: waiting[id(tensor)] for layer, tensor in trace.inputs.items()}
+        trace.places = {place: waiting[id(tensor)] for place, tensor in trace.places.items()}
+        self._there[number] = trace
         if first and self._additions.of is not None:
             self._watch(self._additions)
         return output

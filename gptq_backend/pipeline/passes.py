@@ -150,7 +150,7 @@ class Passes:
         tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
             if self.config.preset.correct_drift:
-                self._drifts = Drifts(hooks, self._here)
+                self._drifts = Drifts(hooks, self._here, self.layers.placement.aside)
             self._set_hooks(hooks)
             lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
 
