@@ -49,6 +49,10 @@ class Team:
         """What rank ``source`` makes; no other one calls ``tensors``."""
         return list(tensors())
 
+    def told(self, source: int, value: Callable[[], Any]) -> Any:
+        """The JSON value that rank ``source`` makes; no other one calls ``value``."""
+        return from_tensor(self.broadcast(source, lambda: [as_tensor(value())])[0])
+
     def least(self, value: int) -> int:
         """The least of the ranks' values."""
         return value

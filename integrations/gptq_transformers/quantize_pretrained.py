@@ -19,7 +19,7 @@ from transformers import GPTQConfig as StockGPTQConfig
 
 from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
 from gptq_backend.budget import read_goal
-from gptq_backend.distributed.team import Team, as_tensor, from_tensor
+from gptq_backend.distributed import Team
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
 from gptq_backend.model import BlockNames, Progress, find_structure
@@ -171,12 +171,12 @@ def quantize(
 def _chosen_by_first(team: Team, settings: QuantizeConfig, choose: Callable[[], QuantizeConfig]) -> QuantizeConfig:
     """What the first rank makes of ``settings``."""
 
-    def changes() -> list[torch.Tensor]:
+    def changes() -> dict[str, Any]:
         chosen = choose()
         values = {item.name: getattr(chosen, item.name) for item in dataclasses.fields(settings)}
-        return [as_tensor({name: value for name, value in values.items() if value != getattr(settings, name)})]
+        return {name: value for name, value in values.items() if value != getattr(settings, name)}
 
-    return dataclasses.replace(settings, **from_tensor(team.broadcast(0, changes)[0]))
+    return dataclasses.replace(settings, **team.told(0, changes))
 
 
 def _open(
