@@ -79,7 +79,8 @@ def work(shape: Shape, tokens: int) -> dict[str, float]:
     active = _size(shape.dense) + shape.chosen * _size(shape.expert)
     routed = tokens * shape.chosen / shape.experts if shape.experts else 0
     return {
-        "forward": 2 * active * tokens,
+        "forward": 2 * 2 * active * tokens,  # of the quantized block and of the original
+        "drift": sum(2 * 2 * k * n if n == shape.hidden else 2 * k * k for k, n in shape.dense) * tokens,
         "sensitivity": 3 * 2 * shape.mixing * tokens,  # through attention and back
         "hessian of dense layers": sum(k * k for k, _ in shape.dense) * tokens,
         "hessian of experts": shape.experts * sum(k * k for k, _ in shape.expert) * routed,
@@ -112,11 +113,14 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
     own = math.ceil(shape.experts / gpus)
     expert = (counts["factor of an expert"] + counts["rounding of an expert"]) / SINGLES + _columns(shape.expert)
     tokens = TOKENS * shape.chosen * shape.hidden * HALF / gpus * others
-    hessians = 2 * sum(k * k / 2 for k, _ in shape.dense) * SINGLE * others
+    moments = sum(k * k / 2 + k * min(k, n if n == shape.hidden else k) for k, n in shape.dense)
+    hessians = 2 * moments * SINGLE * others
     return {
         "read": shape.weights * HALF * (1 / HOST + 1 / DISK),
         "forward and token weights": (counts["forward"] + counts["sensitivity"]) / PRODUCTS / gpus,
         "Hessians": (counts["hessian of dense layers"] + counts["hessian of experts"]) / PRODUCTS / gpus,
+        "drift": counts["drift"] / PRODUCTS / gpus,
+        "the original's inputs, to the host and back": 2 * sum(k for k, _ in shape.dense) * TOKENS * HALF / HOST / gpus,
         "factors of dense layers": counts["factor of dense layers"] / SINGLES * (0.5 + 0.5 / min(gpus, 8)),
         "rounding of dense layers": rounding + _columns(shape.dense),
         "experts": own * expert,
@@ -134,7 +138,7 @@ def gigabytes(shape: Shape, gpus: int) -> dict[str, float]:
     sizes = {
         "the block, 16 bits": shape.weights * HALF,
         "its codes, as bytes and packed": shape.weights * 1.5,
-        "batches that wait": own * (3 * shape.hidden + layer) * HALF,
+        "batches that wait": own * (5 * shape.hidden + layer) * HALF,
         "Hessian, its sums and factor": widest**2 * SINGLE * (levels / 2 + 5),
         "experts' inputs of a round": 2 * PER_ROUND * routed * shape.hidden * HALF if gpus > 1 else 0,
     }
@@ -147,7 +151,7 @@ def measured_rates(path: Path) -> dict[str, float]:
     counts = work(_llama("", 1, 576, 1536, 192), found["tokens"])
     laps = found["phases"][-1]
     pairs = {
-        "forward": (counts["forward"], "forward"),
+        "forward": (counts["forward"] / 2, "forward"),  # from before drift was corrected
         "sensitivity": (counts["sensitivity"], "sensitivity"),
         "hessian": (counts["hessian of dense layers"], "hessian"),
         "factor, float64": (counts["factor of dense layers"], "factor"),
