@@ -60,7 +60,7 @@ test: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57
 	$(PYTEST)
 	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) $(ON_TRANSFORMERS)
 
-test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.23
+test-all: $(VENV)/.test $(VENV)/.vllm $(VENV)/.overlay-4.57 $(VENV)/.overlay-5.23 $(VENV)/.lm-eval
 	$(PYTEST) -m ""
 	PYTHONPATH=$(OVERLAYS)/4.57 $(PYTEST) -m "" $(ON_TRANSFORMERS)
 	PYTHONPATH=$(OVERLAYS)/5.23 $(PYTEST) -m "" $(ON_TRANSFORMERS)
@@ -160,6 +160,10 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(NATIVE) | $(VENV)/.torch
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install --quiet "gptq-backend[test]" "$(TRANSFORMERS)"
+	touch $@
+
+$(VENV)/.lm-eval: | $(VENV)/.test
+	$(PIP) install --quiet "lm_eval>=0.4.13" "$(TRANSFORMERS)"
 	touch $@
 
 # vLLM brings CUDA builds of three packages that break `import transformers` beside a CPU torch; it runs without them.

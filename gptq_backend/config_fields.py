@@ -48,6 +48,7 @@ class Preset:
     signed_scales: bool
     search_finalists: int
     refine_sweeps: int
+    correct_drift: bool
     block_epochs: int
     distill_epochs: int
 
@@ -56,11 +57,22 @@ class Preset:
         """Whether anything is trained, which takes calibration data to validate on and much time."""
         return bool(self.block_epochs or self.distill_epochs)
 
+    @property
+    def needs_original(self) -> bool:
+        """Whether the calibration data also passes through the original blocks."""
+        return self.correct_drift or bool(self.block_epochs)
+
 
 QUALITIES = {
-    "fast": Preset(signed_scales=False, search_finalists=1, refine_sweeps=0, block_epochs=0, distill_epochs=0),
-    "default": Preset(signed_scales=True, search_finalists=4, refine_sweeps=2, block_epochs=0, distill_epochs=0),
-    "best": Preset(signed_scales=True, search_finalists=8, refine_sweeps=4, block_epochs=2, distill_epochs=2),
+    "fast": Preset(
+        signed_scales=False, search_finalists=1, refine_sweeps=0, correct_drift=False, block_epochs=0, distill_epochs=0
+    ),
+    "default": Preset(
+        signed_scales=True, search_finalists=4, refine_sweeps=2, correct_drift=True, block_epochs=0, distill_epochs=0
+    ),
+    "best": Preset(
+        signed_scales=True, search_finalists=8, refine_sweeps=4, correct_drift=True, block_epochs=2, distill_epochs=2
+    ),
 }
 
 
@@ -158,7 +170,7 @@ class Settings:
         "default",
         tuple(QUALITIES),
         "work to put into accuracy; fast: GPTQ with a short scale search; default: what lowers each layer's error at "
-        "little cost; best: also trains towards the original. Fills in --signed-scales and the next four where they "
+        "little cost; best: also trains towards the original. Fills in --signed-scales and the next five where they "
         "are not given",
     )
     token_weights: bool = _flag(  # see token_weights.Sensitivity
@@ -172,6 +184,11 @@ class Settings:
     )
     search_finalists: int | None = _count(None, 1, "candidate scales that are tried with error feedback")
     refine_sweeps: int | None = _count(None, 0, "refinements of scales and codes after the column loop")
+    correct_drift: bool | None = _flag(  # see drift.make_up
+        None,
+        "aim each layer at what the original model computes at its place, so that it makes up for the layers before",
+        Scope.RUN,
+    )
     block_epochs: int | None = _count(
         None, 0, "passes over the calibration data in which each block's scales and norms are trained", Scope.RUN
     )

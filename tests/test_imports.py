@@ -48,3 +48,13 @@ def test_public_names_exist() -> None:
 
     assert sorted(gptq_backend.__all__) == sorted(set(gptq_backend.__all__))
     assert all(hasattr(gptq_backend, name) for name in gptq_backend.__all__)
+
+
+def test_a_torch_without_distributed_quantizes_in_one_process() -> None:
+    code = (
+        "import sys, torch; sys.modules['torch.distributed.rendezvous'] = None; "
+        "torch.distributed.is_available = lambda: False; del torch.distributed.is_torchelastic_launched; "
+        "import gptq_backend; from gptq_backend.distributed import joined\n"
+        "with joined('cpu') as (team, place): print(team.size, place)"
+    )
+    assert python(code) == "1 cpu"

@@ -12,15 +12,25 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from gptq_backend import QuantizeConfig
+from gptq_backend import Events, QuantizeConfig
 from gptq_backend.model import split_windows
 from gptq_cli.evaluate import cut_windows, evaluate
 from gptq_cli.models import load_model
 from gptq_transformers import quantize
+
+
+class Planned(Events):
+    """Keeps how a budget was spent."""
+
+    plan: dict[str, Any] | None = None
+
+    def budget_planned(self, plan: Any) -> None:
+        self.plan = plan.report()
 
 
 def main() -> None:
@@ -29,6 +39,7 @@ def main() -> None:
     parser.add_argument("calibration", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--config", default="{}", help="JSON: fields of QuantizeConfig")
+    parser.add_argument("--target-bits", type=float, help="a budget instead of bits and group_size")
     parser.add_argument("--set", type=int, default=0, help="which run of 64 x 512 calibration tokens")
     parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, from the start of the test text")
     arguments = parser.parse_args()
@@ -40,7 +51,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "quantized"
         start = time.process_time()
-        _, report = quantize(arguments.model, config, samples, output=folder)
+        target, events = arguments.target_bits, Planned()
+        _, report = quantize(arguments.model, config, samples, output=folder, target_bits=target, events=events)
         cpu_seconds = time.process_time() - start
         judged = cut_windows(arguments.test.read_text(), tokenizer, 1024, arguments.windows)
         found = evaluate(load_model(folder), judged, load_model(arguments.model))
@@ -49,6 +61,7 @@ def main() -> None:
     result = {
         "model": Path(arguments.model).name,
         "asked": asked,
+        "budget": events.plan and {key: value for key, value in events.plan.items() if key != "curve"},
         "config": config.to_dict(),
         "set": arguments.set,
         "seconds": report.seconds,

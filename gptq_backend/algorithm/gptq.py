@@ -22,10 +22,13 @@ from .column_order import ColumnOrder, column_order
 from .columns import round_columns
 from .grid import SCALE_DTYPE, Grid
 from .hessian import Factor, damping, factor
-from .refine import Step, refine
+from .refine import refine
 from .scale_search import fit_grid
+from .sharing import Sharing, alone
 
 _PANEL = 128  # columns between two updates of the rest of the matrix
+# Output channels that are rounded together, about: what a core's cache holds, and what keeps a GPU busy.
+_CPU_ROWS, _GPU_ROWS = 384, 4096
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ class LayerFactor:
     order: ColumnOrder
     factor: Factor  # U in that order
     hessian: Tensor  # the undamped H in the original order; channels never excited have the median of the diagonal
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of making a weight and the error that it left.
+
+    That is the share of the layer's output energy on the calibration tokens that is error, each token counted as in the
+    Hessian (see :class:`token_weights.Sensitivity`).
+    """
+
+    name: str  # "loop" or "sweep N"
+    error: float
 
 
 @dataclass(frozen=True)
@@ -57,10 +72,12 @@ class QuantizedLayer:
 
 
 @timed("factor")
-def prepare_factor(hessian: Tensor, config: QuantizeConfig, tokens: float = math.inf) -> LayerFactor:
+def prepare_factor(
+    hessian: Tensor, config: QuantizeConfig, tokens: float = math.inf, sharing: Sharing = alone
+) -> LayerFactor:
     """Order the columns and factor H [K, K] of so many tokens; fewer mean more damping (:func:`hessian.damping`).
 
-    Channels that calibration never excited get the diagonal of a typical one.
+    Channels that calibration never excited get the diagonal of a typical one. ``sharing`` does part of the factor.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
@@ -68,7 +85,8 @@ def prepare_factor(hessian: Tensor, config: QuantizeConfig, tokens: float = math
     diagonal[dead] = 1 if dead.all() else diagonal[~dead].median()
     order = column_order(diagonal, config)
     in_order = hessian[order.perm][:, order.perm].to(_working_dtype(hessian))
-    return LayerFactor(order, factor(in_order, damping(config.damp_percent, len(hessian), tokens)), hessian)
+    damp = damping(config.damp_percent, len(hessian), tokens)
+    return LayerFactor(order, factor(in_order, damp, sharing), hessian)
 
 
 def _working_dtype(tensor: Tensor) -> torch.dtype:
@@ -87,6 +105,7 @@ def quantize_weight(
     tokens: int = 1,
     name: str = "layer",
     rounded: QuantizedWeight | None = None,
+    sharing: Sharing = alone,
 ) -> QuantizedLayer:
     """Quantize one weight.
 
@@ -97,6 +116,7 @@ def quantize_weight(
         tokens: calibration tokens behind the Hessian, to report the loss per token.
         name: the module, for messages.
         rounded: what :func:`round_weights` made of the weight, if it did.
+        sharing: does the parts that :func:`row_parts` makes of the output channels.
 
     Raises:
         CalibrationError: the weight is not finite, or too large for float16 scales.
@@ -105,34 +125,72 @@ def quantize_weight(
         raise CalibrationError(
             f"{name}.weight: has NaN or infinite entries; the model's file is damaged, fetch it again"
         )
-    quantized = rounded or round_weights([weight], shared, config)[0]
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    parts = row_parts(len(weight), weight.device)
+
+    def part(i: int) -> list[Tensor]:
+        given = None if rounded is None else rounded.rows(parts[i])
+        found, sums = _quantize_rows(weight[parts[i]], shared, config, given)
+        return [found.codes, found.scales, found.zeros, found.g_idx, torch.tensor(sums, dtype=torch.float64)]
+
+    *fields, g_idx, sums = zip(*sharing(len(parts), part))
+    codes, scales, zeros = (torch.cat(each, dim=1) for each in fields)
+    quantized = QuantizedWeight(codes, scales, zeros, g_idx[0], config.bits)
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {SCALE_DTYPE}; skip the layer with a dynamic rule")
-    steps: tuple[Step, ...] = ()
+    loss, energy, *errors = torch.stack([each.cpu() for each in sums]).sum(0).tolist()
+
+    def share(error: float) -> float:
+        return error / energy if energy > 0 else 0.0
+
+    names = ("loop", *(f"sweep {number}" for number in range(1, len(errors))))
+    return QuantizedLayer(
+        quantized,
+        loss=loss / (max(tokens, 1) * weight.shape[0]),
+        relative_loss=share(loss),
+        steps=tuple(Step(name, share(error)) for name, error in zip(names, errors)),
+    )
+
+
+def row_parts(rows: int, device: torch.device) -> list[slice]:
+    """How so many output channels are cut up, always in the same way: a matrix product of another shape may round
+    otherwise.
+    """
+    together = _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
+    count = 1 << max(0, round(math.log2(rows / together)))
+    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+def _quantize_rows(
+    weight: Tensor, shared: LayerFactor | None, config: QuantizeConfig, rounded: QuantizedWeight | None
+) -> tuple[QuantizedWeight, list[float]]:
+    """The output channels ``weight`` [n, K] -> them, ``tr(D H D^T)``, ``tr(W H W^T)``, and what :func:`refine` tells;
+    see :class:`QuantizedLayer`.
+    """
+    quantized = rounded or round_weights([weight], shared, config)[0]
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    errors: list[float] = []
     hessian = None if shared is None else shared.hessian.to(weight.dtype)
     sweeps = config.preset.refine_sweeps
-    if shared is not None and hessian is not None and sweeps and shared.factor.method != "diagonal":  # then indefinite
-        quantized, steps = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
+    finite = bool(quantized.scales.isfinite().all())  # else the caller refuses it
+    if shared is not None and hessian is not None and sweeps and finite and shared.factor.method != "diagonal":
+        quantized, errors = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
     difference = quantized.dequantize(weight.dtype) - weight
     if hessian is None:
         loss, energy = difference.square().sum(), weight.square().sum()
     else:
         loss = (difference @ hessian).mul_(difference).sum()
         energy = (weight @ hessian).mul_(weight).sum()
-    return QuantizedLayer(
-        quantized,
-        loss=float(loss) / (max(tokens, 1) * weight.shape[0]),
-        relative_loss=float(loss / energy) if float(energy) > 0 else 0.0,
-        steps=steps,
-    )
+    return quantized, [float(loss), float(energy), *errors]
 
 
 @torch.no_grad()
 def round_weights(
-    weights: Sequence[Tensor], shared: LayerFactor | None, config: QuantizeConfig
+    weights: Sequence[Tensor], shared: LayerFactor | None, config: QuantizeConfig, sharing: Sharing = alone
 ) -> list[QuantizedWeight]:
-    """The column loop alone, at once over the output channels of several layers, [N, K] each, with one input."""
+    """The column loop alone, at once over the output channels of several layers, [N, K] each, with one input.
+
+    ``sharing`` does the parts that :func:`row_parts` makes of all those channels.
+    """
     exact = torch.cat([weight.to(_working_dtype(weight)) for weight in weights])
     if shared is None:
         plain = column_order(torch.ones_like(exact[0]), config)
@@ -140,14 +198,16 @@ def round_weights(
         upper = torch.eye(exact.shape[1], dtype=exact.dtype, device=exact.device)
     else:
         order, upper = shared.order, shared.factor.upper.to(exact.dtype)
-    quantized = _ColumnLoop(exact, order, upper, config).run()
-    if len(weights) == 1:
-        return [quantized]
-    sizes, fields = [len(weight) for weight in weights], (quantized.codes, quantized.scales, quantized.zeros)
-    return [
-        QuantizedWeight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), order.g_idx, config.bits)
-        for codes, scales, zeros in zip(*(field.split(sizes, dim=1) for field in fields))
-    ]
+    parts = row_parts(len(exact), exact.device)
+
+    def part(i: int) -> list[Tensor]:
+        found = _ColumnLoop(exact[parts[i]], order, upper, config).run()
+        return [found.codes, found.scales, found.zeros]
+
+    codes, scales, zeros = (torch.cat(each, dim=1) for each in zip(*sharing(len(parts), part)))
+    quantized = QuantizedWeight(codes, scales, zeros, order.g_idx, config.bits)
+    edges = [0, *itertools.accumulate(len(weight) for weight in weights)]
+    return [quantized.rows(slice(first, stop)) for first, stop in itertools.pairwise(edges)]
 
 
 class _ColumnLoop:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,22 +23,10 @@ _NORMAL_BYTES = 1 << 26  # of the normal equations of one slice of output channe
 _RIDGE = 1e-6  # share of the mean diagonal added to each channel's normal equations
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of making a weight and the error that it left.
-
-    That is the share of the layer's output energy on the calibration tokens that is error, each token counted as in the
-    Hessian (see :class:`token_weights.Sensitivity`).
-    """
-
-    name: str  # "loop" or "sweep N"
-    error: float
-
-
 @timed("refine")
 def refine(
     quantized: QuantizedWeight, weight: Tensor, hessian: Tensor, damp_percent: float, sweeps: int
-) -> tuple[QuantizedWeight, tuple[Step, ...]]:
+) -> tuple[QuantizedWeight, list[float]]:
     """Alternate :func:`refit_scales` and :func:`descend` on the damped Hessian.
 
     Args:
@@ -51,21 +38,21 @@ def refine(
         sweeps: how often.
 
     Returns:
-        The result and the steps, the given start first.
+        The result, and ``tr(D H D^T)`` with the undamped H and D = quantized - original weight after each step, the
+        given start first.
     """
     damped = hessian.clone()
     damped.diagonal().add_(damp_percent * damped.diagonal().median())
-    energy = (weight @ hessian).mul_(weight).sum()
 
     def error() -> float:
         difference = quantized.dequantize(weight.dtype) - weight
-        return float((difference @ hessian).mul_(difference).sum() / energy) if float(energy) > 0 else 0.0
+        return float((difference @ hessian).mul_(difference).sum())
 
-    steps = [Step("loop", error())]
-    for number in range(1, sweeps + 1):
+    errors = [error()]
+    for _ in range(sweeps):
         quantized = descend(refit_scales(quantized, weight, damped), weight, damped)
-        steps.append(Step(f"sweep {number}", error()))
-    return quantized, tuple(steps)
+        errors.append(error())
+    return quantized, errors
 
 
 def descend(quantized: QuantizedWeight, weight: Tensor, hessian: Tensor) -> QuantizedWeight:

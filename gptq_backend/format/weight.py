@@ -78,6 +78,11 @@ class QuantizedWeight:
         codes, scales, zeros = self.codes.to(device), self.scales.to(device), self.zeros.to(device)
         return QuantizedWeight(codes, scales, zeros, self.g_idx.to(device), self.bits)
 
+    def rows(self, part: slice) -> QuantizedWeight:
+        """Some of the output channels."""
+        codes, scales, zeros = (field[:, part].contiguous() for field in (self.codes, self.scales, self.zeros))
+        return QuantizedWeight(codes, scales, zeros, self.g_idx, self.bits)
+
     def held(self) -> QuantizedWeight:
         """The same weight with codes as wide as memory has them; what is symmetric stays so."""
         bits = held_bits(self.bits)

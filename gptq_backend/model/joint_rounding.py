@@ -13,7 +13,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..algorithm.gptq import LayerFactor, round_weights
+from ..algorithm.sharing import Sharing
 from ..format.weight import QuantizedWeight
+from .layer_inputs import InputFactor
 from .structure import Block, Target, dense_weight
 
 
@@ -43,13 +45,14 @@ class JointRounding:
         self._ahead.clear()
         self._block = {target.name.removeprefix(f"{block.name}."): target for target in block.targets}
 
-    def take(self, target: Target, weight: Tensor, shared: LayerFactor) -> QuantizedWeight | None:
+    def take(self, target: Target, weight: Tensor, source: InputFactor, sharing: Sharing) -> QuantizedWeight | None:
         """The layer's rounded weight, if it was rounded with others or now is; None if it has to be by itself.
 
-        weight: [N, K], float32 or float64; shared: order and factor of the layer's input.
+        weight: [N, K], float32 or float64, as it is to be rounded; source: the layer's input; sharing: does the parts.
         """
+        shared = source.factor
         name = next((name for name, each in self._block.items() if each is target), None)
-        if name is None:
+        if name is None or source.of_output is not None:  # that is the drift of what this layer alone is added to
             return None
         for factor, names in self._readers:
             if factor() is shared:
@@ -65,8 +68,9 @@ class JointRounding:
         others = [each for each in others if each.config == target.config]
         if not others or not _worth_it(weight):
             return None
-        weights = [weight, *(dense_weight(other.module).detach().to(weight.dtype) for other in others)]
-        first, *later = round_weights(weights, shared, target.config)
+        dense = (dense_weight(other.module).detach().to(weight.dtype) for other in others)
+        weights = [weight, *map(source.aim, dense)]
+        first, *later = round_weights(weights, shared, target.config, sharing)
         self._ahead.update({other: (weakref.ref(shared), rounded) for other, rounded in zip(others, later)})
         return first
 

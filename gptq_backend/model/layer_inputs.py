@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..algorithm.drift import CrossMoment, make_up
 from ..algorithm.gptq import LayerFactor, prepare_factor
 from ..algorithm.hessian import Hessian
+from ..distributed.team import Team, as_tensor, from_tensor
 from ..timing import timed
+from .hessian_sums import add_up
 from .placement import Placement
-from .structure import Target
+from .structure import Target, dense_weight
 from .token_weights import without_ones
 
 logger = logging.getLogger(__name__)
@@ -29,84 +33,191 @@ def tells(mask: Tensor, rows: torch.Size) -> bool:
 class LayerInput:
     """What one calibration batch feeds a layer."""
 
+    number: int  # of the batch
     x: Tensor  # [B, T, K] or another shape that ends in K
     mask: Tensor | None  # [B, T], 0 marks padding; None if nothing is padded
     weights: Tensor | None  # [B, T], what each token counts (token_weights.py); None: as much as an average one
+    original: Tensor | None = None  # like x: what the original model feeds the layer
+    residual: tuple[Tensor, Tensor] | None = None  # [B, T, N]: what its output is added to, in the original and here
 
     def used(self) -> tuple[Tensor, Tensor | None]:
         """x and weights without padding; shapes that do not tell where it is pass whole."""
+        return self._kept(self.x), None if self.weights is None else self._kept(self.weights.reshape(self.x.shape[:-1]))
+
+    def drift(self) -> Tensor | None:
+        """What x lacks to the original's, without padding; None where that is not known."""
+        return self._difference(self.original, self.x)
+
+    def output_drift(self, weight: Tensor) -> Tensor | None:
+        """What the sum of the output of a layer [N, K] and of what it is added to lacks to the original's, likewise."""
+        drift = self.drift()
+        residual = None if self.residual is None else self._difference(*self.residual)
+        return None if drift is None or residual is None else residual.add_(drift @ weight.t().to(drift))
+
+    def _difference(self, original: Tensor | None, here: Tensor) -> Tensor | None:
+        if original is None or original.shape != here.shape or here.shape[:-1] != self.x.shape[:-1]:
+            return None
+        wide = torch.promote_types(here.dtype, torch.float32)
+        return self._kept((original.to(here.device, wide) - here.to(wide)).to(self.x))
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """Without padding: values [B, T, ...] or with other rows, as x has them."""
         rows = self.x.shape[:-1]
         if self.mask is None or not tells(self.mask, rows):
-            return self.x, self.weights
-        keep = self.mask.bool().reshape(rows)
-        return self.x[keep], None if self.weights is None else self.weights.reshape(rows)[keep]
+            return values
+        return values[self.mask.bool().reshape(rows)]
 
 
 @dataclass(frozen=True, eq=False)
 class InputFactor:
-    """A factor, its Hessian, and the input tensors (one per batch) that they were made from."""
+    """A factor, its Hessian, and the input tensors (one per batch of this rank) that they were made from."""
 
     inputs: list[weakref.ref[Tensor]]
+    serial: int  # of the Hessian: the same on all ranks
     weighted: bool
     settings: tuple[Any, ...]
     factor: LayerFactor
     hessian: Hessian
+    of_input: Tensor | None = None  # how the input has drifted, D of drift.py
+    of_output: Tensor | None = None  # for one layer, W D with the residual's
 
-    def made_from(self, inputs: list[LayerInput], weighted: bool) -> bool:
-        same = weighted == self.weighted and len(inputs) == len(self.inputs)
-        return same and all(ref() is each.x for ref, each in zip(self.inputs, inputs))
+    def aim(self, weight: Tensor) -> Tensor:
+        """The weight [N, K] to round in the place of a layer's own."""
+        if self.of_output is not None:
+            return make_up(weight, self.factor, self.of_output)
+        return weight if self.of_input is None else make_up(weight, self.factor, weight @ self.of_input.to(weight))
+
+    @property
+    def alive(self) -> bool:
+        """Whether a layer may still read one of the inputs on this rank."""
+        return any(ref() is not None for ref in self.inputs)
+
+    def made_from(self, inputs: list[LayerInput]) -> bool:
+        return len(inputs) == len(self.inputs) and all(ref() is each.x for ref, each in zip(self.inputs, inputs))
 
 
 class Factors:
-    """Those of the inputs that are still alive."""
+    """Those of the inputs that are still alive; the batches are those of all ranks of a team."""
 
-    def __init__(self, placement: Placement) -> None:
-        self._placement = placement
+    def __init__(self, placement: Placement, team: Team) -> None:
+        self._placement, self.team = placement, team
         self._entries: list[InputFactor] = []
+        self._drifts: dict[int, Tensor | None] = {}  # of inputs, by the serial of their Hessian
+        self._made = 0
 
     def clear(self) -> None:
         self._entries.clear()
+        self._drifts.clear()
 
     def of(self, target: Target, inputs: list[LayerInput]) -> InputFactor | None:
         """The factor of a layer's input, if an earlier layer read the same tensors the one made for it; None if there
-        was no token.
+        was no token. ``inputs`` are those of this rank's batches.
 
         Raises:
             CalibrationError: all tokens were non-finite.
         """
-        self._entries = [entry for entry in self._entries if any(ref() is not None for ref in entry.inputs)]
-        config, weighted = target.config, any(each.weights is not None for each in inputs)
+        seen = _Seen.by_all(self.team, self._entries, inputs)
+        self._entries = [entry for entry in self._entries if entry.serial in seen.alive]
+        self._drifts = {serial: drift for serial, drift in self._drifts.items() if serial in seen.alive}
+        config = target.config
         order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)  # see column_order
         settings = (*order, config.damp_percent)
-        same_input = [entry for entry in self._entries if entry.made_from(inputs, weighted)]
-        for entry in same_input:
+        same = [each for each in self._entries if each.serial in seen.matching and each.weighted == seen.weighted]
+        weight = dense_weight(target.module).detach()
+        where = self._placement.device or weight.device, self.team
+        found = _accumulate_drift(inputs, lambda each: each.output_drift(weight), seen, tuple(weight.shape), *where)
+        drift: dict[str, Any] = {"of_output": found}
+        if same:
+            hessian, serial = same[0].hessian, same[0].serial
+        else:
+            hessian, serial = _accumulate(inputs, seen, weight.shape[1], *where), self._made
+            self._made += 1
+        if found is None:
+            if serial not in self._drifts:
+                shape = weight.shape[1], weight.shape[1]
+                self._drifts[serial] = _accumulate_drift(inputs, LayerInput.drift, seen, shape, *where)
+            drift = {"of_input": self._drifts[serial]}
+        for entry in same:
             if entry.settings == settings:
-                return entry
-        hessian = same_input[0].hessian if same_input else _accumulate(inputs, weighted)
+                return replace(entry, **drift)
         self._placement.park([each.x for each in inputs])
         if hessian.dropped:
             logger.warning("%s: dropped %d tokens with NaN or infinite inputs", target.name, hessian.dropped)
         matrix = hessian.matrix(target.name)
         if not hessian.tokens:
             return None
-        factor = prepare_factor(matrix, config, hessian.tokens)
-        shared = InputFactor([weakref.ref(each.x) for each in inputs], weighted, settings, factor, hessian)
+        factor = prepare_factor(matrix, config, hessian.tokens, self.team.work)
+        refs = [weakref.ref(each.x) for each in inputs]
+        shared = InputFactor(refs, serial, seen.weighted, settings, factor, hessian)
         self._entries.append(shared)
-        return shared
+        return replace(shared, **drift)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What the ranks of a team know together of a layer's input."""
+
+    alive: set[int]  # serials of Hessians whose inputs live on
+    matching: set[int]  # of those that were made from this input
+    dtype: torch.dtype  # of the Hessian
+    weighted: bool
+    mean: Tensor | None  # of the token weights; None if they tell nothing
+
+    @classmethod
+    def by_all(cls, team: Team, entries: list[InputFactor], inputs: list[LayerInput]) -> _Seen:
+        matching = [entry.serial for entry in entries if entry.made_from(inputs)]
+        alive = [entry.serial for entry in entries if entry.alive]
+        facts = [str(torch.promote_types(each.x.dtype, torch.float32)) for each in inputs[:1]]
+        weights = [weights.flatten() for _, weights in (each.used() for each in inputs) if weights is not None]
+        found = team.all_gather([as_tensor([matching, alive, facts]), *weights])
+        said = [from_tensor(told) for told, *_ in found]
+        of_all = [set(matching) for matching, _, facts in said if facts]  # a rank without inputs knows nothing
+        dtypes = [getattr(torch, facts[0].removeprefix("torch.")) for *_, facts in said if facts]
+        told = [each for _, *rest in found for each in rest]
+        return cls(
+            alive={serial for _, alive, _ in said for serial in alive},
+            matching=set.intersection(*of_all) if of_all else set(),
+            dtype=dtypes[0] if dtypes else torch.float32,
+            weighted=bool(told),
+            mean=_mean(told) if told else None,
+        )
+
+    def relative(self, weights: Tensor | None) -> Tensor | None:
+        """Token weights, 1 on average over all ranks' batches."""
+        if self.mean is None or weights is None:
+            return None
+        return (weights / self.mean.to(weights.device)).nan_to_num_(nan=1.0, posinf=1.0)
 
 
 @timed("hessian")
-def _accumulate(inputs: list[LayerInput], weighted: bool) -> Hessian:
-    first = inputs[0].x
-    hessian = Hessian(first.shape[-1], torch.promote_types(first.dtype, torch.float32), first.device)
-    used = [each.used() for each in inputs]
-    mean = _mean([weights for _, weights in used if weights is not None]) if weighted else None
-    for x, weights in used:
-        if mean is None or weights is None:
-            hessian.add(x)
-        else:
-            hessian.add(x, (weights / mean).nan_to_num_(nan=1.0, posinf=1.0))
+def _accumulate(inputs: list[LayerInput], seen: _Seen, channels: int, device: torch.device, team: Team) -> Hessian:
+    """The Hessian of all ranks' inputs, of which this one has some."""
+    first = inputs[0].number if inputs else 0
+    hessian = Hessian(channels, seen.dtype, device, first)
+    for each in inputs:
+        x, weights = each.used()
+        hessian.add(x, seen.relative(weights), each.number)
+    add_up(hessian, team)
     return hessian
+
+
+@timed("drift")
+def _accumulate_drift(
+    inputs: list[LayerInput],
+    drift_of: Callable[[LayerInput], Tensor | None],
+    seen: _Seen,
+    shape: tuple[int, ...],
+    device: torch.device,
+    team: Team,
+) -> Tensor | None:
+    """[M, K], the moment of drifts [..., M] with all ranks' inputs [..., K]; None where none is known."""
+    moment = CrossMoment(shape[0], shape[1], seen.dtype, device, inputs[0].number if inputs else 0)
+    for each in inputs:
+        if (drift := drift_of(each)) is not None:
+            x, weights = each.used()
+            moment.add(each.number, drift, x, seen.relative(weights))
+    add_up(moment, team)
+    return moment.matrix()
 
 
 def _mean(weights: list[Tensor]) -> Tensor | None:

@@ -29,21 +29,30 @@ def wait(key: Hashable) -> None:
     current.parent.switch(key)
 
 
-def run(functions: Sequence[Callable[[], object]], on_stage: Callable[[Any], None], rank: Callable[[Any], int]) -> None:
+def run(
+    functions: Sequence[Callable[[], object]],
+    on_stage: Callable[[Any], None],
+    order: Callable[[Any], int],
+    agree: Callable[[Any], Any] = lambda key: key,
+) -> None:
     """Run all functions to their end. An exception in one, or in ``on_stage``, ends all and is raised.
 
     Args:
         functions: the tasks; one runs at a time, always in this order.
         on_stage: called with the key at which tasks wait, before those go on.
-        rank: keys of lower rank are served first when tasks wait at different ones (data-dependent control flow).
+        order: keys of lower order are served first when tasks wait at different ones (data-dependent control flow).
+        agree: of several processes that run tasks in lockstep, given the key that this one would serve next, or None at
+            the end of its tasks, returns that which all serve next, or None at the end of all.
     """
     import greenlet  # here: kernels and loading do without
 
     tasks = [greenlet.greenlet(partial(_until_stop, function)) for function in functions]
     try:
         waiting = {task: task.switch() for task in tasks}
-        while waiting := {task: key for task, key in waiting.items() if not task.dead}:
-            served = min(waiting.values(), key=rank)
+        while True:
+            waiting = {task: key for task, key in waiting.items() if not task.dead}
+            if (served := agree(min(waiting.values(), key=order, default=None))) is None:
+                break
             on_stage(served)
             for task in [task for task, key in waiting.items() if key == served]:
                 waiting[task] = task.switch()

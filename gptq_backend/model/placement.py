@@ -75,6 +75,10 @@ class Placement:
             host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
             x.data = host.copy_(x, non_blocking=True)
 
+    def aside(self, tensor: Tensor) -> Tensor:
+        """What is needed only later: where the run computes on a GPU a copy in host memory, else the tensor itself."""
+        return tensor if self.device is None or self.device.type == "cpu" else tensor.cpu()
+
     def fetch(self, x: Tensor) -> None:
         """Undo :meth:`park`."""
         if self.device is not None:

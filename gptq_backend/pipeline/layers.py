@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..algorithm.gptq import quantize_weight
 from ..algorithm.requantize import round_changed
 from ..config import QuantizeConfig
+from ..distributed.team import Team, as_tensor, from_tensor
 from ..format.weight import QuantizedWeight
 from ..linear import QuantLinear
 from ..model.file_format import tell_of_format
@@ -32,7 +34,10 @@ logger = logging.getLogger(__name__)
 class Layers:
     """The layers of one run, those that are quantized already, and the report of them."""
 
-    def __init__(self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events) -> None:
+    def __init__(
+        self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events, team: Team
+    ) -> None:
+        self.team = team
         self.model, self.backend, self.events, self.before = model, options.backend, events, options.before
         self.calibrate_all_experts = options.calibrate_all_experts
         self.structure, self.placement = find_structure(model, config, options.block_name), Placement(options.device)
@@ -62,8 +67,14 @@ class Layers:
 
     def quantize(self, target: Target, source: InputFactor | None) -> None:
         """Quantize one layer for its input, or to nearest for None, and leave the dequantized weight in the module for
-        the passes under way.
+        the passes under way. All ranks share the work.
         """
+        weight, entry = self.make(target, source, self.team)
+        self.store(target, weight)
+        self.add_report(entry)
+
+    def make(self, target: Target, source: InputFactor | None, team: Team) -> tuple[QuantizedWeight, LayerReport]:
+        """The layer quantized, by the ranks of ``team``."""
         start = time.perf_counter()
         weight = dense_weight(target.module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -73,13 +84,14 @@ class Layers:
             factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
-            shared, rounded = source.factor, self.joint.take(target, weight, source.factor)
-        layer = quantize_weight(weight, shared, target.config, tokens, name=target.name, rounded=rounded)
+            weight = source.aim(weight)
+            shared, rounded = source.factor, self.joint.take(target, weight, source, team.work)
+        quantize = partial(quantize_weight, name=target.name, sharing=team.work)
+        layer = quantize(weight, shared, target.config, tokens, rounded=rounded)
         if (before := self.before(target.name)) is not None:
             rounded = round_changed(weight, before.to(weight.device), target.config)
-            again = quantize_weight(weight, shared, target.config, tokens, name=target.name, rounded=rounded)
+            again = quantize(weight, shared, target.config, tokens, rounded=rounded)
             layer = min(layer, again, key=lambda each: each.loss)
-        self.store(target, layer.weight)
         entry = LayerReport(
             name=target.name,
             bits=target.config.bits,
@@ -90,10 +102,23 @@ class Layers:
             steps=layer.steps,
             **input_facts,
         )
-        if entry.method not in ("cholesky", "rtn"):
-            text = "%s: the Hessian could not be factored as it was; used %s with a damping of %g"
-            logger.warning(text, target.name, entry.method, entry.damp_percent)
-        self.add_report(entry)
+        return layer.weight, entry
+
+    def share(self, made: Sequence[tuple[Target, QuantizedWeight, LayerReport]], block: Block) -> None:
+        """Tell all ranks of the layers of a block that each has made by itself, and take theirs."""
+        facts = [[target.name, dataclasses.asdict(entry)] for target, _, entry in made]
+        weights = [field for _, each, _ in made for field in (each.codes, each.scales, each.zeros, each.g_idx)]
+        found: dict[str, tuple[LayerReport, list[Tensor]]] = {}
+        for told, *tensors in self.team.all_gather([as_tensor(facts), *weights]):
+            for i, (name, entry) in enumerate(from_tensor(told)):
+                found[name] = LayerReport.read(entry), tensors[4 * i : 4 * i + 4]
+        for target in block.targets:
+            if target.name in found:
+                entry, fields = found[target.name]
+                if target.module not in self.done:
+                    codes, scales, zeros, g_idx = fields
+                    self.store(target, QuantizedWeight(codes, scales, zeros, g_idx, target.config.bits))
+                self.add_report(entry)
 
     def store(self, target: Target, quantized: QuantizedWeight) -> None:
         """Take a layer's quantized weight: packed for the result, dequantized for the passes under way."""
@@ -151,5 +176,16 @@ class Layers:
 
     def add_report(self, entry: LayerReport) -> None:
         """Count a layer as done."""
+        if entry.method not in ("cholesky", "rtn", "nearest"):
+            text = "%s: the Hessian could not be factored as it was; used %s with a damping of %g"
+            logger.warning(text, entry.name, entry.method, entry.damp_percent)
         self.report.layers.append(entry)
         self.events.layer_done(entry, len(self.report.layers), self.count)
+
+    def sort_reports(self, block: Block) -> None:
+        """Those of a block's layers in module order, in whichever order they were done."""
+        order = {target.name: i for i, target in enumerate(block.targets)}
+        entries = self.report.layers
+        places = [i for i, entry in enumerate(entries) if entry.name in order]
+        for i, entry in zip(places, sorted((entries[i] for i in places), key=lambda entry: order[entry.name])):
+            entries[i] = entry

@@ -47,6 +47,12 @@ class Events:
     def calibration_chosen(self, choice: Any) -> None:
         """``calibration="auto"``, which adapters offer, has chosen its samples."""
 
+    def sensitivity_step(self, done: int, total: int) -> None:
+        """So many of the steps are done in which a budget's chooser measures what each layer's rounding costs."""
+
+    def budget_planned(self, plan: Any) -> None:
+        """A budget is spent: bits and group sizes are chosen."""
+
     def block_needed(self, name: str, block: nn.Module) -> None:
         """A block is about to be used for the first time; its weights must be in place when this returns."""
 

@@ -16,17 +16,21 @@ from enum import Enum, auto
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import QuantizeConfig
+from ..distributed.team import Team
 from ..model import lockstep
-from ..model.all_experts import call_of_all
 from ..model.calibration import Batch, call_model, masks_of, model_inputs
 from ..model.layer_inputs import InputFactor, LayerInput, tells
+from ..model.mixtures import find_mixture
 from ..model.structure import Block, Target
 from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
+from .drifts import Drifts
 from .layers import Layers
+from .owned_experts import ExpertInput, Recording, Round, rounds_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,8 @@ class BlockState:
     block: Block
     phase: Phase = Phase.ENTERED
     measured: list[tuple[Target, InputFactor | None]] = field(default_factory=list)  # to quantize when MEASURING ends
+    owned: list[tuple[Target, InputFactor | None]] = field(default_factory=list)  # likewise, by this rank alone
+    known: set[str] = field(default_factory=set)  # names of what any rank has in those
     originals: dict[int, Tensor] = field(default_factory=dict)  # what the original block returned, by batch
     examples: dict[int, Example] = field(default_factory=dict)  # of the quantized block, likewise
 
@@ -79,6 +85,7 @@ class _Task:
     inside: bool = False  # whether it is in a block
     left: set[Block] = field(default_factory=set)  # blocks that it has passed
     weights: dict[nn.Module, Tensor] = field(default_factory=dict)  # of tokens, for the layers of the block it is in
+    recording: Recording | None = None  # while experts are not called
 
     def mask(self, x: Tensor) -> Tensor | None:
         """Which rows of x [..., K] are padding (0): the mask of their shape."""
@@ -91,10 +98,15 @@ _TASK: contextvars.ContextVar[_Task] = contextvars.ContextVar("task")  # the run
 class Passes:
     """The passes of one run, in which more and more of ``layers`` get done."""
 
-    def __init__(self, layers: Layers, config: QuantizeConfig) -> None:
+    def __init__(self, layers: Layers, config: QuantizeConfig, team: Team) -> None:
         self.layers, self.model, self.structure, self.config = layers, layers.model, layers.structure, config
+        self.team = team
+        owned = () if layers.calibrate_all_experts else self.structure.blocks  # else each expert has all tokens
+        self._rounds = {block: rounds_of(block, team) for block in owned}
+        self._recorded: dict[Round, list[ExpertInput]] = {}
         self.state: BlockState | None = None  # set by whoever serves the places
         self.reached: set[Block] = set()
+        self._drifts: Drifts | None = None  # of the run
         self._arrived: dict[Target, list[LayerInput]] = {}  # what the waiting passes are about to feed each layer
         self._sensitivity = Sensitivity()
 
@@ -103,34 +115,76 @@ class Passes:
         batches: list[Batch],
         serve_place: Callable[[Block, Place], None],
         serve_layer: Callable[[Target, list[LayerInput]], None],
+        serve_experts: Callable[[Block, Round, list[ExpertInput]], None],
     ) -> None:
         """Pass all batches through the model, which is unchanged afterwards but for what the callbacks do to it.
 
         Args:
-            batches: the calibration data.
-            serve_place: called when all passes that come to it wait at a place of a block.
-            serve_layer: likewise in front of a layer, with what they are about to feed it.
+            batches: the calibration data, of which this rank takes its share.
+            serve_place: called on all ranks when all passes that come to it wait at a place of a block.
+            serve_layer: likewise in front of a layer, with what those of this rank are about to feed it.
+            serve_experts: likewise, on several ranks, in front of some experts of a block, which are then quantized
+                without that the passes wait at their layers.
         """
-        ranks: dict[Any, int] = {}  # the order in which passes that wait at different places are served
-        for block in self.structure.blocks:
-            for place in (Place.ORIGINAL, Place.START, *block.targets, Place.MEASURED, Place.TRAIN, Place.LEAVE):
-                ranks[(block, place) if isinstance(place, Place) else place] = len(ranks)
-        if self.structure.head is not None:
-            ranks[self.structure.head] = len(ranks)
+        keys = self._keys()
+        order = {key: i for i, key in enumerate(keys)}
 
-        def serve(key: Target | tuple[Block, Place]) -> None:
+        def serve(key: Target | tuple[Block, Place | Round]) -> None:
             if isinstance(key, Target):
-                serve_layer(key, self._arrived.pop(key))
+                serve_layer(key, self._arrivals(key))
+                return
+            block, place = key
+            self.reached.add(block)
+            if isinstance(place, Round):
+                serve_experts(block, place, self._recorded.pop(place, []))
             else:
-                serve_place(*key)
+                serve_place(block, place)
 
-        kinds = (True, False) if self.config.preset.block_epochs else (False,)
-        inputs = [model_inputs(self.model, batch, self.layers.placement.device) for batch in batches]
-        numbered = [(i, each, masks_of(each)) for i, each in enumerate(inputs)]
+        def agree(key: Any) -> Any:
+            return keys[self.team.least(order[key])]
+
+        kinds = (True, False) if self.config.preset.needs_original else (False,)
+        mine = self.team.share(len(batches))
+        inputs = [model_inputs(self.model, batches[i], self.layers.placement.device) for i in mine]
+        numbered = [(i, each, masks_of(each)) for i, each in zip(mine, inputs)]
         tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
+            if self.config.preset.correct_drift:
+                self._drifts = Drifts(hooks, self._here, self.layers.placement.aside)
             self._set_hooks(hooks)
-            lockstep.run([partial(self._forward, task) for task in tasks], serve, ranks.__getitem__)
+            lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
+
+    def _arrivals(self, target: Target) -> list[LayerInput]:
+        """What passes are about to feed a layer, by batch; they may have come one before the other."""
+        return sorted(self._arrived.pop(target, []), key=lambda arrived: arrived.number)
+
+    def _keys(self) -> list[Any]:
+        """All that passes wait for, in the order in which it is served."""
+        keys: list[Any] = []
+        for block in self.structure.blocks:
+            before = {next(iter(each.targets.values()))[0]: each for each in self._rounds.get(block, ())}
+            keys += [(block, Place.ORIGINAL), (block, Place.START)]
+            for target in block.targets:
+                keys += [(block, before[target])] if target in before else []
+                keys.append(target)
+            keys += [(block, place) for place in (Place.MEASURED, Place.TRAIN, Place.LEAVE)]
+        return [*keys, self.structure.head, None]  # in the end there is nothing to be served
+
+    def run_expert(
+        self, each: Round, inputs: list[ExpertInput], serve_layer: Callable[[Target, list[LayerInput]], None]
+    ) -> None:
+        """Pass what all batches feed one expert through it, as :meth:`run` does through the model, on this rank."""
+        targets = each.targets[inputs[0].expert]
+
+        def forward(given: ExpertInput) -> None:
+            masks = [] if given.mask is None else [given.mask]
+            _TASK.set(_Task(given.number, {}, masks, False, inside=True, weights=given.weights))
+            each.mixture.call(given.expert, given.x)
+
+        def serve(target: Target) -> None:
+            serve_layer(target, self._arrivals(target))
+
+        lockstep.run([partial(forward, given) for given in inputs], serve, targets.index)
 
     def _forward(self, task: _Task) -> None:
         _TASK.set(task)
@@ -149,6 +203,11 @@ class Passes:
                 self._hook_layer(target, hooks)
             if self.layers.calibrate_all_experts:
                 self._hook_mixtures(block, hooks)
+            for each in self._rounds.get(block, ()):
+                hook = partial(self._before_experts, block, each)
+                hooks.callback(each.mixture.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for mixture in {each.mixture for each in self._rounds.get(block, ())}:
+                hooks.enter_context(mixture.replaced(self._record_or_call))
         head = self.structure.head
         if head is None:
             for block in self.structure.blocks:
@@ -177,12 +236,14 @@ class Passes:
         def wait_and_run(*args: Any, **kwargs: Any) -> Any:
             run = partial(forward, *args, **kwargs)
             self.reached.add(block)
+            x = next(iter((*args, *kwargs.values())), None)
             if _TASK.get().original:
-                return self._run_original(block, run)
+                return self._run_original(block, x, run)
             lockstep.wait((block, Place.START))
             state = self._current()
             if block.targets and state.phase is not Phase.FINAL_BEFORE:
-                x = next(iter((*args, *kwargs.values())), None)
+                if self._drifts is not None:
+                    self._drifts.enter(block, _TASK.get().number, x)
 
                 def trial() -> Any:
                     return forward(*map(_own_cache, args), **{key: _own_cache(value) for key, value in kwargs.items()})
@@ -192,11 +253,13 @@ class Passes:
 
         return waiting_forward
 
-    def _run_original(self, block: Block, run: Callable[[], Any]) -> Any:
-        """Keep what the block returns before it is quantized."""
+    def _run_original(self, block: Block, x: Any, run: Callable[[], Any]) -> Any:
+        """Keep what is needed of the block as it is before it is quantized."""
         lockstep.wait((block, Place.ORIGINAL))
-        output = run()
-        self._current().originals[_TASK.get().number] = output_tensor(output)
+        state, number = self._current(), _TASK.get().number
+        output = self._drifts.original(block, number, x, run) if self._drifts is not None else run()
+        if self.config.preset.block_epochs:
+            state.originals[number] = output_tensor(output)
         self._leave(block)
         lockstep.wait((block, Place.LEAVE))
         return output
@@ -221,8 +284,8 @@ class Passes:
     def _hook_mixtures(self, block: Block, hooks: ExitStack) -> None:
         reached: set[nn.Module] = set()
         for module in block.module.modules():
-            if (call := call_of_all(module)) is not None:
-                hook = partial(self._before_mixture, block, call)
+            if (mixture := find_mixture(module)) is not None:
+                hook = partial(self._before_mixture, block, mixture.call_all)
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 reached.update(module.modules())
         apart = [target.name for target in block.targets if target.may_be_idle and target.module not in reached]
@@ -241,6 +304,36 @@ class Passes:
             return
         call(*args, **kwargs)
 
+    def _before_experts(
+        self, block: Block, each: Round, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Wait until the ranks that own the experts of a round have quantized those that get tokens."""
+        if self._busy() or (task := _TASK.get()).original or task.recording is not None:
+            return
+        done, known = self.layers.done, self._current().known
+        wanted = {
+            expert
+            for expert, targets in each.targets.items()
+            if not all(target.module in done or target.name in known for target in targets)
+        }
+        if not wanted:
+            return
+        task.recording = Recording(wanted)
+        module.forward(*args, **kwargs)
+        self._recorded.setdefault(each, []).extend(task.recording.inputs)
+        task.recording = None
+        lockstep.wait((block, each))
+
+    def _record_or_call(self, expert: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        task = _TASK.get(None)
+        if task is None or task.recording is None or self._busy():
+            return call(x)
+        if expert in task.recording.wanted:
+            task.recording.wanted.remove(expert)  # a layer is quantized for the first call
+            given = ExpertInput(task.number, expert, x.detach().clone(), task.mask(x), task.weights)
+            task.recording.inputs.append(given)
+        return torch.zeros_like(x)
+
     def _busy(self) -> bool:
         """Whether the block runs for another reason than to be quantized."""
         training = self.state is not None and self.state.phase is Phase.TRAINING
@@ -252,14 +345,21 @@ class Passes:
             if module in self.layers.done or self._busy():
                 return
             task = _TASK.get()
-            if task.original or (state and any(target is each for each, _ in state.measured)):
+            if task.original or (state and target.name in state.known):
                 return
             x = next(iter((*args, *kwargs.values())))
-            self._arrived.setdefault(target, []).append(LayerInput(x, task.mask(x), task.weights.get(module)))
+            there = (None, None) if self._drifts is None else self._drifts.of(module, task.number)
+            self._arrived.setdefault(target, []).append(
+                LayerInput(task.number, x, task.mask(x), task.weights.get(module), *there)
+            )
             lockstep.wait(target)
             self.layers.placement.fetch(x)
 
         hooks.callback(target.module.register_forward_pre_hook(wait, with_kwargs=True).remove)
+
+    def _here(self) -> int | None:
+        """The batch whose pass through the quantized blocks is running; None of any other call of a block."""
+        return None if self._busy() or _TASK.get().original else _TASK.get().number
 
     def _current(self) -> BlockState:
         assert self.state is not None, "a block was passed without its turn"

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QuantizeConfig
+from ..distributed.team import Team
 from ..errors import ConfigError
+from ..format.weight import QuantizedWeight
 from ..model.calibration import Batch, check_fits, make_batches
 from ..model.layer_inputs import Factors, LayerInput
 from ..model.placement import outside_of, tensors_of
@@ -29,8 +31,9 @@ from ..training.distill import DistillReport, distill
 from ..training.scales import validation_batches
 from .layers import Layers
 from .options import Events, RunOptions
+from .owned_experts import ExpertInput, Round, gather_names, send_to_owners
 from .passes import BlockState, Passes, Phase, Place
-from .report import QuantizeReport
+from .report import LayerReport, QuantizeReport
 from .resume import Resume
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,7 @@ def quantize_model(
     events: Events | None = None,
     teacher: Callable[[], nn.Module] | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> QuantizeReport:
     """Replace the linear layers of ``model``'s blocks by :class:`QuantLinear`, in place.
 
@@ -56,7 +60,10 @@ def quantize_model(
         events: told what happens.
         teacher: gives the original model, for ``config.distill_epochs``; called after everything else is done.
         progress: where an interrupted run finds the blocks that it has done, and the state of its distillation; removed
-            by whoever made it.
+            by whoever made it. Of a team, the first rank's counts.
+        team: the processes that quantize together, which all pass the same; None: this one alone. The result is the
+            same to the bit on all ranks, and for any number of them with as many threads each, but for a distillation,
+            which only the first rank does, and gets.
 
     Raises:
         ConfigError, CalibrationError: see their messages. The model is then partly quantized: load it again.
@@ -71,9 +78,10 @@ def quantize_model(
         )
     if config.preset.trains:  # what would fail after the work
         _check_trainable(model, config, batches)
-    run = _Run(model, config, options, events, progress)
+    team = team or Team()
+    run = _Run(model, config, options, events, progress, team)
     report = run.quantize(batches)
-    if epochs and teacher is not None and batches is not None:
+    if epochs and team.first and teacher is not None and batches is not None:
         start = time.perf_counter()
         report.distillation = run.distill(teacher, batches)
         report.seconds += time.perf_counter() - start
@@ -84,15 +92,21 @@ class _Run:
     """Gives each block its turn, and does what is to be done where the passes wait."""
 
     def __init__(
-        self, model: nn.Module, config: QuantizeConfig, options: RunOptions, events: Events, progress: Progress
+        self,
+        model: nn.Module,
+        config: QuantizeConfig,
+        options: RunOptions,
+        events: Events,
+        progress: Progress,
+        team: Team,
     ) -> None:
-        self.model, self.config, self.events = model, config, events
-        self.layers = Layers(model, config, options, events)
+        self.model, self.config, self.events, self.team = model, config, events, team
+        self.layers = Layers(model, config, options, events, team)
         self.structure, self.placement = self.layers.structure, self.layers.placement
         _warn_of_exceptions(model, self.structure, config)
-        self.factors = Factors(self.placement)
-        self.passes = Passes(self.layers, config)
-        self.resume = Resume(progress, self.layers)
+        self.factors, self.own_factors = Factors(self.placement, team), Factors(self.placement, Team())
+        self.passes = Passes(self.layers, config, team)
+        self.resume = Resume(progress, self.layers, team)
 
     def quantize(self, batches: list[Batch] | None) -> QuantizeReport:
         """The whole model but for a distillation; without ``batches`` by rounding to nearest."""
@@ -137,7 +151,7 @@ class _Run:
         outside = outside_of([block.module for block in self.structure.blocks], self.model)
         self.resume.begin(self.config, batches, outside)
         self.placement.bring(outside)
-        self.passes.run(batches, self.serve_place, self.serve_layer)
+        self.passes.run(batches, self.serve_place, self.serve_layer, self.serve_experts)
         self.finish_block()
         for block in self.structure.blocks:
             if block not in self.passes.reached:  # no batch came by; its weights are wanted all the same
@@ -164,7 +178,11 @@ class _Run:
         elif place is Place.MEASURED:
             for target, source in state.measured:
                 self.layers.quantize(target, source)
-            state.measured.clear()
+            own = [(target, *self.layers.make(target, source, Team())) for target, source in state.owned]
+            self.layers.share(own, block)
+            for measured in (state.measured, state.owned):
+                measured.clear()
+            state.known.clear()
             state.phase = Phase.QUANTIZING
         elif place is Place.TRAIN:
             self.train(state)
@@ -176,8 +194,31 @@ class _Run:
         # An expert may get its first tokens only after MEASURING: the quantized block routes otherwise.
         if state is not None and state.phase is Phase.MEASURING:
             state.measured.append((target, source))
+            state.known.add(target.name)
         else:
             self.layers.quantize(target, source)
+
+    @timed("other")
+    def serve_experts(self, block: Block, each: Round, inputs: list[ExpertInput]) -> None:
+        """All passes wait in front of some experts, with ``inputs`` for them."""
+        state = self.passes.state
+        assert state is not None, "experts are in a block"
+        made: list[tuple[Target, QuantizedWeight, LayerReport]] = []
+
+        def serve(target: Target, inputs: list[LayerInput]) -> None:
+            source = self.own_factors.of(target, inputs)
+            if state.phase is Phase.MEASURING:
+                state.owned.append((target, source))
+            else:
+                weight, entry = self.layers.make(target, source, Team())
+                self.layers.store(target, weight)
+                made.append((target, weight, entry))
+
+        for own in send_to_owners(self.team, each, inputs).values():
+            if own:
+                self.passes.run_expert(each, own, serve)
+        self.layers.share(made, block)
+        state.known |= gather_names(self.team, [target for target, _ in state.owned])
 
     def distill(self, teacher: Callable[[], nn.Module], batches: list[Batch]) -> DistillReport:
         """Train the whole quantized model towards the original."""
@@ -216,9 +257,10 @@ class _Run:
             block.name,
             {name: weights[target] for name, target in targets.items()},
             trainable_vectors(self.model, block).values(),
-            [state.examples[number] for number in sorted(state.examples)],
+            state.examples,
             self.config.preset.block_epochs,
             lambda parameter: self.placement.home(parameter)[1],
+            self.team,
         )
         state.examples.clear()
         state.phase = Phase.QUANTIZING
@@ -251,9 +293,11 @@ class _Run:
             )
         for target in block.targets:
             self.layers.install(target)
+        self.layers.sort_reports(block)
         self.placement.send_back(tensors_of(block.module))
         self.resume.save(block)
         self.factors.clear()
+        self.own_factors.clear()
         self.events.block_done(block.name, block.module)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..algorithm.refine import Step
+from ..algorithm.gptq import Step
 from ..config import QuantizeConfig
 from ..training.blocks import BlockReport
 from ..training.distill import DistillReport
@@ -29,6 +31,11 @@ class LayerReport:
     dropped_tokens: int = 0
     seconds: float = 0.0
     steps: tuple[Step, ...] = ()
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> LayerReport:
+        """Undo ``dataclasses.asdict``, also after JSON."""
+        return cls(**{**facts, "steps": tuple(Step(**step) for step in facts["steps"])})
 
 
 @dataclass

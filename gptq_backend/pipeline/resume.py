@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..algorithm.refine import Step
 from ..config import QuantizeConfig
+from ..distributed.team import Team, as_tensor, from_tensor
 from ..format.stored_tensors import decode
 from ..model.calibration import Batch
 from ..model.placement import tensors_of
@@ -23,9 +24,13 @@ _LAYER = ("qweight", "qzeros", "scales", "g_idx")  # a quantized layer's tensors
 
 
 class Resume:
-    """Finished blocks: what ``layers`` has of them is kept in ``progress``, and taken from there."""
+    """Finished blocks: what ``layers`` has of them is kept in ``progress``, and taken from there.
 
-    def __init__(self, progress: Progress, layers: Layers) -> None:
+    That is the first rank's business: the others hear of it what is in a block, and where, for those that see its disk.
+    """
+
+    def __init__(self, progress: Progress, layers: Layers, team: Team) -> None:
+        self.team = team
         self.progress, self.model, self.layers = progress, layers.model, layers
         self.identity = ""  # digest of all that the current block's result depends on
         self._begun = time.perf_counter()
@@ -43,7 +48,8 @@ class Resume:
         constants: Any = getattr(self.model, "config", None)  # such as an epsilon, which is in no tensor
         described = constants.to_dict() if hasattr(constants, "to_dict") else None
         every = self.layers.calibrate_all_experts
-        facts = [config.to_dict(), str(self.layers.placement.device), described, others, every]
+        device = self.layers.placement.device  # each rank has a GPU of its own
+        facts = [config.to_dict(), None if device is None else device.type, described, others, every]
         self.identity = self.progress.digest("", facts, [*data, *outside])
 
     def begin_block(self, block: Block) -> None:
@@ -52,29 +58,43 @@ class Resume:
 
     def restore(self, block: Block) -> bool:
         """Whether an earlier run has finished the block; then take its results."""
-        entry = self.progress.load(block.name, self.identity)
-        if entry is None:
+        told, *stored = self.team.broadcast(0, lambda: self._load(block))
+        found = from_tensor(told)
+        if found is None:
             return False
-        tensors, facts = entry
+        names, facts = found
+        tensors = dict(zip(names, stored))
         self.layers.events.block_restored(block.name)
         for target in block.targets:
-            stored = {key: tensors[f"{target.name}.{key}"] for key in _LAYER if f"{target.name}.{key}" in tensors}
-            if stored:
+            own = {key: tensors[f"{target.name}.{key}"] for key in _LAYER if f"{target.name}.{key}" in tensors}
+            if own:
                 config = target.config
-                self.layers.store(target, decode(stored, config.bits, config.checkpoint_format))
+                self.layers.store(target, decode(own, config.bits, config.checkpoint_format))
         for name, vector in trainable_vectors(self.model, block).items():
             vector.data.copy_(tensors[name])
         self.layers.joint.readers = facts["readers"]
         self._begun = time.perf_counter() - facts["seconds"]  # as if the earlier run went on
         self.layers.report.blocks += [BlockReport(**each) for each in facts["blocks"]]
         for each in facts["layers"]:
-            self.layers.add_report(LayerReport(**each | {"steps": tuple(Step(**step) for step in each["steps"])}))
+            self.layers.add_report(LayerReport.read(each))
         return True
 
     def save(self, block: Block) -> None:
         """Keep a finished block, in whose place the quantized layers are, for :meth:`restore`."""
-        if block.name not in self.progress.files:
+        if self.team.first and block.name not in self.progress.files:
             self.progress.save(block.name, self.identity, lambda: self._entry(block))
+        path = self.progress.files.get(block.name)
+        (told,) = self.team.broadcast(0, lambda: [as_tensor(None if path is None else str(path))])
+        if (where := from_tensor(told)) is not None and Path(where).exists():
+            self.progress.files[block.name] = Path(where)
+
+    def _load(self, block: Block) -> list[Tensor]:
+        """The block's entry, to be passed on."""
+        entry = self.progress.load(block.name, self.identity)
+        if entry is None:
+            return [as_tensor(None)]
+        tensors, facts = entry
+        return [as_tensor([[*tensors], facts]), *tensors.values()]
 
     def _entry(self, block: Block) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"{block.name}.{key}": tensor for key, tensor in block.module.state_dict().items()}

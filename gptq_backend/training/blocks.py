@@ -7,18 +7,20 @@ original blocks do. So a block also makes up for what those before it lost.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.team import Team
 from ..format.weight import QuantizedWeight
 from ..model.structure import Block
 from ..timing import timed
-from .scales import schedule, trainable, validation_batches
+from .scales import Training, schedule, trainable, validation_batches
 
 _RATE = 2e-3  # largest relative change of a scale in one step
 _FACTOR = 64  # of the loss, by channel: to Adam all are the same, but small gradients vanish in float16
@@ -62,9 +64,10 @@ def train_block(
     name: str,
     weights: Mapping[str, QuantizedWeight],
     vectors: Iterable[nn.Parameter],
-    examples: Sequence[Example],
+    examples: Mapping[int, Example],
     epochs: int,
     stored: Callable[[Tensor], torch.dtype],
+    team: Team,
 ) -> tuple[BlockReport, dict[str, QuantizedWeight]]:
     """Train a block's vectors, in place, and its quantized weights.
 
@@ -73,9 +76,11 @@ def train_block(
         name: for the report.
         weights: of its linear layers, by their names in the block.
         vectors: parameters of the block to train beside them, like norm weights.
-        examples: at least two; every eighth, or the last of fewer, is held out.
+        examples: this rank's, by their numbers; of all there are at least two, and every eighth, or the last of fewer,
+            is held out.
         epochs: passes over the rest.
         stored: the dtype that a parameter of the block will be stored in.
+        team: whose ranks take the same steps, each after the gradient of the one that has the example.
 
     Returns:
         The report, and the trained weights; none if they are no better on the examples that were held out.
@@ -83,30 +88,58 @@ def train_block(
     Raises:
         CalibrationError: fewer than two examples.
     """
-    steps = schedule(len(examples), epochs)
-    held_out = [examples[i] for i in validation_batches(len(examples))]
-    energy = max(sum(example.energy() for example in held_out) / len(held_out), 1e-30)
+    holders = _holders(examples, team)
+    numbers = sorted(holders)
+    steps, held_out = schedule(len(numbers), epochs), validation_batches(len(numbers))
 
-    factor = _FACTOR * examples[0].target.shape[-1]
+    def mean(of: Callable[[Example], float]) -> float:
+        """Over the examples that are held out."""
+        own = [of(examples[numbers[i]]) for i in held_out if numbers[i] in examples]
+        found = team.all_gather([torch.tensor(own, dtype=torch.float64)])
+        return math.fsum(value for (values,) in found for value in values.tolist()) / len(held_out)
+
+    energy = max(mean(Example.energy), 1e-30)
 
     def mean_error() -> float:
         with torch.no_grad():
-            return sum(float(example.error()) for example in held_out) / (len(held_out) * energy)
-
-    def backward(index: int) -> float:
-        loss = examples[index].error() / energy
-        if loss.requires_grad:  # else no token of the batch reaches what is trained
-            (loss * factor).backward()
-        return loss.item()
+            return mean(lambda example: float(example.error())) / energy
 
     with trainable(block, weights, vectors, stored) as state:
         before = mean_error()
-        state.run(steps, _RATE, backward)
+        state.run(
+            [numbers[i] for i in steps],
+            _RATE,
+            lambda number: _step(state, examples.get(number), energy, holders[number], team),
+        )
         state.round()
         after = mean_error()
         state.keep = after < before
         results = state.results() if state.keep else {}
     return BlockReport(name, before, after, state.keep), results
+
+
+def _holders(examples: Mapping[int, Example], team: Team) -> dict[int, int]:
+    """The rank that has each example, by its number."""
+    found = team.all_gather([torch.tensor([*examples], dtype=torch.int64)])
+    return {number: rank for rank, (numbers,) in enumerate(found) for number in numbers.tolist()}
+
+
+def _step(state: Training, example: Example | None, energy: float, holder: int, team: Team) -> float:
+    """Give all ranks the gradient of the example that ``holder`` has -> its loss."""
+    trained = state.computing
+
+    def gradients() -> list[Tensor]:
+        assert example is not None
+        loss = example.error() / energy
+        if loss.requires_grad:  # else no token of the batch reaches what is trained
+            (loss * (_FACTOR * example.target.shape[-1])).backward()
+        has = torch.tensor([parameter.grad is not None for parameter in trained])
+        return [loss.detach().double().cpu(), has, *(p.grad for p in trained if p.grad is not None)]
+
+    loss, has, *found = team.broadcast(holder, gradients)
+    for parameter, present in zip(trained, has.tolist()):
+        parameter.grad = found.pop(0) if present else None
+    return float(loss)
 
 
 def trainable_vectors(model: nn.Module, block: Block) -> dict[str, nn.Parameter]:

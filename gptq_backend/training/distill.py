@@ -157,7 +157,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits.flatten(0, 1) if mask is None else logits[mask.bool().to(device)]
 
 
-def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+def summed_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     """Summed KL(teacher || model) over rows [T, V]."""
     target, found = teacher.float().log_softmax(-1), logits.float().log_softmax(-1)
     return F.kl_div(found, target, reduction="sum", log_target=True)
@@ -174,7 +174,7 @@ def _backward(model: nn.Module, teacher: nn.Module, batch: Batch) -> float:
     target, leaf = target.to(logits.device), logits.detach().requires_grad_()
     total = 0.0
     for rows in range(0, len(leaf), _ROWS):  # the distributions are larger than everything else
-        part = _divergence(leaf[rows : rows + _ROWS], target[rows : rows + _ROWS])
+        part = summed_divergence(leaf[rows : rows + _ROWS], target[rows : rows + _ROWS])
         part.backward()
         total += part.item()
     logits.backward(leaf.grad)
@@ -187,6 +187,8 @@ def _mean_loss(model: nn.Module, teacher: nn.Module, batches: list[Batch]) -> fl
     for batch in batches:
         found = _logits(model, batch)
         target = _logits(teacher, batch).to(found.device)
-        total += sum(_divergence(a, b).item() for a, b in zip(found.split(_ROWS), target.split(_ROWS), strict=True))
+        total += sum(
+            summed_divergence(a, b).item() for a, b in zip(found.split(_ROWS), target.split(_ROWS), strict=True)
+        )
         tokens += len(found)
     return total / tokens

@@ -148,6 +148,11 @@ class Training:
         """What Adam changes."""
         return [layer.change for layer in self.layers.values()] + self.masters
 
+    @property
+    def computing(self) -> list[nn.Parameter]:
+        """What the module computes with in their place, and gradients are of."""
+        return [layer.change for layer in self.layers.values()] + self.vectors
+
     def optimizer(self, rate: float) -> torch.optim.Optimizer:
         """Adam that changes every parameter by at most about ``rate`` of its size in one step."""
         groups: list[dict[str, Any]] = [{"params": [layer.change for layer in self.layers.values()], "size": 1.0}]

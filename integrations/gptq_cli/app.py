@@ -82,6 +82,15 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="For --calibration auto: text like what the model will read.")
     ] = None,
     rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest, without calibration.")] = False,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Choose bits per layer for weight files of at most this size, e.g. 800MB or 1.5GiB."
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(metavar="BITS", help="Choose bits per layer for so many on average, e.g. 3.6.")
+    ] = None,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
     seed: Seed = 0,
@@ -110,12 +119,14 @@ def quantize(
 ) -> None:
     """Quantize MODEL into the folder OUT, which also gets a report (JSON and HTML) and a model card (README.md)."""
     _check_usage(out, settings, calibration, text, rtn)
+    _check_budget(target_size, target_bits, rtn)
     if json_lines and json_target == "-":
         raise typer.BadParameter("--json-lines and --json - both write to stdout; --json-lines ends with the result")
     from .quantize_command import Source, run
 
     source = Source(calibration, text, {"samples": samples, "seqlen": seqlen, "seed": seed})
-    options = {"batch_size": batch_size, "block_name": block_name or None, "overwrite": overwrite, "resume": resume}
+    options: dict[str, Any] = {"batch_size": batch_size, "block_name": block_name or None}
+    options |= {"overwrite": overwrite, "resume": resume, "target_size": target_size, "target_bits": target_bits}
     options["calibrate_all_experts"] = calibrate_all_experts
     targets = json_target, json_lines, push_to
     run(model, Path(out), settings, source, options, kld_windows, device, trust_remote_code, *targets)
@@ -140,6 +151,17 @@ def _check_usage(out: str, settings: dict[str, Any], calibration: str | None, te
         raise typer.BadParameter(
             "--quality best, --block-epochs and --distill-epochs train on calibration text, and --rtn has none; pass "
             "--calibration FILE instead of --rtn, or leave them out"
+        )
+
+
+def _check_budget(target_size: str | None, target_bits: float | None, rtn: bool) -> None:
+    """Raises BadParameter for a budget that cannot be."""
+    if target_size is not None and target_bits is not None:
+        raise typer.BadParameter("--target-size and --target-bits exclude each other; pass one of them")
+    if rtn and (target_size is not None or target_bits is not None):
+        raise typer.BadParameter(
+            "--target-size and --target-bits measure on calibration text, and --rtn has none; pass --calibration FILE "
+            "instead of --rtn, or choose --bits yourself"
         )
 
 

@@ -6,6 +6,7 @@ As in ``app``, what they work with is imported when they run.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Annotated
 
 import typer
@@ -146,6 +147,7 @@ def bench_quantize(
     group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
     quality: Annotated[str, typer.Option(help="fast or default; best needs a real model.")] = "default",
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that quantize together, as under torchrun.")] = 1,
     device: Device = "cpu",
     thread_count: Threads = None,
     json_target: Json = None,
@@ -155,20 +157,26 @@ def bench_quantize(
 
     from gptq_backend import QuantizeConfig
     from gptq_backend.bench import DTYPES, machine, threads
+    from gptq_backend.distributed import joined, launched
 
     from . import bench_quantize as bench
     from . import models, terminal
     from .bench_machine import command
 
-    console, say = terminal.start(json_target, ignore="gptq_backend.kernels.table")
-    models.require_device(device)
-    terminal.check_choice("--shape", shape, SHAPES)
-    terminal.check_choice("--dtype", dtype, DTYPES)
-    terminal.check_choice("--quality", quality, ("fast", "default"))
-    config = QuantizeConfig(bits=bits, group_size=group_size, quality=quality)
-    where = torch.device(device)
-    with threads(thread_count), console.status("quantizing", spinner="line"):
-        described = machine.describe_machine(where, command())
-        result = bench.run(shape, config, blocks, samples, seqlen, where, dtype)
-    terminal.write_json(json_target, {"machine": described, **dataclasses.asdict(result)})
-    say("\n".join(bench.lines(result)))
+    if ranks > 1 and not launched():
+        bench.launch(ranks, sys.argv[1:])
+        return
+    with joined(device) as (team, place):
+        console, say = terminal.start(json_target, "gptq_backend.kernels.table", quiet=not team.first)
+        models.require_device(place)
+        terminal.check_choice("--shape", shape, SHAPES)
+        terminal.check_choice("--dtype", dtype, DTYPES)
+        terminal.check_choice("--quality", quality, ("fast", "default"))
+        config = QuantizeConfig(bits=bits, group_size=group_size, quality=quality)
+        where = torch.device(place)
+        with threads(thread_count), console.status("quantizing", spinner="line"):
+            described = machine.describe_machine(where, command())
+            result = bench.run(shape, config, blocks, samples, seqlen, where, dtype, team)
+    if team.first:
+        terminal.write_json(json_target, {"machine": described, **dataclasses.asdict(result)})
+        say("\n".join(bench.lines(result)))

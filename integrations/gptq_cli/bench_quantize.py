@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from gptq_backend import Events, GPTQError, QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.bench import DTYPES
+from gptq_backend.distributed import Team
 from gptq_backend.locks import scratch_folder
 from gptq_backend.model import Progress, find_structure
 from gptq_backend.timing import Recorder, record
@@ -42,6 +46,8 @@ class Result:
     whole: float  # seconds of all blocks: before, first, and the mean of the later ones times their number
     peak_bytes: int | None  # allocated on a GPU; on a CPU resident in the process since its start, model included
     peak_reserved_bytes: int | None  # on a GPU what torch's allocator held at most
+    peak_bytes_by_rank: list[int]  # the first of them is that of peak_bytes, as all else is of the first rank
+    cpu_seconds_by_rank: list[float]  # of all threads, for all of the run
 
 
 @dataclass
@@ -72,13 +78,16 @@ def run(
     seqlen: int,
     device: torch.device,
     dtype: str = "bf16",
+    team: Team | None = None,
 ) -> Result:
     """Quantize the first ``blocks`` blocks of a model with random weights, on random tokens, and write them.
+
+    All ranks of a ``team`` do it together; by default this process alone.
 
     Raises:
         GPTQError: fewer than two blocks, from the later ones of which the whole is computed, or more than there are.
     """
-    settings = SHAPES[shape]
+    settings, team = SHAPES[shape], team or Team()
     if not 2 <= blocks <= settings["num_hidden_layers"]:
         raise GPTQError(f"blocks={blocks}: expected 2 to {settings['num_hidden_layers']} for the shape {shape}")
     model = build(shape, blocks, dtype, seqlen)
@@ -87,14 +96,17 @@ def run(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with scratch_folder("bench") as folder, record(device) as recorder:
-        progress = Progress(Path(folder) / "progress")
-        writer = BlockWriter.of(model, Path(folder), progress, find_structure(model, config))
+        progress = Progress(Path(folder) / "progress" if team.first else None)
+        writer = BlockWriter.of(model, progress, find_structure(model, config))
         assert writer is not None
         events = _Timed(recorder, writer)
-        quantize_model(model, config, tokens, options=RunOptions(device=device), events=events, progress=progress)
+        options, begun = RunOptions(device=device), time.process_time()
+        quantize_model(model, config, tokens, options=options, events=events, progress=progress, team=team)
         events.cut()
+        worked = time.process_time() - begun
     before, first, *later = [sum(lap.values()) for lap in events.laps]
     peak, reserved = _peak(device)
+    by_rank = team.all_gather([torch.tensor([peak or 0, worked], dtype=torch.float64)])
     return Result(
         shape=shape,
         blocks=blocks,
@@ -106,7 +118,31 @@ def run(
         whole=before + first + sum(later) / len(later) * (settings["num_hidden_layers"] - 1),
         peak_bytes=peak,
         peak_reserved_bytes=reserved,
+        peak_bytes_by_rank=[int(each[0]) for (each,) in by_rank],
+        cpu_seconds_by_rank=[float(each[1]) for (each,) in by_rank],
     )
+
+
+def launch(ranks: int, arguments: Sequence[str]) -> None:
+    """Start as many processes of ``gptq-backend`` with these arguments as torchrun would.
+
+    Raises:
+        GPTQError: one of them failed, and has said why.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="bench",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "gptq_cli", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise GPTQError(f"rank {rank} ended with exit code {failure.exitcode}; its message is above") from None
 
 
 def build(shape: str, blocks: int, dtype: str, positions: int) -> PreTrainedModel:
@@ -135,4 +171,5 @@ def lines(result: Result) -> Iterator[str]:
     yield f"{'all':<14}" + "".join(f"{sum(lap.values()):>10.3f}" for lap in result.phases)
     yield f"{result.all_blocks} blocks of {result.shape} with {result.tokens} tokens: {result.whole:.1f} s (computed)"
     if result.peak_bytes is not None:
-        yield f"memory at most {result.peak_bytes / 1e9:.2f} GB"
+        each = ", ".join(f"{peak / 1e9:.2f}" for peak in result.peak_bytes_by_rank)
+        yield f"memory at most {each} GB"

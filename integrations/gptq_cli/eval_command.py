@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from gptq_transformers.calibration_input import load_tokenizer
 
 from . import evaluate, models, multiple_choice, robustness, terminal
 
-_ATTACKED = 128  # tokens of a window in which some are swapped; a window of the text is cut into such
+_ATTACKED = 128  # tokens of a window in which some are swapped, at most: each swap takes 32 passes over it
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def run(asked: Request, json_target: str | None) -> None:
     """
     console, say = terminal.start(json_target)
     content = None if asked.text is None else terminal.read_text(asked.text)
-    items = {_task_name(path): multiple_choice.read_items(path, asked.items) for path in asked.tasks}
+    items = [(_task_name(path), multiple_choice.read_items(path, asked.items)) for path in asked.tasks]
+    if asked.robustness is not None:
+        robustness.check_room(min(_ATTACKED, asked.seqlen), asked.robustness)
     for path in filter(None, (asked.model, asked.reference)):
         models.require_model(path)
     models.require_device(asked.device)
@@ -62,6 +64,8 @@ def run(asked: Request, json_target: str | None) -> None:
         }
         model = models.load_model(asked.model, backend=asked.backend, head_bits=asked.head_bits, **options)
         reference = None if asked.reference is None else models.load_model(asked.reference, **options)
+    for name, each in items:
+        multiple_choice.check_lengths(name, each, [model] if reference is None else [model, reference], tokenizer)
     computed_in = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     keys = ("model", "reference", "device", "head_bits")
     found: dict[str, Any] = {key: getattr(asked, key) for key in keys} | {"dtype": computed_in}
@@ -72,7 +76,7 @@ def run(asked: Request, json_target: str | None) -> None:
         say("\n".join(evaluate.lines(result, computed_in, asked.device)))
     if items:
         answered = []
-        for name, each in items.items():
+        for name, each in items:
             with _counted(console, f"{name}: item") as count:
                 answered.append(multiple_choice.answer(name, each, model, tokenizer, reference, count))
         found["tasks"] = [dataclasses.asdict(result) for result in answered]
@@ -86,9 +90,9 @@ def run(asked: Request, json_target: str | None) -> None:
     terminal.write_json(json_target, found)
 
 
-def _texts(content: str | None, items: Mapping[str, Sequence[multiple_choice.Item]]) -> list[str]:
+def _texts(content: str | None, items: Sequence[tuple[str, Sequence[multiple_choice.Item]]]) -> list[str]:
     """All that will be made tokens of."""
-    questions = [f"{item.prompt}{choice}" for each in items.values() for item in each for choice in item.choices]
+    questions = [f"{item.prompt}{choice}" for _, each in items for item in each for choice in item.choices]
     return [*([] if content is None else [content]), *questions]
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from gptq_backend import GPTQError
 
 from .evaluate import check_limits
 from .formatting import percent
+from .models import model_limits
 from .terminal import read_text
 
 _BEGIN = "\nQ: "  # what BIG-bench puts before a question where a task says nothing
@@ -85,7 +87,10 @@ def _read_lines(text: str) -> list[Item]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
         item = _read_line(entry) if isinstance(entry, dict) else None
         if item is None:
             raise ValueError(f"line {number} is {line[:80]!r}")
@@ -109,7 +114,8 @@ def _read_bigbench(task: Any) -> list[Item]:
         raise ValueError("it has no list of examples")
     begin, end = task.get("example_input_prefix", _BEGIN), task.get("example_output_prefix", _ANSWER)
     prefix, listed = task.get("task_prefix", ""), task.get("append_choices_to_input", True)
-    if not all(isinstance(each, str) for each in (begin, end, prefix)):
+    before = task.get("choice_prefix", _CHOICE)
+    if not all(isinstance(each, str) for each in (begin, end, prefix, before)):
         raise ValueError("its prefixes are no texts")
     found = []
     for entry in examples:
@@ -117,17 +123,22 @@ def _read_bigbench(task: Any) -> list[Item]:
         if not isinstance(scores, dict) or not _is_text(entry.get("input")):
             continue  # to be answered in free text
         choices = tuple(scores)
-        numeric = all(isinstance(score, int | float) for score in scores.values()) and all(map(_is_text, choices))
+        numeric = all(map(_is_number, scores.values())) and all(map(_is_text, choices))
         if not numeric or len(choices) < 2 or len(set(scores.values())) == 1:
             continue
         right = frozenset(i for i, choice in enumerate(choices) if scores[choice] == max(scores.values()))
-        shown = "".join(f"{_CHOICE}{choice}" for choice in choices) if listed else ""
+        shown = "".join(f"{before}{choice}" for choice in choices) if listed else ""
         found.append(Item(f"{prefix}{begin}{entry['input']}{shown}{end}", choices, right))
     return found
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Not of halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and abs(value) < math.inf  # Python reads NaN and Infinity, too
 
 
 def answer(
@@ -141,7 +152,7 @@ def answer(
     """Let ``model``, and ``reference`` beside it, choose among the answers of each item.
 
     Raises:
-        GPTQError: an item is longer than what a model reads.
+        GPTQError: an item is longer than what a model reads (see :func:`check_lengths`), or has other tokens than it.
     """
     found: list[tuple[int, int | None]] = []
     for done, item in enumerate(items, 1):
@@ -153,14 +164,25 @@ def answer(
     return _summarize(name, items, found)
 
 
+def check_lengths(name: str, items: Sequence[Item], models: Sequence[nn.Module], tokenizer: Callable[..., Any]) -> None:
+    """Raises GPTQError for an item that is longer than what one of ``models`` reads."""
+    most = min(model_limits(model)[0] for model in models)
+    for number, item in enumerate(items, 1):
+        if (longest := max(map(len, encode(item, tokenizer)[0]))) > most:
+            raise GPTQError(
+                f"{name}: question {number} of {len(items)} ({item.prompt.strip()[:40]!r}...) has {longest} tokens "
+                f"with its longest answer, and a model reads at most {most:.0f}; take it out of the file"
+            )
+
+
 def encode(item: Item, tokenizer: Callable[..., Any]) -> tuple[list[list[int]], int]:
     """Token ids of the prompt with each answer behind it, and where the first token is that depends on the answer.
 
-    Spaces at the prompt's end belong to the answers, with which tokenizers join them.
+    One that ends in a word gets a space, unless the answers bring their own.
     """
-    prompt = item.prompt.rstrip(" ")
-    spaces = item.prompt[len(prompt) :] or " " * (prompt[-1:] not in ("", "\n"))
-    rows = [list(tokenizer(f"{prompt}{spaces}{choice}")["input_ids"]) for choice in item.choices]
+    apart = item.prompt[-1:].isspace() or all(choice[0].isspace() for choice in item.choices)
+    prompt = item.prompt if apart else f"{item.prompt} "
+    rows = [list(tokenizer(f"{prompt}{choice}")["input_ids"]) for choice in item.choices]
     same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
     # A token that no answer differs in says nothing, but the model predicts from the token before.
     return rows, max(1, min(same, min(map(len, rows)) - 1))
@@ -218,7 +240,7 @@ def lines(results: Sequence[TaskResult]) -> Iterator[str]:
     """For people: a row per task."""
     compared = results[0].reference_accuracy is not None
     names = [*("items", "chance", "accuracy"), *("reference", "flips", "lost", "gained") * compared]
-    width = max(len(result.name) for result in results)
+    width = max(len(name) for name in ("task", *(result.name for result in results)))
     yield f"{'task':<{width}}" + "".join(f"{name:>12}" for name in names)
     for result in results:
         figures: Mapping[str, float | None] = vars(result)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gptq_backend import GPTQError, QuantizeConfig, QuantizeReport
+from gptq_backend.distributed import joined
 from gptq_backend.format import EMBEDDINGS
 from gptq_backend.model import held_out_windows
 from gptq_backend.output_folder import check_spared
@@ -78,22 +79,42 @@ def run(
 
     Args:
         settings: of ``QuantizeConfig``; ``dynamic`` as JSON.
-        options: ``batch_size``, ``block_name``, ``calibrate_all_experts``, ``overwrite`` and ``resume``.
+        options: ``batch_size``, ``block_name``, ``calibrate_all_experts``, ``overwrite``, ``resume``, ``target_size``
+            and ``target_bits``.
         push_to: repository on the hub, or None.
 
     Raises:
         GPTQError: something cannot be used; the message says what to do.
     """
-    config = QuantizeConfig(**{**settings, "dynamic": _parse_rules(settings["dynamic"])})
-    console, _ = terminal.start(json_target, ignore="gptq_backend.kernels.table")  # the layers only get packed here
-    models.require_model(model)
-    models.require_device(device)
-    repo = None if push_to is None else publish.check_access(push_to)
-    for file in (source.calibration, source.text):
-        if file not in (None, "auto"):
-            check_spared(out, file, "the text")
-    here = out.resolve() if out.is_dir() and out.samefile(".") else None
-    texts, own = source.read()
+    with joined(device) as (team, place):
+        console, _ = terminal.start(json_target, "gptq_backend.kernels.table", quiet=not team.first)  # only packed here
+        config = QuantizeConfig(**{**settings, "dynamic": _parse_rules(settings["dynamic"])})
+        models.require_model(model)
+        models.require_device(place)
+        repo = None if push_to is None else publish.check_access(push_to)
+        for file in (source.calibration, source.text):
+            if file not in (None, "auto"):
+                check_spared(out, file, "the text")
+        here = out.resolve() if out.is_dir() and out.samefile(".") else None
+        texts, own = source.read()
+        first = "choosing calibration text" if source.calibration == "auto" else "loading the model"
+        progress = RunProgress(console, first, json_lines)
+        with progress if team.first else nullcontext():
+            result = quantize(  # without the model, whose memory the comparison needs
+                model,
+                config,
+                texts,
+                text=own,
+                output=out,
+                **source.window,
+                **options,
+                events=progress if team.first else None,
+                device=place,
+                trust_remote_code=trust_remote_code,
+                team=team,
+            )[1]
+    if not team.first:
+        return
 
     def unseen() -> list[Any]:
         if (choice := progress.choice) is not None:
@@ -101,27 +122,13 @@ def run(
         tokenizer = load_tokenizer(out, True, trust_remote_code)
         return held_out_windows(texts or "", tokenizer, **source.window, count=kld_windows)
 
-    first = "choosing calibration text" if source.calibration == "auto" else "loading the model"
-    with RunProgress(console, first, json_lines) as progress:
-        result = quantize(  # without the model, whose memory the comparison needs
-            model,
-            config,
-            texts,
-            text=own,
-            output=out,
-            **source.window,
-            **options,
-            events=progress,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )[1]
     if here is not None:  # the folder that this process stood in was replaced; relative paths mean the same again
         os.chdir(here)
-    report = make_report(result, model, out, source.describe(result, progress.choice))
+    report = make_report(result, model, out, source.describe(result, progress.choice), progress.plan)
     with _reporting(out):
         _, page = write_reports(report, out)  # before the comparison, which can fail
     if source.calibration is not None and kld_windows:
-        report["evaluation"] = _compare(out, model, unseen, device, trust_remote_code)
+        report["evaluation"] = _compare(out, model, unseen, place, trust_remote_code)
     with _reporting(out):
         write_reports(report, out)
         write_card(report, out, repo, trust_remote_code)
@@ -226,6 +233,10 @@ def _print(report: dict[str, Any], page: Path, say: Callable[[str], None]) -> No
     if report["bytes_before"]:
         size = f"{megabytes(report['bytes_before'])} -> {size}"
     say(f"{report['modules']} modules in {duration(report['seconds'])}, weights on disk {size}")
+    if (budget := report["budget"]) is not None:
+        measured = report["evaluation"] and f", measured {significant(report['evaluation']['kld'])}"
+        predicted = f"predicted KL divergence {significant(budget['divergence'])}{measured or ''}"
+        say(f"budget of {budget['goal']}: {budget['layer_bits']:.2f} bits per weight of a layer; {predicted}")
     if kept := report["kept"]:
         say(f"stays in 16 bits: {places(kept)}")
     if (advice := _embedding_advice(report)) is not None:

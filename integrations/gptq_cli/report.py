@@ -15,6 +15,7 @@ import transformers
 
 from gptq_backend import QuantizeReport
 from gptq_backend import __version__ as version
+from gptq_backend.budget import BudgetPlan
 from gptq_backend.locks import write_text
 
 from .formatting import to_json
@@ -24,11 +25,16 @@ JSON_NAME, HTML_NAME = "quantize_report.json", "quantize_report.html"
 
 
 def make_report(
-    report: QuantizeReport, model: str, output: Path, calibration: Mapping[str, Any] | None
+    report: QuantizeReport,
+    model: str,
+    output: Path,
+    calibration: Mapping[str, Any] | None,
+    plan: BudgetPlan | None = None,
 ) -> dict[str, Any]:
     """Everything known about one quantization of ``model`` into the folder ``output``, as JSON values.
 
-    ``calibration`` says where the calibration tokens came from; None for round to nearest. ``evaluation`` in the result
+    ``calibration`` says where the calibration tokens came from; None for round to nearest. ``plan`` is how a budget was
+    spent, if there was one. ``evaluation`` in the result
     is None; the caller may put the fields of an ``evaluate.Evaluation`` there.
     """
     distilled = report.distillation
@@ -41,6 +47,7 @@ def make_report(
         "output": str(output),
         "settings": report.config.to_dict(),
         "calibration": None if calibration is None else dict(calibration),
+        "budget": plan and plan.report(),
         "modules": len(layers),
         "mean_relative_loss": statistics.fmean(errors) if errors else None,
         "worst_module": max(layers, key=badness)["name"] if layers else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -10,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .charts import error_bars, predicted_errors
+from .charts import budget_bits, budget_curve, error_bars, predicted_errors
 from .formatting import duration, megabytes, name_pattern, percent, significant, to_json, with_error
 
 _PLACES = 6  # that are shown of those that stay in 16 bits
@@ -26,7 +27,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         name=escape(name),
         summary=escape(describe(report)),
         cards=_cards(report),
-        choice=_choice((calibration or {}).get("choice")),
+        choice=_budget(report) + _choice((calibration or {}).get("choice")),
         energy="weights'" if calibration is None else "layer's output",
         note=" Before attention, tokens count by what an error there changes." if weighted else "",
         legend=_legend(layers),
@@ -73,7 +74,10 @@ def describe(report: Mapping[str, Any]) -> str:
     """The settings and the calibration in a line."""
     settings, calibration = report["settings"], report["calibration"]
     group = "one group per output channel" if settings["group_size"] == -1 else f"groups of {settings['group_size']}"
-    words = [f"{settings['bits']} bits", group, "symmetric" if settings["sym"] else "asymmetric"]
+    words = [f"{settings['bits']} bits", group]
+    if (budget := report["budget"]) is not None:
+        words = [f"{budget['layer_bits']:.2f} bits per weight of a layer, chosen by a budget of {budget['goal']}"]
+    words.append("symmetric" if settings["sym"] else "asymmetric")
     words += [label for key, label in (("desc_act", "act-order"), ("static_groups", "static groups")) if settings[key]]
     if settings["act_group_aware"] and calibration is not None:
         words.append("group-aware order")
@@ -120,6 +124,28 @@ def _choice(choice: Mapping[str, Any] | None) -> str:
     return f"""<h2>Calibration text</h2><p>{escape(choice["summary"])}</p>
 <div class="grid panels">{predicted_errors(choice["curve"])}</div>
 {_table(("source", "windows chosen", "in the pool", "weight", ""), rows)}"""
+
+
+def _budget(report: Mapping[str, Any]) -> str:
+    """How a budget was spent: predicted and measured divergence, and the bits of each layer."""
+    if (plan := report["budget"]) is None:
+        return ""
+    found = report["evaluation"]
+    measured = "not measured" if found is None else with_error(found["kld"], found["kld_stderr"])
+    sizes = Counter((each["bits"], each["group_size"]) for each in plan["groups"] for _ in each["layers"])
+    bars = "".join(budget_bits(kind, each) for kind, each in _by_place(plan).items())
+    rows = [(False, [f"{bits} bits, groups of {size}", count]) for (bits, size), count in sorted(sizes.items())]
+    return f"""<h2>Budget</h2>
+<p>{escape(plan["goal"])}: {plan["layer_bits"]:.2f} bits per weight of a layer, {megabytes(plan["nbytes"])} of weight
+files, the embedding in {plan["embed_bits"]} bits. Predicted KL divergence {significant(plan["divergence"])}, measured
+{measured}. The prediction adds up what each layer's rounding costs by itself.</p>
+<div class="grid panels">{budget_curve(plan)}{bars}</div>
+{_table(("stored as", "layers"), rows)}"""
+
+
+def _by_place(plan: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Groups of layers that do the same job in different blocks."""
+    return by_kind([{**each, "name": each["layers"][0]} for each in plan["groups"]])
 
 
 def _blocks(blocks: Sequence[Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from .evaluate import check_limits
 from .formatting import significant, with_error
 
 _CANDIDATES = 32  # swaps that look best by the gradient and are tried
+_TOKENS = 2048  # that go through a model at once: their logits are large
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Robustness:
     transferred_back: float  # rise of the reference's loss by those found on the model
 
 
+def check_room(seqlen: int, swaps: int) -> None:
+    """Raises GPTQError for more swaps than the first half of a window has places for, but the first."""
+    most = seqlen // 2 - 1
+    if not 0 < swaps <= most:
+        room = f"room for 1 to {most} swaps" if most > 0 else "no room for a swap"
+        raise GPTQError(f"robustness={swaps}: windows of {seqlen} tokens have {room}")
+
+
 def measure(
     model: nn.Module,
     reference: nn.Module,
@@ -60,9 +69,7 @@ def measure(
     Raises:
         GPTQError: a window is too short for so many swaps or too long for a model, or a loss is not finite.
     """
-    if not 0 < swaps <= windows.shape[1] // 2 - 1:
-        most = windows.shape[1] // 2 - 1
-        raise GPTQError(f"robustness={swaps}: windows of {windows.shape[1]} tokens have room for 1 to {most} swaps")
+    check_room(windows.shape[1], swaps)
     models = {"model": model, "reference": reference}
     rows: dict[str, list[float]] = {f"{who} {swapped}": [] for who in models for swapped in ("none", *models)}
     for each in models.values():
@@ -97,7 +104,8 @@ def attack(model: nn.Module, window: Tensor, swaps: int) -> Tensor:
 def losses(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean negative log-likelihood of the second halves of windows int64 [B, T] -> float32 [B] on the CPU."""
     with torch.inference_mode():
-        found = _losses(model, ids, input_ids=ids.to(next(model.parameters()).device)).cpu()
+        parts = ids.to(next(model.parameters()).device).split(max(1, _TOKENS // ids.shape[1]))
+        found = torch.cat([_losses(model, part, input_ids=part).cpu() for part in parts])
     if not found.isfinite().all():
         raise GPTQError("a loss is not finite; the dtype may overflow (try float32), or a checkpoint is damaged")
     return found

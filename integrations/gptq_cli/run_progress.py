@@ -72,6 +72,7 @@ class RunProgress(Events):
     def __init__(self, console: Console, first: str = "loading the model", json_lines: bool = False) -> None:
         self._console, self._json_lines = console, json_lines
         self.choice: Any = None
+        self.plan: Any = None
         self._pace = Pace()
         self._blocks = [0, 0]  # done, and in all
         self._layers = [0, 0]
@@ -100,6 +101,20 @@ class RunProgress(Events):
         self.choice = choice
         self._console.print(f"calibration: {choice.summary()}", soft_wrap=True)
         self._tell("calibration", summary=choice.summary())
+
+    def sensitivity_step(self, done: int, total: int) -> None:
+        """Show how far the measuring for a budget is."""
+        self._tell("sensitivity", steps_done=done, steps=total)
+        self._show("sensitivity", "measuring what rounding costs", done, total, None)
+
+    def budget_planned(self, plan: Any) -> None:
+        """Show what was chosen for a budget, and keep it in ``plan``."""
+        self.plan = plan
+        self._bar.reset(self._task, total=None, description="")
+        facts = f"{plan.layer_bits:.2f} bits per weight of a layer, {megabytes(plan.nbytes)} in all"
+        text = f"{plan.summary()}; {facts}; predicted KL divergence {significant(plan.divergence)}"
+        self._console.print(f"budget of {plan.goal}: {text}", soft_wrap=True)
+        self._tell("budget", **plan.report())
 
     def structure_found(self, blocks: int, layers: int) -> None:
         """Show how much there is to do."""

@@ -79,11 +79,14 @@ class _ConsoleHandler(logging.Handler):
         self._console.print(f"{record.levelname.lower()}: {self.format(record)}", soft_wrap=True)
 
 
-def set_up_logging(console: Console, ignore: str | None = None) -> None:
-    """Our warnings above the progress bar, but for those of the logger ``ignore``; of the libraries only errors."""
+def set_up_logging(console: Console, ignore: str | None = None, quiet: bool = False) -> None:
+    """Our warnings above the progress bar, but for those of the logger ``ignore``, and none where ``quiet``; of the
+    libraries only errors.
+    """
     import transformers
 
     handler = _ConsoleHandler(console)
+    handler.setLevel(logging.ERROR if quiet else logging.NOTSET)
     handler.addFilter(lambda record: record.name != ignore)
     for name in ("gptq_backend", "gptq_transformers", "gptq_cli"):
         logger = logging.getLogger(name)
@@ -93,14 +96,17 @@ def set_up_logging(console: Console, ignore: str | None = None) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def start(json_target: str | None, ignore: str | None = None) -> tuple[Console, Callable[[str], None]]:
-    """What every command does first: set up logging, and check where its result goes.
+def start(
+    json_target: str | None, ignore: str | None = None, quiet: bool = False
+) -> tuple[Console, Callable[[str], None]]:
+    """What every command does first: set up logging (without warnings where ``quiet``), and check where its result
+    goes.
 
     Returns:
         The console for progress and warnings, and :func:`say`, which says nothing where stdout is for JSON.
     """
     console = TerminalConsole()
-    set_up_logging(console, ignore)
+    set_up_logging(console, ignore, quiet)
     check_json_target(json_target)
     return console, (lambda _: None) if json_target == "-" else say
 

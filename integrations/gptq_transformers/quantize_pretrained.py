@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import GPTQConfig as StockGPTQConfig
 
 from gptq_backend import Events, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
+from gptq_backend.budget import read_goal
+from gptq_backend.distributed import Team
 from gptq_backend.errors import CalibrationError, ConfigError
 from gptq_backend.locks import scratch_folder
 from gptq_backend.model import BlockNames, Progress, find_structure
 from gptq_backend.output_folder import atomic_folder, check_spared
 
 from .auto_calibration import AUTO, choose
+from .budget import spend_budget
 from .calibration_input import given, is_text, load_tokenizer, token_ids
 from .completeness import keep_all_tensors
 from .config import GPTQConfig
@@ -55,6 +60,9 @@ def quantize(
     trust_remote_code: bool = False,
     resume: bool = True,
     calibrate_all_experts: bool = False,
+    target_size: str | int | None = None,
+    target_bits: float | None = None,
+    team: Team | None = None,
 ) -> tuple[PreTrainedModel, QuantizeReport]:
     """Quantize a model: language models with or without other senses, encoder-decoders, classifiers, embedding models.
 
@@ -88,6 +96,14 @@ def quantize(
         resume: False begins anew, and removes what earlier runs into ``output`` have kept.
         calibrate_all_experts: calibrate every expert of a mixture on all tokens, not only on those that its router
             sends to it.
+        target_size: choose bits (2, 3, 4 or 8) and group size of each layer, and the embedding's bits, so that the
+            weight files have at most this size: bytes, or text like ``800MB`` and ``1.5GiB``. They are chosen for the
+            least divergence from the original, which is measured on the first 16 samples, with the model in memory as
+            a whole (on a CPU in float32). Layers that ``dynamic`` rules name keep what those say.
+        target_bits: likewise, for so many bits per weight in the layers' codes, scales and zeros; the embedding stays.
+        team: the processes that quantize together, as ``gptq_backend.distributed.joined`` gives it under torchrun; all
+            of them call this function with the same arguments. The first rank writes ``output``, chooses for "auto",
+            and does the distillation.
 
     Returns:
         The quantized model and the report, which also says what stays in 16 bits (``report.kept``).
@@ -101,15 +117,17 @@ def quantize(
     options = RunOptions(
         batch_size, block_name or _block_name(config), backend, device, calibrate_all_experts=calibrate_all_experts
     )
-    settings, events = _as_config(config), events or Events()
+    settings, events, team = _as_config(config), events or Events(), team or Team()
+    goal = read_goal(target_size, target_bits)
     from_folder = isinstance(model_or_path, str | Path)
     path = model_or_path if isinstance(model_or_path, str | Path) else model_or_path.config._name_or_path
     if output is not None and str(path):
         check_spared(output, path, "the original model")
     with ExitStack() as stack:
         # Made before the work, so that an output that cannot be written is found out at once.
-        folder = None if output is None else stack.enter_context(atomic_folder(output, overwrite))
-        progress = Progress(None if output is None else _progress_folder(output))
+        target = output if team.first else None
+        folder = None if target is None else stack.enter_context(atomic_folder(target, overwrite))
+        progress = Progress(None if target is None else _progress_folder(target))
         if not resume:
             progress.remove()
         stack.enter_context(_telling_of(progress))
@@ -119,27 +137,46 @@ def quantize(
             tokenizer = load_tokenizer(path, is_text(calibration), trust_remote_code)
         if calibration == AUTO:
             window: Any = {"samples": samples, "seqlen": seqlen, "seed": seed}
-            choice = choose(model_or_path, tokenizer, text, options, **window, trust_remote_code=trust_remote_code)
-            events.calibration_chosen(choice)
-            data: Any = choice.samples
+
+            def chosen() -> list[torch.Tensor]:
+                choice = choose(model_or_path, tokenizer, text, options, **window, trust_remote_code=trust_remote_code)
+                events.calibration_chosen(choice)
+                return [choice.samples]
+
+            data: Any = team.broadcast(0, chosen)[0]
         else:
             data = token_ids(calibration, tokenizer, seqlen, samples, seed)
         model, bring, teacher = _open(model_or_path, scratch, settings, options, trust_remote_code, data is not None)
         if data is not None:
             data = whole_samples(data, model, path, tokenizer, trust_remote_code)
+        if goal is not None:
+            source = model_or_path if from_folder else None
+            facts = goal, data, options, events, Progress(progress.folder), trust_remote_code
+            settings = _chosen_by_first(team, settings, partial(spend_budget, model, bring, source, settings, *facts))
         writer = None
-        if folder is not None and from_folder and not settings.preset.distill_epochs:
-            writer = BlockWriter.of(model, folder, progress, find_structure(model, settings, options.block_name))
+        if output is not None and from_folder and not settings.preset.distill_epochs:
+            writer = BlockWriter.of(model, progress, find_structure(model, settings, options.block_name))
         streaming = _Streaming(events, bring, writer)
         with keeping_hooks(model):
             report = quantize_model(
-                model, settings, data, options=options, events=streaming, teacher=teacher, progress=progress
+                model, settings, data, options=options, events=streaming, teacher=teacher, progress=progress, team=team
             )
         (attach if writer is None else mark_quantized)(model, report.config)  # what is written stays in its files
         if folder is not None:
             _write(model, folder, writer, path if from_folder else None, tokenizer)
     progress.remove()
     return model, report
+
+
+def _chosen_by_first(team: Team, settings: QuantizeConfig, choose: Callable[[], QuantizeConfig]) -> QuantizeConfig:
+    """What the first rank makes of ``settings``."""
+
+    def changes() -> dict[str, Any]:
+        chosen = choose()
+        values = {item.name: getattr(chosen, item.name) for item in dataclasses.fields(settings)}
+        return {name: value for name, value in values.items() if value != getattr(settings, name)}
+
+    return dataclasses.replace(settings, **team.told(0, changes))
 
 
 def _open(
@@ -195,7 +232,7 @@ def _write(
         if writer is None:
             model.save_pretrained(folder)
         else:
-            writer.save()
+            writer.save(folder)
     if original is not None:
         keep_all_tensors(original, model, folder)
     if tokenizer is not None:

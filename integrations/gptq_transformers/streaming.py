@@ -150,12 +150,12 @@ class BlockWriter:
     A finished block stays usable: its tensors become maps of its file, which take memory only while they are read.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path, progress: Progress) -> None:
-        self.model, self.folder, self.progress = model, folder, progress
+    def __init__(self, model: PreTrainedModel, progress: Progress) -> None:
+        self.model, self.progress = model, progress
         progress.stored_names = partial(stored_names, model)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, folder: Path, progress: Progress, structure: Structure) -> BlockWriter | None:
+    def of(cls, model: PreTrainedModel, progress: Progress, structure: Structure) -> BlockWriter | None:
         """None where only ``save_pretrained`` knows what to write: tensors that become others, or that blocks share.
 
         None on Windows too, which does not remove files that are mapped.
@@ -166,7 +166,7 @@ class BlockWriter:
             return None
         states = [block.module.state_dict(keep_vars=True) for block in structure.blocks]
         held = list(itertools.chain.from_iterable(state.values() for state in states))
-        return cls(model, folder, progress) if len(set(map(id, held))) == len(held) else None
+        return cls(model, progress) if len(set(map(id, held))) == len(held) else None
 
     @timed("write")
     def add(self, name: str, block: nn.Module) -> None:
@@ -179,8 +179,8 @@ class BlockWriter:
         block.load_state_dict(tensors, strict=False, assign=True)
 
     @timed("write")
-    def save(self) -> None:
-        """Write what is left and the other files of the model; a small model becomes one file."""
+    def save(self, folder: Path) -> None:
+        """Write what is left and the other files of the model into ``folder``; a small model becomes one file."""
         model = self.model
         files = {path: load_file(path) for path in self.progress.files.values()}  # maps of them
         written = set(itertools.chain.from_iterable(files.values()))
@@ -188,18 +188,18 @@ class BlockWriter:
         rest = {key: state[key] for key, stored in stored_names(model, state).items() if stored not in written}
         quantizer, model.hf_quantizer = model.hf_quantizer, None  # with it, only a whole state dict is written
         try:
-            model.save_pretrained(self.folder, state_dict=rest, max_shard_size=1 << 50)
+            model.save_pretrained(folder, state_dict=rest, max_shard_size=1 << 50)
         finally:
             model.hf_quantizer = quantizer
-        last = self.folder / "model.safetensors"
+        last = folder / "model.safetensors"
         files[last] = load_file(last)
-        shards = Shards(self.folder)
+        shards = Shards(folder)
         if sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values()) <= _ONE_FILE_BYTES:
             shards.add({name: tensor for tensors in files.values() for name, tensor in tensors.items()})
             shards.flush()
         else:
             for number, (path, tensors) in enumerate(files.items(), start=1):
-                shards.adopt(path if path == last else _linked(path, self.folder / f"part-{number}"), tensors)
+                shards.adopt(path if path == last else _linked(path, folder / f"part-{number}"), tensors)
         shards.finish()
 
 

@@ -101,14 +101,20 @@ def test_dead_channels_are_rounded_to_nearest_by_the_descent() -> None:
     assert torch.allclose(result.dequantize(torch.float64)[:, 5], weight[:, 5], atol=0.05)
 
 
-def test_refining_lowers_the_error_that_its_steps_tell() -> None:
+def test_refining_lowers_the_error_that_it_tells() -> None:
     start, weight, hessian = quantized(3)
-    result, steps = refine(start, weight, hessian, 0.01, 2)
-    assert [step.name for step in steps] == ["loop", "sweep 1", "sweep 2"]
-    energy = float(((weight @ hessian) * weight).sum())
-    assert steps[0].error == pytest.approx(loss(start, weight, hessian) / energy)
-    assert steps[-1].error == pytest.approx(loss(result, weight, hessian) / energy)
-    assert steps[0].error > steps[1].error > steps[2].error
+    result, errors = refine(start, weight, hessian, 0.01, 2)
+    assert errors[0] == pytest.approx(loss(start, weight, hessian))
+    assert errors[2] == pytest.approx(loss(result, weight, hessian))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_the_steps_of_a_layer_are_named_and_end_with_its_error() -> None:
+    weight, hessian = layer(seed=3)
+    config = QuantizeConfig(bits=3, group_size=24)
+    result = quantize_weight(weight, prepare_factor(hessian, config), config)
+    assert [step.name for step in result.steps] == ["loop", "sweep 1", "sweep 2"]
+    assert result.steps[-1].error == pytest.approx(result.relative_loss)
 
 
 def test_a_hessian_that_cannot_be_factored_is_not_refined_on() -> None:

@@ -53,6 +53,29 @@ def test_eval_answers_questions_and_swaps_tokens(original: Path, quantized: Path
     assert json.loads((tmp_path / "found.json").read_text())["robustness"]["swaps"] == 2
 
 
+def test_eval_answers_each_of_two_files_of_the_same_name(quantized: Path, tmp_path: Path) -> None:
+    options: list[object] = []
+    for folder, count in (("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        row = json.dumps({"question": "Which?", "choices": ["this", "that"], "answer": 0})
+        (tmp_path / folder / "questions.jsonl").write_text("\n".join([row] * count))
+        options += ["--tasks", tmp_path / folder / "questions.jsonl"]
+    result = run("eval", quantized, *options, "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert [task["items"] for task in json.loads(result.stdout)["tasks"]] == [2, 3]
+
+
+def test_eval_refuses_what_has_no_room_before_it_measures(original: Path, quantized: Path, tmp_path: Path) -> None:
+    options = [quantized, "--reference", original, "--text", TEXT, "--seqlen", "16", "--windows", "2"]
+    assert "room for 1 to 7 swaps" in error(run("eval", *options, "--robustness", "8"))
+    questions = tmp_path / "questions.jsonl"
+    row = {"question": "Why? " * 100, "choices": ["this", "that"], "answer": 0}
+    questions.write_text(json.dumps(row))
+    message = error(run("eval", *options, "--tasks", questions))
+    assert "questions: question 1 of 1 ('Why? Why? " in message
+    assert "reads at most 64" in message
+
+
 def test_eval_says_what_robustness_needs(original: Path, quantized: Path) -> None:
     for options, words in ((["--text", TEXT], "--reference"), (["--reference", original], "--text")):
         result = run("eval", quantized, *options, "--robustness", "2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq_backend import GPTQError
 from gptq_cli import multiple_choice as module
-from gptq_cli.multiple_choice import Item, answer, encode, lines, log_likelihoods, read_items
+from gptq_cli.multiple_choice import Item, answer, check_lengths, encode, lines, log_likelihoods, read_items
 
 
 def _model(seed: int) -> LlamaForCausalLM:
@@ -54,6 +55,8 @@ def test_bigbench_prompts_are_those_of_its_own_evaluation(tmp_path: Path) -> Non
     assert second.right == {0, 2}
     task |= {"append_choices_to_input": False, "example_input_prefix": "", "example_output_prefix": " = "}
     assert read_items(_write(tmp_path / "task.json", task), 10)[0].prompt == "Choose.One or two? = "
+    task |= {"append_choices_to_input": True, "choice_prefix": "\n- "}
+    assert read_items(_write(tmp_path / "task.json", task), 10)[0].prompt == "Choose.One or two?\n- one\n- two = "
 
 
 def test_items_of_a_long_file_are_taken_evenly_spread(tmp_path: Path) -> None:
@@ -75,6 +78,9 @@ def test_items_of_a_long_file_are_taken_evenly_spread(tmp_path: Path) -> None:
         ("task.json", {"examples": [{"input": "q", "target_scores": {"a": 1}}]}),
         ("task.json", {"examples": [{"input": "q", "target_scores": {"a": "1", "b": "2"}}]}),
         ("task.json", {"examples": [], "task_prefix": 3}),
+        ("task.json", {"examples": [{"input": "q", "target_scores": {"a": math.nan, "b": 1}}]}),
+        ("task.json", {"examples": [{"input": "q\ud800", "target_scores": {"a": 0, "b": 1}}]}),
+        ("a.jsonl", {"question": "q", "choices": ["a", "b\udfff"], "answer": 0}),
         ("a.jsonl", ""),
         ("a.jsonl", "3"),
         ("a.jsonl", {"question": "q", "choices": ["a", "b"], "answer": 2}),
@@ -89,6 +95,12 @@ def test_a_file_without_questions_is_refused_with_what_is_expected(tmp_path: Pat
     with pytest.raises(GPTQError, match="expected BIG-bench's task.json") as caught:
         read_items(_write(tmp_path / name, content), 10)
     assert len(str(caught.value)) < 500
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+    good = json.dumps({"question": "q", "choices": ["a", "b"], "answer": 0})
+    with pytest.raises(GPTQError, match="line 3 is '{\"question"):
+        read_items(_write(tmp_path / "a.jsonl", f"{good}\n\n{good[:-1]}"), 10)
 
 
 @pytest.mark.parametrize("prompt", ["Q: x?\nA: ", "Q: x?\nA:", "Is it? "])
@@ -112,6 +124,20 @@ def test_likelihoods_count_the_tokens_that_answers_differ_in(
 def test_a_prompt_that_ends_in_a_space_gives_the_same_tokens_as_one_that_does_not() -> None:
     with_space, without = (Item(prompt, ("yes", "no"), frozenset({0})) for prompt in ("A: ", "A:"))
     assert encode(with_space, _tokenizer) == encode(without, _tokenizer)
+    spaced = Item("A:", (" yes", " no"), frozenset({0}))
+    assert encode(spaced, _tokenizer) == encode(without, _tokenizer)
+
+
+def test_tokens_that_join_prompt_and_answer_count_for_each_answer() -> None:
+    """As of a vocabulary with "b" and "bc": the prompt's last token then depends on the answer."""
+
+    def merging(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [60 if part == "bc" else ord(part) % 60 for part in re.findall("bc|.", text)]}
+
+    rows, first = encode(Item("ab\n", ("cd", "cde"), frozenset({0})), merging)
+    assert (rows[1][: len(rows[0])], first) == (rows[0], len(rows[0]) - 1)
+    rows, first = encode(Item("a ", ("b", "bc"), frozenset({0})), merging)
+    assert (first, [row[first:] for row in rows]) == (2, [[ord("b") % 60], [60]])
 
 
 def test_figures_equal_the_plain_formulas() -> None:
@@ -148,3 +174,7 @@ def test_a_model_flips_nothing_of_its_own_and_alone_has_no_flips() -> None:
 def test_an_item_that_is_too_long_for_the_model_is_refused() -> None:
     with pytest.raises(GPTQError, match="exceed the model's 64 positions"):
         answer("task", [Item("x" * 70, ("a", "b"), frozenset({0}))], _model(0), _tokenizer)
+    items = [Item("x" * length, ("a", "bcd"), frozenset({0})) for length in (60, 61)]
+    check_lengths("task", items[:1], [_model(0)], _tokenizer)
+    with pytest.raises(GPTQError, match=r"task: question 2 of 2 \('x+'...\) has 65 tokens .* reads at most 64"):
+        check_lengths("task", items, [_model(0)], _tokenizer)

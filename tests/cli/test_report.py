@@ -30,6 +30,7 @@ def report(losses: list[float], kld: float = 0.01) -> dict:
         "model": "model",
         "settings": settings | {"act_group_aware": True},
         "calibration": {"tokens": 9, "choice": choice},
+        "budget": None,
         "modules": len(losses),
         "mean_relative_loss": losses[0],
         "blocks": [],

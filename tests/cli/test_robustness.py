@@ -85,6 +85,16 @@ def test_more_swaps_than_a_window_has_room_for_are_refused(swaps: int) -> None:
         measure(_model(0), _model(0), torch.randint(48, (1, 16)), swaps)
 
 
+def test_losses_of_few_windows_at_once_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = _model(0), torch.randint(48, (5, 16), generator=torch.Generator().manual_seed(3))
+    together = losses(model, windows)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr(module, "_TOKENS", 40)
+    torch.testing.assert_close(losses(model, windows), together)
+    assert sizes == [2, 2, 1]
+
+
 def test_a_quantized_model_is_attacked_through_its_own_kernels(quantized: Path, original: Path) -> None:
     model, reference = load_model(quantized), load_model(original)
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))

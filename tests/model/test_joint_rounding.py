@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_backend import CalibrationError, QuantizeConfig, quantize_model
 from gptq_backend.algorithm.gptq import prepare_factor, quantize_weight, round_weights
 from gptq_backend.model import joint_rounding
 from tests.algorithm.test_gptq import ORDERS, assert_identical, layer
-from tests.toy import SparseMlp, samples, toy
+from tests.toy import WIDTH, SparseMlp, samples, toy
 
 FAST = QuantizeConfig(group_size=16, quality="fast")
 
@@ -96,3 +96,32 @@ def test_a_damaged_weight_inside_a_stack_is_named(stacks: list) -> None:
 def test_nothing_is_stacked_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint_rounding, "round_weights", lambda *_: pytest.fail("stacked"))
     quantize_model(toy(), FAST, samples())
+
+
+class AddsTwice(nn.Module):
+    """Both of its layers read one input, and add to different tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.between = nn.LayerNorm(WIDTH), nn.Identity()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.back = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = self.between(x + self.first(h))
+        return x + self.back(self.second(h))
+
+
+def test_what_makes_up_for_the_drift_of_its_own_sum_is_not_stacked(stacks: list) -> None:
+    config = QuantizeConfig(group_size=16, quality="fast", correct_drift=True)
+    models = [toy(blocks=3), toy(blocks=3)]
+    for i, model in enumerate(models):
+        torch.manual_seed(1)
+        model.blocks = nn.ModuleList(AddsTwice() for _ in range(3)).to(torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            if i:
+                patch.setattr(joint_rounding, "_worth_it", lambda weight: False)
+            quantize_model(model, config, samples())
+    for name, tensor in models[1].state_dict().items():
+        assert torch.equal(models[0].state_dict()[name], tensor), name

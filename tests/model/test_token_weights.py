@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gptq_backend import QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.algorithm.hessian import Hessian
+from gptq_backend.distributed import Team
 from gptq_backend.model.layer_inputs import Factors, LayerInput
 from gptq_backend.model.placement import Placement
 from gptq_backend.model.structure import Target
@@ -271,7 +272,7 @@ def test_blocks_without_a_layer_to_quantize_are_not_run_for_weights(monkeypatch:
 
 def hessian(*inputs: LayerInput) -> Tensor:
     layer = nn.Linear(WIDTH, WIDTH)
-    shared = Factors(Placement()).of(Target("layer", layer, QuantizeConfig(group_size=16)), list(inputs))
+    shared = Factors(Placement(), Team()).of(Target("layer", layer, QuantizeConfig(group_size=16)), list(inputs))
     assert shared is not None
     return shared.hessian.matrix("layer")
 
@@ -279,7 +280,7 @@ def hessian(*inputs: LayerInput) -> Tensor:
 def test_a_batch_without_weights_counts_as_an_average_one_and_leaves_the_others_theirs() -> None:
     x, alone = hidden(), hidden()[:1, :1]
     weight = torch.rand(x.shape[:2], dtype=torch.float64)
-    found = hessian(LayerInput(x, None, weight), LayerInput(alone, None, None))
+    found = hessian(LayerInput(0, x, None, weight), LayerInput(1, alone, None, None))
     rows = x.flatten(0, 1)
     expected = rows.t() @ (rows * (weight / weight.mean()).view(-1, 1)) + alone[0].t() @ alone[0]
     torch.testing.assert_close(found, expected)
@@ -289,14 +290,14 @@ def test_a_mask_that_does_not_fit_the_hidden_states_leaves_the_weights() -> None
     """Some models put tokens of their own in front."""
     x, weight = hidden(), torch.rand(2, LENGTH, dtype=torch.float64)
     mask = torch.ones(2, LENGTH - 2, dtype=torch.long)
-    assert torch.equal(hessian(LayerInput(x, mask, weight)), hessian(LayerInput(x, None, weight)))
+    assert torch.equal(hessian(LayerInput(0, x, mask, weight)), hessian(LayerInput(0, x, None, weight)))
 
 
 def test_padding_of_4d_latents_is_left_out() -> None:
     x, weight = hidden(), torch.rand(2, LENGTH, dtype=torch.float64)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, :3] = 0
-    flat, found = hessian(LayerInput(x, mask, weight)), hessian(LayerInput(x.unsqueeze(1), mask, weight))
+    flat, found = hessian(LayerInput(0, x, mask, weight)), hessian(LayerInput(0, x.unsqueeze(1), mask, weight))
     torch.testing.assert_close(found, flat)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_backend import ConfigError, QuantizeConfig, QuantizeReport, RunOptions, quantize_model
+from gptq_backend.distributed import Team
 from gptq_backend.linear import QuantLinear
 from gptq_backend.model.placement import Placement
 from gptq_backend.model.progress import Progress
@@ -107,9 +108,12 @@ def test_targets_that_are_not_finite_change_nothing() -> None:
     weights = {"attn.q": block.blocks[0].attn.q.quantized_weight()}
     before = copy.deepcopy(block.blocks[0].state_dict())
     inputs = torch.randn(1, 4, 32), torch.ones(4, 4, dtype=torch.bool)
-    examples = [Example(partial(block.blocks[0], *inputs), torch.full((1, 4, 32), torch.nan), None)] * 2
+    example = Example(partial(block.blocks[0], *inputs), torch.full((1, 4, 32), torch.nan), None)
+    examples = {0: example, 1: example}
     vectors = block.blocks[0].norm1.parameters()
-    report, found = train_block(block.blocks[0], "blocks.0", weights, vectors, examples, 1, lambda each: each.dtype)
+    report, found = train_block(
+        block.blocks[0], "blocks.0", weights, vectors, examples, 1, lambda each: each.dtype, Team()
+    )
     assert not report.kept
     assert not found
     assert all(torch.equal(tensor, before[key]) for key, tensor in block.blocks[0].state_dict().items())
@@ -285,9 +289,9 @@ def test_gradients_of_large_outputs_do_not_vanish_in_float16(monkeypatch: pytest
     for x in inputs:
         x[:, 0] = 600  # a token of massive activations
     mask = torch.ones(512, 512, dtype=torch.bool).tril()
-    examples = [Example(partial(block, x, mask), original(x, mask).detach(), None) for x in inputs]
+    examples = {i: Example(partial(block, x, mask), original(x, mask).detach(), None) for i, x in enumerate(inputs)}
     assert examples[0].energy() > 1e7
-    report, _ = train_block(block, "a", weights, [], examples, 4, lambda each: each.dtype)
+    report, _ = train_block(block, "a", weights, [], examples, 4, lambda each: each.dtype, Team())
     assert report.after < 0.99 * report.before
 
 
@@ -310,11 +314,11 @@ def test_a_batch_that_reaches_nothing_trainable_is_no_error() -> None:
     block = nn.Sequential(nn.Linear(8, 8))
     model, _ = run(block_epochs=0)
     weights = {"attn.q": model.blocks[0].attn.q.quantized_weight()}
-    examples = [Example(lambda: torch.zeros(1, 4, 8), torch.ones(1, 4, 8), None)] * 2
+    examples = dict.fromkeys(range(2), Example(lambda: torch.zeros(1, 4, 8), torch.ones(1, 4, 8), None))
     container = nn.Module()
     container.attn = nn.Module()
     container.attn.q = block[0]
-    report, _ = train_block(container, "a", weights, [], examples, 1, lambda each: each.dtype)
+    report, _ = train_block(container, "a", weights, [], examples, 1, lambda each: each.dtype, Team())
     assert not report.kept
 
 
@@ -335,7 +339,7 @@ def test_sixteen_bit_models_are_trained_in_their_own_types_where_they_compute_in
     monkeypatch.setattr(training, "_computing", lambda parameter: parameter.dtype)
     monkeypatch.setattr(Placement, "bring", lambda self, tensors: None)
     model, teacher = (toy(dtype=torch.bfloat16, mlp=mlp) for _ in range(2))
-    config = QuantizeConfig(bits=2, group_size=16, quality="best", block_epochs=6)
+    config = QuantizeConfig(bits=2, group_size=16, quality="best", block_epochs=6, correct_drift=False)
     report = quantize_model(model, config, samples(16), options=RunOptions(batch_size=2), teacher=lambda: teacher)
     assert sum(each.kept for each in report.blocks) >= (2 if mlp is Mlp else 1)  # 16 bits route tokens otherwise
     assert report.distillation is not None

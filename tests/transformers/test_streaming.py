@@ -78,7 +78,7 @@ def test_written_blocks_take_no_memory_of_their_own(source, samples, tmp_path):
 
 def test_what_only_save_pretrained_can_write_is_left_to_it(source, tmp_path):
     def writer(model):
-        return streaming.BlockWriter.of(model, tmp_path, Progress(tmp_path / "p"), find_structure(model, CONFIG))
+        return streaming.BlockWriter.of(model, Progress(tmp_path / "p"), find_structure(model, CONFIG))
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     assert writer(model) is not None

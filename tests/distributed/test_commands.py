@@ -1,0 +1,60 @@
+"""The commands under torchrun: one rank speaks for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+TORCHRUN += ["localhost:0", "-m"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "integrations"), *sys.path[1:]])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.timeout(400)
+def test_an_error_of_all_ranks_is_told_once(tmp_path: Path) -> None:
+    done = run(*TORCHRUN, "gptq_cli", "quantize", tmp_path / "nothing", tmp_path / "out", "--rtn")
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] != []
+    assert done.stderr.count("error: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(400)
+def test_a_model_is_written_and_reported_by_one_rank(deep: Path, tmp_path: Path) -> None:
+    arguments = ("--rtn", "--group-size", "32", "--json", "-")
+    alone = run("gptq_cli", "quantize", deep, tmp_path / "alone", *arguments)
+    done = run(*TORCHRUN, "gptq_cli", "quantize", deep, tmp_path / "out", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["modules"] == json.loads(alone.stdout)["modules"]
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    model = "model.safetensors"
+    assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "alone" / model).read_bytes()
+
+
+@pytest.mark.timeout(400)
+def test_the_benchmark_starts_its_ranks_itself(tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    arguments = ("--shape", "tiny", "--group-size", "32", "--samples", "4", "--seqlen", "16", "--ranks", "2")
+    done = run("gptq_cli", "bench", "quantize", *arguments, "--threads", "1", "--json", target)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(target.read_text())
+    assert len(found["peak_bytes_by_rank"]) == 2
+    assert all("exchange" in lap for lap in found["phases"])
+    assert done.stdout.count("blocks of tiny") == 1
