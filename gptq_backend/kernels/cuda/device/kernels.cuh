@@ -232,7 +232,7 @@ struct StageCopy {
         const int slot = stage * kStageTiles * kTile + column;
         const bool valid = slot < p.columns;
         const unsigned char* from = kept(x + (valid ? slot : 0) * uint64_t(2));
-        const int own = kept(row);
+        const int own = Bits == 8 ? kept(row) : row;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             // Of 8 bits, too few registers are free to keep what can be computed again.
