@@ -57,11 +57,6 @@ class Preset:
         """Whether anything is trained, which takes calibration data to validate on and much time."""
         return bool(self.block_epochs or self.distill_epochs)
 
-    @property
-    def needs_original(self) -> bool:
-        """Whether the calibration data also passes through the original blocks."""
-        return self.correct_drift or bool(self.block_epochs)
-
 
 QUALITIES = {
     "fast": Preset(
