@@ -164,7 +164,7 @@ class Settings:
     quality: str = _choice(
         "default",
         tuple(QUALITIES),
-        "work to put into accuracy; fast: GPTQ with a short scale search; default: what lowers each layer's error at "
+        "work to put into accuracy; fast: GPTQ with a short scale search; default: what lowers errors at "
         "little cost; best: also trains towards the original. Fills in --signed-scales and the next five where they "
         "are not given",
     )
