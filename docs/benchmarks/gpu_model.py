@@ -163,11 +163,44 @@ def predict(gpu: Gpu, rows: int, counter: Counter) -> dict[str, Any]:
     return {"gpu": gpu.name, "rows": rows, "plan": str(how), **times, "dequantized": through, "16 bits": dense}
 
 
+def print_tables(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Of the kernels and of the products, both states beside each other."""
+    old = {(each["kernel"], each["size"]): each for each in before["kernels"]}
+    for each in after["kernels"]:
+        cells = [each["kernel"].removeprefix("gptq_"), each["size"]]
+        strips = int(each["kernel"].split("_")[2]) if "skinny" in each["kernel"] else 0
+        for state in (old.get((each["kernel"], each["size"])), each):
+            if state is None:
+                cells += ["", "", ""]
+                continue
+            weights = round(state["tile"] / strips, 1) if strips else ""
+            cells += [weights, round(state["tile"] / state["products"], 2), state["registers"]]
+        print("| " + " | ".join(map(str, cells)) + " |")
+    for rows in ROWS:
+        cells = [rows]
+        for first, second in zip(before["products"], after["products"]):
+            if first["rows"] == rows:
+                cells += [_longest(first), _longest(second), second["16 bits"]]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def _longest(row: dict[str, Any]) -> str:
+    """The time of a product, and what it is bound by."""
+    times = ("bytes", "instructions", "products", "through the dense weight")
+    what = max((name for name in times if name in row), key=row.__getitem__)
+    return f"{row[what]} ({what.removeprefix('through the ')})"
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
-    where = parser.parse_args().json
+    parser.add_argument("--before", type=Path, help="count nothing: print tables of this JSON beside the other")
+    asked = parser.parse_args()
+    where = asked.json
+    if asked.before:
+        print_tables(*(json.loads(path.read_text()) for path in (asked.before, where)))
+        return
     with tempfile.TemporaryDirectory() as folder:
         counter = Counter(Path(folder))
         counts = [counter.count(how) for how in KERNELS]

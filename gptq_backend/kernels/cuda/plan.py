@@ -59,15 +59,15 @@ class Gpu(NamedTuple):
 # All that follows are estimates by counts of instructions (docs/benchmarks/gpu_model.py), not measured: `gptq-backend
 # tune` does better on a device.
 _SKINNY = 16  # up to these rows of x: a skinny kernel
-# Up to these rows a wide kernel, by the major compute capability; beyond, the weight is dequantized for cuBLAS. Where
-# `mma.sync` is as fast as what cuBLAS uses, that pays late.
+# Up to these rows a wide kernel, by the major compute capability; beyond, the weight is dequantized for cuBLAS. That
+# pays late where `mma.sync` is as fast as what cuBLAS uses, which it is not on 9 and 10. 7.5 has no asynchronous copies.
 _WIDE = {7: 128, 8: 1024, 12: 1024}
 _WIDE_ELSE = 256
 # Instructions of a warp. Strips and blocks of tokens of each skinny kernel: for a tile of one strip.
-_SKINNY_COSTS = {(1, 1): 78, (1, 2): 99, (2, 1): 71, (2, 2): 85}
+_SKINNY_COSTS = {(1, 1): 76, (1, 2): 85, (2, 1): 69, (2, 2): 74}
 # Blocks of tokens of each wide kernel: for a stage.
-_WIDE_COSTS = {2: 290, 4: 330, 8: 435}
-_BESIDE, _BESIDE_WIDE = 250, 1000  # before the first and after the last of these
+_WIDE_COSTS = {2: 335, 4: 399, 8: 509}
+_BESIDE, _BESIDE_WIDE = 250, 600  # before the first and after the last of these
 _BUSY = 12  # warps that keep a multiprocessor busy
 _SPLIT_COST = 0.02  # share of the time that each further split adds, for partial sums
 _WIDE_STRIPS, _STAGE_TILES = 8, 4  # of a block of a wide kernel, and of one of its stages
