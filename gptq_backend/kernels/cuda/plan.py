@@ -60,7 +60,7 @@ class Gpu(NamedTuple):
 # tune` does better on a device.
 _SKINNY = 16  # up to these rows of x: a skinny kernel
 # Up to these rows a wide kernel, by the major compute capability; beyond, the weight is dequantized for cuBLAS. That
-# pays late where `mma.sync` is as fast as what cuBLAS uses, which it is not on 9 and 10. 7.5 has no asynchronous copies.
+# pays late where `mma.sync` is as fast as what cuBLAS uses, which it is not on 9 and 10. 7.5 copies through registers.
 _WIDE = {7: 128, 8: 1024, 12: 1024}
 _WIDE_ELSE = 256
 # Instructions of a warp. Strips and blocks of tokens of each skinny kernel: for a tile of one strip.
