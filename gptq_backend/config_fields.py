@@ -57,11 +57,6 @@ class Preset:
         """Whether anything is trained, which takes calibration data to validate on and much time."""
         return bool(self.block_epochs or self.distill_epochs)
 
-    @property
-    def needs_original(self) -> bool:
-        """Whether the calibration data also passes through the original blocks."""
-        return self.correct_drift or bool(self.block_epochs)
-
 
 QUALITIES = {
     "fast": Preset(
@@ -169,7 +164,7 @@ class Settings:
     quality: str = _choice(
         "default",
         tuple(QUALITIES),
-        "work to put into accuracy; fast: GPTQ with a short scale search; default: what lowers each layer's error at "
+        "work to put into accuracy; fast: GPTQ with a short scale search; default: what lowers errors at "
         "little cost; best: also trains towards the original. Fills in --signed-scales and the next five where they "
         "are not given",
     )

@@ -58,7 +58,7 @@ class QuantizedLayer:
 
     Args:
         weight: the result.
-        loss: ``tr(D H D^T)`` for D = quantized - original weight, per calibration token and output channel, tokens
+        loss: ``tr(D H D^T)`` for D = quantized - given weight, per calibration token and output channel, tokens
             counted as in H; without H the sum of D^2 per output channel.
         relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error, tokens
             counted as in H; without H of the weight's energy.

@@ -38,7 +38,7 @@ def refine(
         sweeps: how often.
 
     Returns:
-        The result, and ``tr(D H D^T)`` with the undamped H and D = quantized - original weight after each step, the
+        The result, and ``tr(D H D^T)`` with the undamped H and D = quantized - given weight after each step, the
         given start first.
     """
     damped = hessian.clone()

@@ -172,7 +172,8 @@ def _own_gpu(device: str) -> str:
     if device != "cuda":
         raise GPTQError(f"device {device!r} is one GPU for all ranks; pass cuda: rank i of a machine takes GPU i")
     if local >= count:
-        raise GPTQError(f"rank {local} of this machine has no GPU, as there are {count}; start at most {count} ranks")
+        advice = f"start at most {count} ranks" if count else "leave the device out to compute on the CPU"
+        raise GPTQError(f"rank {local} of this machine has no GPU, as there are {count}; {advice}")
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 

@@ -32,8 +32,7 @@ class Drifts:
     def original(self, block: Block, number: int, x: Any, run: Callable[[], Any]) -> Any:
         """Call the original block with ``x`` of a batch, and keep what is needed of it."""
         if block is not self._block:
-            # Experts get other tokens here than there, so that their inputs cannot be compared.
-            layers = [target.module for target in block.targets if not target.may_be_idle]
+            layers = [target.module for target in block.targets]
             self._block, self._additions = block, Additions(block.module, layers)
             self._there, self._here = {}, {}
         assert self._additions is not None

@@ -143,13 +143,13 @@ class Passes:
         def agree(key: Any) -> Any:
             return keys[self.team.least(order[key])]
 
-        kinds = (True, False) if self.config.preset.needs_original else (False,)
+        kinds = (True, False) if self._corrects_drift or self.config.preset.block_epochs else (False,)
         mine = self.team.share(len(batches))
         inputs = [model_inputs(self.model, batches[i], self.layers.placement.device) for i in mine]
         numbered = [(i, each, masks_of(each)) for i, each in zip(mine, inputs)]
         tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
-            if self.config.preset.correct_drift:
+            if self._corrects_drift:
                 self._drifts = Drifts(hooks, self._here, self.layers.placement.aside)
             self._set_hooks(hooks)
             lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
@@ -185,6 +185,14 @@ class Passes:
             serve_layer(target, self._arrivals(target))
 
         lockstep.run([partial(forward, given) for given in inputs], serve, targets.index)
+
+    @property
+    def _corrects_drift(self) -> bool:
+        """Not of mixtures: where a token comes by other experts, what it lacks to the original is no drift. A few such
+        tokens outweigh all the others.
+        """
+        routed = any(target.may_be_idle for block in self.structure.blocks for target in block.targets)
+        return self.config.preset.correct_drift and not routed
 
     def _forward(self, task: _Task) -> None:
         _TASK.set(task)

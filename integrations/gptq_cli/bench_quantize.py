@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from gptq_backend import Events, GPTQError, QuantizeConfig, RunOptions, quantize_model
@@ -129,6 +127,10 @@ def launch(ranks: int, arguments: Sequence[str]) -> None:
     Raises:
         GPTQError: one of them failed, and has said why.
     """
+    # Here: some builds of torch have no distributed.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

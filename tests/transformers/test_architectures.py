@@ -195,19 +195,26 @@ def test_eight_bits_stay_close_and_distinct_inputs_are_counted(name: str, monkey
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_quality_is_closer_to_the_original_than_the_one_before(name: str) -> None:
-    """Of all architectures alike, whatever one knows better about attention and experts. Measured: default 0.68 to 0.81
-    of plain GPTQ, training of blocks 0.81 to 0.95 of default.
+    """Of all architectures alike, whatever one knows better about attention and experts. Measured, without the
+    correction of drift: default 0.68 to 0.81 of plain GPTQ, training of blocks 0.81 to 0.95 of default. The correction
+    has 0.33 to 0.76 (mamba 0.94).
     """
     model, divergences = build(name), []
     judged = torch.stack(samples(64, 32, seed=2))
-    for settings in ({"quality": "fast", "token_weights": False}, {}, {"block_epochs": 2}):
+    alone = {"correct_drift": False}
+    for settings in ({"quality": "fast", "token_weights": False}, alone, {**alone, "block_epochs": 2}, {}):
         quantized = copy.deepcopy(model)
         gptq_transformers.quantize(quantized, config(**settings), samples(96, 32), batch_size=8)
         with torch.no_grad():
             before, after = (each(judged).logits.log_softmax(-1) for each in (model, quantized))
         divergences.append(float((before.exp() * (before - after)).sum(-1).mean()))
-    assert divergences[1] < 0.95 * divergences[0]
-    assert divergences[2] < 0.98 * divergences[1]
+    plain, layers_alone, trained, drift_corrected = divergences
+    assert layers_alone < 0.95 * plain
+    assert trained < 0.98 * layers_alone
+    if name in ("mixtral", "qwen3_moe"):  # whose drift is left alone
+        assert drift_corrected == layers_alone
+    else:
+        assert drift_corrected < 0.97 * layers_alone
 
 
 # -- options, on whole models --------------------------------------------------------------------------------------
