@@ -164,23 +164,21 @@ def predict(gpu: Gpu, rows: int, counter: Counter) -> dict[str, Any]:
 
 
 def print_tables(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Of the kernels and of the products, both states beside each other."""
-    old = {(each["kernel"], each["size"]): each for each in before["kernels"]}
+    """Of the kernels, and of the products in both states."""
     for each in after["kernels"]:
-        cells = [each["kernel"].removeprefix("gptq_"), each["size"]]
-        strips = int(each["kernel"].split("_")[2]) if "skinny" in each["kernel"] else 0
-        for state in (old.get((each["kernel"], each["size"])), each):
-            if state is None:
-                cells += ["", "", ""]
-                continue
-            weights = round(state["tile"] / strips, 1) if strips else ""
-            cells += [weights, round(state["tile"] / state["products"], 2), state["registers"]]
+        kind = each["kernel"].removeprefix("gptq_")
+        strips = int(kind.split("_")[1]) if kind.startswith("skinny") else 0
+        weights = round(each["tile"] / strips, 1) if strips else ""
+        blocks = 65536 // (math.ceil(each["registers"] / 8) * 8 * 256)  # of 8 warps; shared memory may allow fewer
+        cells = (kind, each["size"], weights, round(each["tile"] / each["products"], 2), each["registers"], blocks * 8)
         print("| " + " | ".join(map(str, cells)) + " |")
+    old = {(row["gpu"], row["rows"]): row for row in before["products"]}
     for rows in ROWS:
         cells = [rows]
-        for first, second in zip(before["products"], after["products"]):
-            if first["rows"] == rows:
-                cells += [_longest(first), _longest(second), second["16 bits"]]
+        for row in after["products"]:
+            if row["rows"] == rows:
+                was = old.get((row["gpu"], rows))
+                cells += [_longest(was) if was else row["dequantized"], _longest(row), row["16 bits"]]
         print("| " + " | ".join(map(str, cells)) + " |")
 
 

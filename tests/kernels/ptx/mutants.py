@@ -89,8 +89,8 @@ CUDA = [
     Mutant(
         "one row too many is copied to shared memory",
         "kernels.cuh",
-        "smaller(row + i * kRowsAtOnce, p.rows - 1 - first_row)",
-        "smaller(row + i * kRowsAtOnce, p.rows - first_row)",
+        "last_row = p.rows - 1 - first_row;",
+        "last_row = p.rows - first_row;",
         OUTSIDE,
     ),
     Mutant(

@@ -18,16 +18,16 @@ namespace gptq {
         wide<GPTQ_BITS, T, tokens>(p);              \
     }
 
-#define PRODUCTS(T, type)                                \
-    SKINNY(1, 1, 512, 1, T, type)                        \
-    SKINNY(1, 2, 256, 1, T, type)                        \
-    SKINNY(2, 1, 256, GPTQ_BITS < 8 ? 2 : 1, T, type)    \
-    SKINNY(2, 2, 256, 1, T, type)                        \
-    WIDE(2, T, type)                                     \
-    WIDE(4, T, type)                                     \
-    WIDE(8, T, type)                                     \
-    ENTRY(NAME(reduce, type), (Product p, int splits)) { \
-        reduce<T>(p, splits);                            \
+#define PRODUCTS(T, type)                                                \
+    SKINNY(1, 1, 512, 1, T, type)                                        \
+    SKINNY(1, 2, 256, 1, T, type)                                        \
+    SKINNY(2, 1, 256, GPTQ_BITS == 2 || GPTQ_BITS == 4 ? 2 : 1, T, type) \
+    SKINNY(2, 2, 256, 1, T, type)                                        \
+    WIDE(2, T, type)                                                     \
+    WIDE(4, T, type)                                                     \
+    WIDE(8, T, type)                                                     \
+    ENTRY(NAME(reduce, type), (Product p, int splits)) {                 \
+        reduce<T>(p, splits);                                            \
     }
 
 #define DEQUANTIZE(T, type)                                                                           \

@@ -196,7 +196,8 @@ struct StageCopy {
 
     const unsigned char* x;      // the first row
     const unsigned char* words;  // the place in the first strip of stage 0
-    uint32_t rows[kRows];        // from the first row, in bytes per column
+    int row, last_row;           // from the first row
+    uint32_t rows[kRows];        // from there, in bytes per column
     uint32_t strips[kStrips];    // from the first strip, in bytes per tile
     int column, tile;            // in a stage
     int x_to, words_to;          // in shared memory
@@ -204,10 +205,12 @@ struct StageCopy {
     // Instead of rows and strips behind the last, the last is copied: nobody looks at what becomes of it.
     DEVICE StageCopy(const Product& p, int first_row, int first_strip) {
         const Weight& w = p.weight;
-        const int row = threadIdx.x / kRowVectors, vector = threadIdx.x % kRowVectors;
+        const int vector = threadIdx.x % kRowVectors;
+        row = threadIdx.x / kRowVectors;
+        last_row = p.rows - 1 - first_row;
         x = kept(reinterpret_cast<const unsigned char*>(p.x + int64_t(first_row) * p.columns));
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) rows[i] = kept(smaller(row + i * kRowsAtOnce, p.rows - 1 - first_row) * 2);
+        for (int i = 0; i < kRows; ++i) rows[i] = kept(int(row_bytes(row, i)));
         column = kept(vector * 8);
         // Odd rows swap the halves of each 128 bytes, so that the 8 rows that a warp reads at once lie in different
         // banks.
@@ -222,13 +225,20 @@ struct StageCopy {
         words_to = kept(Tokens * 8 * kRowVectors * 16 + (strip * kStripVectors + inside) * 16);
     }
 
+    // Where the thread's row number i is, from the first of the block, in bytes per column.
+    DEVICE uint32_t row_bytes(int own, int i) const { return smaller(own + i * kRowsAtOnce, last_row) * 2; }
+
     DEVICE void operator()(const Product& p, int stage, unsigned char* to) const {
         const int slot = stage * kStageTiles * kTile + column;
         const bool valid = slot < p.columns;
         const unsigned char* from = kept(x + (valid ? slot : 0) * uint64_t(2));
+        const int own = Bits == 8 ? kept(row) : row;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i)
-            copy16(to + x_to + i * kThreads * 16, from + rows[i] * uint64_t(uint32_t(p.columns)), valid);
+        for (int i = 0; i < kRows; ++i) {
+            // Of 8 bits, too few registers are free to keep what can be computed again.
+            const uint32_t bytes = Bits == 8 ? row_bytes(own, i) : rows[i];
+            copy16(to + x_to + i * kThreads * 16, from + bytes * uint64_t(uint32_t(p.columns)), valid);
+        }
         if (stage * kStageTiles + tile >= p.weight.tiles) return;  // nor are tiles behind the last multiplied
         from = kept(words + uint32_t(stage) * uint64_t(kStripVectors * 16));
 #pragma unroll
@@ -285,12 +295,16 @@ DEVICE void wide(Product p) {
             if (tile >= w.tiles) break;
             uint32_t words[kStrips][Bits];
 #pragma unroll
-            for (int s = 0; s < kStrips; ++s) {
-                const unsigned char* from = shared + current + of_words + (s * kStageTiles + i) * 128 * Bits;
-                load_words<Bits>(words[s], reinterpret_cast<const uint32_t*>(from), lane, SharedLoad());
-            }
-#pragma unroll
             for (int unit = 0; unit < 2; ++unit) {
+#pragma unroll
+                for (int s = 0; s < kStrips; ++s) {
+                    const auto* tile_words = reinterpret_cast<const uint32_t*>(shared + current + of_words +
+                                                                               (s * kStageTiles + i) * 128 * Bits);
+                    if constexpr (Bits == 8)  // all of a tile's would take more registers than there are
+                        load_unit(words[s], tile_words, lane, unit, SharedLoad());
+                    else if (unit == 0)
+                        load_words<Bits>(words[s], tile_words, lane, SharedLoad());
+                }
                 const unsigned char* from = shared + current + of_unit[unit] + i * kTile * 2;
                 sums.add(w, words, i * 2 + unit,
                          [&](int t) { return *reinterpret_cast<const uint4*>(from + t * 8 * kRow); });

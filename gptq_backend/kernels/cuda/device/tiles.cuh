@@ -89,6 +89,13 @@ DEVICE void load_words(uint32_t (&words)[Bits], const uint32_t* tile, int lane, 
     }
 }
 
+// Of 8 bits, those of one unit.
+template <class Load>
+DEVICE void load_unit(uint32_t (&words)[8], const uint32_t* tile, int lane, int unit, Load load) {
+    load.template operator()<2>(words + unit * 2, tile + lane * 4 + unit * 2);
+    load.template operator()<2>(words + 4 + unit * 2, tile + 128 + lane * 4 + unit * 2);
+}
+
 // -- scales and zero points of a chunk
 // ---------------------------------------------------------------------------------
 
