@@ -35,7 +35,7 @@ def test_of_a_module_that_is_called_twice_the_first_input_counts_in_both() -> No
     targets = (Target("b.first", module.first, config), Target("b.last", module.last, config))
     block = Block("b", module, targets)
     with torch.no_grad(), ExitStack() as hooks:
-        drifts = Drifts(hooks, lambda: 0)
+        drifts = Drifts(hooks, lambda: 0, lambda tensor: tensor)
         drifts.original(block, 0, x, lambda: module(x))
         drifts.enter(block, 0, x)
         module(x)  # nothing is quantized: all is as it was there
@@ -60,3 +60,33 @@ def test_the_drift_of_an_input_is_forgotten_with_the_input() -> None:
     first, second = drift(), drift()
     assert first() is None
     assert second() is not None
+
+
+def test_what_layers_share_is_put_aside_once() -> None:
+    """As on a GPU, where it waits in host memory."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed = x.tanh()
+            return x + self.left(normed) * self.right(normed)
+
+    module, x, aside = Pair(), torch.randn(2, 3, 8), []
+
+    def put(tensor: Tensor) -> Tensor:
+        aside.append(tensor)
+        return tensor.clone()
+
+    targets = tuple(Target(f"b.{name}", layer, QuantizeConfig()) for name, layer in module.named_children())
+    block = Block("b", module, targets)
+    with torch.no_grad(), ExitStack() as hooks:
+        drifts = Drifts(hooks, lambda: 0, put)
+        drifts.original(block, 0, x, lambda: module(x))
+        left, right = (drifts.of(layer, 0)[0] for layer in module.children())
+    assert len(aside) == 1
+    assert left is right
+    assert left is not None
+    assert torch.equal(left, x.tanh())
