@@ -91,7 +91,7 @@ class Layers:
         if (before := self.before(target.name)) is not None:
             rounded = round_changed(weight, before.to(weight.device), target.config)
             again = quantize(weight, shared, target.config, tokens, rounded=rounded)
-            layer = min(layer, again, key=lambda each: each.loss)
+            layer = min(again, layer, key=lambda each: each.loss)  # where both are exact, nothing changes
         entry = LayerReport(
             name=target.name,
             bits=target.config.bits,
