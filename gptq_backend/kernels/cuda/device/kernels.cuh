@@ -194,11 +194,12 @@ struct StageCopy {
 
     static constexpr int kRows = Tokens * 8 / kRowsAtOnce, kStrips = kWideStrips / kStripsAtOnce;  // of a thread
 
-    const unsigned char* x;      // the first row
+    const unsigned char* x;      // the block's first row
     const unsigned char* words;  // the place in the first strip of stage 0
-    int row, last_row;           // from the first row
-    uint32_t rows[kRows];        // from there, in bytes per column
-    uint32_t strips[kStrips];    // from the first strip, in bytes per tile
+    int row, last_row;           // the thread's first row, from the block's first
+    int strip, last_strip;       // likewise
+    uint32_t rows[kRows];        // from the block's first, in bytes per column
+    uint32_t strips[kStrips];    // from the block's first, in bytes per tile
     int column, tile;            // in a stage
     int x_to, words_to;          // in shared memory
 
@@ -215,36 +216,42 @@ struct StageCopy {
         // Odd rows swap the halves of each 128 bytes, so that the 8 rows that a warp reads at once lie in different
         // banks.
         x_to = kept((row * kRowVectors + (vector ^ row % 2 * 4)) * 16);
-        const int strip = threadIdx.x / kStripVectors, inside = threadIdx.x % kStripVectors;
+        const int inside = threadIdx.x % kStripVectors;
+        strip = threadIdx.x / kStripVectors;
+        last_strip = w.strips - 1 - first_strip;
         words = kept(reinterpret_cast<const unsigned char*>(w.words) +
                      (int64_t(first_strip) * w.tiles * kTileVectors + inside) * 16);
 #pragma unroll
-        for (int i = 0; i < kStrips; ++i)
-            strips[i] = kept(smaller(strip + i * kStripsAtOnce, w.strips - 1 - first_strip) * kTileVectors * 16);
+        for (int i = 0; i < kStrips; ++i) strips[i] = kept(int(strip_bytes(strip, i)));
         tile = kept(strip < kStripsAtOnce ? inside / kTileVectors : 1 << 30);  // there is none without a place
         words_to = kept(Tokens * 8 * kRowVectors * 16 + (strip * kStripVectors + inside) * 16);
     }
 
-    // Where the thread's row number i is, from the first of the block, in bytes per column.
+    // Where the thread's rows and strips are, given its first.
     DEVICE uint32_t row_bytes(int own, int i) const { return smaller(own + i * kRowsAtOnce, last_row) * 2; }
+    DEVICE uint32_t strip_bytes(int own, int i) const {
+        return smaller(own + i * kStripsAtOnce, last_strip) * kTileVectors * 16;
+    }
 
     DEVICE void operator()(const Product& p, int stage, unsigned char* to) const {
         const int slot = stage * kStageTiles * kTile + column;
         const bool valid = slot < p.columns;
         const unsigned char* from = kept(x + (valid ? slot : 0) * uint64_t(2));
-        const int own = Bits == 8 ? kept(row) : row;
+        // Of 8 bits, too few registers are free to keep what can be computed again.
+        const int own_row = Bits == 8 ? kept(row) : row, own_strip = Bits == 8 ? kept(strip) : strip;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            // Of 8 bits, too few registers are free to keep what can be computed again.
-            const uint32_t bytes = Bits == 8 ? row_bytes(own, i) : rows[i];
+            const uint32_t bytes = Bits == 8 ? row_bytes(own_row, i) : rows[i];
             copy16(to + x_to + i * kThreads * 16, from + bytes * uint64_t(uint32_t(p.columns)), valid);
         }
         if (stage * kStageTiles + tile >= p.weight.tiles) return;  // nor are tiles behind the last multiplied
         from = kept(words + uint32_t(stage) * uint64_t(kStripVectors * 16));
 #pragma unroll
-        for (int i = 0; i < kStrips; ++i)
+        for (int i = 0; i < kStrips; ++i) {
+            const uint32_t bytes = Bits == 8 ? strip_bytes(own_strip, i) : strips[i];
             copy16(to + words_to + i * kStripsAtOnce * kStripVectors * 16,
-                   from + strips[i] * uint64_t(uint32_t(p.weight.tiles)), true);
+                   from + bytes * uint64_t(uint32_t(p.weight.tiles)), true);
+        }
     }
 };
 
