@@ -66,7 +66,7 @@ class Room:
             )
         self.keys, self.values = keys, values
         self._kind = keys.dtype, keys.shape[0], (keys.shape[1], keys.shape[3])
-        self.capacity = keys.shape[2]
+        self._place = keys.data_ptr(), values.data_ptr(), keys.shape[2]
 
     def fits(self, layer: Layer, x: Tensor) -> bool:
         """x: [B, T, H]."""
@@ -74,7 +74,12 @@ class Room:
 
     def at(self, length: int) -> tuple[int, int, int, int]:
         """For the call: where it lies, and that ``length`` positions are in use."""
-        return self.keys.data_ptr(), self.values.data_ptr(), length, self.capacity  # a copy of this lies elsewhere
+        keys, values, capacity = self._place
+        return keys, values, length, capacity
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy lies elsewhere."""
+        return Room, (self.keys, self.values)
 
 
 class Ending:
@@ -109,6 +114,10 @@ class Results:
         """The experts that rows chose in layer ``index``, int32 [B * T * top_k]."""
         rows = self.ys[0, ..., 0].numel()
         return self._chosen[index, : rows * self._top_k[index]]
+
+    def y(self, index: int) -> Tensor:
+        """What layer ``index`` gave. For autograd it has nothing to do with what others did."""
+        return self.ys[index].data
 
     def intact(self, index: int, y: Tensor) -> bool:
         """Whether ``y`` is the result of layer ``index``, or at -1 the last of ``ys``, as it was."""

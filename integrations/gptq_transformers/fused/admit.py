@@ -21,6 +21,7 @@ from .ending_forward import HeadForward, NormForward, join_ending
 from .forward import FusedForward
 from .match import NoMatch, Parts, find_parts, mlp_of
 from .mixture import Found, find_pieces, find_rule
+from .stack import LayerList, join_loop
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ def fuse_layers(model: Any) -> int:
     if count:
         with _refusing(model, apart):
             join_ending(model, found[-1].layer)
+    alone: dict[str, list[str]] = {}
+    if count:
+        with _refusing(model, alone):
+            join_loop(model, [parts.layer for parts in found])
+    for why in alone:
+        logger.info(f"gptq-backend: layers are called one by one: {why}")
     for why in apart:
         logger.info(f"gptq-backend: norm and head do not run in the call of the layers: {why}")
     for why, names in reasons.items():
@@ -80,6 +87,10 @@ def remove_fused(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), FusedForward | NormForward | HeadForward):
             del module.forward
+        if type(module) is LayerList:
+            module.__class__ = nn.ModuleList
+            for name in ("_loop", "_stack"):
+                vars(module).pop(name, None)
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gptq_backend.kernels import cpu_layers, operators_are_seen, places
 
-from .cache import Room, room_of, rooms_of
+from .cache import Filled, Room, filled_of, keep_filled, room_of, rooms_of
 from .calls import Calls
-from .chain import Chain, Link
+from .chain import Chain, Joint, Link
 from .ending import Ending
 from .watch import Watches
 
@@ -39,10 +39,10 @@ class _Latest(threading.local):
     output: weakref.ref[Tensor] | None = None
     link: weakref.ref[Link] | None = None
     given: tuple[Any, ...] = ()
-    run: _Run | None = None
+    run: _Results | None = None
     index = 0
 
-    def note(self, output: Tensor, link: Link, given: tuple[Any, ...], run: _Run | None = None, index: int = 0) -> None:
+    def note(self, output: Tensor, link: Link, given: tuple[Any, ...], run: _Results | None = None, index: int = 0) -> None:
         slot = self.__dict__  # that of this thread, whichever the output is freed in
         slot.update(output=weakref.ref(output, lambda ref: _forget(slot, ref)), given=given)
         slot.update(link=weakref.ref(link), run=run, index=index)
@@ -65,15 +65,52 @@ def _forget(slot: dict[str, Any], output: weakref.ref[Tensor]) -> None:
 _latest = _Latest()
 
 
-class _Run:
-    """Layers that ran in one call.
+class _Results:
+    """What layers gave that ran in one call.
+
+    Args:
+        calls: of each.
+        ending: the norm and head that were computed as well, or None.
+    """
+
+    def __init__(self, calls: list[Calls], results: cpu_layers.Results, ending: Ending | None) -> None:
+        self.calls, self.ending, self._results = calls, ending, results
+
+    def stands(self, index: int) -> bool:
+        """Whether nobody touched the experts that layer ``index`` was computed with."""
+        return self.calls[index].stands(self._results.chosen(index))
+
+    def give_last(self, link: Link) -> Tensor:
+        """What the last layer gives, which ``link`` runs."""
+        y = self._results.y(len(self.calls) - 1)
+        _latest.note(y, link, (), None if self.ending is None else self, len(self.calls))
+        return y
+
+    def give_normed(self, link: Link) -> Tensor:
+        y = self._results.y(len(self.calls))
+        assert self.ending is not None
+        _latest.note(y, link, (weakref.ref(self.ending),), self, len(self.calls) + 1)
+        # The head needs nothing but the results, and what the norm gave may be kept for longer than the model is.
+        vars(self).update(dict.fromkeys(vars(self), ()) | {"_results": self._results})
+        return y
+
+    def logits_of(self, x: Tensor) -> Tensor | None:
+        """What the head gives, if ``x`` is still what the norm gave."""
+        return self._results.logits if self._results.intact(-1, x) else None
+
+    def intact(self, y: Tensor) -> bool:
+        """Whether ``y`` is the result of the last layer, as it was."""
+        return self._results.intact(len(self.calls) - 1, y)
+
+
+class _Run(_Results):
+    """Likewise, of layers that are called one by one.
 
     Args:
         held: of each, its layer of the cache, and the room that it has there.
         kwargs: what the first was called with.
         angles: those that the layers turned by.
         length: positions that the cache holds with those of this step.
-        ending: the norm and head that were computed as well, or None.
     """
 
     def __init__(
@@ -86,17 +123,15 @@ class _Run:
         results: cpu_layers.Results,
         ending: Ending | None,
     ) -> None:
-        self.links, self.calls = chain.links[: len(held)], chain.calls[: len(held)]
-        self.kwargs, self.ending = kwargs, ending
-        self._held, self._results, self._given = held, results, given_of(kwargs)
+        super().__init__(chain.calls[: len(held)], results, ending)
+        self.links, self.kwargs = chain.links[: len(held)], kwargs
+        self._held, self._given = held, given_of(kwargs)
         self._views = [(layer.keys, layer.values) for layer, _ in held]
         read = tuple(each for each in (self._given[0], *(angles or ())) if each is not None)
         counted = not any(map(Tensor.is_inference, (results.ys, *read)))  # what is written to those, nobody counts
         self._watched = [views if counted else () for views in (read, *self._views)]
         self._versions = list(map(_versions, self._watched))
         self._grown = [room.views_of(length) for _, room in held]
-        # For autograd they have nothing to do with each other. Those that were given are held no longer.
-        self._ys = dict(enumerate(y.data for y in results.ys.unbind()))
 
     def unseen(self, index: int, x: Tensor) -> bool:
         """Whether ``x``, the cache, the mask and the angles are still what layer ``index`` was computed with."""
@@ -108,34 +143,14 @@ class _Run:
             and self._results.intact(index - 1, x)
         )
 
-    def stands(self, index: int) -> bool:
-        """Whether nobody touched the experts that layer ``index`` was computed with."""
-        return self.calls[index].stands(self._results.chosen(index))
-
     def give(self, index: int) -> Tensor:
         """What layer ``index`` gives; its cache then holds the keys and values."""
         layer, room = self._held[index]
         room.give(layer, self._grown[index])
-        y = self._ys.pop(index)
+        y = self._results.y(index)
         more = index + 1 < len(self.calls) or self.ending is not None
         _latest.note(y, self.links[index], self._given, self if more else None, index + 1)
         return y
-
-    def give_normed(self) -> Tensor:
-        y = self._ys.pop(len(self.calls))
-        assert self.ending is not None
-        _latest.note(y, self.links[-1], (weakref.ref(self.ending),), self, len(self.calls) + 1)
-        # The head needs nothing but the results, and what the norm gave may be kept for longer than the model is.
-        vars(self).update(dict.fromkeys(vars(self), ()) | {"_results": self._results})
-        return y
-
-    def logits_of(self, x: Tensor) -> Tensor | None:
-        """What the head gives, if ``x`` is still what the norm gave."""
-        return self._results.logits if self._results.intact(-1, x) else None
-
-    def intact(self, y: Tensor) -> bool:
-        """Whether ``y`` is the result of the last layer, as it was."""
-        return self._results.intact(len(self.calls) - 1, y)
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
@@ -155,7 +170,7 @@ def proceed(own: Link, watches: Watches | None, x: Tensor, kwargs: dict[str, Any
     """
     latest = _latest
     run, output, index = latest.run, latest.output, latest.index
-    if run is None or output is None or output() is not x or index >= len(run.calls) or run.links[index] is not own:
+    if type(run) is not _Run or output is None or output() is not x or index >= len(run.calls) or run.links[index] is not own:
         return None
     if not places.same(kwargs, run.kwargs) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
@@ -214,6 +229,44 @@ def start(own: Link, calls: Calls, x: Tensor, kwargs: dict[str, Any]) -> Tensor 
     return run.give(0) if run.stands(0) else None
 
 
+def run_all(chain: Chain, joint: Joint, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """What the last layer of a model gives, where all of them run in one call; None where they do not.
+
+    Args:
+        chain: of all layers.
+        kwargs: what each of them would be called with, but for its input.
+    """
+    if _latest.run is not None and (link := _latest.behind()) is not None:  # nobody asked for the norm, or the head
+        link.cut()
+        _latest.clear()
+    mask, angles, cache = given = given_of(kwargs)
+    indices, count = [calls.index for calls in chain.calls], x.shape[1]
+    filled = filled_of(cache)
+    known = filled is not None and filled.serves(cache, indices, count, chain)
+    first = room_of(cache, indices[0], count)
+    if first is None:
+        return None
+    length = first[0].keys.shape[2]
+    beginning = chain.calls[0].begin(x, given, length)
+    if beginning is None or not chain.fits(beginning) or not joint.untouched():
+        return None
+    if not known:
+        held = rooms_of(cache, indices, count, length)
+        if len(held) < len(indices) or not all(room.fits(layer, x) for layer, (_, room) in zip(chain.layers, held)):
+            return None
+        filled = Filled(held, chain)
+    ending = chain.links[-1].ending
+    call = None if ending is None else ending.call_for(x)
+    rooms = [room.place for room in filled.rooms]
+    results = cpu_layers.run_layers(chain.layers, rooms, [length] * len(rooms), x, beginning.angles, mask, call)
+    run = _Results(chain.calls, results, None if call is None else ending)
+    if not all(map(run.stands, chain.mixtures)):
+        return None
+    filled.give(length + count)
+    keep_filled(cache, filled)
+    return run.give_last(chain.links[-1])
+
+
 def note(own: Link, y: Tensor, given: tuple[Any, ...]) -> None:
     """Remember that the layer ran by itself, to see which one is next."""
     _latest.note(y, own, given)
@@ -228,7 +281,7 @@ def resume_norm(ending: Ending, x: Any) -> Tensor | None:
         return None
     follows = run.ending is ending and latest.index == len(run.calls)
     if follows and run.intact(y):
-        return run.give_normed()
+        return run.give_normed(link)
     link.cut(for_good=follows)  # it would be learnt again, in vain
     latest.clear()
     return None

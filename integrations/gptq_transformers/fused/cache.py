@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from gptq_backend.kernels import cpu_layers
+from gptq_backend.kernels import cpu_layers, places
 
-_ROOM = "_gptq_backend_room"
+_ROOM, _FILLED = "_gptq_backend_room", "_gptq_backend_filled"
 _UPDATES = DynamicCache.update, DynamicLayer.update  # whoever puts others in their place wants to be called
 
 
@@ -81,6 +83,66 @@ def rooms_of(cache: Any, indices: list[int], count: int, length: int) -> list[tu
         seen.add(id(layer))
         found.append((layer, room))
     return found
+
+
+class Filled:
+    """Layers of a cache as one call left them, so that one look tells whether they still are.
+
+    Args:
+        held: those layers, which are plain and different ones, and the room of each.
+        owner: who fills them; the same one again writes tensors of the same kind.
+    """
+
+    def __init__(self, held: list[tuple[Any, Room]], owner: Any) -> None:
+        self.layers, self.rooms = [layer for layer, _ in held], [room for _, room in held]
+        self._states = tuple(map(vars, self.layers))
+        self._owner = weakref.ref(owner)
+        self._inference = self.rooms[0].keys.is_inference()
+        self._capacity = min(room.keys.shape[2] for room in self.rooms)
+        self._length = 0
+        rooms, count = tuple(map(vars, self.rooms)), len(held)
+        self._dicts = (*self._states * 3, *rooms)
+        self._keys = tuple(name for name in (_ROOM, "keys", "values", "_owner") for _ in range(count))
+        self._values: tuple[Any, ...] = ()
+
+    def serves(self, cache: Any, indices: list[int], count: int, owner: Any) -> bool:
+        """Whether its layers of these indices are what they were, and have room for ``count`` more positions."""
+        return (
+            self._owner() is owner
+            and _is_plain(cache)
+            and max(indices) < len(cache.layers)
+            and all(map(is_, map(cache.layers.__getitem__, indices), self.layers))
+            and self._length + count <= self._capacity
+            and self._inference == torch.is_inference_mode_enabled()
+            and set(map(type, self.layers)) == {DynamicLayer}
+            and places.untouched([(self._dicts, self._keys, self._values, self._states, ("update",) * len(self._states))])
+        )
+
+    def give(self, length: int) -> None:
+        """Let each layer see so many positions."""
+        keys = [room.keys.narrow(2, 0, length) for room in self.rooms]
+        values = [room.values.narrow(2, 0, length) for room in self.rooms]
+        for layer, room, *views in zip(self.layers, self.rooms, keys, values):
+            room.give(layer, (views[0], views[1]))
+        owners = [room._owner for room in self.rooms]
+        self._length, self._values = length, (*self.rooms, *keys, *values, *owners)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a cache has layers of its own."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """Takes its place."""
+
+
+def filled_of(cache: Any) -> Filled | None:
+    """What :func:`keep_filled` left there."""
+    return getattr(cache, _FILLED, None)
+
+
+def keep_filled(cache: Any, filled: Filled) -> None:
+    setattr(cache, _FILLED, filled)
 
 
 def append(cache: Any, keys: Tensor, values: Tensor, index: int, *more: Any) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 from gptq_backend.kernels import cpu_layers
 
 from .calls import Beginning, Calls
 from .ending import Ending
 from .held import Entry, Held
+from .watch import Watch, Watches
+
+
+# Of layers that are not called: what would be heard, or run in their place.
+_CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
 
 
 class Link:
@@ -67,6 +73,7 @@ class Chain:
         self.calls: list[Calls] = []
         self.layers: list[cpu_layers.Layer] = []
         self._kind = beginning.kind
+        self.joint: Joint | None = None
         indices: set[int] = set()
         follower: Link | None = first
         while follower is not None:
@@ -80,12 +87,17 @@ class Chain:
             self.layers.append(layer)
             follower = follower.next
         self.whole = follower is None
+        self.mixtures = [i for i, calls in enumerate(self.calls) if calls.parts.mixture is not None]
         ends = [] if follower is None else [(vars(follower), "calls", follower.calls)]  # with others it may go on
-        self._held = Held.joined([calls.held for calls in self.calls], [*self._entries(), *ends])
+        self.held = Held.joined([calls.held for calls in self.calls], [*self._entries(), *ends])
 
     def stands(self, beginning: Beginning) -> bool:
         """Whether it would be made as it is."""
-        return self._kind == beginning.kind and not self._held.outdated()
+        return self.fits(beginning) and not self.held.outdated()
+
+    def fits(self, beginning: Beginning) -> bool:
+        """Likewise, if nobody touched the layers."""
+        return self._kind == beginning.kind
 
     def _entries(self) -> Iterator[Entry]:
         """What the modules and links say, which may change."""
@@ -93,3 +105,35 @@ class Chain:
             yield from ((vars(link), name, vars(link)[name]) for name in ("calls", "_next"))
             attention = vars(calls.parts.attention)
             yield from ((attention, name, attention.get(name)) for name in ("scaling", "config", "layer_idx"))
+
+
+class Joint:
+    """Tells in one look whether nobody touched any of the layers of a chain, which are then not called one by one.
+
+    Args:
+        layers: the modules that the links run, in their order.
+        watches: of each.
+    """
+
+    def __init__(self, chain: Chain, layers: list[Any], watches: list[Watches]) -> None:
+        self.layers = layers
+        self._held, self._watch = chain.held, Watch.joined([each for both in watches for each in both.each()])
+        states = [vars(layer) for layer in layers]
+        forwards = tuple(state["forward"] for state in states)
+        self._own = (
+            (*states,),
+            ("forward",) * len(states),
+            forwards,
+            tuple(state for state in states for _ in _CALLED),
+            _CALLED * len(states),
+        )
+        self._calls = {type(layer): type(layer).__call__ for layer in layers}
+        self._experts = [chain.calls[i].parts.mixture.experts for i in chain.mixtures]  # type: ignore[union-attr]
+
+    def untouched(self) -> bool:
+        return (
+            self._watch.untouched(self._own, self._held.places)
+            and not self._held.moved()
+            and all(kind.__call__ is call for kind, call in self._calls.items())
+            and all(experts.activates_as_known() for experts in self._experts)
+        )

@@ -33,23 +33,23 @@ class FusedForward:
     def __init__(self, parts: Parts, pairs: str | None) -> None:
         self.layer, self.pairs = parts.layer, pairs
         self.parts: Parts | None = parts
-        self._link = chain.Link()
-        self._watch: Watches | None = Watches(parts)
-        self._code = self._watch.code()
+        self.link = chain.Link()
+        self.watch: Watches | None = Watches(parts)
+        self._code = self.watch.code()
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **kwargs: Any) -> Any:
-        if not arguments and (y := ahead.proceed(self._link, self._watch, hidden_states, kwargs)) is not None:
+        if not arguments and (y := ahead.proceed(self.link, self.watch, hidden_states, kwargs)) is not None:
             return y
         calls = None if arguments else self.serves(hidden_states, kwargs)
         if calls is None:
             return type(self.layer).forward(self.layer, hidden_states, *arguments, **kwargs)
         given = ahead.given_of(kwargs)
-        y = ahead.resume(self._link, calls, hidden_states, given)
+        y = ahead.resume(self.link, calls, hidden_states, given)
         if y is None:
-            y = ahead.start(self._link, calls, hidden_states, kwargs)
+            y = ahead.start(self.link, calls, hidden_states, kwargs)
         if y is None:
             y = calls.run(hidden_states, **kwargs)
-            ahead.note(self._link, y, given)
+            ahead.note(self.link, y, given)
         return y
 
     @property
@@ -58,23 +58,27 @@ class FusedForward:
 
     def serves(self, x: Tensor, kwargs: dict[str, Any]) -> Calls | None:
         """The calls to run, if nobody expects more of the layer's modules than their result."""
-        if operators_are_seen() or torch.is_grad_enabled():
-            return None
-        if type(x) is not Tensor or x.dtype not in DTYPES or not x.is_cpu or torch.is_autocast_enabled("cpu"):
-            self._link.forget()  # it would keep what may have moved to another device
-            return None
-        if not _KNOWN.issuperset(kwargs) or any(map(kwargs.get, _MORE)):
+        if not self.may_serve(x, kwargs):
             return None
         calls = self._current_calls()
         return calls if calls is not None and calls.fit(x, kwargs) else None
 
+    def may_serve(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Likewise, but for what is true of one layer alone."""
+        if operators_are_seen() or torch.is_grad_enabled():
+            return False
+        if type(x) is not Tensor or x.dtype not in DTYPES or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            self.link.forget()  # it would keep what may have moved to another device
+            return False
+        return _KNOWN.issuperset(kwargs) and not any(map(kwargs.get, _MORE))
+
     def _current_calls(self) -> Calls | None:
         """Calls that read the modules' present tensors; None where a module was touched, or has others."""
-        parts, watch, calls = self.parts, self._watch, self._link.calls
+        parts, watch, calls = self.parts, self.watch, self.link.calls
         if parts is None:
             return None
         if watch is None:  # of a copy
-            watch = self._watch = Watches(parts)
+            watch = self.watch = Watches(parts)
             if watch.code() != self._code:
                 self._retire()
                 return None
@@ -86,20 +90,20 @@ class FusedForward:
         self.parts = watch.parts
         if calls is None or calls.parts is not served or calls.outdated():
             try:
-                self._link.calls = calls = Calls(served, self.pairs)
+                self.link.calls = calls = Calls(served, self.pairs)
             except Exception:  # the layer's own code serves, or says better what is wrong
-                self._link.calls = calls = None
+                self.link.calls = calls = None
         return calls
 
     def _retire(self) -> None:
         """Leave the layer to its own code for good, and keep nothing alive."""
-        self.parts = self._watch = None
-        self._link.forget()
+        self.parts = self.watch = None
+        self.link.forget()
         if vars(self.layer).get("forward") is self:
             vars(self.layer).pop("forward", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which look anew at what they hold."""
-        same = self._watch is None or self._watch.unchanged()
-        fresh = {"_watch": None, "_link": chain.Link()}
+        same = self.watch is None or self.watch.unchanged()
+        fresh = {"watch": None, "link": chain.Link()}
         return vars(self) | fresh | {"parts": self.parts if same else None}

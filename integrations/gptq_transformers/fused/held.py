@@ -45,10 +45,11 @@ class Held:
         return self._dicts, self._keys, self._values, (), ()
 
     def outdated(self) -> bool:
-        return (
-            not places.unchanged(self._dicts, self._keys, self._values)
-            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
-        )
+        return not places.unchanged(self._dicts, self._keys, self._values) or self.moved()
+
+    def moved(self) -> bool:
+        """Whether the same tensors have other memory."""
+        return list(map(Tensor.data_ptr, self._tensors)) != self._addresses
 
 
 def entries_of_packed(layer: Any) -> list[Entry]:

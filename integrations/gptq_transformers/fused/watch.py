@@ -77,6 +77,21 @@ class Watch:
         modules, served = mixture.modules(), (*mixture.linears, mixture.experts)
         return cls(modules, modules, [module for module in modules if module not in served], served)
 
+    @classmethod
+    def joined(cls, watches: list[Watch]) -> Watch:
+        """What all of them watch, each place once."""
+        whole = cls([], [], [], [])
+        dicts, keys, values, states, flags = (list(chain.from_iterable(each)) for each in zip(*(w.places for w in watches)))
+        seen = {(id(place), key): (place, key, value) for place, key, value in zip(dicts, keys, values)}
+        whole._dicts, whole._keys, whole._values = zip(*seen.values())
+        whole._states, whole._flags = tuple(states), tuple(flags)
+        whole.places = whole._dicts, whole._keys, whole._values, whole._states, whole._flags
+        whole._modules = [module for each in watches for module in each._modules]
+        whole._types = [kind for each in watches for kind in each._types]
+        forwards = {kind: forward for each in watches for kind, forward in zip(each._classes, each._forwards)}
+        whole._classes, whole._forwards = list(forwards), list(forwards.values())
+        return whole
+
     def untouched(self, *more: tuple[tuple[Any, ...], ...]) -> bool:
         """Whether it computes what it did, and nobody listens; and whether ``more`` places are what they were."""
         return (
@@ -141,6 +156,9 @@ class Watches:
         if self._mixture.replaced():
             self.parts, self._mixture = self._plain, None
         return self._plain
+
+    def each(self) -> list[Watch]:
+        return [self.layer] if self._mixture is None else [self.layer, self._mixture]
 
     def unchanged(self) -> bool:
         """Whether all is what it was."""
