@@ -21,7 +21,7 @@ from .ending_forward import HeadForward, NormForward, join_ending
 from .forward import FusedForward
 from .match import NoMatch, Parts, find_parts, mlp_of
 from .mixture import Found, find_pieces, find_rule
-from .stack import LayerList, join_loop
+from .stack import join_loop, leave_loop
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,7 @@ def remove_fused(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), FusedForward | NormForward | HeadForward):
             del module.forward
-        if type(module) is LayerList:
-            module.__class__ = nn.ModuleList
-            for name in ("_loop", "_stack"):
-                vars(module).pop(name, None)
+        leave_loop(module)
 
 
 @contextmanager

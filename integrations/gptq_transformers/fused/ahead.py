@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gptq_backend.kernels import cpu_layers, operators_are_seen, places
 
-from .cache import Filled, Room, filled_of, keep_filled, room_of, rooms_of
+from .cache import Room, room_of, rooms_of
 from .calls import Calls
-from .chain import Chain, Joint, Link
+from .chain import Chain, Link
 from .ending import Ending
 from .watch import Watches
 
@@ -39,10 +39,12 @@ class _Latest(threading.local):
     output: weakref.ref[Tensor] | None = None
     link: weakref.ref[Link] | None = None
     given: tuple[Any, ...] = ()
-    run: _Results | None = None
+    run: Computed | None = None
     index = 0
 
-    def note(self, output: Tensor, link: Link, given: tuple[Any, ...], run: _Results | None = None, index: int = 0) -> None:
+    def note(
+        self, output: Tensor, link: Link, given: tuple[Any, ...], run: Computed | None = None, index: int = 0
+    ) -> None:
         slot = self.__dict__  # that of this thread, whichever the output is freed in
         slot.update(output=weakref.ref(output, lambda ref: _forget(slot, ref)), given=given)
         slot.update(link=weakref.ref(link), run=run, index=index)
@@ -65,7 +67,7 @@ def _forget(slot: dict[str, Any], output: weakref.ref[Tensor]) -> None:
 _latest = _Latest()
 
 
-class _Results:
+class Computed:
     """What layers gave that ran in one call.
 
     Args:
@@ -103,7 +105,7 @@ class _Results:
         return self._results.intact(len(self.calls) - 1, y)
 
 
-class _Run(_Results):
+class _Run(Computed):
     """Likewise, of layers that are called one by one.
 
     Args:
@@ -170,7 +172,9 @@ def proceed(own: Link, watches: Watches | None, x: Tensor, kwargs: dict[str, Any
     """
     latest = _latest
     run, output, index = latest.run, latest.output, latest.index
-    if type(run) is not _Run or output is None or output() is not x or index >= len(run.calls) or run.links[index] is not own:
+    if not isinstance(run, _Run) or output is None or output() is not x:
+        return None
+    if index >= len(run.calls) or run.links[index] is not own:
         return None
     if not places.same(kwargs, run.kwargs) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
@@ -191,7 +195,7 @@ def resume(own: Link, calls: Calls, x: Tensor, given: tuple[Any, ...]) -> Tensor
         if follows:
             link.learn(own)
         return None
-    if follows and index < len(run.calls) and calls is run.calls[index]:
+    if isinstance(run, _Run) and follows and index < len(run.calls) and calls is run.calls[index]:
         unseen = run.unseen(index, x)
         if unseen and run.stands(index):
             return run.give(index)
@@ -229,42 +233,11 @@ def start(own: Link, calls: Calls, x: Tensor, kwargs: dict[str, Any]) -> Tensor 
     return run.give(0) if run.stands(0) else None
 
 
-def run_all(chain: Chain, joint: Joint, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """What the last layer of a model gives, where all of them run in one call; None where they do not.
-
-    Args:
-        chain: of all layers.
-        kwargs: what each of them would be called with, but for its input.
-    """
-    if _latest.run is not None and (link := _latest.behind()) is not None:  # nobody asked for the norm, or the head
+def drop_rest() -> None:
+    """Forget what nobody asked for before the next step, and compute it no more."""
+    if _latest.run is not None and (link := _latest.behind()) is not None:
         link.cut()
         _latest.clear()
-    mask, angles, cache = given = given_of(kwargs)
-    indices, count = [calls.index for calls in chain.calls], x.shape[1]
-    filled = filled_of(cache)
-    known = filled is not None and filled.serves(cache, indices, count, chain)
-    first = room_of(cache, indices[0], count)
-    if first is None:
-        return None
-    length = first[0].keys.shape[2]
-    beginning = chain.calls[0].begin(x, given, length)
-    if beginning is None or not chain.fits(beginning) or not joint.untouched():
-        return None
-    if not known:
-        held = rooms_of(cache, indices, count, length)
-        if len(held) < len(indices) or not all(room.fits(layer, x) for layer, (_, room) in zip(chain.layers, held)):
-            return None
-        filled = Filled(held, chain)
-    ending = chain.links[-1].ending
-    call = None if ending is None else ending.call_for(x)
-    rooms = [room.place for room in filled.rooms]
-    results = cpu_layers.run_layers(chain.layers, rooms, [length] * len(rooms), x, beginning.angles, mask, call)
-    run = _Results(chain.calls, results, None if call is None else ending)
-    if not all(map(run.stands, chain.mixtures)):
-        return None
-    filled.give(length + count)
-    keep_filled(cache, filled)
-    return run.give_last(chain.links[-1])
 
 
 def note(own: Link, y: Tensor, given: tuple[Any, ...]) -> None:

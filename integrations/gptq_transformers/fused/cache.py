@@ -23,7 +23,7 @@ class Room:
         self.keys, self.values = keys, values
         self.views = views  # those given out last; behind any others somebody has written
         # id() of the cache's layer that may write; a shallow copy of it, in another thread too, may not.
-        self._owner = 0
+        self.owner = 0
         same = keys.shape == values.shape and keys.dtype == values.dtype
         self._place = cpu_layers.Room(keys, values) if same and keys.is_cpu else None
 
@@ -40,7 +40,7 @@ class Room:
     def serves(self, layer: Any, count: int) -> bool:
         """Whether ``count`` more positions fit, and nobody else set the layer's tensors."""
         return (
-            self._owner == id(layer)
+            self.owner == id(layer)
             and layer.keys is self.views[0]
             and layer.values is self.views[1]
             and layer.keys.shape[2] + count <= self.keys.shape[2]
@@ -54,7 +54,7 @@ class Room:
     def give(self, layer: Any, views: tuple[Tensor, Tensor]) -> None:
         """Let the layer see these keys and values, which are views of those here."""
         layer.keys, layer.values = self.views = views
-        self._owner = id(layer)
+        self.owner = id(layer)
         setattr(layer, _ROOM, self)
 
 
@@ -89,43 +89,43 @@ class Filled:
     """Layers of a cache as one call left them, so that one look tells whether they still are.
 
     Args:
-        held: those layers, which are plain and different ones, and the room of each.
-        owner: who fills them; the same one again writes tensors of the same kind.
+        held: those layers and the room of each, as :func:`rooms_of` finds them.
+        filler: what fills them. It writes one kind of tensors.
     """
 
-    def __init__(self, held: list[tuple[Any, Room]], owner: Any) -> None:
+    def __init__(self, held: list[tuple[Any, Room]], filler: Any) -> None:
         self.layers, self.rooms = [layer for layer, _ in held], [room for _, room in held]
         self._states = tuple(map(vars, self.layers))
-        self._owner = weakref.ref(owner)
+        self._updates = ("update",) * len(held)
+        self._filler = weakref.ref(filler)
         self._inference = self.rooms[0].keys.is_inference()
         self._capacity = min(room.keys.shape[2] for room in self.rooms)
-        self._length = 0
+        self.length = self.layers[0].keys.shape[2]
         rooms, count = tuple(map(vars, self.rooms)), len(held)
         self._dicts = (*self._states * 3, *rooms)
-        self._keys = tuple(name for name in (_ROOM, "keys", "values", "_owner") for _ in range(count))
+        self._keys = tuple(name for name in (_ROOM, "keys", "values", "owner") for _ in range(count))
         self._values: tuple[Any, ...] = ()
 
-    def serves(self, cache: Any, indices: list[int], count: int, owner: Any) -> bool:
+    def serves(self, cache: Any, indices: list[int], count: int, filler: Any) -> bool:
         """Whether its layers of these indices are what they were, and have room for ``count`` more positions."""
         return (
-            self._owner() is owner
+            self._filler() is filler
             and _is_plain(cache)
             and max(indices) < len(cache.layers)
             and all(map(is_, map(cache.layers.__getitem__, indices), self.layers))
-            and self._length + count <= self._capacity
+            and self.length + count <= self._capacity
             and self._inference == torch.is_inference_mode_enabled()
             and set(map(type, self.layers)) == {DynamicLayer}
-            and places.untouched([(self._dicts, self._keys, self._values, self._states, ("update",) * len(self._states))])
+            and places.untouched([(self._dicts, self._keys, self._values, self._states, self._updates)])
         )
 
     def give(self, length: int) -> None:
         """Let each layer see so many positions."""
-        keys = [room.keys.narrow(2, 0, length) for room in self.rooms]
-        values = [room.values.narrow(2, 0, length) for room in self.rooms]
-        for layer, room, *views in zip(self.layers, self.rooms, keys, values):
-            room.give(layer, (views[0], views[1]))
-        owners = [room._owner for room in self.rooms]
-        self._length, self._values = length, (*self.rooms, *keys, *values, *owners)
+        grown = [room.views_of(length) for room in self.rooms]
+        for layer, room, views in zip(self.layers, self.rooms, grown):
+            room.give(layer, views)
+        keys, values = zip(*grown)
+        self.length, self._values = length, (*self.rooms, *keys, *values, *(room.owner for room in self.rooms))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a cache has layers of its own."""

@@ -15,7 +15,6 @@ from .ending import Ending
 from .held import Entry, Held
 from .watch import Watch, Watches
 
-
 # Of layers that are not called: what would be heard, or run in their place.
 _CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
 

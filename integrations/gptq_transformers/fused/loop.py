@@ -13,10 +13,13 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from .match import NoMatch
+
+_MORE = "the loop over its layers does more than to call them"
+_DIFFER = "its layers get arguments that differ"
 
 
 @dataclass(frozen=True)
@@ -90,18 +93,20 @@ def _source_of(function: Any) -> ast.FunctionDef:
     Raises:
         NoMatch: its file does not show the code that runs.
     """
+    if not isinstance(function, FunctionType):
+        raise NoMatch("its forward is no function")
     try:
         lines, _ = inspect.findsource(function)
         file = ast.parse("".join(lines))
         shown = compile(file, "", "exec", dont_inherit=True)
     except (OSError, TypeError, SyntaxError, ValueError) as error:
         raise NoMatch(f"the source of its forward cannot be read ({type(error).__name__})") from error
-    own = getattr(function, "__code__", None)
-    for node in ast.walk(file):
-        if isinstance(node, ast.FunctionDef) and _first_line(node) == getattr(own, "co_firstlineno", None):
-            if own in _codes(shown):
-                return node
-    raise NoMatch("the source of its forward is not what runs")
+    own = function.__code__
+    nodes = [node for node in ast.walk(file) if isinstance(node, ast.FunctionDef)]
+    nodes = [node for node in nodes if _first_line(node) == own.co_firstlineno]
+    if not nodes or own not in list(_codes(shown)):
+        raise NoMatch("the source of its forward is not what runs")
+    return nodes[0]
 
 
 def _first_line(node: ast.FunctionDef) -> int:
@@ -135,9 +140,11 @@ def _check_iterable(node: ast.expr, model: str, function: Any) -> None:
     Raises:
         NoMatch: it is something else.
     """
-    if isinstance(node, ast.Call) and _path(node.func) == ("enumerate", "") and len(node.args) == 1:
-        if not node.keywords and function.__globals__.get("enumerate", enumerate) is enumerate:
-            node = node.args[0]
+    own = function.__globals__.get("enumerate", enumerate) is not enumerate
+    if isinstance(node, ast.Call) and _path(node.func) == ("enumerate", "") and not own:
+        if len(node.args) != 1 or node.keywords:
+            raise NoMatch("its forward numbers its layers in a way of its own")
+        node = node.args[0]
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
         node = node.value
     root, path = _path(node)
@@ -149,20 +156,23 @@ class _Body:
     """What a loop does, which is ``h = layer(h, name=value, ...)``.
 
     Raises:
-        NoMatch: it does more, or the values are not the same for all layers, nor read of each, nor those with its number.
+        NoMatch: it does more, or a value is neither the same for all layers, nor read of each, nor the item of a list
+            with its number.
     """
 
     def __init__(self, loop: ast.For, model: str, tree: ast.FunctionDef) -> None:
-        self.model, self.of_layers, self.of_model = model, list[str](), list[str]()
+        self.model = model
+        self.of_layers: list[str] = []
+        self.of_model: list[str] = []
         numbered = isinstance(loop.iter, ast.Call)
         names = loop.target.elts if numbered and isinstance(loop.target, ast.Tuple) else [loop.target]
         targets = [each.id for each in names if isinstance(each, ast.Name)]
         if len(targets) != 1 + numbered or len(names) != len(targets) or loop.orelse or len(loop.body) != 1:
-            raise NoMatch("the loop over its layers does more than to call them")
+            raise NoMatch(_MORE)
         self.layer, self.number = targets[-1], targets[0] if numbered else ""
         self.result, values = self._call(loop.body[0])
         if len({self.result, model, *targets}) != 2 + len(targets):
-            raise NoMatch("the loop over its layers does more than to call them")
+            raise NoMatch(_MORE)
         for value in values:
             self._check(value)
         inside = set(map(id, ast.walk(loop)))
@@ -177,22 +187,24 @@ class _Body:
                 value=ast.Call(func=ast.Name(id=self.layer), args=[ast.Name(id=given)], keywords=keywords),
             ) if result == given:
                 return result, [keyword.value for keyword in keywords]
-        raise NoMatch("the loop over its layers does more than to call them")
+        raise NoMatch(_MORE)
 
     def _check(self, value: ast.expr) -> None:
         root, path = _path(value)
         match value:
             case ast.Constant():
-                return
+                pass
             case ast.Subscript(value=items, slice=ast.Name(id=self.number)):
                 root, path = _path(items)
-                if root == self.model and path:
-                    return self.of_model.append(path)
+                if root != self.model or not path:
+                    raise NoMatch(_DIFFER)
+                self.of_model.append(path)
             case ast.Subscript(value=items, slice=index):
                 self._check(items)
-                return self._check(index)
+                self._check(index)
             case ast.Attribute() if root == self.layer:
-                return self.of_layers.append(path)
+                self.of_layers.append(path)
             case ast.Name() | ast.Attribute() if root and root not in (self.layer, self.number, self.result):
-                return
-        raise NoMatch("its layers get arguments that differ")
+                pass
+            case _:
+                raise NoMatch(_DIFFER)

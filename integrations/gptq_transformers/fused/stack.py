@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_backend.kernels import operators_are_seen
+from gptq_backend.kernels import cpu_layers, operators_are_seen
 
 from . import ahead
-from .chain import Joint
+from .cache import Filled, filled_of, keep_filled, room_of, rooms_of
+from .chain import Chain, Joint
 from .forward import FusedForward
 from .loop import Loop, find_loop
 from .match import NoMatch
@@ -81,14 +82,57 @@ class Stack:
         chain = first.link.chain if isinstance(first, FusedForward) else None
         if chain is None or not chain.whole or len(chain.links) != len(self.layers) or not first.may_serve(x, kwargs):
             return None
-        if chain.joint is None or chain.joint.layers is not self.layers:
-            forwards = [vars(layer).get("forward") for layer in self.layers]
-            links = [each.link if isinstance(each, FusedForward) else None for each in forwards]
-            watches = [each.watch for each in forwards]
-            if links != chain.links or None in watches:
-                return None
-            chain.joint = Joint(chain, self.layers, watches)
-        return ahead.run_all(chain, chain.joint, x, kwargs)
+        joint = chain.joint
+        if joint is None or joint.layers is not self.layers:
+            joint = chain.joint = self._joint(chain)
+        return None if joint is None else _run(chain, joint, x, kwargs)
+
+    def _joint(self, chain: Chain) -> Joint | None:
+        """What looks at all layers, if the chain is theirs."""
+        forwards = [vars(layer).get("forward") for layer in self.layers]
+        fused = [each for each in forwards if isinstance(each, FusedForward)]
+        watches = [each.watch for each in fused if each.watch is not None]
+        if [each.link for each in fused] != chain.links or len(watches) != len(self.layers):
+            return None
+        return Joint(chain, self.layers, watches)
+
+
+def _run(chain: Chain, joint: Joint, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """What the last layer gives; None where they do not run in one call.
+
+    Args:
+        kwargs: what each is called with, but for its input.
+    """
+    ahead.drop_rest()
+    mask, _, cache = given = ahead.given_of(kwargs)
+    filled = _filled(chain, cache, x)
+    beginning = None if filled is None else chain.calls[0].begin(x, given, filled.length)
+    if filled is None or beginning is None or not chain.fits(beginning) or not joint.untouched():
+        return None
+    ending = chain.links[-1].ending
+    call = None if ending is None else ending.call_for(x)
+    rooms = [room.place for room in filled.rooms]
+    lengths = [filled.length] * len(rooms)
+    results = cpu_layers.run_layers(chain.layers, rooms, lengths, x, beginning.angles, mask, call)
+    computed = ahead.Computed(chain.calls, results, None if call is None else ending)
+    if not all(map(computed.stands, chain.mixtures)):
+        return None
+    filled.give(filled.length + x.shape[1])
+    keep_filled(cache, filled)
+    return computed.give_last(chain.links[-1])
+
+
+def _filled(chain: Chain, cache: Any, x: Tensor) -> Filled | None:
+    """The layers of the cache, if each has room for x [B, T, H]."""
+    indices, count = [calls.index for calls in chain.calls], x.shape[1]
+    filled = filled_of(cache)
+    if filled is not None and filled.serves(cache, indices, count, chain):
+        return filled
+    first = room_of(cache, indices[0], count)
+    held = [] if first is None else rooms_of(cache, indices, count, first[0].keys.shape[2])
+    if len(held) < len(indices) or not all(room.fits(layer, x) for layer, (_, room) in zip(chain.layers, held)):
+        return None
+    return Filled(held, chain)
 
 
 def join_loop(model: nn.Module, layers: list[Any]) -> None:
@@ -99,9 +143,17 @@ def join_loop(model: nn.Module, layers: list[Any]) -> None:
     """
     for parent in model.modules():
         for name, child in parent.named_children():
-            if type(child) is nn.ModuleList and len(child) == len(layers) and all(map(lambda a, b: a is b, child, layers)):
+            if type(child) is nn.ModuleList and list(child) == layers:
                 loop = find_loop(type(parent), name)
                 child.__class__ = LayerList
-                child._loop = loop
+                vars(child)["_loop"] = loop
                 return
     raise NoMatch("its layers are not all in one list")
+
+
+def leave_loop(layers: nn.Module) -> None:
+    """Undo :func:`join_loop`, if ``layers`` are such a list."""
+    if isinstance(layers, LayerList):
+        vars(layers).pop("_loop", None)
+        vars(layers).pop("_stack", None)
+        layers.__class__ = nn.ModuleList  # type: ignore[assignment]

@@ -81,10 +81,12 @@ class Watch:
     def joined(cls, watches: list[Watch]) -> Watch:
         """What all of them watch, each place once."""
         whole = cls([], [], [], [])
-        dicts, keys, values, states, flags = (list(chain.from_iterable(each)) for each in zip(*(w.places for w in watches)))
-        seen = {(id(place), key): (place, key, value) for place, key, value in zip(dicts, keys, values)}
-        whole._dicts, whole._keys, whole._values = zip(*seen.values())
-        whole._states, whole._flags = tuple(states), tuple(flags)
+        dicts, keys, values, states, flags = (
+            tuple(chain.from_iterable(parts)) for parts in zip(*(each.places for each in watches))
+        )
+        once = {(id(place), key, id(value)): (place, key, value) for place, key, value in zip(dicts, keys, values)}
+        whole._dicts, whole._keys, whole._values = zip(*once.values())
+        whole._states, whole._flags = states, flags
         whole.places = whole._dicts, whole._keys, whole._values, whole._states, whole._flags
         whole._modules = [module for each in watches for module in each._modules]
         whole._types = [kind for each in watches for kind in each._types]
