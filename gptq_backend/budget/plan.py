@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import QuantizeConfig
 from ..errors import ConfigError
+from ..float32_products import fast_products
 from ..model.progress import Progress
 from ..model.structure import Structure, dense_weight, find_structure
 from ..pipeline.options import Events, RunOptions
@@ -76,6 +77,7 @@ class BudgetPlan:
         return f"layers: {layers}; embedding: {self.embed_bits} bits"
 
 
+@fast_products()
 def plan_budget(
     model: nn.Module,
     config: QuantizeConfig,
