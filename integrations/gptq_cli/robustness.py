@@ -8,7 +8,7 @@ something else than one that also works on the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ def measure(
     reference: nn.Module,
     windows: Tensor,
     swaps: int,
+    excluded: Sequence[int] = (),
     on_window: Callable[[int, int], None] | None = None,
 ) -> Robustness:
     """Attack both models on the same windows.
@@ -65,6 +66,7 @@ def measure(
     Args:
         windows: int64 [W, T].
         swaps: tokens to swap in each window, one after another.
+        excluded: tokens that none is swapped for, such as those that begin and end texts.
 
     Raises:
         GPTQError: a window is too short for so many swaps or too long for a model, or a loss is not finite.
@@ -75,7 +77,7 @@ def measure(
     for each in models.values():
         check_limits(each, windows)
     for done, window in enumerate(windows, 1):
-        found = {"none": window, **{name: attack(each, window, swaps) for name, each in models.items()}}
+        found = {"none": window, **{name: attack(each, window, swaps, excluded) for name, each in models.items()}}
         for who, each in models.items():
             for swapped, ids in found.items():
                 rows[f"{who} {swapped}"].append(losses(each, ids[None]).item())
@@ -84,13 +86,16 @@ def measure(
     return _summarize({key: torch.tensor(values).double() for key, values in rows.items()}, windows.shape, swaps)
 
 
-def attack(model: nn.Module, window: Tensor, swaps: int) -> Tensor:
-    """``window`` int64 [T] with ``swaps`` tokens of its first half but the first replaced, greedily by gradients."""
+def attack(model: nn.Module, window: Tensor, swaps: int, excluded: Sequence[int] = ()) -> Tensor:
+    """``window`` int64 [T] with ``swaps`` tokens of its first half but the first replaced, greedily by gradients, by
+    tokens that are not ``excluded``.
+    """
     window, embeddings = window.clone(), _embeddings(model)
     used: list[int] = [0]  # the beginning-of-text token, where there is one
     for _ in range(swaps):
         scores = _gains(model, embeddings, window)  # [T // 2, V]
         scores[used] = -math.inf
+        scores[:, [token for token in excluded if token < scores.shape[1]]] = -math.inf
         best = scores.flatten().topk(min(_CANDIDATES, scores[0].numel())).indices
         places, tokens = best // scores.shape[1], best % scores.shape[1]
         tried = window.repeat(len(best), 1)

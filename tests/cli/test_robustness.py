@@ -32,6 +32,15 @@ def test_swaps_touch_only_the_first_half_and_each_place_once() -> None:
     assert all(1 <= place < 8 for place in changed)
 
 
+def test_excluded_tokens_are_never_swapped_in() -> None:
+    window = torch.zeros(16, dtype=torch.int64)
+    plain, model = attack(_model(0), window, 5), _model(0)
+    excluded = sorted(set(plain.tolist()) - {0})
+    found = set(attack(model, window, 5, [*excluded, 10**6]).tolist()) - {0}
+    assert found
+    assert not found & set(excluded)
+
+
 def test_one_swap_found_by_gradients_is_nearly_the_best_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model, window = _model(0), torch.randint(48, (8,), generator=torch.Generator().manual_seed(1))
     every = window.repeat(3 * 48, 1)
