@@ -124,7 +124,7 @@ def _losses() -> Iterator[None]:
             raise
         raise RankLostError(
             f"another rank has ended or cannot be reached ({str(error).partition(chr(10))[0]}), and this one cannot go "
-            "on alone; torchrun's report below says which one ended; begin the same run again, with any number of ranks: "
+            "on alone; torchrun's report says which one ended; begin the same run again, with any number of ranks: "
             "it goes on from the last finished block"
         ) from error
 
