@@ -21,6 +21,7 @@ SOURCES = {
 
 # What each room of the core may import beside itself and the files at the top that need no room.
 FLOOR = {
+    "float32_products",
     "config",
     "dialects",
     "errors",

@@ -67,7 +67,7 @@ def main() -> None:
     def measure(changes: Mapping[rounding.Probe, Tensor]) -> float:
         with changed(changes):
             found = [predictions(model, batch, placement) for batch in judged]
-        total = sum(float(summed_divergence(a, b)) for a, b in zip(found, original, strict=True))
+        total = sum(summed_divergence(a, b) for a, b in zip(found, original, strict=True))
         return total / sum(map(len, original))
 
     result: dict[str, Any] = {"model": Path(arguments.model).name, "singles": [], "mixtures": []}

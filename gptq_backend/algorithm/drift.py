@@ -43,8 +43,8 @@ class CrossMoment:
             left, right = left.to(self.device, self.dtype), right.to(self.device, self.dtype)
         if weights is not None:
             left = left * weights.reshape(-1, 1).to(left.dtype)
-        finite = left.isfinite().all(1) & right.isfinite().all(1)
-        if not finite.all():
+        if not (left.sum(dtype=self.dtype) + right.sum(dtype=self.dtype)).isfinite():  # as in a Hessian
+            finite = left.isfinite().all(1) & right.isfinite().all(1)
             self.dropped += int((~finite).sum())
             left, right = left[finite], right[finite]
         if len(right):

@@ -22,11 +22,11 @@ from ..errors import ConfigError
 from ..model.calibration import Batch
 from ..model.placement import Placement, tensors_of
 from ..model.structure import dense_weight, evaluating
+from ..training.distill import ROWS
 from .predictions import predictions
 from .rounding import Group, Probe
 from .storage import Storage
 
-_ROWS = 256  # positions whose distributions are computed at once
 _NOT_FINITE = (
     "a budget is spent by what rounding does to predictions, but the model's own, or their derivatives, are not "
     "finite; the dtype may overflow, or the weights are damaged"
@@ -125,7 +125,7 @@ def _gradients(
 def _of_drawn_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
     """The derivatives of the log-likelihood of a token drawn in each row of ``logits`` [T, V], in its dtype."""
     gradient = torch.empty_like(logits)
-    for rows, into in zip(logits.split(_ROWS), gradient.split(_ROWS)):  # larger than everything else
+    for rows, into in zip(logits.split(ROWS), gradient.split(ROWS)):
         shares = rows.float().softmax(-1)
         if shares.isnan().any():
             raise ConfigError(_NOT_FINITE)

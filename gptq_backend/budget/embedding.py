@@ -23,7 +23,6 @@ from .predictions import predictions
 
 WIDTHS = (8, 4)  # which every kernel multiplies, beside 16
 _GROUP = 64
-_ROWS = 256  # positions whose distributions are compared at once
 
 
 def embedding_targets(model: nn.Module, config: QuantizeConfig) -> dict[int, EmbeddingTarget]:
@@ -61,8 +60,7 @@ def measure_embeddings(
                 for bits, weight in rounded.items():
                     with _replaced(targets[bits].module.weight, weight):
                         found = predictions(model, batch, placement)
-                    parts = zip(found.split(_ROWS), original.split(_ROWS), strict=True)
-                    sums[bits] += sum(summed_divergence(ours, theirs).item() for ours, theirs in parts)
+                    sums[bits] += summed_divergence(found, original)
     finally:
         placement.send_back(tensors)
     return {bits: total / tokens for bits, total in sums.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import QuantizeConfig
 from ..errors import ConfigError
+from ..float32_products import fast_products
 from ..model.progress import Progress
 from ..model.structure import Structure, dense_weight, find_structure
 from ..pipeline.options import Events, RunOptions
@@ -76,6 +77,7 @@ class BudgetPlan:
         return f"layers: {layers}; embedding: {self.embed_bits} bits"
 
 
+@fast_products()
 def plan_budget(
     model: nn.Module,
     config: QuantizeConfig,
@@ -142,7 +144,7 @@ class _Chooser:
     def plan(self, goal: Goal) -> BudgetPlan:
         groups = list(self.found.groups)
         choices = [list(each.costs) for each in groups]
-        frontier, widths = self._frontier(choices, goal)
+        frontier, widths = self._frontier(choices)
         fixed = self._fixed_bytes(widths)
         point = frontier.within(self._budget(goal, fixed))
         if point is None:
@@ -172,13 +174,13 @@ class _Chooser:
         """Where it is not to be chosen."""
         return _DENSE if self.config.embed_bits is None else self.config.embed_bits
 
-    def _frontier(self, choices: Sequence[Sequence[Storage]], goal: Goal) -> tuple[Frontier, list[int]]:
+    def _frontier(self, choices: Sequence[Sequence[Storage]]) -> tuple[Frontier, list[int]]:
         """Of the groups, and last of the embedding if its bits are to be chosen -> it, and those bits."""
         table = [
             [(self._bytes(group, storage), group.costs[storage]) for storage in each]
             for group, each in zip(self.found.groups, choices)
         ]
-        widths = [_DENSE, *self.found.embedding] if goal.nbytes is not None and self.config.embed_bits is None else []
+        widths = [_DENSE, *self.found.embedding] if self.found.embedding else []
         if widths:
             costs = {_DENSE: 0.0, **self.found.embedding}
             table.append([(sum(t.nbytes for t in self._embedding(bits)), costs[bits]) for bits in widths])
@@ -251,7 +253,13 @@ class _Chooser:
     @property
     def _uncounted(self) -> int:
         """Bytes of g_idx, which is the same for all ways to store a layer and no part of its bits."""
-        return sum(4 * self.shapes[name][1] for group in self.found.groups for name in group.layers)
+        tensors = [
+            each
+            for group in self.found.groups
+            for name in group.layers
+            for each in stored_tensors(name, self.shapes[name], next(iter(group.costs)), self.config)
+        ]
+        return sum(each.nbytes for each in tensors if each.name.endswith(".g_idx"))
 
     def _layer_bits(self, nbytes: float) -> float:
         return 8 * (nbytes - self._uncounted) / self._weights

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import GPTQError
+from ..errors import GPTQError, is_out_of_memory
 from ..timing import timed
 from .team import Team, as_tensor, from_tensor
 
@@ -119,12 +119,13 @@ def _losses() -> Iterator[None]:
     """What torch raises where another rank does not answer."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise RankLostError(
-            "another rank has ended, and this one cannot go on alone; torchrun's report below says which one; begin "
-            "the same run again, with any number of ranks: it goes on from the last finished block"
+            f"another rank has ended or cannot be reached ({str(error).partition(chr(10))[0]}), and this one cannot go "
+            "on alone; torchrun's report says which one ended; begin the same run again, with any number of ranks: "
+            "it goes on from the last finished block"
         ) from error
 
 

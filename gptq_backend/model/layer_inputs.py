@@ -14,6 +14,7 @@ from torch import Tensor
 from ..algorithm.drift import CrossMoment, make_up
 from ..algorithm.gptq import LayerFactor, prepare_factor
 from ..algorithm.hessian import Hessian
+from ..config import QuantizeConfig
 from ..distributed.team import Team, as_tensor, from_tensor
 from ..timing import timed
 from .hessian_sums import add_up
@@ -119,38 +120,57 @@ class Factors:
         seen = _Seen.by_all(self.team, self._entries, inputs)
         self._entries = [entry for entry in self._entries if entry.serial in seen.alive]
         self._drifts = {serial: drift for serial, drift in self._drifts.items() if serial in seen.alive}
-        config = target.config
-        order = (config.group_size, config.desc_act, config.static_groups, config.group_aware)  # see column_order
-        settings = (*order, config.damp_percent)
         same = [each for each in self._entries if each.serial in seen.matching and each.weighted == seen.weighted]
         weight = dense_weight(target.module).detach()
-        where = self._placement.device or weight.device, self.team
-        found = _accumulate_drift(inputs, lambda each: each.output_drift(weight), seen, tuple(weight.shape), *where)
-        drift: dict[str, Any] = {"of_output": found}
+        device = self._placement.device or weight.device
         if same:
             hessian, serial = same[0].hessian, same[0].serial
         else:
-            hessian, serial = _accumulate(inputs, seen, weight.shape[1], *where), self._made
+            hessian, serial = _accumulate(inputs, seen, weight.shape[1], device, self.team), self._made
             self._made += 1
+        of_input, of_output = self._drift(inputs, seen, weight, serial, device)
+        settings = _settings(target.config)
+        found = next((entry for entry in same if entry.settings == settings), None)
         if found is None:
-            if serial not in self._drifts:
-                shape = weight.shape[1], weight.shape[1]
-                self._drifts[serial] = _accumulate_drift(inputs, LayerInput.drift, seen, shape, *where)
-            drift = {"of_input": self._drifts[serial]}
-        for entry in same:
-            if entry.settings == settings:
-                return replace(entry, **drift)
-        self._placement.park([each.x for each in inputs])
+            self._placement.park([each.x for each in inputs])
+            factor = self._prepare(target, hessian)
+            if factor is None:
+                return None
+            refs = [weakref.ref(each.x) for each in inputs]
+            found = InputFactor(refs, serial, seen.weighted, settings, factor, hessian)
+            self._entries.append(found)
+        return replace(found, of_input=of_input, of_output=of_output)
+
+    def _drift(
+        self, inputs: list[LayerInput], seen: _Seen, weight: Tensor, serial: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Moments for an :class:`InputFactor`, at most one of the two: of the layer's output if that is added to a
+        residual, otherwise of its input, once for all layers that read the same.
+        """
+        if not seen.drifts:
+            return None, None
+        rows, channels = weight.shape
+        found = _accumulate_drift(
+            inputs, lambda each: each.output_drift(weight), seen, (rows, channels), device, self.team
+        )
+        if found is not None:
+            return None, found
+        if serial not in self._drifts:
+            self._drifts[serial] = _accumulate_drift(
+                inputs, LayerInput.drift, seen, (channels, channels), device, self.team
+            )
+        return self._drifts[serial], None
+
+    def _prepare(self, target: Target, hessian: Hessian) -> LayerFactor | None:
         if hessian.dropped:
             logger.warning("%s: dropped %d tokens with NaN or infinite inputs", target.name, hessian.dropped)
         matrix = hessian.matrix(target.name)
-        if not hessian.tokens:
-            return None
-        factor = prepare_factor(matrix, config, hessian.tokens, self.team.work)
-        refs = [weakref.ref(each.x) for each in inputs]
-        shared = InputFactor(refs, serial, seen.weighted, settings, factor, hessian)
-        self._entries.append(shared)
-        return replace(shared, **drift)
+        return prepare_factor(matrix, target.config, hessian.tokens, self.team.work) if hessian.tokens else None
+
+
+def _settings(config: QuantizeConfig) -> tuple[Any, ...]:
+    """All that a factor depends on, beside the Hessian; see column_order."""
+    return config.group_size, config.desc_act, config.static_groups, config.group_aware, config.damp_percent
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +182,7 @@ class _Seen:
     dtype: torch.dtype  # of the Hessian
     weighted: bool
     mean: Tensor | None  # of the token weights; None if they tell nothing
+    drifts: bool  # whether anything is known of what the original model feeds the layer
 
     @classmethod
     def by_all(cls, team: Team, entries: list[InputFactor], inputs: list[LayerInput]) -> _Seen:
@@ -169,17 +190,19 @@ class _Seen:
         alive = [entry.serial for entry in entries if entry.alive]
         facts = [str(torch.promote_types(each.x.dtype, torch.float32)) for each in inputs[:1]]
         weights = [weights.flatten() for _, weights in (each.used() for each in inputs) if weights is not None]
-        found = team.all_gather([as_tensor([matching, alive, facts]), *weights])
+        drifts = any(each.original is not None for each in inputs)
+        found = team.all_gather([as_tensor([matching, alive, facts, drifts]), *weights])
         said = [from_tensor(told) for told, *_ in found]
-        of_all = [set(matching) for matching, _, facts in said if facts]  # a rank without inputs knows nothing
-        dtypes = [getattr(torch, facts[0].removeprefix("torch.")) for *_, facts in said if facts]
+        of_all = [set(matching) for matching, _, facts, _ in said if facts]  # a rank without inputs knows nothing
+        dtypes = [getattr(torch, facts[0].removeprefix("torch.")) for _, _, facts, _ in said if facts]
         told = [each for _, *rest in found for each in rest]
         return cls(
-            alive={serial for _, alive, _ in said for serial in alive},
+            alive={serial for _, alive, *_ in said for serial in alive},
             matching=set.intersection(*of_all) if of_all else set(),
             dtype=dtypes[0] if dtypes else torch.float32,
             weighted=bool(told),
             mean=_mean(told) if told else None,
+            drifts=any(drifts for *_, drifts in said),
         )
 
     def relative(self, weights: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import QuantizeConfig
 from ..distributed.team import Team
 from ..errors import ConfigError
+from ..float32_products import fast_products
 from ..format.weight import QuantizedWeight
 from ..model.calibration import Batch, check_fits, make_batches
 from ..model.layer_inputs import Factors, LayerInput
@@ -39,6 +40,7 @@ from .resume import Resume
 logger = logging.getLogger(__name__)
 
 
+@fast_products()
 def quantize_model(
     model: nn.Module,
     config: QuantizeConfig,

@@ -27,7 +27,7 @@ from .scales import Training, schedule, trainable, validation_batches
 
 logger = logging.getLogger(__name__)
 
-_ROWS = 512  # positions whose distributions are compared at once
+ROWS = 256  # positions whose distributions are in memory at once: they are larger than everything else
 _SAVE_EVERY = 8  # steps between two writes of the progress
 _ENTRY = "distillation"  # in the progress
 
@@ -157,8 +157,13 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits.flatten(0, 1) if mask is None else logits[mask.bool().to(device)]
 
 
-def summed_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Summed KL(teacher || model) over rows [T, V]."""
+def summed_divergence(logits: Tensor, teacher: Tensor) -> float:
+    """Summed KL(teacher || model) in nats over rows [T, V], a part of them at a time."""
+    parts = zip(logits.split(ROWS), teacher.split(ROWS), strict=True)
+    return sum(_summed_divergence(ours, theirs).item() for ours, theirs in parts)
+
+
+def _summed_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     target, found = teacher.float().log_softmax(-1), logits.float().log_softmax(-1)
     return F.kl_div(found, target, reduction="sum", log_target=True)
 
@@ -173,8 +178,8 @@ def _backward(model: nn.Module, teacher: nn.Module, batch: Batch) -> float:
     logits = _logits(model, batch)
     target, leaf = target.to(logits.device), logits.detach().requires_grad_()
     total = 0.0
-    for rows in range(0, len(leaf), _ROWS):  # the distributions are larger than everything else
-        part = summed_divergence(leaf[rows : rows + _ROWS], target[rows : rows + _ROWS])
+    for ours, theirs in zip(leaf.split(ROWS), target.split(ROWS), strict=True):
+        part = _summed_divergence(ours, theirs)
         part.backward()
         total += part.item()
     logits.backward(leaf.grad)
@@ -187,8 +192,6 @@ def _mean_loss(model: nn.Module, teacher: nn.Module, batches: list[Batch]) -> fl
     for batch in batches:
         found = _logits(model, batch)
         target = _logits(teacher, batch).to(found.device)
-        total += sum(
-            summed_divergence(a, b).item() for a, b in zip(found.split(_ROWS), target.split(_ROWS), strict=True)
-        )
+        total += summed_divergence(found, target)
         tokens += len(found)
     return total / tokens

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .model_shapes import SHAPES
-from .options import Device, GroupSizes, HeadBits, Json, Rows, Shape, Shapes, Threads, TrustRemoteCode
+from .options import Device, GroupSizes, HeadBits, Json, Rows, Shape, Shapes, Threads, TrustRemoteCode, with_settings
 
 app = typer.Typer(
     help="Measure speed: of a layer's product, a model's generation, or quantizing.", no_args_is_help=True
@@ -138,14 +138,13 @@ def bench_model(
 
 
 @app.command("quantize")
+@with_settings
 def bench_quantize(
+    settings: dict[str, Any],
     shape: Annotated[str, typer.Option(help=f"Of the model: {', '.join(SHAPES)}.")] = "llama2-7b",
     blocks: Annotated[int, typer.Option(min=2, help="So many of its blocks are quantized.")] = 2,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration tokens (random ones).")] = 128,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 2048,
-    bits: Annotated[int, typer.Option(help="Width of a code: 2 to 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Input channels that share a scale; -1 for all of them.")] = 128,
-    quality: Annotated[str, typer.Option(help="fast or default; best needs a real model.")] = "default",
     dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
     ranks: Annotated[int, typer.Option(min=1, help="Processes that quantize together, as under torchrun.")] = 1,
     device: Device = "cpu",
@@ -155,13 +154,13 @@ def bench_quantize(
     """Time by phase and memory of quantizing blocks with random weights, and the time of the whole model from it."""
     import torch
 
-    from gptq_backend import QuantizeConfig
     from gptq_backend.bench import DTYPES, machine, threads
     from gptq_backend.distributed import joined, launched
 
     from . import bench_quantize as bench
     from . import models, terminal
     from .bench_machine import command
+    from .quantize_command import read_settings
 
     if ranks > 1 and not launched():
         bench.launch(ranks, sys.argv[1:])
@@ -171,8 +170,8 @@ def bench_quantize(
         models.require_device(place)
         terminal.check_choice("--shape", shape, SHAPES)
         terminal.check_choice("--dtype", dtype, DTYPES)
-        terminal.check_choice("--quality", quality, ("fast", "default"))
-        config = QuantizeConfig(bits=bits, group_size=group_size, quality=quality)
+        config = read_settings(settings)
+        bench.check_settings(config)
         where = torch.device(place)
         with threads(thread_count), console.status("quantizing", spinner="line"):
             described = machine.describe_machine(where, command())

@@ -121,6 +121,15 @@ def run(
     )
 
 
+def check_settings(config: QuantizeConfig) -> None:
+    """Raises GPTQError for those that random weights tell nothing of."""
+    if config.preset.trains:
+        raise GPTQError(
+            f"bench quantize has random weights, and quality={config.quality} trains them (block_epochs, "
+            "distill_epochs); expected fast or default"
+        )
+
+
 def launch(ranks: int, arguments: Sequence[str]) -> None:
     """Start as many processes of ``gptq-backend`` with these arguments as torchrun would.
 

@@ -69,7 +69,7 @@ def budget_curve(plan: Mapping[str, Any]) -> str:
     points = [(size, value) for size, value in plan["curve"] if value > 0]
     sizes = [size for size, _ in points]
     low, high = math.log10(min(value for _, value in points)), math.log10(max(value for _, value in points))
-    base, left = _HEIGHT - _BOTTOM, 0.0
+    base = _HEIGHT - _BOTTOM
     parts = []
     labels = {share: significant(10 ** (low + share * (high - low))) for share in (0.0, 0.5, 1.0)}
     left = max(map(len, labels.values())) * _CHARACTER + _SPACE

@@ -84,7 +84,7 @@ def run(asked: Request, json_target: str | None) -> None:
     if asked.robustness is not None and content is not None and reference is not None:
         short = evaluate.cut_windows(content, tokenizer, min(_ATTACKED, asked.seqlen), asked.windows)
         with _counted(console, "attacked window") as count:
-            attacked = robustness.measure(model, reference, short, asked.robustness, count)
+            attacked = robustness.measure(model, reference, short, asked.robustness, tokenizer.all_special_ids, count)
         found["robustness"] = dataclasses.asdict(attacked)
         say("\n".join(robustness.lines(attacked)))
     terminal.write_json(json_target, found)

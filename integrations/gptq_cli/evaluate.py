@@ -158,11 +158,16 @@ def _summarize(figures: Sequence[Mapping[str, Any]], seconds: float, ids: Tensor
         result.update(
             reference_perplexity=math.exp(min(sum(found["reference_nll"]) / predicted, 700.0)),
             kld=kld.mean().item(),
-            kld_stderr=(kld.mean(1).std() / windows**0.5).item() if windows > 1 else None,
+            kld_stderr=standard_error(kld.mean(1)),
             kld_p99=float(np.quantile(kld.numpy(), 0.99)),  # torch's refuses more than 16 million values
             top1_agreement=torch.stack(found["agree"]).double().mean().item(),
         )
     return Evaluation(**result)
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of values [W] of one window each; None for one window."""
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
 
 
 def check_limits(model: nn.Module, ids: Tensor) -> None:

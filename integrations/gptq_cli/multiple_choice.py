@@ -22,7 +22,7 @@ from gptq_backend import GPTQError
 from .evaluate import check_limits
 from .formatting import percent
 from .models import model_limits
-from .terminal import read_text
+from .terminal import json_lines, read_text
 
 _BEGIN = "\nQ: "  # what BIG-bench puts before a question where a task says nothing
 _ANSWER = "\nA: "  # and before the answer
@@ -84,13 +84,7 @@ _EXPECTED = (
 
 def _read_lines(text: str) -> list[Item]:
     found = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
+    for number, line, entry in json_lines(text):
         item = _read_line(entry) if isinstance(entry, dict) else None
         if item is None:
             raise ValueError(f"line {number} is {line[:80]!r}")

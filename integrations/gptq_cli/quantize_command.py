@@ -88,7 +88,7 @@ def run(
     """
     with joined(device) as (team, place):
         console, _ = terminal.start(json_target, "gptq_backend.kernels.table", quiet=not team.first)  # only packed here
-        config = QuantizeConfig(**{**settings, "dynamic": _parse_rules(settings["dynamic"])})
+        config = read_settings(settings)
         models.require_model(model)
         models.require_device(place)
         repo = None if push_to is None else publish.check_access(push_to)
@@ -205,6 +205,15 @@ def _dtype_that_fits(out: Path, model: str, device: str, trust_remote_code: bool
         model,
     )
     return None
+
+
+def read_settings(settings: Mapping[str, Any]) -> QuantizeConfig:
+    """From the options of a command (see options.with_settings); of these, ``dynamic`` is JSON.
+
+    Raises:
+        GPTQError: they do not fit together.
+    """
+    return QuantizeConfig(**{**settings, "dynamic": _parse_rules(settings["dynamic"])})
 
 
 def _parse_rules(text: str | None) -> dict[str, dict[str, Any]] | None:

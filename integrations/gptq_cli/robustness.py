@@ -8,7 +8,7 @@ something else than one that also works on the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gptq_backend import GPTQError
 
-from .evaluate import check_limits
+from .evaluate import check_limits, standard_error
 from .formatting import significant, with_error
 
 _CANDIDATES = 32  # swaps that look best by the gradient and are tried
@@ -58,6 +58,7 @@ def measure(
     reference: nn.Module,
     windows: Tensor,
     swaps: int,
+    excluded: Sequence[int] = (),
     on_window: Callable[[int, int], None] | None = None,
 ) -> Robustness:
     """Attack both models on the same windows.
@@ -65,6 +66,7 @@ def measure(
     Args:
         windows: int64 [W, T].
         swaps: tokens to swap in each window, one after another.
+        excluded: tokens that none is swapped for, such as those that begin and end texts.
 
     Raises:
         GPTQError: a window is too short for so many swaps or too long for a model, or a loss is not finite.
@@ -75,7 +77,7 @@ def measure(
     for each in models.values():
         check_limits(each, windows)
     for done, window in enumerate(windows, 1):
-        found = {"none": window, **{name: attack(each, window, swaps) for name, each in models.items()}}
+        found = {"none": window, **{name: attack(each, window, swaps, excluded) for name, each in models.items()}}
         for who, each in models.items():
             for swapped, ids in found.items():
                 rows[f"{who} {swapped}"].append(losses(each, ids[None]).item())
@@ -84,13 +86,16 @@ def measure(
     return _summarize({key: torch.tensor(values).double() for key, values in rows.items()}, windows.shape, swaps)
 
 
-def attack(model: nn.Module, window: Tensor, swaps: int) -> Tensor:
-    """``window`` int64 [T] with ``swaps`` tokens of its first half but the first replaced, greedily by gradients."""
-    window = window.clone()
+def attack(model: nn.Module, window: Tensor, swaps: int, excluded: Sequence[int] = ()) -> Tensor:
+    """``window`` int64 [T] with ``swaps`` tokens of its first half but the first replaced, greedily by gradients, by
+    tokens that are not ``excluded``.
+    """
+    window, embeddings = window.clone(), _embeddings(model)
     used: list[int] = [0]  # the beginning-of-text token, where there is one
     for _ in range(swaps):
-        scores = _gains(model, window)  # [T // 2, V]
+        scores = _gains(model, embeddings, window)  # [T // 2, V]
         scores[used] = -math.inf
+        scores[:, [token for token in excluded if token < scores.shape[1]]] = -math.inf
         best = scores.flatten().topk(min(_CANDIDATES, scores[0].numel())).indices
         places, tokens = best // scores.shape[1], best % scores.shape[1]
         tried = window.repeat(len(best), 1)
@@ -111,20 +116,25 @@ def losses(model: nn.Module, ids: Tensor) -> Tensor:
     return found
 
 
-def _gains(model: nn.Module, window: Tensor) -> Tensor:
-    """By how much each swap in the first half would raise the loss if it were linear: [T // 2, V] on the CPU."""
+@torch.no_grad()
+def _embeddings(model: nn.Module) -> Tensor:
+    """Of all tokens, whatever the table is made of: float32 [V, D]."""
     table = model.get_input_embeddings()  # type: ignore[operator]
+    rows: Tensor = table(torch.arange(table.num_embeddings, device=next(model.parameters()).device))
+    return rows.float()
+
+
+def _gains(model: nn.Module, embeddings: Tensor, window: Tensor) -> Tensor:
+    """By how much each swap in the first half would raise the loss if it were linear: [T // 2, V] on the CPU."""
     half = len(window) // 2
-    vocabulary = torch.arange(table.num_embeddings, device=next(model.parameters()).device)
     with torch.no_grad():
-        rows = table(vocabulary).float()  # [V, D], whatever the table is made of
-        x = table(window.to(vocabulary.device)[None])
+        x = model.get_input_embeddings()(window.to(embeddings.device)[None])  # type: ignore[operator]
     with torch.enable_grad():
         x = x.requires_grad_()
         (gradient,) = torch.autograd.grad(_losses(model, window[None], inputs_embeds=x).sum(), x)
     gradient = gradient[0, :half].float()
     now = (gradient * x.detach()[0, :half].float()).sum(-1, keepdim=True)
-    return (gradient @ rows.T - now).cpu()
+    return (gradient @ embeddings.T - now).cpu()
 
 
 def _losses(model: nn.Module, ids: Tensor, **inputs: Tensor) -> Tensor:
@@ -147,18 +157,14 @@ def _summarize(rows: Mapping[str, Tensor], shape: torch.Size, swaps: int) -> Rob
         loss=rows["model none"].mean().item(),
         reference_loss=rows["reference none"].mean().item(),
         rise=own.mean().item(),
-        rise_stderr=_stderr(own),
+        rise_stderr=standard_error(own),
         reference_rise=other.mean().item(),
-        reference_rise_stderr=_stderr(other),
+        reference_rise_stderr=standard_error(other),
         difference=(own - other).mean().item(),
-        difference_stderr=_stderr(own - other),
+        difference_stderr=standard_error(own - other),
         transferred=rise("model", "reference").mean().item(),
         transferred_back=rise("reference", "model").mean().item(),
     )
-
-
-def _stderr(values: Tensor) -> float | None:
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
 
 
 def lines(result: Robustness) -> Iterator[str]:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,18 @@ def read_text(path: Path) -> str:
         raise GPTQError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
 
 
+def json_lines(text: str) -> Iterator[tuple[int, str, Any]]:
+    """The number, the text and the value of each line of a ``.jsonl`` file that is not empty; None for no JSON."""
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):  # the second of brackets in brackets
+            value = None
+        yield number, line, value
+
+
 def read_calibration(path: Path) -> list[str]:
     """Calibration texts: a ``.jsonl`` file has one per line (a string, or an object with ``text``), any other is one.
 
@@ -182,13 +194,7 @@ def read_calibration(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [text]
     texts = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):  # of brackets in brackets
-            entry = None
+    for number, _, entry in json_lines(text):
         entry = entry.get("text") if isinstance(entry, dict) else entry
         if not isinstance(entry, str):
             raise CalibrationError(f'{path}, line {number}: expected a JSON string, or an object with a string "text"')

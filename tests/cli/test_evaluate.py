@@ -12,29 +12,16 @@ import torch
 pytest.importorskip("transformers")
 
 from huggingface_hub import HfApi
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
 from gptq_backend import GPTQError
 from gptq_cli import evaluate as module
 from gptq_cli.evaluate import cut_windows, evaluate
 from gptq_cli.models import is_quantized, load_model, require_device, require_model
+from tests.cli.tiny_models import tiny_llama
 
 
-def _tiny(**changes: int) -> LlamaForCausalLM:
-    settings = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
-
-
-def _perturbed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def _perturbed(model: nn.Module) -> nn.Module:
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -44,7 +31,7 @@ def _perturbed(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def test_figures_equal_the_plain_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ROWS", 5)  # windows of 16 then end in the middle of a chunk
-    reference = _tiny()
+    reference = tiny_llama()
     model = _perturbed(reference)
     ids = torch.randint(64, (3, 16))
     result = evaluate(model, ids, reference)
@@ -64,7 +51,7 @@ def test_figures_equal_the_plain_formulas(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
-    model = _tiny()
+    model = tiny_llama()
     result = evaluate(model, torch.randint(64, (2, 16)), model)
     assert result.kld == pytest.approx(0, abs=1e-7)
     assert result.kld_p99 == pytest.approx(0, abs=1e-6)
@@ -73,7 +60,7 @@ def test_a_model_does_not_diverge_from_itself() -> None:
 
 
 def test_without_reference_there_is_no_divergence_and_one_window_has_no_error() -> None:
-    model = _tiny()
+    model = tiny_llama()
     ids = torch.randint(64, (1, 16))
     alone = evaluate(model, ids)
     assert (alone.kld, alone.kld_stderr, alone.kld_p99, alone.top1_agreement) == (None, None, None, None)
@@ -81,7 +68,7 @@ def test_without_reference_there_is_no_divergence_and_one_window_has_no_error() 
 
 
 def test_tokens_that_the_reference_rules_out_do_not_make_nan() -> None:
-    reference = _tiny()
+    reference = tiny_llama()
     model = _perturbed(reference)
 
     def forbid(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
@@ -96,7 +83,7 @@ def test_tokens_that_the_reference_rules_out_do_not_make_nan() -> None:
 
 
 def test_nan_logits_are_named_not_averaged() -> None:
-    model = _tiny()
+    model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     with pytest.raises(GPTQError, match="the model's logits are NaN"):
@@ -105,14 +92,14 @@ def test_nan_logits_are_named_not_averaged() -> None:
 
 def test_windows_longer_than_the_model_can_read_are_refused() -> None:
     with pytest.raises(GPTQError, match="exceed the model's 32 positions; use a smaller seqlen"):
-        evaluate(_tiny(), torch.randint(64, (1, 33)))
+        evaluate(tiny_llama(), torch.randint(64, (1, 33)))
 
 
 def test_a_reference_with_another_vocabulary_is_refused() -> None:
     with pytest.raises(GPTQError, match="must have the same vocabulary"):
-        evaluate(_tiny(), torch.randint(64, (1, 16)), _tiny(vocab_size=96))
+        evaluate(tiny_llama(), torch.randint(64, (1, 16)), tiny_llama(vocab_size=96))
     with pytest.raises(GPTQError, match="outside the model's vocabulary of 64"):
-        evaluate(_tiny(), torch.full((1, 16), 64))
+        evaluate(tiny_llama(), torch.full((1, 16), 64))
 
 
 def test_windows_come_from_the_start_of_the_text_and_a_short_text_is_refused() -> None:

@@ -13,20 +13,16 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
 from gptq_backend import GPTQError
 from gptq_cli import multiple_choice as module
 from gptq_cli.multiple_choice import Item, answer, check_lengths, encode, lines, log_likelihoods, read_items
+from tests.cli.tiny_models import tiny_llama
 
 
-def _model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **sizes))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+def _model(seed: int) -> nn.Module:
+    return tiny_llama(seed, spread=0.3, num_hidden_layers=1, max_position_embeddings=64)
 
 
 def _tokenizer(text: str) -> dict[str, list[int]]:

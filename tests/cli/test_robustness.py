@@ -11,21 +11,17 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
 from gptq_backend import GPTQError
 from gptq_cli import robustness as module
 from gptq_cli.models import load_model
 from gptq_cli.robustness import attack, lines, losses, measure
+from tests.cli.tiny_models import tiny_llama
 
 
-def _model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=48, max_position_embeddings=32, **sizes))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+def _model(seed: int) -> nn.Module:
+    return tiny_llama(seed, spread=0.2, vocab_size=48)
 
 
 def test_swaps_touch_only_the_first_half_and_each_place_once() -> None:
@@ -34,6 +30,15 @@ def test_swaps_touch_only_the_first_half_and_each_place_once() -> None:
     changed = (attacked != window).nonzero().flatten().tolist()
     assert 0 < len(changed) <= 5
     assert all(1 <= place < 8 for place in changed)
+
+
+def test_excluded_tokens_are_never_swapped_in() -> None:
+    window = torch.zeros(16, dtype=torch.int64)
+    plain, model = attack(_model(0), window, 5), _model(0)
+    excluded = sorted(set(plain.tolist()) - {0})
+    found = set(attack(model, window, 5, [*excluded, 10**6]).tolist()) - {0}
+    assert found
+    assert not found & set(excluded)
 
 
 def test_one_swap_found_by_gradients_is_nearly_the_best_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +55,7 @@ def test_one_swap_found_by_gradients_is_nearly_the_best_of_all(monkeypatch: pyte
 
 def test_the_gradient_is_that_of_the_loss() -> None:
     model, window = _model(0).double(), torch.randint(48, (8,), generator=torch.Generator().manual_seed(2))
-    gains = module._gains(model, window)
+    gains = module._gains(model, module._embeddings(model), window)
     table = model.get_input_embeddings().weight.detach()
     step = 1e-2  # the loss is in float32
     for place, token in ((1, 5), (3, 40)):
