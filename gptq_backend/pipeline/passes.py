@@ -153,6 +153,7 @@ class Passes:
                 self._drifts = Drifts(hooks, self._here, self.layers.placement.aside)
             self._set_hooks(hooks)
             lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
+        self._drifts = None  # its activations of the last block
 
     def _arrivals(self, target: Target) -> list[LayerInput]:
         """What passes are about to feed a layer, by batch; they may have come one before the other."""
