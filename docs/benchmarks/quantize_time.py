@@ -1,4 +1,4 @@
-"""CPU seconds of quantizing blocks by quality, with float32 products by oneDNN and by torch's default, in turns.
+"""Seconds of quantizing blocks by quality, with float32 products by oneDNN and by torch's default, in turns.
 
     python docs/benchmarks/quantize_time.py --json docs/benchmarks/quantize-cpu-avx512.json
 
