@@ -87,9 +87,27 @@ void rotate(const Rows& shape, int heads, const Norm* norm, const Rotary& rotary
     });
 }
 
+namespace {
+
+// Rows that share keys are computed together: keys and values are read, and turned into float32, once for all of them.
+void attend_prompt(const Attention& a, int64_t elements, int threads) {
+    const int at_once = prompt_rows(a), tiles = (a.rows + at_once - 1) / at_once;
+    const RowKernels& rows = *level().rows;
+    share_elements(a.batch * a.kv_heads * tiles, elements, threads, [&](int i) {
+        thread_local Scratch<float> scratch;
+        // The last tiles see most without a mask: they come first.
+        const int tile = tiles - 1 - i % tiles, kv = i / tiles % a.kv_heads, first = tile * at_once;
+        rows.attend_prompt(a, i / tiles / a.kv_heads, kv, first, std::min(at_once, a.rows - first),
+                           scratch.reserve(prompt_scratch(a)));
+    });
+}
+
+}  // namespace
+
 void attend(const Attention& a, int threads) {
     const int group = a.heads / a.kv_heads, parts = (group + kHeadsAtOnce - 1) / kHeadsAtOnce;
     const int64_t elements = int64_t(a.batch) * a.rows * a.heads * a.length * (a.head_dim + a.value_dim);
+    if (a.rows > kDotRows && group <= kQueries) return attend_prompt(a, elements, threads);
     const RowKernels& rows = *level().rows;
     share_elements(a.batch * a.rows * a.kv_heads * parts, elements, threads, [&](int i) {
         const int part = i % parts, kv = i / parts % a.kv_heads, row = i / parts / a.kv_heads;

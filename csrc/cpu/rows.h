@@ -77,6 +77,24 @@ struct RowKernels {
     void (*widen)(Dtype, const void* x, float* y, int n);  // to float32
     // Heads [head, head + count) of one row; they have the same keys, and count is at most kHeadsAtOnce.
     void (*attend)(const Attention&, int batch, int row, int head, int count);
+    // Rows [first, first + count) and all heads of one key; count is at most prompt_rows(), scratch what it says.
+    void (*attend_prompt)(const Attention&, int batch, int kv, int first, int count, float* scratch);
 };
+
+constexpr int kQueries = 192;   // that are computed together in a prompt: of as many rows, all heads that share keys
+constexpr int kPositions = 64;  // that are looked at between two corrections of the running maximum
+
+inline int padded(int n) {
+    return (n + kStrip - 1) / kStrip * kStrip;
+}
+
+inline int prompt_rows(const Attention& a) {
+    return kQueries / (a.heads / a.kv_heads);
+}
+
+// Floats: queries and sums, keys and values, masks.
+inline size_t prompt_scratch(const Attention& a) {
+    return (kQueries + kPositions) * (padded(a.head_dim) + padded(a.value_dim)) + kQueries * kPositions;
+}
 
 }  // namespace gptq

@@ -211,21 +211,46 @@ void rotate(const Rotary& rotary, Dtype dtype, const void* cos, const void* sin,
 
 // -- attention -------------------------------------------------------------------------------------------------------
 
-constexpr int kPositions = 64;  // that are looked at between two corrections of the running maximum
 // Scores up to this one are not seen: below them are -infinity, and the least number that dtypes other than fp16 hold.
 constexpr float kHidden = -3.0e38f;
+
+// Of one query: what a pass over the positions keeps, beside the sums [width] of values.
+struct Softmax {
+    float largest, total;
+
+    // Turns scores into powers relative to the largest so far, and corrects what came before. Room for whole kWide.
+    GPTQ_INLINE void soften(float* scores, int count, float* sums, int width) {
+        const int whole = (count + kWide - 1) / kWide * kWide;
+        for (int p = count; p < whole; ++p) scores[p] = -__builtin_inff();
+        float most[kWide], more[kWide] = {}, found = largest;
+        for (int i = 0; i < kWide; ++i) most[i] = largest;
+        for (int p = 0; p < whole; p += kWide) {
+            for (int i = 0; i < kWide; ++i) most[i] = scores[p + i] > most[i] ? scores[p + i] : most[i];
+        }
+        for (int i = 0; i < kWide; ++i) found = most[i] > found ? most[i] : found;
+        if (found > largest) {
+            const float correction = largest > kHidden ? exponential(largest - found) : 0.0f;
+            for (int i = 0; i < width; ++i) sums[i] *= correction;
+            total *= correction;
+            largest = found;
+        }
+        for (int p = 0; p < whole; p += kWide) {
+            for (int i = 0; i < kWide; ++i) {  // NaN stays
+                scores[p + i] = scores[p + i] <= kHidden ? 0.0f : exponential(scores[p + i] - found);
+                more[i] += scores[p + i];
+            }
+        }
+        for (int i = 0; i < kWide; ++i) total += more[i];
+    }
+};
 
 // Of up to kHeadsAtOnce heads: what a pass over the positions keeps.
 struct Heads {
     alignas(64) float q[kHeadsAtOnce][kMaxHead];
     alignas(64) float sums[kHeadsAtOnce][kMaxHead];
     alignas(64) float scores[kHeadsAtOnce][kPositions];
-    float largest[kHeadsAtOnce], total[kHeadsAtOnce];
+    Softmax softmax[kHeadsAtOnce];
 };
-
-GPTQ_INLINE int padded(int n) {
-    return (n + kStrip - 1) / kStrip * kStrip;
-}
 
 template <class Isa>
 GPTQ_INLINE float dot(const float* a, const float* b, int n) {
@@ -266,21 +291,27 @@ GPTQ_INLINE void score(const Attention& a, Heads& h, const char* keys, int count
     }
 }
 
-// Turns scores into powers relative to the largest so far, and corrects what came before.
-GPTQ_INLINE void soften(Heads& h, int g, int count, int width) {
-    float* scores = h.scores[g];
-    float largest = h.largest[g];
-    for (int p = 0; p < count; ++p) largest = scores[p] > largest ? scores[p] : largest;
-    if (largest > h.largest[g]) {
-        const float correction = h.largest[g] > kHidden ? exponential(h.largest[g] - largest) : 0.0f;
-        for (int i = 0; i < width; ++i) h.sums[g][i] *= correction;
-        h.total[g] *= correction;
-        h.largest[g] = largest;
+template <class Isa>
+GPTQ_INLINE Softmax begin_softmax(const Attention& a, int head) {
+    Softmax found = {kHidden, 0.0f};
+    if (a.sinks) {
+        to_float<Isa>(a.sinks_dtype, element(a.sinks, a.sinks_dtype, head), &found.largest, 1);
+        found.total = 1.0f;  // e to the power of its score less the largest
     }
-    for (int p = 0; p < count; ++p) {  // NaN stays
-        scores[p] = scores[p] <= kHidden ? 0.0f : exponential(scores[p] - largest);
-    }
-    for (int p = 0; p < count; ++p) h.total[g] += scores[p];
+    return found;
+}
+
+GPTQ_INLINE void cap(const Attention& a, float* scores, int count) {
+    if (a.softcap == 0.0f) return;
+    for (int p = 0; p < count; ++p) scores[p] = a.softcap * hyperbolic_tangent(scores[p] / a.softcap);
+}
+
+template <class Isa>
+GPTQ_INLINE void write_result(const Attention& a, int batch, int row, int head, float total, float* sums) {
+    const float inverse = total != 0.0f ? 1.0f / total : 0.0f;
+    for (int i = 0; i < a.value_dim; ++i) sums[i] *= inverse;
+    const int64_t at = (int64_t(batch * a.rows + row) * a.heads + head) * a.value_dim;
+    from_float<Isa>(a.dtype, sums, element(a.out, a.dtype, at), a.value_dim);
 }
 
 template <class Isa>
@@ -313,12 +344,7 @@ void attend(const Attention& a, int batch, int row, int head, int heads) {
         to_float<Isa>(a.dtype, element(a.q, a.dtype, at), h.q[g], a.head_dim);
         for (int i = 0; i < a.head_dim; ++i) h.q[g][i] *= a.scale;
         for (int i = 0; i < v_width; ++i) h.sums[g][i] = 0.0f;
-        h.largest[g] = kHidden;
-        h.total[g] = 0.0f;
-        if (a.sinks) {
-            to_float<Isa>(a.sinks_dtype, element(a.sinks, a.sinks_dtype, head + g), &h.largest[g], 1);
-            h.total[g] = 1.0f;  // e to the power of its score less the largest
-        }
+        h.softmax[g] = begin_softmax<Isa>(a, head + g);
     }
     const char* keys = static_cast<const char*>(element(a.keys, a.dtype, batch * a.k_strides[0] + kv * a.k_strides[1]));
     const char* values =
@@ -335,29 +361,144 @@ void attend(const Attention& a, int batch, int row, int head, int heads) {
         }
         score<Isa>(a, h, keys + first * a.k_strides[2] * size, count, heads);
         for (int g = 0; g < heads; ++g) {
-            if (a.softcap != 0.0f) {
-                for (int p = 0; p < count; ++p) {
-                    h.scores[g][p] = a.softcap * hyperbolic_tangent(h.scores[g][p] / a.softcap);
-                }
-            }
+            cap(a, h.scores[g], count);
             if (a.mask) {
                 for (int p = 0; p < count; ++p) h.scores[g][p] += hidden[p];
             }
-            soften(h, g, count, v_width);
+            h.softmax[g].soften(h.scores[g], count, h.sums[g], v_width);
         }
         gather_values<Isa>(a, h, values + first * a.v_strides[2] * size, count, heads);
     }
     for (int g = 0; g < heads; ++g) {
-        const float inverse = h.total[g] != 0.0f ? 1.0f / h.total[g] : 0.0f;
-        for (int i = 0; i < a.value_dim; ++i) h.sums[g][i] *= inverse;
-        const int64_t at = (int64_t(batch * a.rows + row) * a.heads + head + g) * a.value_dim;
-        from_float<Isa>(a.dtype, h.sums[g], element(a.out, a.dtype, at), a.value_dim);
+        write_result<Isa>(a, batch, row, head + g, h.softmax[g].total, h.sums[g]);
+    }
+}
+
+// c [4][columns] = a [4][inner] @ b [inner][columns], or added to it. All lie in whole vectors of kStrip floats.
+template <class Isa, bool adds, int vectors>
+GPTQ_INLINE void multiply_four(const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride,
+                               int inner, int first) {
+    using Vec = Vectors<Isa::lanes>;
+    using F = typename Vec::F;
+    F sums[4][vectors];
+    GPTQ_UNROLL for (int r = 0; r < 4; ++r) {
+        GPTQ_UNROLL for (int v = 0; v < vectors; ++v) {
+            sums[r][v] = adds ? Vec::template load<F>(c + r * c_stride + first + v * Isa::lanes) : F{};
+        }
+    }
+    for (int k = 0; k < inner; ++k) {
+        const float* row = b + int64_t(k) * b_stride + first;
+        GPTQ_UNROLL for (int v = 0; v < vectors; ++v) {
+            const F found = Vec::template load<F>(row + v * Isa::lanes);
+            GPTQ_UNROLL for (int r = 0; r < 4; ++r) sums[r][v] += Vec::splat(a[r * a_stride + k]) * found;
+        }
+    }
+    GPTQ_UNROLL for (int r = 0; r < 4; ++r) {
+        GPTQ_UNROLL for (int v = 0; v < vectors; ++v) {
+            Vec::store(c + r * c_stride + first + v * Isa::lanes, sums[r][v]);
+        }
+    }
+}
+
+template <class Isa, bool adds>
+GPTQ_INLINE void multiply_four(const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride,
+                               int inner, int columns) {
+    constexpr int vectors = Isa::lanes >= 16 ? 4 : 2;  // as many sums as the registers of a level hold
+    int first = 0;
+    for (; first + vectors * Isa::lanes <= columns; first += vectors * Isa::lanes) {
+        multiply_four<Isa, adds, vectors>(a, a_stride, b, b_stride, c, c_stride, inner, first);
+    }
+    for (; first < columns; first += Isa::lanes) {
+        multiply_four<Isa, adds, 1>(a, a_stride, b, b_stride, c, c_stride, inner, first);
+    }
+}
+
+// Keys of up to kPositions positions as columns [head_dim][kPositions], and their values [kPositions][width].
+template <class Isa>
+void load_positions(const Attention& a, const char* keys, const char* values, int count, float* k, float* v) {
+    alignas(64) float key[kMaxHead];
+    const int size = size_of(a.dtype), width = padded(a.value_dim);
+    for (int p = 0; p < kPositions; ++p) {
+        if (p < count) {
+            to_float<Isa>(a.dtype, keys + p * a.k_strides[2] * size, key, a.head_dim);
+            to_float<Isa>(a.dtype, values + p * a.v_strides[2] * size, v + p * width, a.value_dim);
+            for (int i = 0; i < a.head_dim; ++i) k[i * kPositions + p] = key[i];
+            for (int i = a.value_dim; i < width; ++i) v[p * width + i] = 0.0f;
+        } else {
+            for (int i = 0; i < a.head_dim; ++i) k[i * kPositions + p] = 0.0f;
+        }
     }
 }
 
 template <class Isa>
-constexpr RowKernels row_kernels = {normalize<Isa>, add<Isa>,  activate<Isa>, rotate<Isa>,
-                                    combine<Isa>,   dots<Isa>, widen<Isa>,    attend<Isa>};
+void attend_prompt(const Attention& a, int batch, int kv, int first_row, int rows, float* scratch) {
+    const int size = size_of(a.dtype), group = a.heads / a.kv_heads, queries = rows * group;
+    const int k_width = padded(a.head_dim), v_width = padded(a.value_dim);
+    float* const q = scratch;  // [kQueries][k_width], query i is head i % group of row i / group
+    float* const sums = q + kQueries * k_width;
+    float* const k = sums + kQueries * v_width;
+    float* const v = k + k_width * kPositions;
+    float* const hidden = v + kPositions * v_width;  // [rows][kPositions]
+    alignas(64) float scores[4][kPositions];
+    Softmax softmax[kQueries];
+    for (int i = 0; i < (queries + 3) / 4 * 4; ++i) {
+        float* const one = q + i * k_width;
+        for (int j = 0; j < k_width; ++j) one[j] = 0.0f;
+        for (int j = 0; j < v_width; ++j) sums[i * v_width + j] = 0.0f;
+        if (i >= queries) continue;
+        const int row = first_row + i / group, head = kv * group + i % group;
+        const int64_t at = batch * a.q_strides[0] + row * a.q_strides[1] + head * a.q_strides[2];
+        to_float<Isa>(a.dtype, element(a.q, a.dtype, at), one, a.head_dim);
+        for (int j = 0; j < a.head_dim; ++j) one[j] *= a.scale;
+        softmax[i] = begin_softmax<Isa>(a, head);
+    }
+    const char* keys = static_cast<const char*>(element(a.keys, a.dtype, batch * a.k_strides[0] + kv * a.k_strides[1]));
+    const char* values =
+        static_cast<const char*>(element(a.values, a.dtype, batch * a.v_strides[0] + kv * a.v_strides[1]));
+    const int before = a.length - a.rows;  // positions that every row sees, where no mask tells
+    const int end = a.mask ? a.length : before + first_row + rows;
+    for (int first = 0; first < end; first += kPositions) {
+        const int count = end - first < kPositions ? end - first : kPositions;
+        bool any = !a.mask;
+        for (int r = 0; a.mask && r < rows; ++r) {
+            const int64_t at = batch * a.mask_strides[0] + (first_row + r) * a.mask_strides[1];
+            const void* mask = static_cast<const char*>(a.mask) + at * (a.mask_is_bool ? 1 : size);
+            any |= load_mask<Isa>(a, mask, first, count, hidden + r * kPositions);
+        }
+        if (!any) continue;
+        load_positions<Isa>(a, keys + first * a.k_strides[2] * size, values + first * a.v_strides[2] * size, count, k,
+                            v);
+        for (int i = 0; i < queries; i += 4) {
+            const int some = queries - i < 4 ? queries - i : 4;
+            // Without a mask, the last of the four sees most.
+            if (!a.mask && before + first_row + (i + some - 1) / group < first) continue;
+            multiply_four<Isa, false>(q + i * k_width, k_width, k, kPositions, scores[0], kPositions, a.head_dim,
+                                      kPositions);
+            for (int r = 0; r < some; ++r) {
+                const int row = (i + r) / group;
+                cap(a, scores[r], count);
+                int seen = count;
+                if (a.mask) {
+                    for (int p = 0; p < count; ++p) scores[r][p] += hidden[row * kPositions + p];
+                } else {
+                    const int last = before + first_row + row - first;
+                    seen = last < 0 ? 0 : (last + 1 < count ? last + 1 : count);
+                }
+                softmax[i + r].soften(scores[r], seen, sums + (i + r) * v_width, v_width);
+                for (int p = seen; p < count; ++p) scores[r][p] = 0.0f;
+            }
+            multiply_four<Isa, true>(scores[0], kPositions, v, v_width, sums + i * v_width, v_width, count, v_width);
+        }
+    }
+    for (int i = 0; i < queries; ++i) {
+        write_result<Isa>(a, batch, first_row + i / group, kv * group + i % group, softmax[i].total,
+                          sums + i * v_width);
+    }
+}
+
+template <class Isa>
+constexpr RowKernels row_kernels = {normalize<Isa>, add<Isa>,   activate<Isa>, rotate<Isa>,       combine<Isa>,
+                                    dots<Isa>,      widen<Isa>, attend<Isa>,   attend_prompt<Isa>};
 
 }  // namespace
 }  // namespace gptq

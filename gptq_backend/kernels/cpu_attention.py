@@ -1,4 +1,4 @@
-"""Rotary positions, and attention of a few rows over a cache, on a CPU (csrc/cpu/block.h)."""
+"""Rotary positions, and attention over a cache, on a CPU (csrc/cpu/block.h)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from .cpu_tensors import address, describe, dtype_code, vector_code
 # the first half of a row (GLM); halves, with the angles of pairs in a row that is half as long (gpt-oss).
 PAIRS = {"halves": 0, "neighbours": 1, "neighbours_by_pair": 2, "halves_by_pair": 3}
 MAX_HEAD = 512  # channels
+FEW_ROWS = 8  # of queries, up to which attend is faster than torch's attention wherever it was measured
+
+
+def serves_prompts() -> bool:
+    """Whether :func:`attend` is the faster one for any number of rows: on x86 CPUs without matrix units (AMX), which
+    torch's attention uses.
+    """
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # since torch 2.6
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not amx()
 
 
 def channels(pairs: str, dims: int) -> int:
@@ -90,7 +99,7 @@ def attend(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of a few query rows over a cache.
+    """Attention of query rows over a cache: of a step, or of a prompt.
 
     Args:
         q: [B, T, H, D] with any strides, but channels side by side.

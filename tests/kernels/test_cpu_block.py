@@ -188,7 +188,7 @@ orders = st.sampled_from(["contiguous", "transposed", "part of more", "part of c
 
 @given(
     batch=st.integers(1, 3),
-    rows=st.integers(1, 8),
+    rows=st.one_of(st.integers(1, 8), st.sampled_from([9, 21, 64, 65, 130])),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 9),
     head_dim=st.sampled_from([1, 7, 16, 40, 64, 100, 512]),
@@ -351,16 +351,17 @@ def test_nan_reaches_its_own_row_only(rows: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("where", ["q", "keys", "values", "mask"])
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
-def test_nan_that_attention_sees_is_not_lost(where: str, softcap: float) -> None:
-    tensors = {"q": torch.randn(1, 2, 4, 16), "keys": torch.randn(1, 2, 70, 16), "values": torch.randn(1, 2, 70, 16)}
-    tensors["mask"] = torch.zeros(1, 1, 2, 70)
+@pytest.mark.parametrize("rows", [2, 30])
+def test_nan_that_attention_sees_is_not_lost(where: str, softcap: float, rows: int) -> None:
+    tensors = {"q": torch.randn(1, rows, 4, 16), "keys": torch.randn(1, 2, 70, 16), "values": torch.randn(1, 2, 70, 16)}
+    tensors["mask"] = torch.zeros(1, 1, rows, 70)
     clean = cpu_attention.attend(*tensors.values(), 0.25, softcap)
     tensors[where][(0, 1, 0, 3) if where != "mask" else (0, 0, 1, 66)] = float("nan")
     y = cpu_attention.attend(*tensors.values(), 0.25, softcap)
     spoiled = {
         "q": y[0, 1, :16],
         "keys": y[0, :, 32:],
-        "values": y.view(2, 4, 16)[:, 2:, 3],
+        "values": y.view(rows, 4, 16)[:, 2:, 3],
         "mask": y[0, 1],
     }[where]
     assert spoiled.isnan().all()
@@ -369,9 +370,10 @@ def test_nan_that_attention_sees_is_not_lost(where: str, softcap: float) -> None
 
 
 @pytest.mark.parametrize("kind", ["bool", "-inf", "lowest"])
-def test_a_row_that_sees_nothing_is_zero(kind: str) -> None:
-    q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 16)
-    mask = torch.rand(2, 1, 3, 130) > 0.5
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_row_that_sees_nothing_is_zero(kind: str, rows: int) -> None:
+    q, k, v = torch.randn(2, rows, 4, 16), torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 16)
+    mask = torch.rand(2, 1, rows, 130) > 0.5
     mask[0, 0, 1] = False
     mask[1, 0, 2, :64] = False  # a whole chunk
     if kind != "bool":

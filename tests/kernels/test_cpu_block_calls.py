@@ -166,7 +166,7 @@ def test_threads_do_not_change_the_result() -> None:
 import torch
 from tests.kernels.test_cpu_block_calls import *
 torch.manual_seed(0)
-x, q = torch.randn(500, 64), torch.randn(2, 8, 8, 64)
+x, q, prompt = torch.randn(500, 64), torch.randn(2, 8, 8, 64), torch.randn(2, 90, 8, 64)
 k, v = torch.randn(2, 2, 2, 300, 64)
 norm = Norm(torch.randn(64))
 project = Projections(norm, [linear(), linear(64, 96)])
@@ -174,7 +174,8 @@ last = tail(output=OutputParts(linear(), before_mlp=norm), after_mlp=norm)
 def run(threads):
     torch.set_num_threads(threads)
     turned = cpu_attention.rotate_(x.repeat(4, 1), 4, *torch.ones(2, 2000, 16))
-    return [*project(x), last(x, x), cpu_attention.attend(q, k, v, None, 0.125), turned]
+    attended = [cpu_attention.attend(each, k, v, None, 0.125) for each in (q, prompt)]
+    return [*project(x), last(x, x), *attended, turned]
 one = run(1)
 for again in range(3):
     assert all(map(torch.equal, one, run(2)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gptq_backend import QuantizeConfig
-from gptq_backend.kernels import cpu_block
+from gptq_backend.kernels import cpu_attention, cpu_block
 from gptq_transformers import GPTQConfig
 from gptq_transformers.fused import remove_fused
 from gptq_transformers.fused.forward import FusedForward
@@ -122,6 +122,29 @@ def test_generate_gives_the_same_tokens(folder: Path, options: dict[str, Any]) -
     mask[0, :5] = 0  # padded
     arguments = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, **options}
     assert torch.equal(model.generate(prompts, **arguments), stock(model).generate(prompts, **arguments))
+
+
+@pytest.mark.skipif(not cpu_attention.serves_prompts(), reason="torch's attention may be the faster one here")
+@pytest.mark.parametrize("left_out", [0, 3])
+def test_a_prompt_goes_through_our_attention(folder: Path, left_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows, attend = load(folder), list[int](), cpu_attention.attend
+
+    def spy(q: Tensor, *rest: Any) -> Tensor:
+        rows.append(q.shape[1])
+        return attend(q, *rest)
+
+    monkeypatch.setattr(cpu_attention, "attend", spy)
+    mask = torch.ones_like(ids())
+    mask[0, :left_out] = 0
+    given = {"input_ids": ids(), "attention_mask": mask}
+    with torch.no_grad():
+        found = model(**given).logits
+        assert rows == [mask.shape[1]] * model.config.num_hidden_layers
+        assert distance(found, stock(model)(**given).logits) < 1e-5
+        rows.clear()
+        found = model(**given, is_causal=False).logits
+        assert not rows
+        assert distance(found, stock(model)(**given, is_causal=False).logits) < 1e-5
 
 
 def test_a_cache_that_was_cropped_or_reordered_is_continued(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from .held import Entry, Held, entries_of_dense, entries_of_packed
 from .match import SINKS, Mixture, NoMatch, Parts, linear_of, norm_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FEW_ROWS = 8  # of queries, up to which our attention is faster than torch's
+_MOST_ROWS = math.inf if cpu_attention.serves_prompts() else cpu_attention.FEW_ROWS  # of queries, for our attention
 
 
 class Calls:
@@ -132,9 +133,10 @@ class Calls:
         """q: [B, T, heads, D]; keys, values: [B, KV, S, D] -> [B, T, heads * D]."""
         attention = self.parts.attention
         function, ours, softcap = self._attention()
-        if ours and q.shape[1] <= _FEW_ROWS and _served_cache(q, keys, values):
+        if ours and q.shape[1] <= _MOST_ROWS and _served_cache(q, keys, values):
             batch, rows, *_ = q.shape
-            if _served_mask(mask, q, batch, rows, keys.shape[2]):
+            causal = mask is None and rows == keys.shape[2] and function is sdpa_attention_forward
+            if (causal and _is_causal(attention, kwargs)) or _served_mask(mask, q, batch, rows, keys.shape[2]):
                 return cpu_attention.attend(q, keys, values, mask, attention.scaling, softcap, self._sinks)
         if hasattr(attention, "sliding_window"):
             kwargs["sliding_window"] = attention.sliding_window
@@ -164,7 +166,7 @@ class Calls:
         mask, angles, _ = given
         batch, rows, _ = x.shape
         _, ours, softcap = self._attention()
-        if not ours or rows > _FEW_ROWS or not _served_mask(mask, x, batch, rows, length + rows):
+        if not ours or rows > cpu_attention.FEW_ROWS or not _served_mask(mask, x, batch, rows, length + rows):
             return None
         return Beginning(self, softcap, angles if _served_angles(angles, x) else None, x)
 
@@ -264,6 +266,12 @@ def _served_cache(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != head_dim or heads % keys.shape[1]:
         return False
     return head_dim <= cpu_attention.MAX_HEAD
+
+
+def _is_causal(attention: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers' function lets a row see what is before it where there is no mask."""
+    asked = kwargs.get("is_causal")
+    return kwargs.get("position_bias") is None and (getattr(attention, "is_causal", True) if asked is None else asked)
 
 
 def _served_mask(mask: Any, x: Tensor, batch: int, rows: int, length: int) -> bool:
