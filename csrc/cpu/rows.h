@@ -81,6 +81,7 @@ struct RowKernels {
     void (*attend_prompt)(const Attention&, int batch, int kv, int first, int count, float* scratch);
 };
 
+constexpr int kStepRows = 8;    // of queries; more are a prompt
 constexpr int kQueries = 192;   // that are computed together in a prompt: of as many rows, all heads that share keys
 constexpr int kPositions = 64;  // that are looked at between two corrections of the running maximum
 
