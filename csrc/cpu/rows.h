@@ -45,7 +45,7 @@ struct Rotary {
 constexpr int kMaxHead = 512;    // channels of a head
 constexpr int kHeadsAtOnce = 4;  // that share keys and are computed together
 
-// softmax(q @ k.T * scale + mask) @ v of a few query rows per sequence.
+// softmax(q @ k.T * scale + mask) @ v of the query rows of each sequence.
 struct Attention {
     const void *q, *keys, *values;  // of dtype; channels of a head lie side by side
     void* out;                      // [batch][rows][heads][value_dim]
