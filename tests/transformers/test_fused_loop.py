@@ -6,21 +6,24 @@ import copy
 import importlib.util
 import inspect
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama import modeling_llama
 
 from gptq_transformers.fused import fuse_layers
 from gptq_transformers.fused.forward import FusedForward
 from gptq_transformers.fused.loop import find_loop
 from gptq_transformers.fused.match import NoMatch
-from gptq_transformers.fused.stack import LayerList
+from gptq_transformers.fused.stack import LayerList, Stack
 from tests.kernels.checks import native
 from tests.transformers.checkpoints import VERSION_4, distance, ids, load, tiny, write
 from tests.transformers.test_fused import CONFIG, decoded, stock
@@ -134,6 +137,54 @@ def test_hidden_states_and_attentions_that_are_asked_for_are_those_of_all_layers
         assert distance(ours, others) < 1e-5
 
 
+@pytest.mark.skipif(VERSION_4, reason="it leaves no hooks there")
+def test_after_hidden_states_were_asked_for_layers_are_called_one_by_one(folder: Path, called: list[Any]) -> None:
+    model = load(folder)
+    cache = begun(model)
+    step(model, cache)
+    step(model, cache, output_hidden_states=True)
+    assert_alike(model, called, LAYERS)  # transformers leaves its hooks
+
+
+class Counting:
+    """Stands in for ``__call__`` of a class."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call, self.count = call, 0
+
+    def function(self) -> Callable[..., Any]:
+        def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.count += isinstance(module, modeling_llama.LlamaDecoderLayer)
+            return self.call(module, *args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.parametrize("kind", [modeling_llama.LlamaDecoderLayer, nn.Module, GradientCheckpointingLayer])
+@pytest.mark.parametrize("early", [True, False])
+def test_who_patches_calls_of_layers_hears_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, early: bool
+) -> None:
+    model, counting = load(folder), Counting(kind.__call__)
+    cache = DynamicCache() if early else begun(model)
+    monkeypatch.setattr(kind, "__call__", counting.function())
+    for _ in range(5):
+        step(model, cache)
+    assert counting.count == 5 * LAYERS
+
+
+def test_a_layer_class_with_calls_of_its_own_is_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(modeling_llama.LlamaDecoderLayer.__call__)
+    own = type("Own", (modeling_llama.LlamaDecoderLayer,), {"__call__": counting.function()})
+    monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", own)
+    model = load(folder)
+    monkeypatch.undo()
+    begun(model)
+    counting.count = 0
+    step(model, begun(model))
+    assert counting.count == 4 * LAYERS
+
+
 def test_gradients_flow_through_each_layer(folder: Path, called: list[Any]) -> None:
     model = load(folder)
     begun(model)
@@ -188,7 +239,8 @@ def test_the_list_is_an_ordinary_one_for_everyone_else(folder: Path) -> None:
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
     assert repr(model) == repr(plain)
-    assert "_loop" not in dict(model.named_buffers()) | dict(model.named_parameters())
+    assert dir(model.model.layers) == sorted({*dir(plain.model.layers), "_loop", "_stack", "_stack_for"})
+    assert len(list(model.modules())) == len(list(plain.modules()))
 
 
 def test_copies_and_pickles_have_a_loop_of_their_own(folder: Path, called: list[Any]) -> None:
@@ -199,6 +251,20 @@ def test_copies_and_pickles_have_a_loop_of_their_own(folder: Path, called: list[
             other.lm_head.weight.mul_(2)
         assert_alike(other, called, 0)
         assert distance(step(other, DynamicCache()), 2 * step(model, DynamicCache())) < 1e-5
+
+
+def test_what_stands_for_layers_can_be_copied(folder: Path) -> None:
+    stack = Stack(list(load(folder).model.layers))
+    assert copy.copy(stack).layers is stack.layers
+    assert len(pickle.loads(pickle.dumps(stack)).layers) == LAYERS
+    with pytest.raises(AttributeError):
+        stack.__wrapped__  # noqa: B018
+
+
+def test_a_copy_does_not_read_the_source_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = load(folder).model.layers
+    monkeypatch.setattr(inspect, "findsource", None)
+    assert vars(copy.deepcopy(layers))["_loop"] is vars(layers)["_loop"]
 
 
 def test_a_cache_may_be_copied_between_steps(folder: Path, called: list[Any]) -> None:
@@ -213,6 +279,18 @@ def test_a_cache_may_be_copied_between_steps(folder: Path, called: list[Any]) ->
         for other in (branch, shallow, cache, pickle.loads(pickle.dumps(cache))):
             found += [step(each, other) for _ in range(2)]
         results.append(torch.cat(found, dim=1))
+    assert distance(*results) < 1e-5
+
+
+def test_keys_and_values_may_move_to_shared_memory(folder: Path) -> None:
+    model = load(folder)
+    results = []
+    for each in (model, stock(model)):
+        cache = begun(each)
+        step(each, cache)
+        for layer in cache.layers:
+            layer.keys.share_memory_(), layer.values.share_memory_()
+        results.append(torch.cat([step(each, cache) for _ in range(8)], dim=1))
     assert distance(*results) < 1e-5
 
 
@@ -251,6 +329,56 @@ def test_an_exception_in_a_step_leaves_the_cache_as_it_was(folder: Path, monkeyp
     assert [layer.get_seq_length() for layer in cache.layers] == lengths
 
 
+def test_after_an_exception_inside_a_layer_steps_go_on(folder: Path, called: list[Any]) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = load(folder)
+    results = []
+    for each in (model, stock(model)):
+        cache = begun(each)
+        step(each, cache)
+        hook = each.model.layers[2].mlp.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            step(each, cache)
+        hook.remove()
+        cache.crop(4)  # some layers have seen the token
+        results.append(torch.cat([step(each, cache) for _ in range(4)], dim=1))
+    assert distance(*results) < 1e-5
+    assert_alike(model, called, 0)
+
+
+def test_threads_generate_at_the_same_time(folder: Path) -> None:
+    model = load(folder)
+    prompts = [ids(6)[:1], ids(9)]
+    arguments = [{"attention_mask": torch.ones_like(each), "max_new_tokens": 24} for each in prompts]
+    plain = stock(model)
+    expected = [plain.generate(each, do_sample=False, **more) for each, more in zip(prompts, arguments)]
+    wrong: list[int] = []
+
+    def generate(i: int) -> None:
+        for _ in range(3):
+            if not torch.equal(model.generate(prompts[i], do_sample=False, **arguments[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=generate, args=(i,)) for i in range(len(prompts))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong
+
+
+def test_inference_mode_may_be_switched_between_steps(folder: Path, called: list[Any]) -> None:
+    model = load(folder)
+    plain = stock(model)
+    cache, other = begun(model), begun(plain)
+    for i in range(8):
+        with torch.inference_mode(i % 4 > 1):
+            assert distance(step(model, cache), step(plain, other)) < 1e-5
+    assert_alike(model, called, 0)
+
+
 def test_an_assistant_gives_the_same_tokens(folder: Path, tmp_path: Path) -> None:
     write(tmp_path, tiny(num_hidden_layers=2), CONFIG)
     model, prompt = load(folder), ids(12)[:1]
@@ -267,10 +395,19 @@ def test_it_is_compiled_without_a_break(folder: Path) -> None:
     assert distance(found, expected) < 1e-5
 
 
+def test_it_is_exported(folder: Path) -> None:
+    model = load(folder)
+    expected = decoded(model, 1)[:, :9]
+    with torch.no_grad():
+        exported = torch.export.export(model, (), {"input_ids": ids(9), "use_cache": False}, strict=True)
+        found = exported.module()(input_ids=ids(9), use_cache=False).logits
+    assert distance(found, expected) < 1e-5
+
+
 LOOPS = {
     "plain": "for layer in self.layers:\n    x = layer(x, **kwargs)",
-    "numbered": "for i, layer in enumerate(self.layers[:3]):\n    x = layer(x, mask=self.masks[i], **kwargs)",
-    "read": "for layer in self.layers[1:]:\n    x = layer(x, mask=self.masks[layer.kind], **kwargs)",
+    "numbered": "for i, layer in enumerate(self.layers[:3]):\n    x = layer(x, mask=self.config.masks[i], **kwargs)",
+    "read": "for layer in self.layers[1:]:\n    x = layer(x, mask=masks[layer.kind], **kwargs)",
 }
 OTHER_LOOPS = {
     "two statements": "for layer in self.layers:\n    x = layer(x)\n    states.append(x)",
@@ -289,6 +426,16 @@ OTHER_LOOPS = {
     "backwards": "for layer in reversed(self.layers):\n    x = layer(x)",
     "in a condition": "if flag:\n    for layer in self.layers:\n        x = layer(x)",
     "not a loop": "x = self.layers(x)",
+    "another model": "self = self.inner\nfor layer in self.layers:\n    x = layer(x)",
+    "the model in an import": "import f as self\nfor layer in self.layers:\n    x = layer(x)",
+    "variables by name": "for layer in self.layers:\n    x = layer(x)\nx = x * locals()['layer'].scale",
+    "layers by name": "for layer in getattr(self, 'layers'):\n    x = layer(x)\nself.layers",
+    "layers by another way": "x = self._modules['layers'][0](x)\nfor layer in self.layers:\n    x = layer(x)",
+    "a global": "global layer\nfor layer in self.layers:\n    x = layer(x)",
+    "a state of the model": "for layer in self.layers:\n    x = layer(x, state=self.state)",
+    "a state of something else": "for layer in self.layers:\n    x = layer(x, state=states.last)",
+    "a global variable": "for layer in self.layers:\n    x = layer(x, state=STATE)",
+    "numbers of its own": "enumerate = f\nfor i, layer in enumerate(self.layers):\n    x = layer(x)",
 }
 
 
@@ -310,7 +457,7 @@ def made(folder: Path, body: str) -> Any:
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_that_only_call_layers_are_proved(name: str, tmp_path: Path) -> None:
     loop = find_loop(made(tmp_path, LOOPS[name]), "layers")
-    assert (loop.of_layers, loop.of_model) == {"numbered": ((), ("masks",)), "read": (("kind",), ())}.get(
+    assert (loop.of_layers, loop.of_model) == {"numbered": ((), ("config.masks",)), "read": (("kind",), ())}.get(
         name, ((), ())
     )
 
@@ -319,6 +466,28 @@ def test_loops_that_only_call_layers_are_proved(name: str, tmp_path: Path) -> No
 def test_loops_that_do_more_are_not(name: str, tmp_path: Path) -> None:
     with pytest.raises(NoMatch):
         find_loop(made(tmp_path, OTHER_LOOPS[name]), "layers")
+
+
+@pytest.mark.parametrize("masks", [{0: 2.0, 1: 3.0}, [torch.full((3,), 2.0), torch.full((3,), 3.0)], (2.0, 3.0), [2.0]])
+@pytest.mark.parametrize("name", ["numbered", "read"])
+def test_arguments_of_any_kind_that_differ_reach_their_layers(name: str, masks: Any, tmp_path: Path) -> None:
+    class Times(nn.Module):
+        def forward(self, x: Tensor, mask: Any) -> Tensor:
+            return x * mask
+
+    kind = made(tmp_path, LOOPS[name].replace("self.layers[1:]", "self.layers").replace("[:3]", ""))
+    model, results = kind(), []
+    for layers in (nn.ModuleList([Times(), Times()]), LayerList([Times(), Times()])):
+        vars(layers)["_loop"] = find_loop(kind, "layers")
+        model.layers, model.config = layers, SimpleNamespace(masks=masks)
+        for i, layer in enumerate(layers):
+            layer.kind = (masks[i] if len(masks) > 1 else i) if name == "numbered" else i
+        with torch.no_grad():
+            try:
+                results.append(model.forward(torch.ones(3), masks=masks))
+            except IndexError:
+                results.append(None)
+    assert results[0] is results[1] is None or torch.equal(*results)
 
 
 def test_code_that_its_file_does_not_show_is_not_proved(tmp_path: Path) -> None:
