@@ -239,7 +239,7 @@ def test_the_list_is_an_ordinary_one_for_everyone_else(folder: Path) -> None:
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
     assert repr(model) == repr(plain)
-    assert dir(model.model.layers) == sorted({*dir(plain.model.layers), "_loop", "_stack", "_stack_for"})
+    assert set(dir(layers)) - set(dir(plain.model.layers)) == {"_loop", "_stack", "_stack_for"}
     assert len(list(model.modules())) == len(list(plain.modules()))
 
 
@@ -404,6 +404,16 @@ def test_it_is_exported(folder: Path) -> None:
     assert distance(found, expected) < 1e-5
 
 
+def test_an_exported_model_can_be_used_copied_and_saved(folder: Path, called: list[Any]) -> None:
+    model = load(folder)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        torch.export.export(model, (), {"input_ids": ids(9), "use_cache": False}, strict=False)
+    assert_alike(model, called, 0)
+    for each in (model, copy.deepcopy(model)):
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in each.state_dict().items())
+
+
 LOOPS = {
     "plain": "for layer in self.layers:\n    x = layer(x, **kwargs)",
     "numbered": "for i, layer in enumerate(self.layers[:3]):\n    x = layer(x, mask=self.config.masks[i], **kwargs)",
@@ -439,10 +449,12 @@ OTHER_LOOPS = {
 }
 
 
-def made(folder: Path, body: str) -> Any:
-    """A class with such a loop, from a file."""
+def made(folder: Path, body: str, variable: str = "") -> Any:
+    """A class with such a loop, from a file; with a variable, it is made in a function that has it as an argument."""
     lines = ["class Model:", "    def forward(self, x, states=None, flag=True, masks=None, f=None, **kwargs):"]
     lines += [f"        {line}" for line in [*body.splitlines(), "return x"]]
+    if variable:
+        lines = [f"def make({variable}):", *(f"    {line}" for line in lines), "    return Model", "Model = make(None)"]
     path = folder / "made.py"
     path.write_text("\n".join(lines) + "\n")
     spec = importlib.util.spec_from_file_location(f"made_{abs(hash(body))}", path)
@@ -466,6 +478,11 @@ def test_loops_that_only_call_layers_are_proved(name: str, tmp_path: Path) -> No
 def test_loops_that_do_more_are_not(name: str, tmp_path: Path) -> None:
     with pytest.raises(NoMatch):
         find_loop(made(tmp_path, OTHER_LOOPS[name]), "layers")
+
+
+def test_numbers_of_another_function_are_not_known(tmp_path: Path) -> None:
+    with pytest.raises(NoMatch, match="numbers its layers in a way of its own"):
+        find_loop(made(tmp_path, LOOPS["numbered"], "enumerate"), "layers")
 
 
 @pytest.mark.parametrize("masks", [{0: 2.0, 1: 3.0}, [torch.full((3,), 2.0), torch.full((3,), 3.0)], (2.0, 3.0), [2.0]])

@@ -60,7 +60,9 @@ class Loop:
             of_model = [attrgetter(path)(model)[: len(layers)] for path in self.of_model]
         except Exception:
             return False
-        return all(isinstance(each, list) and len(each) == len(layers) and _alike(each) for each in of_layers + of_model)
+        return all(
+            isinstance(each, list) and len(each) == len(layers) and _alike(each) for each in of_layers + of_model
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Who loads a pickle looks at the source again."""
@@ -182,8 +184,8 @@ def _check_iterable(node: ast.expr, model: str, function: Any) -> None:
     """
     code, known = function.__code__, function.__globals__.get("enumerate", enumerate)
     own = known is not enumerate or "enumerate" in {*_locals(code), *code.co_freevars}
-    if isinstance(node, ast.Call) and _path(node.func) == ("enumerate", "") and not own:
-        if len(node.args) != 1 or node.keywords:
+    if isinstance(node, ast.Call) and _path(node.func) == ("enumerate", ""):
+        if own or len(node.args) != 1 or node.keywords:
             raise NoMatch("its forward numbers its layers in a way of its own")
         node = node.args[0]
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
