@@ -141,9 +141,10 @@ class QuantEmbedding(QuantLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
         super()._apply(fn, recurse)
         self.embed_scale = embed_scale(self._dense[0], self.name, self.compute_dtype)
-        weight, parameters = self._served.weight, self._served.parameters
-        if weight is not None and parameters[_MARK].dtype != self.compute_dtype:
-            self._hold({key: each.data for key, each in parameters.items() if each is not None}, None, weight)
+        served = self._served
+        if served.weight is not None and served.parameters[_MARK].dtype != self.compute_dtype:
+            tensors = {key: each.data for key, each in served.parameters.items() if each is not None}
+            self._hold(tensors, None, served.weight)
         return self
 
     @property

@@ -486,25 +486,25 @@ def test_numbers_of_another_function_are_not_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("masks", [{0: 2.0, 1: 3.0}, [torch.full((3,), 2.0), torch.full((3,), 3.0)], (2.0, 3.0), [2.0]])
-@pytest.mark.parametrize("name", ["numbered", "read"])
-def test_arguments_of_any_kind_that_differ_reach_their_layers(name: str, masks: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["self.config.masks[i]", "layer.mask"])
+def test_arguments_of_any_kind_that_differ_reach_their_layers(value: str, masks: Any, tmp_path: Path) -> None:
     class Times(nn.Module):
         def forward(self, x: Tensor, mask: Any) -> Tensor:
             return x * mask
 
-    kind = made(tmp_path, LOOPS[name].replace("self.layers[1:]", "self.layers").replace("[:3]", ""))
-    model, results = kind(), []
+    kind = made(tmp_path, f"for i, layer in enumerate(self.layers):\n    x = layer(x, mask={value})")
+    model, results = kind(), list[Any]()
     for layers in (nn.ModuleList([Times(), Times()]), LayerList([Times(), Times()])):
+        for i in range(len(masks)):
+            layers[i].mask = masks[i]
         vars(layers)["_loop"] = find_loop(kind, "layers")
         model.layers, model.config = layers, SimpleNamespace(masks=masks)
-        for i, layer in enumerate(layers):
-            layer.kind = (masks[i] if len(masks) > 1 else i) if name == "numbered" else i
         with torch.no_grad():
             try:
-                results.append(model.forward(torch.ones(3), masks=masks))
-            except IndexError:
-                results.append(None)
-    assert results[0] is results[1] is None or torch.equal(*results)
+                results.append(model.forward(torch.ones(3)))
+            except (AttributeError, IndexError) as error:  # one mask is missing
+                results.append(type(error))
+    assert results[0] is results[1] or torch.equal(*results)
 
 
 def test_code_that_its_file_does_not_show_is_not_proved(tmp_path: Path) -> None:

@@ -56,13 +56,11 @@ class Loop:
         Where that cannot be read, it is False, and the loop meets the error itself, if it is one.
         """
         try:
-            of_layers = [list(map(attrgetter(path), layers)) for path in self.of_layers]
-            of_model = [attrgetter(path)(model)[: len(layers)] for path in self.of_model]
+            values = [list(map(attrgetter(path), layers)) for path in self.of_layers]
+            values += [attrgetter(path)(model)[: len(layers)] for path in self.of_model]
         except Exception:
             return False
-        return all(
-            isinstance(each, list) and len(each) == len(layers) and _alike(each) for each in of_layers + of_model
-        )
+        return all(isinstance(each, list) and len(each) == len(layers) and _alike(each) for each in values)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Who loads a pickle looks at the source again."""
