@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -27,8 +29,22 @@ def _unchanged() -> Iterator[None]:
 
 @pytest.fixture
 def _used() -> None:
-    if not float32_products._exact():
-        pytest.skip("torch has no such setting, or this CPU would shorten factors")
+    with fast_products():
+        if _setting() != "bf16":
+            pytest.skip("torch has no such setting, or this CPU would shorten factors")
+
+
+@pytest.fixture
+def _untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    if float32_products._settings() is None:
+        pytest.skip("torch has no such setting")
+    monkeypatch.setattr(float32_products._users, "exact", None)
+
+
+def _shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply as a CPU with a unit for bfloat16 does."""
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: linear(x.bfloat16().to(x.dtype), *rest))
 
 
 def test_products_are_of_float32_with_and_without() -> None:
@@ -40,18 +56,56 @@ def test_products_are_of_float32_with_and_without() -> None:
         assert worst() < 2e-6
 
 
-def test_shortened_factors_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a CPU with a unit for bfloat16 shortens them."""
-    linear = torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: linear(x.bfloat16().float(), *rest))
-    assert not float32_products._exact.__wrapped__()
+@pytest.mark.usefixtures("_untried")
+@pytest.mark.parametrize("defaults", ["plain", "float64", "bfloat16", "meta", "autocast"])
+@pytest.mark.parametrize("shortened", [False, True])
+def test_shortened_factors_are_noticed_whatever_the_users_defaults_are(
+    defaults: str, shortened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fast_products():  # what this CPU does
+        exact = float32_products._users.exact
+    monkeypatch.setattr(float32_products._users, "exact", None)
+    if shortened:
+        _shorten(monkeypatch)
+    before, around = torch.get_default_dtype(), contextlib.nullcontext()
+    if defaults in ("float64", "bfloat16"):
+        torch.set_default_dtype(getattr(torch, defaults))
+    elif defaults != "plain":
+        around = torch.device("meta") if defaults == "meta" else torch.autocast("cpu", torch.bfloat16)
+    try:
+        with around, fast_products():
+            assert float32_products._users.exact == (exact and not shortened)
+            assert (_setting() == "bf16") == (exact and not shortened)
+    finally:
+        torch.set_default_dtype(before)
 
 
-def test_a_cpu_that_shortens_factors_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(float32_products, "_exact", lambda: False)
-    before = _setting()
-    with fast_products():
-        assert _setting() == before
+@pytest.mark.usefixtures("_untried")
+def test_first_runs_in_several_threads_leave_the_setting_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors, barrier = float32_products._errors, threading.Barrier(4)
+
+    def slow(*size: int) -> list[float]:
+        time.sleep(0.02)
+        return errors(*size)
+
+    def run() -> None:
+        barrier.wait(10)
+        with fast_products():
+            pass
+
+    monkeypatch.setattr(float32_products, "_errors", slow)
+    before, threads = _setting(), [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert _setting() == before
+
+
+@pytest.mark.usefixtures("_untried")
+def test_nothing_is_set_or_concluded_while_onednn_is_turned_off() -> None:
+    with torch.backends.mkldnn.flags(enabled=False), fast_products():
+        assert float32_products._users.exact is None
 
 
 @pytest.mark.usefixtures("_used")
@@ -72,6 +126,30 @@ def test_the_setting_is_back_after_an_error_and_after_the_last_of_several_thread
     end.set()
     thread.join()
     assert _setting() == before
+
+
+@pytest.mark.usefixtures("_used")
+def test_a_setting_that_follows_that_of_all_backends_still_follows_it_afterwards() -> None:
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with fast_products():
+            assert _setting() == "bf16"
+        torch.backends.fp32_precision = "ieee"
+        assert _setting() == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
+@pytest.mark.usefixtures("_used")
+def test_what_somebody_sets_meanwhile_stays() -> None:
+    settings = float32_products._settings()
+    try:
+        with fast_products():
+            settings.fp32_precision = "tf32"
+        assert _setting() == "tf32"
+    finally:
+        settings.fp32_precision = "none"
 
 
 @pytest.mark.usefixtures("_used")

@@ -107,7 +107,7 @@ void attend_prompt(const Attention& a, int64_t elements, int threads) {
 void attend(const Attention& a, int threads) {
     const int group = a.heads / a.kv_heads, parts = (group + kHeadsAtOnce - 1) / kHeadsAtOnce;
     const int64_t elements = int64_t(a.batch) * a.rows * a.heads * a.length * (a.head_dim + a.value_dim);
-    if (a.rows > kDotRows && group <= kQueries) return attend_prompt(a, elements, threads);
+    if (a.rows > kStepRows && group <= kQueries) return attend_prompt(a, elements, threads);
     const RowKernels& rows = *level().rows;
     share_elements(a.batch * a.rows * a.kv_heads * parts, elements, threads, [&](int i) {
         const int part = i % parts, kv = i / parts % a.kv_heads, row = i / parts / a.kv_heads;

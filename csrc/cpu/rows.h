@@ -45,7 +45,7 @@ struct Rotary {
 constexpr int kMaxHead = 512;    // channels of a head
 constexpr int kHeadsAtOnce = 4;  // that share keys and are computed together
 
-// softmax(q @ k.T * scale + mask) @ v of a few query rows per sequence.
+// softmax(q @ k.T * scale + mask) @ v of the query rows of each sequence.
 struct Attention {
     const void *q, *keys, *values;  // of dtype; channels of a head lie side by side
     void* out;                      // [batch][rows][heads][value_dim]
@@ -81,6 +81,7 @@ struct RowKernels {
     void (*attend_prompt)(const Attention&, int batch, int kv, int first, int count, float* scratch);
 };
 
+constexpr int kStepRows = 8;    // of queries; more are a prompt
 constexpr int kQueries = 192;   // that are computed together in a prompt: of as many rows, all heads that share keys
 constexpr int kPositions = 64;  // that are looked at between two corrections of the running maximum
 

@@ -124,9 +124,10 @@ def run(
 def check_settings(config: QuantizeConfig) -> None:
     """Raises GPTQError for those that random weights tell nothing of."""
     if config.preset.trains:
+        epochs = f"block_epochs={config.preset.block_epochs}, distill_epochs={config.preset.distill_epochs}"
         raise GPTQError(
-            f"bench quantize has random weights, and quality={config.quality} trains them (block_epochs, "
-            "distill_epochs); expected fast or default"
+            f"{epochs}: bench quantize has random weights, which tell nothing of training; expected 0 of both, as in "
+            "quality fast or default"
         )
 
 

@@ -69,15 +69,18 @@ def measure(
         excluded: tokens that none is swapped for, such as those that begin and end texts.
 
     Raises:
-        GPTQError: a window is too short for so many swaps or too long for a model, or a loss is not finite.
+        GPTQError: a window is too short for so many swaps or too long for a model, or a loss is not finite, or no token
+            is left to swap in.
     """
     check_room(windows.shape[1], swaps)
     models = {"model": model, "reference": reference}
+    tables = {who: all_embeddings(each) for who, each in models.items()}
     rows: dict[str, list[float]] = {f"{who} {swapped}": [] for who in models for swapped in ("none", *models)}
     for each in models.values():
         check_limits(each, windows)
     for done, window in enumerate(windows, 1):
-        found = {"none": window, **{name: attack(each, window, swaps, excluded) for name, each in models.items()}}
+        found = {"none": window}
+        found |= {who: attack(each, tables[who], window, swaps, excluded) for who, each in models.items()}
         for who, each in models.items():
             for swapped, ids in found.items():
                 rows[f"{who} {swapped}"].append(losses(each, ids[None]).item())
@@ -86,17 +89,20 @@ def measure(
     return _summarize({key: torch.tensor(values).double() for key, values in rows.items()}, windows.shape, swaps)
 
 
-def attack(model: nn.Module, window: Tensor, swaps: int, excluded: Sequence[int] = ()) -> Tensor:
+def attack(model: nn.Module, embeddings: Tensor, window: Tensor, swaps: int, excluded: Sequence[int] = ()) -> Tensor:
     """``window`` int64 [T] with ``swaps`` tokens of its first half but the first replaced, greedily by gradients, by
-    tokens that are not ``excluded``.
+    tokens that are not ``excluded``. ``embeddings``: of :func:`all_embeddings`.
     """
-    window, embeddings = window.clone(), _embeddings(model)
+    window = window.clone()
     used: list[int] = [0]  # the beginning-of-text token, where there is one
     for _ in range(swaps):
         scores = _gains(model, embeddings, window)  # [T // 2, V]
         scores[used] = -math.inf
         scores[:, [token for token in excluded if token < scores.shape[1]]] = -math.inf
-        best = scores.flatten().topk(min(_CANDIDATES, scores[0].numel())).indices
+        possible = int(scores.isfinite().sum())
+        if not possible:
+            raise GPTQError("no token is left to swap in: all are special ones, or no derivative is finite")
+        best = scores.flatten().topk(min(_CANDIDATES, possible)).indices
         places, tokens = best // scores.shape[1], best % scores.shape[1]
         tried = window.repeat(len(best), 1)
         tried[torch.arange(len(best)), places] = tokens
@@ -117,7 +123,7 @@ def losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _embeddings(model: nn.Module) -> Tensor:
+def all_embeddings(model: nn.Module) -> Tensor:
     """Of all tokens, whatever the table is made of: float32 [V, D]."""
     table = model.get_input_embeddings()  # type: ignore[operator]
     rows: Tensor = table(torch.arange(table.num_embeddings, device=next(model.parameters()).device))

@@ -360,7 +360,10 @@ def test_the_whole_is_the_first_block_and_the_mean_of_the_others_for_the_rest(mo
     assert found.whole == pytest.approx(before + first + 8 * sum(later) / 2)
 
 
-@pytest.mark.parametrize("wrong", [["--blocks", "3"], ["--shape", "huge"], ["--quality", "best"], ["--dtype", "int8"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--blocks", "3"], ["--shape", "huge"], ["--quality", "best"], ["--block-epochs", "1"], ["--dtype", "int8"]],
+)
 def test_quantizing_what_cannot_be_is_refused(wrong: list[str]) -> None:
     result = bench("quantize", "--shape", "tiny", "--samples", "1", "--seqlen", "8", *wrong)
     assert result.exit_code == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,21 @@ import torch
 
 pytest.importorskip("transformers")
 
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_backend import GPTQError
 from gptq_cli import robustness as module
 from gptq_cli.models import load_model
-from gptq_cli.robustness import attack, lines, losses, measure
+from gptq_cli.robustness import all_embeddings, lines, losses, measure
 from tests.cli.tiny_models import tiny_llama
 
 
 def _model(seed: int) -> nn.Module:
     return tiny_llama(seed, spread=0.2, vocab_size=48)
+
+
+def attack(model: nn.Module, window: Tensor, swaps: int, excluded: Sequence[int] = ()) -> Tensor:
+    return module.attack(model, all_embeddings(model), window, swaps, excluded)
 
 
 def test_swaps_touch_only_the_first_half_and_each_place_once() -> None:
@@ -41,6 +46,14 @@ def test_excluded_tokens_are_never_swapped_in() -> None:
     assert not found & set(excluded)
 
 
+def test_as_many_candidates_are_tried_as_there_are() -> None:
+    window = torch.zeros(16, dtype=torch.int64)
+    found = attack(_model(0), window, 5, range(2, 48))
+    assert set(found.tolist()) <= {0, 1}
+    with pytest.raises(GPTQError, match="no token is left"):
+        attack(_model(0), window, 5, range(48))
+
+
 def test_one_swap_found_by_gradients_is_nearly_the_best_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model, window = _model(0), torch.randint(48, (8,), generator=torch.Generator().manual_seed(1))
     every = window.repeat(3 * 48, 1)
@@ -55,7 +68,7 @@ def test_one_swap_found_by_gradients_is_nearly_the_best_of_all(monkeypatch: pyte
 
 def test_the_gradient_is_that_of_the_loss() -> None:
     model, window = _model(0).double(), torch.randint(48, (8,), generator=torch.Generator().manual_seed(2))
-    gains = module._gains(model, module._embeddings(model), window)
+    gains = module._gains(model, all_embeddings(model), window)
     table = model.get_input_embeddings().weight.detach()
     step = 1e-2  # the loss is in float32
     for place, token in ((1, 5), (3, 40)):
