@@ -86,14 +86,15 @@ class QuantEmbedding(QuantLinear):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int [...] -> [..., H] in ``compute_dtype``."""
-        weight, parameters = self._served
-        if weight is None:
+        served = self._served
+        if served.weight is None:
             return self._look_up_unprepared(ids)
-        return self._look_up(ids, weight, self._parameters if torch.compiler.is_compiling() else parameters)
+        parameters = self._parameters if torch.compiler.is_compiling() else served.parameters
+        return self._look_up(ids, served.weight, parameters)
 
     def multiply(self, x: Tensor) -> Tensor:
         """``x @ W.T``, for a tied output embedding. x: float [..., H] -> [..., V] in the dtype of x."""
-        weight = self._served[0]
+        weight = self._served.weight
         if weight is None:
             return self._multiply_unprepared(x)
         if torch.compiler.is_compiling():
@@ -140,9 +141,10 @@ class QuantEmbedding(QuantLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
         super()._apply(fn, recurse)
         self.embed_scale = embed_scale(self._dense[0], self.name, self.compute_dtype)
-        weight, parameters = self._served
-        if weight is not None and parameters[_MARK].dtype != self.compute_dtype:
-            self._hold({key: each.data for key, each in parameters.items() if each is not None}, None, weight)
+        served = self._served
+        if served.weight is not None and served.parameters[_MARK].dtype != self.compute_dtype:
+            tensors = {key: each.data for key, each in served.parameters.items() if each is not None}
+            self._hold(tensors, None, served.weight)
         return self
 
     @property

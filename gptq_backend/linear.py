@@ -17,6 +17,7 @@ from .kernels.interface import Kernel, PreparedWeight, Tensors
 from .kernels.table import select_kernel
 from .lazy_weight import LazyWeight
 from .module_moves import changing_layout, check_shardable, check_whole, effect, has_shards, is_sharded, offloading_hook
+from .served import Served
 from .timing import timed
 
 # What a prepared layer keeps of the checkpoint beside the kernel's tensors: small, and the way back is exact.
@@ -45,9 +46,7 @@ class QuantLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
-    # The prepared weight, whose tensors are all parameters, bias included; None before prepare(). With the parameters,
-    # so that both are replaced at once.
-    _served: tuple[PreparedWeight | None, dict[str, Any]]
+    _served: Served
 
     def __init__(
         self,
@@ -99,13 +98,14 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [..., K] -> [..., N] in the dtype of x."""
-        weight, parameters = self._served
+        served = self._served
+        weight = served.weight
         if weight is None:
             return self._forward_unprepared(x)
         if torch.compiler.is_compiling():
             named: Any = self._parameters
             return weight.multiply_in_graph(named, x, named["bias"])
-        return weight.multiply(x, parameters["bias"])
+        return weight.multiply(x, served.parameters["bias"])
 
     # torch.compiler.disable would import torch._dynamo, which takes as long as torch itself, with this module.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -159,18 +159,18 @@ class QuantLinear(nn.Module):
     @property
     def prepared(self) -> PreparedWeight | None:
         """The weight as the kernel has it, among other parameters; None before :meth:`prepare`."""
-        return self._served[0]
+        return self._served.weight
 
     @property
     def kernel(self) -> Kernel | None:
         """The row of the kernel table that serves it; None before :meth:`prepare`."""
-        weight = self._served[0]
+        weight = self._served.weight
         return None if weight is None else weight.kernel
 
     @property
     def spec(self) -> WeightSpec:
         """Of the weight in memory: what the checkpoint claims, and after :meth:`prepare` what its values tell."""
-        weight = self._served[0]
+        weight = self._served.weight
         return self.stored_spec.weight if weight is None else weight.spec
 
     @property
@@ -212,7 +212,7 @@ class QuantLinear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        weight = self._served[0]  # once: another thread may be taking it away
+        weight = self._served.weight  # once: another thread may be taking it away
         described = f"{self.stored_spec.describe()}, kernel=not prepared" if weight is None else weight.describe()
         return f"{described}, bias={self.stored_spec.has_bias}"
 
@@ -223,11 +223,11 @@ class QuantLinear(nn.Module):
         """Where the layer computes."""
         if (hook := offloading_hook(self)) is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)
-        return self._served[1]["qweight"].device
+        return self._served.parameters["qweight"].device
 
     def _stored(self) -> Tensors:
         """The checkpoint's tensors, bias excluded."""
-        return _stored(self.stored_spec, *self._served)
+        return _stored(self.stored_spec, self._served)
 
     def _hold(
         self, tensors: Mapping[str, Tensor], bias: nn.Parameter | None, prepared: PreparedWeight | None = None
@@ -237,7 +237,7 @@ class QuantLinear(nn.Module):
         parameters |= {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
         self.changes += 1
         self._parameters = parameters
-        self._served = (None if prepared is None else prepared._replace(tensors=parameters), parameters)
+        self._served = Served(None if prepared is None else prepared._replace(tensors=parameters), parameters)
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         """[N, K], rounded once to ``dtype``."""
@@ -246,7 +246,7 @@ class QuantLinear(nn.Module):
             if hook is not None:
                 hook.pre_forward(self)
             try:
-                weight = self._served[0]
+                weight = self._served.weight
                 if weight is None:
                     return self.quantized_weight().dequantize(torch.promote_types(dtype, torch.float32)).to(dtype)
                 return weight.dequantize(dtype)
@@ -272,7 +272,7 @@ class QuantLinear(nn.Module):
 
     def _traced_weight(self) -> Tensor:
         """The same as a part of the graph that is being made, where it vanishes if only its dtype is looked at."""
-        weight, dtype = self._served[0], self.compute_dtype
+        weight, dtype = self._served.weight, self.compute_dtype
         if weight is None:
             return self._dense_weight_outside_of_graphs(dtype)
         return weight.dequantize(dtype, self._parameters)
@@ -287,8 +287,8 @@ class QuantLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         with changing_layout():
-            weight, parameters = self._served
-            tensors = _without_bias(parameters)
+            served = self._served  # once: another thread may be taking it away
+            weight, tensors = served.weight, _without_bias(served.parameters)
             home = tensors["qweight"].device
             device, keeps_values, shares = (home, True, False) if weight is None else effect(fn, home)
             if shares:
@@ -320,15 +320,14 @@ class QuantLinear(nn.Module):
 
     def _share(self, share: Callable[[Tensor], Tensor]) -> None:
         """Put copies into shared memory: in place, it would be pulled from under a kernel that is reading it."""
-        weight, parameters = self._served
-        bias = self.bias
+        served, bias = self._served, self.bias
         if bias is not None and not bias.is_shared():
             shared = nn.Parameter(share(bias.detach().clone()), bias.requires_grad)
             shared.grad, bias = bias.grad, shared
-        tensors = _without_bias(parameters)
+        tensors = _without_bias(served.parameters)
         if bias is not self.bias or not all(tensor.is_shared() for tensor in tensors.values()):
             copies = {k: tensor if tensor.is_shared() else share(tensor.clone()) for k, tensor in tensors.items()}
-            self._hold(copies, bias, weight)
+            self._hold(copies, bias, served.weight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -344,7 +343,7 @@ class QuantLinear(nn.Module):
         """accelerate has put a prepared layer on the meta device; what it will bring for each call is the
         ``state_dict()``, hence be a layer of those tensors.
         """
-        empty = empty_tensors(self.stored_spec, self._served[1]["qweight"].device)
+        empty = empty_tensors(self.stored_spec, self._served.parameters["qweight"].device)
         self._hold(_without_bias(empty), self.bias)
         for item in getattr(hook, "hooks", [hook]):
             if getattr(item, "original_devices", None):
@@ -352,7 +351,7 @@ class QuantLinear(nn.Module):
                 item.original_devices = {key: home for key, value in self._parameters.items() if value is not None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if is_sharded(self._served[1]["qweight"]):  # by FSDP, which looks for the parameters that it cut
+        if is_sharded(self._served.parameters["qweight"]):  # by FSDP, which looks for the parameters that it cut
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         destination.update({prefix + key: tensor for key, tensor in self._stored().items()})
@@ -373,22 +372,23 @@ class QuantLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        prepared, parameters = served = state.pop("_served")
-        stored = {key: nn.Parameter(t, requires_grad=False) for key, t in _stored(self.stored_spec, *served).items()}
-        return state | {"_parameters": {"bias": parameters["bias"], **stored}, "_was_prepared": prepared is not None}
+        served = state.pop("_served")
+        stored = {key: nn.Parameter(t, requires_grad=False) for key, t in _stored(self.stored_spec, served).items()}
+        parameters = {"bias": served.parameters["bias"], **stored}
+        return state | {"_parameters": parameters, "_was_prepared": served.weight is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         prepared = state.pop("_was_prepared")
         super().__setstate__(state)
-        self._served = (None, self._parameters)
+        self._served = Served(None, self._parameters)
         if prepared:  # by a kernel of the machine that reads the copy
             self.prepare()
 
 
-def _stored(spec: StoredSpec, weight: PreparedWeight | None, parameters: Mapping[str, Any]) -> Tensors:
+def _stored(spec: StoredSpec, served: Served) -> Tensors:
     """The checkpoint's tensors, bit for bit, bias excluded."""
-    check_whole(parameters["qweight"])
-    held = _without_bias(parameters)
+    check_whole(served.parameters["qweight"])
+    held, weight = _without_bias(served.parameters), served.weight
     if weight is None:
         return held
     qweight, scales, _ = weight.kernel.unprepare(weight.spec, held)

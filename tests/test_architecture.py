@@ -37,7 +37,8 @@ FLOOR = {
 ROOMS = {
     "format": set(),
     "kernels": {"format"},
-    "linear": {"format", "kernels", "lazy_weight"},
+    "served": {"kernels"},
+    "linear": {"format", "kernels", "lazy_weight", "served"},
     "embedding": {"format", "kernels", "linear", "lazy_weight"},
     "algorithm": {"format", "kernels"},
     "distributed": set(),

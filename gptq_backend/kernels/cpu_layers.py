@@ -66,20 +66,15 @@ class Room:
             )
         self.keys, self.values = keys, values
         self._kind = keys.dtype, keys.shape[0], (keys.shape[1], keys.shape[3])
-        self._place = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        self._capacity = keys.shape[2]
 
     def fits(self, layer: Layer, x: Tensor) -> bool:
         """x: [B, T, H]."""
         return self._kind == (x.dtype, x.shape[0], layer.kv_shape)
 
     def at(self, length: int) -> tuple[int, int, int, int]:
-        """For the call: where it lies, and that ``length`` positions are in use."""
-        keys, values, capacity = self._place
-        return keys, values, length, capacity
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy lies elsewhere."""
-        return Room, (self.keys, self.values)
+        """For the call: where it lies (sharing it between processes moves it), and how many positions are in use."""
+        return self.keys.data_ptr(), self.values.data_ptr(), length, self._capacity
 
 
 class Ending:

@@ -25,3 +25,19 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(cpu_layers, "run_layers", run)
     return counted
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The decoder layers that were called one by one."""
+    from gptq_transformers.fused.forward import FusedForward
+
+    found: list[Any] = []
+    call = FusedForward.__call__
+
+    def noting(self: FusedForward, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.layer)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(FusedForward, "__call__", noting)
+    return found

@@ -8,6 +8,9 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
 from gptq_backend.kernels import cpu_layers
 
 from .calls import Beginning, Calls
@@ -17,6 +20,9 @@ from .watch import Watch, Watches
 
 # Of layers that are not called: what would be heard, or run in their place.
 _CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
+# What calls a layer's forward. Any other ``__call__`` may be somebody's who wants to hear of it.
+_BASES = nn.Module, GradientCheckpointingLayer
+_CALLS: tuple[Any, ...] = tuple(base.__call__ for base in _BASES)
 
 
 class Link:
@@ -126,13 +132,13 @@ class Joint:
             tuple(state for state in states for _ in _CALLED),
             _CALLED * len(states),
         )
-        self._calls = {type(layer): type(layer).__call__ for layer in layers}
+        self._kinds = {*_BASES, *map(type, layers)}
         self._experts = [chain.calls[i].parts.mixture.experts for i in chain.mixtures]  # type: ignore[union-attr]
 
     def untouched(self) -> bool:
         return (
             self._watch.untouched(self._own, self._held.places)
             and not self._held.moved()
-            and all(kind.__call__ is call for kind, call in self._calls.items())
+            and all(kind.__call__ in _CALLS for kind in self._kinds)
             and all(experts.activates_as_known() for experts in self._experts)
         )

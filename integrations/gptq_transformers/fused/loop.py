@@ -20,6 +20,9 @@ from .match import NoMatch
 
 _MORE = "the loop over its layers does more than to call them"
 _DIFFER = "its layers get arguments that differ"
+# With these, code does to names what its syntax tree does not show.
+_OPAQUE = frozenset(("delattr", "eval", "exec", "getattr", "globals", "locals", "setattr", "vars"))
+_VALUES = str, int, float, bool, type(None)  # that are equal where they compare as equal
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,30 @@ class Loop:
         return bool(self.of_layers or self.of_model)
 
     def calls_alike(self, model: Any, layers: Sequence[Any]) -> bool:
-        """Whether all layers get the same arguments, but for what the one before returned."""
-        return all(_alike(list(map(attrgetter(path), layers))) for path in self.of_layers) and all(
-            _alike(attrgetter(path)(model)[: len(layers)]) for path in self.of_model
-        )
+        """Whether all layers get the same arguments, but for what the one before returned.
+
+        Where that cannot be read, it is False, and the loop meets the error itself, if it is one.
+        """
+        try:
+            values = [list(map(attrgetter(path), layers)) for path in self.of_layers]
+            values += [attrgetter(path)(model)[: len(layers)] for path in self.of_model]
+        except Exception:
+            return False
+        return all(isinstance(each, list) and len(each) == len(layers) and _alike(each) for each in values)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies, and who loads a pickle, look at the source again."""
+        """Who loads a pickle looks at the source again."""
         return loop_or_none, (self.owner, self.name)
 
+    def __deepcopy__(self, _: dict[int, Any]) -> Loop:
+        return self
 
-def _alike(values: Any) -> bool:
-    return isinstance(values, list) and values.count(values[0]) == len(values)
+
+def _alike(values: list[Any]) -> bool:
+    first = values[0]
+    if type(first) in _VALUES:
+        return all(type(each) is type(first) and each == first for each in values)
+    return all(each is first for each in values)
 
 
 def loop_or_none(owner: type, name: str) -> Loop | None:
@@ -82,8 +97,9 @@ def find_loop(owner: Any, name: str) -> Loop:
     if len(loops) != 1 or _attributes(tree).count(name) != 1 or not tree.args.args:
         raise NoMatch(f"{owner.__name__}.forward has no single loop over its {name}")
     model = tree.args.args[0].arg
+    _check_names(tree, model, name)
     _check_iterable(loops[0].iter, model, function)
-    body = _Body(loops[0], model, tree)
+    body = _Body(loops[0], model, tree, _locals(function.__code__))
     return Loop(owner, name, function.__code__, model, tuple(body.of_layers), tuple(body.of_model))
 
 
@@ -134,15 +150,40 @@ def _path(node: ast.expr) -> tuple[str, str]:
     return (node.id, ".".join(names)) if isinstance(node, ast.Name) else ("", "")
 
 
+def _check_names(tree: ast.FunctionDef, model: str, layers: str) -> None:
+    """Names mean what they seem to.
+
+    Raises:
+        NoMatch: the model's gets another meaning, or code may reach variables or the layers in other ways.
+    """
+    for node in ast.walk(tree):
+        match node:
+            case ast.Global() | ast.Nonlocal():
+                raise NoMatch("its forward sets variables of other functions")
+            case ast.Name(id=name) if name in _OPAQUE:
+                raise NoMatch(f"its forward uses {name}")
+            case ast.Constant(value=str(value)) if value == layers:
+                raise NoMatch(f"its forward may reach its {layers} by their name")
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()) if name == model:
+                raise NoMatch(f"its forward sets {model}")
+            case _ if model in (getattr(node, field, None) for field in ("name", "asname", "rest")):
+                raise NoMatch(f"its forward sets {model}")
+
+
+def _locals(code: CodeType) -> set[str]:
+    return {*code.co_varnames, *code.co_cellvars}
+
+
 def _check_iterable(node: ast.expr, model: str, function: Any) -> None:
     """``self.layers``, ``self.layers[...]``, or either of them numbered.
 
     Raises:
         NoMatch: it is something else.
     """
-    own = function.__globals__.get("enumerate", enumerate) is not enumerate
-    if isinstance(node, ast.Call) and _path(node.func) == ("enumerate", "") and not own:
-        if len(node.args) != 1 or node.keywords:
+    code, known = function.__code__, function.__globals__.get("enumerate", enumerate)
+    own = known is not enumerate or "enumerate" in {*_locals(code), *code.co_freevars}
+    if isinstance(node, ast.Call) and _path(node.func) == ("enumerate", ""):
+        if own or len(node.args) != 1 or node.keywords:
             raise NoMatch("its forward numbers its layers in a way of its own")
         node = node.args[0]
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
@@ -156,12 +197,12 @@ class _Body:
     """What a loop does, which is ``h = layer(h, name=value, ...)``.
 
     Raises:
-        NoMatch: it does more, or a value is neither the same for all layers, nor read of each, nor the item of a list
-            with its number.
+        NoMatch: it does more, or a value is none of these, which no layer can change: a local variable, something of
+            the model's ``config``, what is read of each layer, the item of a list in ``config`` with its number.
     """
 
-    def __init__(self, loop: ast.For, model: str, tree: ast.FunctionDef) -> None:
-        self.model = model
+    def __init__(self, loop: ast.For, model: str, tree: ast.FunctionDef, known: set[str]) -> None:
+        self.model, self.known = model, known
         self.of_layers: list[str] = []
         self.of_model: list[str] = []
         numbered = isinstance(loop.iter, ast.Call)
@@ -196,7 +237,7 @@ class _Body:
                 pass
             case ast.Subscript(value=items, slice=ast.Name(id=self.number)):
                 root, path = _path(items)
-                if root != self.model or not path:
+                if not self._is_of_config(root, path):
                     raise NoMatch(_DIFFER)
                 self.of_model.append(path)
             case ast.Subscript(value=items, slice=index):
@@ -204,7 +245,12 @@ class _Body:
                 self._check(index)
             case ast.Attribute() if root == self.layer:
                 self.of_layers.append(path)
-            case ast.Name() | ast.Attribute() if root and root not in (self.layer, self.number, self.result):
+            case ast.Attribute() if self._is_of_config(root, path):
+                pass
+            case ast.Name() if root in self.known - {self.layer, self.number, self.result}:
                 pass
             case _:
                 raise NoMatch(_DIFFER)
+
+    def _is_of_config(self, root: str, path: str) -> bool:
+        return root == self.model and path.startswith("config.")

@@ -67,6 +67,8 @@ class Stack:
 
     def __getattr__(self, name: str) -> Any:
         """What a loop reads of one, which is the same for all."""
+        if name.startswith("__"):
+            raise AttributeError(name)  # Python asks a copy for some before it has layers
         return getattr(self.layers[0], name)
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Any:
