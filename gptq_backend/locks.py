@@ -120,9 +120,10 @@ def write_text(path: Path, content: str) -> None:
     for sibling in target.parent.iterdir():
         if pattern.fullmatch(sibling.name) and (dead := claim_dead(sibling)) is not None:
             dead.close(remove=True)
-    partial = claim(target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial"))
-    assert partial.descriptor is not None
+    path, partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial"), None
     try:
+        partial = claim(path)
+        assert partial.descriptor is not None
         with open(partial.descriptor, "w", encoding="utf-8", closefd=False) as file:
             file.write(content)
         os.fsync(partial.descriptor)
@@ -132,7 +133,11 @@ def write_text(path: Path, content: str) -> None:
             partial.close()
         os.replace(partial.path, target)
     except BaseException:
-        partial.close(remove=True)
+        if partial is not None:
+            partial.close(remove=True)
+        else:  # a signal came while it was made
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         raise
     partial.close()
 
