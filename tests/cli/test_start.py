@@ -106,10 +106,10 @@ def test_without_the_packages_of_the_extra_one_sentence_says_what_to_install() -
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_unwinds_once_and_what_is_ignored_stays_ignored(name: str) -> None:
-    number = getattr(signal, name)
-    before = signal.getsignal(number)
-    cleaned = []
+def test_a_signal_unwinds_once_and_what_is_ignored_stays_ignored(name: str, request: pytest.FixtureRequest) -> None:
+    number, before, cleaned = getattr(signal, name), signal.SIG_DFL, []
+    outer = signal.signal(number, before)  # nohup ignores SIGHUP
+    request.addfinalizer(lambda: signal.signal(number, outer))
     with pytest.raises(SystemExit) as ended, unwinding_signals():
         try:
             signal.raise_signal(number)
