@@ -33,17 +33,25 @@ class Placement:
         for tensor in tensors:
             if tensor.is_meta:  # the hook that offloaded it brings it
                 continue
-            device, dtype = self.device or tensor.device, tensor.dtype
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and device.type == "cpu":
-                dtype = torch.promote_types(dtype, torch.float32)
             self._homes[tensor] = self.home(tensor)
-            self.replace(tensor, tensor.data.to(device, dtype))
+            self.replace(tensor, tensor.data.to(*self.computing(tensor)))
+
+    def computing(self, tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype that the tensor is or would be brought to."""
+        device, dtype = self.device or torch.device("cpu" if tensor.is_meta else tensor.device), tensor.dtype
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and device.type == "cpu":
+            dtype = torch.promote_types(dtype, torch.float32)
+        return device, dtype
 
     def send_back(self, tensors: Iterable[Tensor]) -> None:
         """Those that were not brought stay."""
         for tensor in tensors:
             if tensor in self._homes:
                 self.replace(tensor, tensor.data.to(*self._homes.pop(tensor)))
+
+    def brought(self, tensor: Tensor) -> bool:
+        """Whether the tensor is here, not sent back yet."""
+        return tensor in self._homes
 
     def home(self, tensor: Tensor) -> tuple[torch.device, torch.dtype]:
         """Device and dtype that the tensor has outside of the run."""

@@ -70,8 +70,7 @@ class Progress:
             return ""
         found = hashlib.sha256(json.dumps([__version__, torch.__version__, before, facts], default=str).encode())
         for tensor in tensors:
-            found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            _hash(found, tensor)
         return found.hexdigest()
 
     def save(self, name: str, digest: str, entry: Callable[[], tuple[Mapping[str, Tensor], Any]]) -> None:
@@ -147,6 +146,18 @@ class Progress:
         if not self._warned:
             self._warned = True
             logger.warning(text, self.folder)
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Of its dtype, shape and values."""
+    found = hashlib.sha256()
+    _hash(found, tensor)
+    return found.hexdigest()
+
+
+def _hash(found: Any, tensor: Tensor) -> None:
+    found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+    found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

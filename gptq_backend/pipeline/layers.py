@@ -50,6 +50,7 @@ class Layers:
                 self.structure = dataclasses.replace(self.structure, head=head)
             config = dataclasses.replace(config, dynamic={**embedding.rule, **(config.dynamic or {})})
         self.done: dict[nn.Module, QuantLinear] = {}  # by the dense module
+        self._packed: dict[nn.Module, torch.device] = {}  # those that hold no dense weight, and where the result goes
         self.embedded: QuantizedWeight | None = None
         self.joint = JointRounding()
         self.report = QuantizeReport(self.structure.describe(config))
@@ -121,20 +122,50 @@ class Layers:
                 self.add_report(entry)
 
     def store(self, target: Target, quantized: QuantizedWeight) -> None:
-        """Take a layer's quantized weight: packed for the result, dequantized for the passes under way."""
+        """Take a layer's quantized weight: packed for the result, dequantized for the passes under way.
+
+        Of one that :meth:`packs` tells of, the dense weight is freed.
+        """
         module, config = target.module, target.config
         old: Tensor = module.weight  # type: ignore[assignment]
-        weight = quantized.to(old.device)
-        dense = weight.dequantize(torch.promote_types(old.dtype, torch.float32)).to(old.dtype)
-        self.placement.replace(old, dense.t().contiguous() if is_conv1d(module) else dense)
+        (device, dtype), (home, _) = self.placement.computing(old), self.placement.home(old)
+        weight = quantized.to(device)
         bias = module.bias
         if bias is not None:
             bias = bias.detach().to(self.placement.home(bias)[1])  # type: ignore[operator,arg-type]
         words = getattr(torch, config.pack_dtype)
-        home, _ = self.placement.home(module.weight)  # type: ignore[arg-type]
+        packed = self.packs(target)
         self.done[module] = QuantLinear.from_weight(
-            weight, bias, config.checkpoint_format, words, target.name, self.backend, home, old.dtype
+            *(weight, bias, config.checkpoint_format, words, target.name, self.backend),
+            *(device if packed else home, dtype),
         )
+        if packed:
+            self._packed.setdefault(module, torch.device("cpu") if home.type == "meta" else home)
+            self.placement.forget([old])
+            module.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), False)
+        else:
+            dense = weight.dequantize(torch.promote_types(dtype, torch.float32)).to(dtype)
+            self.placement.replace(old, dense.t().contiguous() if is_conv1d(module) else dense)
+
+    def packs(self, target: Target) -> bool:
+        """Whether a quantized layer is dequantized anew for each call: experts on a rank of several, which holds all of
+        them, and only its own before they are quantized.
+        """
+        return self.team.size > 1 and target.may_be_idle
+
+    def bring_packed(self, module: nn.Module, *_: Any) -> None:
+        """Before a call of a layer: give it its dense weight, if it is one that was freed."""
+        if module in self._packed:
+            prepared, freed = self.done[module].prepare().prepared, module.weight
+            assert prepared is not None
+            dense = prepared.dequantize(freed.dtype)  # type: ignore[arg-type]
+            module.weight = nn.Parameter(dense.t().contiguous() if is_conv1d(module) else dense, False)
+
+    def free_packed(self, module: nn.Module, *_: Any) -> None:
+        """After the call."""
+        if module in self._packed:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            module.weight = nn.Parameter(weight.new_empty(0), False)
 
     def quantize_embedding(self) -> None:
         """Round the embedding that is to be quantized without calibration; the passes see what they will see later."""
@@ -164,7 +195,10 @@ class Layers:
     def install(self, target: Target) -> None:
         """Put the quantized layer into the model, if there is one, and free the dense weight."""
         if target.module in self.done:
-            replace_module(self.model, target.name, self.done[target.module])
+            layer = self.done[target.module]
+            if (home := self._packed.get(target.module)) is not None:
+                layer.to(home)
+            replace_module(self.model, target.name, layer)
             self.placement.forget(target.module.parameters())  # hooks hold the module
 
     def keep_dense(self, target: Target) -> None:

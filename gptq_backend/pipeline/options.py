@@ -56,6 +56,11 @@ class Events:
     def block_needed(self, name: str, block: nn.Module) -> None:
         """A block is about to be used for the first time; its weights must be in place when this returns."""
 
+    def weights_elsewhere(self, name: str, layers: frozenset[nn.Module]) -> None:
+        """Of the block that will be needed next, the weights of these layers need not be in place: other ranks have
+        them.
+        """
+
     def structure_found(self, blocks: int, layers: int) -> None:
         """A run begins, over so many blocks, and so many layers in all."""
 

@@ -8,7 +8,7 @@ done by one rank while the others do other experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ class Round:
 
     mixture: Mixture
     targets: dict[int, tuple[Target, ...]]
+
+    def owners(self, team: Team) -> dict[int, int]:
+        """The rank of each expert."""
+        return {expert: team.worker(position) for position, expert in enumerate(self.targets)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +53,18 @@ class Recording:
 
 def rounds_of(block: Block, team: Team) -> list[Round]:
     """The rounds of a block; none in a team of one, whose passes come by each expert anyway."""
-    return [found for mixture in _mixtures(block) for found in _rounds(mixture, block, team)] if team.size > 1 else []
+    return [found for mixture in mixtures_of(block) for found in _rounds(mixture, block, team)] if team.size > 1 else []
 
 
-def _mixtures(block: Block) -> Iterator[Mixture]:
-    yield from (mixture for module in block.module.modules() if (mixture := find_mixture(module)) is not None)
+def mixtures_of(block: Block) -> list[Mixture]:
+    """Those in a block."""
+    return [mixture for module in block.module.modules() if (mixture := find_mixture(module)) is not None]
+
+
+def owned_elsewhere(rounds: Iterable[Round], team: Team) -> frozenset[nn.Module]:
+    """The layers of the experts of other ranks."""
+    ranks = [(each.targets[expert], rank) for each in rounds for expert, rank in each.owners(team).items()]
+    return frozenset(target.module for targets, rank in ranks if rank != team.rank for target in targets)
 
 
 def _rounds(mixture: Mixture, block: Block, team: Team) -> Iterator[Round]:
@@ -68,7 +79,7 @@ def _rounds(mixture: Mixture, block: Block, team: Team) -> Iterator[Round]:
 
 def send_to_owners(team: Team, each: Round, inputs: list[ExpertInput]) -> dict[int, list[ExpertInput]]:
     """Exchange what the ranks' batches feed the experts of a round -> the inputs of this rank's experts, by batch."""
-    owner = {expert: team.worker(position) for position, expert in enumerate(each.targets)}
+    owner = each.owners(team)
     pieces: list[list[Tensor]] = []
     for rank in range(team.size):
         sent = [entry for entry in inputs if owner[entry.expert] == rank]

@@ -30,7 +30,7 @@ from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
 from .drifts import Drifts
 from .layers import Layers
-from .owned_experts import ExpertInput, Recording, Round, rounds_of
+from .owned_experts import ExpertInput, Recording, Round, mixtures_of, owned_elsewhere, rounds_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,13 @@ class Passes:
             lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
         self._drifts = None  # its activations of the last block
 
+    def elsewhere(self, block: Block) -> frozenset[nn.Module] | None:
+        """Layers of experts whose weights only other ranks need; None where every rank runs the block as it was."""
+        rounds = self._rounds.get(block)
+        if not rounds or not self.config.true_sequential or self.config.preset.block_epochs:
+            return None
+        return owned_elsewhere(rounds, self.team)
+
     def _arrivals(self, target: Target) -> list[LayerInput]:
         """What passes are about to feed a layer, by batch; they may have come one before the other."""
         return sorted(self._arrived.pop(target, []), key=lambda arrived: arrived.number)
@@ -215,7 +222,7 @@ class Passes:
             for each in self._rounds.get(block, ()):
                 hook = partial(self._before_experts, block, each)
                 hooks.callback(each.mixture.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for mixture in {each.mixture for each in self._rounds.get(block, ())}:
+            for mixture in mixtures_of(block):
                 hooks.enter_context(mixture.replaced(self._record_or_call))
         head = self.structure.head
         if head is None:
@@ -334,6 +341,8 @@ class Passes:
         lockstep.wait((block, each))
 
     def _record_or_call(self, expert: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        if self._sensitivity.running:
+            return torch.zeros_like(x)  # experts tell nothing of attention, and their weights may be on other ranks
         task = _TASK.get(None)
         if task is None or task.recording is None or self._busy():
             return call(x)
@@ -365,6 +374,9 @@ class Passes:
             self.layers.placement.fetch(x)
 
         hooks.callback(target.module.register_forward_pre_hook(wait, with_kwargs=True).remove)
+        if self.layers.packs(target):
+            hooks.callback(target.module.register_forward_pre_hook(self.layers.bring_packed).remove)
+            hooks.callback(target.module.register_forward_hook(self.layers.free_packed, always_call=True).remove)
 
     def _here(self) -> int | None:
         """The batch whose pass through the quantized blocks is running; None of any other call of a block."""

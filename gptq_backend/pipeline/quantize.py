@@ -22,7 +22,7 @@ from ..float32_products import fast_products
 from ..format.weight import QuantizedWeight
 from ..model.calibration import Batch, check_fits, make_batches
 from ..model.layer_inputs import Factors, LayerInput
-from ..model.placement import outside_of, tensors_of
+from ..model.placement import tensors_of
 from ..model.progress import Progress
 from ..model.structure import Block, Structure, Target, evaluating, linear_shapes, special_linears, untie
 from ..model.unquantized import unquantized
@@ -32,6 +32,7 @@ from ..training.distill import DistillReport, distill
 from ..training.scales import validation_batches
 from .layers import Layers
 from .options import Events, RunOptions
+from .outside import Outside
 from .owned_experts import ExpertInput, Round, gather_names, send_to_owners
 from .passes import BlockState, Passes, Phase, Place
 from .report import LayerReport, QuantizeReport
@@ -119,6 +120,7 @@ class _Run:
         inference = any(tensor.is_inference() for tensor in tensors_of(self.model))
         with torch.inference_mode(inference), torch.no_grad(), evaluating(self.model):
             self.layers.quantize_embedding()
+            self.outside = Outside(self.model, self.structure, self.placement)
             if batches is None:
                 self.round_to_nearest()
             else:
@@ -135,8 +137,7 @@ class _Run:
         return self.layers.report
 
     def round_to_nearest(self) -> None:
-        outside = outside_of([block.module for block in self.structure.blocks], self.model)
-        self.resume.begin(self.config, [], outside)
+        self.resume.begin(self.config, [], self.outside.tensors)
         for block in self.structure.blocks:
             self.begin_block(block)
             if not self.resume.restore(block):
@@ -150,26 +151,26 @@ class _Run:
 
     def calibrate(self, batches: list[Batch]) -> None:
         check_fits(self.model, batches)
-        outside = outside_of([block.module for block in self.structure.blocks], self.model)
-        self.resume.begin(self.config, batches, outside)
-        self.placement.bring(outside)
-        self.passes.run(batches, self.serve_place, self.serve_layer, self.serve_experts)
-        self.finish_block()
+        self.resume.begin(self.config, batches, self.outside.tensors)
+        with self.outside:
+            self.passes.run(batches, self.serve_place, self.serve_layer, self.serve_experts)
+            self.finish_block()
         for block in self.structure.blocks:
             if block not in self.passes.reached:  # no batch came by; its weights are wanted all the same
                 self.begin_block(block).phase = Phase.FINAL_BEFORE
                 self.finish_block()
         if self.structure.head is not None:
             self.layers.install(self.structure.head)
-        self.placement.send_back(outside)
 
     @timed("other")
     def serve_place(self, block: Block, place: Place) -> None:
         """All passes wait at a place of ``block``."""
         state = self.passes.state
+        if not self.passes.reached - {block}:
+            self.outside.rest()  # all passes are past the embedding
         if state is None or (place in (Place.ORIGINAL, Place.START) and block is not state.block):
             self.finish_block()
-            state = self.begin_block(block)
+            state = self.begin_block(block, self.passes.elsewhere(block))
         if place is Place.START:
             if any(target.module in self.layers.done for target in block.targets) or self.resume.restore(block):
                 state.phase = Phase.FINAL_BEFORE
@@ -239,11 +240,14 @@ class _Run:
         self.model.to(home)
         return report
 
-    def begin_block(self, block: Block) -> BlockState:
-        """Give a block its turn."""
+    def begin_block(self, block: Block, elsewhere: frozenset[nn.Module] | None = None) -> BlockState:
+        """Give a block its turn; ``elsewhere`` as of :meth:`Passes.elsewhere`."""
+        if elsewhere:
+            self.events.weights_elsewhere(block.name, elsewhere)
         self.events.block_needed(block.name, block.module)
-        self.resume.begin_block(block)
-        self.placement.bring(tensors_of(block.module))
+        self.resume.begin_block(block, elsewhere)
+        others = {id(layer.weight) for layer in elsewhere or ()}
+        self.placement.bring([tensor for tensor in tensors_of(block.module) if id(tensor) not in others])
         self.layers.joint.begin_block(block)
         self.passes.state = BlockState(block)
         return self.passes.state
@@ -279,19 +283,19 @@ class _Run:
         state, self.passes.state = self.passes.state, None
         if state is None:
             return
-        block, idle = state.block, []
+        block, idle = state.block, list[Target]()
         for target in block.targets:
             if target.module in self.layers.done:
                 continue
             if target.may_be_idle:
-                idle.append(target.name)
-                self.layers.quantize(target, None)
+                idle.append(target)
             else:
                 self.layers.keep_dense(target)
         if idle:
+            self._round_idle(idle, block)
             text = "%s: no calibration token reached %d layers of its experts (%s, ...), which are rounded to nearest; "
             logger.warning(
-                f"{text}calibrate_all_experts sends all tokens through all of them", block.name, len(idle), idle[0]
+                f"{text}calibrate_all_experts sends all tokens through all of them", block.name, len(idle), idle[0].name
             )
         for target in block.targets:
             self.layers.install(target)
@@ -301,6 +305,15 @@ class _Run:
         self.factors.clear()
         self.own_factors.clear()
         self.events.block_done(block.name, block.module)
+
+    def _round_idle(self, idle: list[Target], block: Block) -> None:
+        """Round layers of experts to nearest, on the ranks that have their weights."""
+        if (elsewhere := self.passes.elsewhere(block)) is None:
+            for target in idle:
+                self.layers.quantize(target, None)
+            return
+        own = [target for target in idle if target.module not in elsewhere]
+        self.layers.share([(target, *self.layers.make(target, None, Team())) for target in own], block)
 
 
 def _warn_of_exceptions(model: nn.Module, structure: Structure, config: QuantizeConfig) -> None:

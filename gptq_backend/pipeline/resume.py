@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import QuantizeConfig
 from ..distributed.team import Team, as_tensor, from_tensor
 from ..format.stored_tensors import decode
 from ..model.calibration import Batch
 from ..model.placement import tensors_of
-from ..model.progress import Progress
+from ..model.progress import Progress, fingerprint
 from ..model.structure import Block
 from ..training.blocks import BlockReport, trainable_vectors
 from .layers import Layers
@@ -32,6 +32,7 @@ class Resume:
     def __init__(self, progress: Progress, layers: Layers, team: Team) -> None:
         self.team = team
         self.progress, self.model, self.layers = progress, layers.model, layers
+        self._kept = False  # whether the first rank keeps blocks
         self.identity = ""  # digest of all that the current block's result depends on
         self._begun = time.perf_counter()
 
@@ -51,10 +52,27 @@ class Resume:
         device = self.layers.placement.device  # each rank has a GPU of its own
         facts = [config.to_dict(), None if device is None else device.type, described, others, every]
         self.identity = self.progress.digest("", facts, [*data, *outside])
+        self._kept = self.team.told(0, lambda: bool(self.identity))
 
-    def begin_block(self, block: Block) -> None:
-        """A block depends on its weights and on what the blocks before it do."""
-        self.identity = self.progress.digest(self.identity, block.name, tensors_of(block.module))
+    def begin_block(self, block: Block, elsewhere: frozenset[nn.Module] | None) -> None:
+        """A block depends on its weights and on what the blocks before it do; ``elsewhere`` as of
+        :meth:`Passes.elsewhere`.
+        """
+        if not self._kept or not (self.team.first or elsewhere is not None):
+            return
+        experts = [target for target in block.targets if target.may_be_idle]
+        here = [target for target in experts if target.module not in (elsewhere or ())]
+        mine = {target.name: fingerprint(target.module.weight) for target in here}  # type: ignore[arg-type]
+        if elsewhere is not None:
+            mine = {
+                name: each
+                for (told,) in self.team.all_gather([as_tensor(mine)])
+                for name, each in from_tensor(told).items()
+            }
+        facts = [block.name, [mine[target.name] for target in experts]]
+        weights = {id(target.module.weight) for target in experts}
+        rest = [tensor for tensor in tensors_of(block.module) if id(tensor) not in weights]
+        self.identity = self.progress.digest(self.identity, facts, rest)
 
     def restore(self, block: Block) -> bool:
         """Whether an earlier run has finished the block; then take its results."""

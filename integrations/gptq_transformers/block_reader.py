@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,13 @@ from .errors import load_errors
 from .experts.expert_list import ExpertList
 from .experts.parallel import ParallelLinears
 from .experts.unfuse import unfuse_experts
+from .some_experts import Part, leave_out, tensors_but
+
+
+class Bring(Protocol):
+    """Gives a block its weights, but for those of the layers ``elsewhere``, which may stay on meta."""
+
+    def __call__(self, block: nn.Module, elsewhere: Collection[nn.Module] = ()) -> None: ...
 
 
 def can_read_blocks() -> bool:
@@ -36,7 +43,7 @@ def can_read_blocks() -> bool:
 
 def load_around_blocks(
     kind: type[PreTrainedModel], path: str | Path, block_name: BlockNames
-) -> tuple[PreTrainedModel, Callable[[nn.Module], None]]:
+) -> tuple[PreTrainedModel, Bring]:
     """A model whose blocks are on meta -> it, and what reads a block's tensors into it.
 
     Args:
@@ -48,8 +55,8 @@ def load_around_blocks(
     readers: list[BlockReader] = []
 
     def load(model: Any, state_dict: Any, files: Any, load_config: Any, *rest: Any, **more: Any) -> Any:
-        _check_names(kind, model, files, load_config)
-        readers.append(BlockReader(model, partial(_load, kind, files, load_config), block_name))
+        stored = _check_names(kind, model, files, load_config)
+        readers.append(BlockReader(model, partial(_load, kind, files, load_config), stored, block_name))
         info, index = kind._load_pretrained_model(model, state_dict, files, load_config, *rest, **more)
         info.unexpected_keys.clear()  # those of blocks
         return info, index
@@ -88,16 +95,19 @@ def _without_bars() -> Iterator[None]:
 
 
 @_without_bars()
-def _load(kind: Any, files: Any, load_config: Any, model: Any) -> None:
-    """Fill the model with those tensors of the files that it has."""
-    info, _ = kind._load_pretrained_model(model, None, files, load_config)
+def _load(kind: Any, files: Any, load_config: Any, model: Any, unread: Collection[str] = ()) -> None:
+    """Fill the model with those tensors of the files that it has, and that are not to be left ``unread``."""
+    with tensors_but(unread, files) as tensors:
+        info, _ = kind._load_pretrained_model(model, tensors, files, load_config)
     info.unexpected_keys.clear()
     kind._finalize_model_loading(model, load_config, info)
 
 
 @_without_bars()
-def _check_names(kind: Any, model: Any, files: Any, load_config: Any) -> None:
-    """Load the whole model on meta: refuse files that lack weights, or have others, before hours of work."""
+def _check_names(kind: Any, model: Any, files: Any, load_config: Any) -> frozenset[str]:
+    """Load the whole model on meta: refuse files that lack weights, or have others, before hours of work -> the names
+    in the files.
+    """
     path = load_config.pretrained_model_name_or_path
     try:
         stored = read_manifest([Path(file) for file in files])
@@ -113,6 +123,7 @@ def _check_names(kind: Any, model: Any, files: Any, load_config: Any) -> None:
         )
     kind._finalize_model_loading(whole, load_config, info)
     check_complete(info.missing_keys, path, model)
+    return frozenset(stored if all(str(file).endswith(".safetensors") for file in files) else ())
 
 
 class BlockReader:
@@ -120,11 +131,18 @@ class BlockReader:
 
     Args:
         model: on meta.
-        load: fills a model like it with those of its tensors that are in the files.
+        load: fills a model like it with those of its tensors that are in the files, but for those of some names.
+        stored: names of the tensors in the files.
     """
 
-    def __init__(self, model: PreTrainedModel, load: Callable[[Any], None], block_name: BlockNames) -> None:
-        self.load, self.blocks = load, find_blocks(model, block_name)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        load: Callable[[Any, Collection[str]], None],
+        stored: Collection[str],
+        block_name: BlockNames,
+    ) -> None:
+        self.load, self.stored, self.blocks = load, stored, find_blocks(model, block_name)
         for name in self.blocks:
             replace_module(model, name, nn.Module())
         self.frame: Any = copy.deepcopy(model)
@@ -141,21 +159,29 @@ class BlockReader:
             replace_module(model, name, copy.deepcopy(block))
         model.eval()
 
-    def read(self, model: Any, block: nn.Module) -> None:
+    def read(self, model: Any, block: nn.Module, elsewhere: Collection[nn.Module] = ()) -> None:
         """Give a block of the ``model`` its tensors; those of experts one by one, if it has them so.
+
+        Args:
+            elsewhere: layers of the block whose weights stay on meta.
 
         Raises:
             GPTQError: they cannot be read.
         """
         name = next(each for each in self.blocks if model.get_submodule(each) is block)
         replace_module(self.frame, name, copy.deepcopy(self.blocks[name]))
+        frame = self.frame.get_submodule(name)
         try:
+            part = leave_out(model, name, frame, elsewhere, self.stored) if elsewhere else Part()
             with load_errors(model.name_or_path):
-                self.load(self.frame)
+                self.load(self.frame, part.unread)
             if any(isinstance(module, ExpertList | ParallelLinears) for module in block.modules()):
                 unfuse_experts(self.frame)
-            for key, module in self.frame.get_submodule(name).named_modules():
-                own = block.get_submodule(key)
+            for key, module in frame.named_modules():
+                own = block.get_submodule(part.names.get(key, key))
+                kept = own._parameters["weight"] if own in elsewhere else None
                 own._parameters, own._buffers = module._parameters, module._buffers
+                if kept is not None:
+                    own._parameters["weight"] = kept
         finally:
             replace_module(self.frame, name, nn.Module())

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from gptq_backend import ConfigError, Events, QuantizeConfig, RunOptions
 from gptq_backend.budget import Goal, plan_budget
 from gptq_backend.model import Progress, find_blocks, find_structure
 
+from .block_reader import Bring
 from .dispatch import keeping_hooks
 from .experts.conversions import are_only_renamed, keep_packed_names, stored_names
 from .experts.unfuse import unfuse_experts
@@ -24,7 +23,7 @@ from .streaming import load_whole
 
 def spend_budget(
     model: PreTrainedModel,
-    bring: Callable[[nn.Module], None],
+    bring: Bring,
     source: str | Path | None,
     config: QuantizeConfig,
     goal: Goal,

@@ -26,6 +26,7 @@ from gptq_backend.model import BlockNames, Progress, find_structure
 from gptq_backend.output_folder import atomic_folder, check_spared
 
 from .auto_calibration import AUTO, choose
+from .block_reader import Bring
 from .budget import spend_budget
 from .calibration_input import given, is_text, load_tokenizer, token_ids
 from .completeness import keep_all_tensors
@@ -186,7 +187,7 @@ def _open(
     options: RunOptions,
     trust_remote_code: bool,
     calibrated: bool,
-) -> tuple[PreTrainedModel, Callable[[nn.Module], None], Callable[[], PreTrainedModel]]:
+) -> tuple[PreTrainedModel, Bring, Callable[[], PreTrainedModel]]:
     """The model with a layer for each expert, what brings the weights of a block, and what gives the original again,
     for a distillation.
     """
@@ -209,13 +210,19 @@ def _open(
 class _Streaming(Events):
     """Brings a block's weights when they are needed, writes them when they are done, and tells ``events`` of both."""
 
-    def __init__(self, events: Events, bring: Callable[[nn.Module], None], writer: BlockWriter | None) -> None:
+    def __init__(self, events: Events, bring: Bring, writer: BlockWriter | None) -> None:
         self.bring, self.writer, self.events = bring, writer, events
+        self.elsewhere: frozenset[nn.Module] = frozenset()
         for name in ("structure_found", "block_restored", "layer_done", "training_step"):
             setattr(self, name, getattr(events, name))
 
+    def weights_elsewhere(self, name: str, layers: frozenset[nn.Module]) -> None:
+        self.elsewhere = layers
+        self.events.weights_elsewhere(name, layers)
+
     def block_needed(self, name: str, block: nn.Module) -> None:
-        self.bring(block)
+        self.bring(block, self.elsewhere)
+        self.elsewhere = frozenset()
         self.events.block_needed(name, block)
 
     def block_done(self, name: str, block: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gptq_backend.model import BlockNames, Progress, Structure, find_blocks, fin
 from gptq_backend.module_moves import offloading_hook
 from gptq_backend.timing import timed
 
-from .block_reader import can_read_blocks, check_complete, load_around_blocks
+from .block_reader import Bring, can_read_blocks, check_complete, load_around_blocks
 from .errors import load_errors
 from .experts.conversions import are_only_renamed, keep_packed_names, stored_names
 from .experts.unfuse import unfuse_experts
@@ -71,7 +71,7 @@ def load_streamed(
     config: QuantizeConfig | None = None,
     block_name: BlockNames = None,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, Callable[[nn.Module], None]]:
+) -> tuple[PreTrainedModel, Bring]:
     """The model, whose blocks stay in the checkpoint's files until needed -> it, and what brings a block's weights.
 
     With transformers 4 they are on accelerate's disk offload. Blocks that share weights are loaded at once, and with
@@ -88,7 +88,7 @@ def load_streamed(
         find_structure(model, config, block_name)
     # accelerate would bring the weights of modules that are split into others.
     if not apart or (fused and not can_read_blocks()):
-        return load_whole(path, "auto", trust_remote_code), lambda block: None
+        return load_whole(path, "auto", trust_remote_code), lambda block, elsewhere=(): None
     if can_read_blocks():
         return load_around_blocks(kind, path, block_name)
     device_map = _device_map(model, "", set(blocks))
@@ -119,7 +119,7 @@ def _device_map(module: nn.Module, name: str, blocks: set[str]) -> dict[str, str
     return device_map
 
 
-def detach_offloading(model: PreTrainedModel, block_name: BlockNames = None) -> Callable[[nn.Module], None]:
+def detach_offloading(model: PreTrainedModel, block_name: BlockNames = None) -> Bring:
     """Remove accelerate's offloading from ``model`` -> a function that loads a block's offloaded weights to stay.
 
     What is offloaded outside the blocks is loaded at once. The hooks of a model that is only spread over devices stay:
@@ -141,7 +141,11 @@ def detach_offloading(model: PreTrainedModel, block_name: BlockNames = None) -> 
     if hooks:
         inside = {module for block in find_blocks(model, block_name).values() for module in block.modules()}
         bring([module for module in hooks if module not in inside])
-    return lambda block: bring(block.modules())
+
+    def bring_block(block: nn.Module, elsewhere: Collection[nn.Module] = ()) -> None:
+        bring(each for each in block.modules() if each not in elsewhere or each.bias is not None)
+
+    return bring_block
 
 
 class BlockWriter:

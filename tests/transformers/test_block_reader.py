@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gptq_backend import ConfigError, GPTQError, QuantizeConfig
-from gptq_transformers import quantize, streaming
+from gptq_backend.model import find_structure
+from gptq_transformers import block_reader, quantize, some_experts, streaming
+from gptq_transformers.experts.unfuse import unfuse_experts
 from tests.toy import listener
-from tests.transformers.checkpoints import ids, tiny
+from tests.transformers.checkpoints import VERSION_4, ids, tiny
 
 CONFIG = QuantizeConfig(group_size=32, quality="fast")
 FEW: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -90,6 +93,38 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     events = listener(block_needed=begin, layer_done=look)
     quantize(source, CONFIG, ids(48), output=tmp_path / "out", events=events)
     assert len(blocks) == 3
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("phi3", "llama")])
+def test_a_block_is_read_without_the_experts_that_others_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    source = saved(tmp_path / "source", family)
+    unread: set[str] = set()
+
+    def tensors_but(names: Any, files: Any) -> Any:
+        unread.update(names)
+        return some_experts.tensors_but(names, files)
+
+    def load(away: set[int]) -> dict[str, torch.Tensor]:
+        model, bring = streaming.load_streamed(source, str(tmp_path / "scratch"))
+        unfuse_experts(model)
+        for block in find_structure(model, CONFIG).blocks:
+            experts = [
+                t for t in block.targets if (of := re.search(r"\.experts\.(\d+)\.", t.name)) and int(of[1]) in away
+            ]
+            bring(block.module, frozenset(target.module for target in experts))
+            weights = {id(target.module.weight) for target in experts}
+            assert all(tensor.is_meta == (id(tensor) in weights) for tensor in block.module.parameters())
+        return {name: tensor for name, tensor in model.named_parameters() if not tensor.is_meta}
+
+    expected = load(set())
+    monkeypatch.setattr(block_reader, "tensors_but", tensors_but)
+    found = load({0, 3})
+    assert len(found) < len(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    by_expert = [name for name in stored(source) if re.search(r"\.experts\.[03]\.", name)]
+    assert unread == (set() if VERSION_4 else {*by_expert})
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="reads by accelerate")
