@@ -25,6 +25,7 @@ PRODUCTS = 400e12  # flop/s of bf16 products with sums in float32: 0.4 of an H10
 SINGLES = 30e12  # flop/s in float32: 0.45 of the peak
 COLUMN = 2e-6  # seconds from one column to the next in the Triton kernels: an assumption
 NVLINK, NETWORK = 360e9, 40e9  # bytes/s of a GPU to those of its machine, and of others: 0.8 of 450 GB/s and 400 Gb/s
+MEMORY = 2.3e12  # bytes/s of a GPU's own memory: 0.7 of its peak
 HOST, DISK = 25e9, 5e9  # bytes/s from host memory to a GPU, and from the disk of a machine
 ON_A_MACHINE = 8
 SWEEPS, FINALISTS, GROUP = 2, 4, 128  # quality="default"
@@ -48,6 +49,20 @@ class Shape:
     def weights(self) -> int:
         """In the block."""
         return _size(self.dense) + self.experts * _size(self.expert)
+
+    @property
+    def drifting(self) -> tuple[tuple[int, int], ...]:
+        """Layers that make up for the drift of their inputs: none of mixtures."""
+        return () if self.experts else self.dense
+
+    @property
+    def passes(self) -> int:
+        """Of the quantized block, and of the original for the drift."""
+        return 1 + bool(self.drifting)
+
+    def held(self, gpus: int) -> float:
+        """Weights of which one of so many GPUs needs the original: its own experts."""
+        return _size(self.dense) + self.experts * _size(self.expert) / gpus
 
 
 def _size(layers: tuple[tuple[int, int], ...]) -> int:
@@ -79,8 +94,8 @@ def work(shape: Shape, tokens: int) -> dict[str, float]:
     active = _size(shape.dense) + shape.chosen * _size(shape.expert)
     routed = tokens * shape.chosen / shape.experts if shape.experts else 0
     return {
-        "forward": 2 * 2 * active * tokens,  # of the quantized block and of the original
-        "drift": sum(2 * 2 * k * n if n == shape.hidden else 2 * k * k for k, n in shape.dense) * tokens,
+        "forward": 2 * active * tokens * shape.passes,
+        "drift": sum(2 * 2 * k * n if n == shape.hidden else 2 * k * k for k, n in shape.drifting) * tokens,
         "sensitivity": 3 * 2 * shape.mixing * tokens,  # through attention and back
         "hessian of dense layers": sum(k * k for k, _ in shape.dense) * tokens,
         "hessian of experts": shape.experts * sum(k * k for k, _ in shape.expert) * routed,
@@ -113,17 +128,27 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
     own = math.ceil(shape.experts / gpus)
     expert = (counts["factor of an expert"] + counts["rounding of an expert"]) / SINGLES + _columns(shape.expert)
     tokens = TOKENS * shape.chosen * shape.hidden * HALF / gpus * others
-    moments = sum(k * k / 2 + k * min(k, n if n == shape.hidden else k) for k, n in shape.dense)
+    moments = sum(k * k / 2 for k, _ in shape.dense)
+    moments += sum(k * min(k, n if n == shape.hidden else k) for k, n in shape.drifting)
+    from_disk = shape.held(gpus / min(gpus, ON_A_MACHINE)) * HALF / DISK
+    all_experts = shape.experts * _size(shape.expert) * (gpus > 1)
+    dequantized = all_experts * (0.5 + 2 * HALF) / MEMORY * TOKENS / BATCH / gpus
     hessians = 2 * moments * SINGLE * others
     return {
-        "read": shape.weights * HALF * (1 / HOST + 1 / DISK),
+        "read": shape.held(gpus) * HALF / HOST + from_disk,
         "forward and token weights": (counts["forward"] + counts["sensitivity"]) / PRODUCTS / gpus,
         "Hessians": (counts["hessian of dense layers"] + counts["hessian of experts"]) / PRODUCTS / gpus,
         "drift": counts["drift"] / PRODUCTS / gpus,
-        "the original's inputs, to the host and back": 2 * sum(k for k, _ in shape.dense) * TOKENS * HALF / HOST / gpus,
+        "the original's inputs, to the host and back": 2
+        * sum(k for k, _ in shape.drifting)
+        * TOKENS
+        * HALF
+        / HOST
+        / gpus,
         "factors of dense layers": counts["factor of dense layers"] / SINGLES * (0.5 + 0.5 / min(gpus, 8)),
         "rounding of dense layers": rounding + _columns(shape.dense),
         "experts": own * expert,
+        "experts' weights, dequantized for each batch": dequantized,
         "links": (hessians + tokens + shape.weights * others) / link,  # codes travel as bytes
     }
 
@@ -136,11 +161,12 @@ def gigabytes(shape: Shape, gpus: int) -> dict[str, float]:
     layer = max(max(k, n) for k, n in shape.dense)
     routed = TOKENS * shape.chosen / shape.experts if shape.experts else 0
     sizes = {
-        "the block, 16 bits": shape.weights * HALF,
-        "its codes, as bytes and packed": shape.weights * 1.5,
+        "the block, 16 bits": shape.held(gpus) * HALF,
+        "its codes, as bytes and packed": shape.weights * (1.5 if gpus == 1 or not shape.experts else 0.5),
         "batches that wait": own * (5 * shape.hidden + layer) * HALF,
         "Hessian, its sums and factor": widest**2 * SINGLE * (levels / 2 + 5),
         "experts' inputs of a round": 2 * PER_ROUND * routed * shape.hidden * HALF if gpus > 1 else 0,
+        "experts' codes of a round, as bytes": PER_ROUND * gpus * _size(shape.expert) if gpus > 1 else 0,
     }
     return {name: size / 1e9 for name, size in sizes.items()}
 
@@ -151,7 +177,7 @@ def measured_rates(path: Path) -> dict[str, float]:
     counts = work(_llama("", 1, 576, 1536, 192), found["tokens"])
     laps = found["phases"][-1]
     pairs = {
-        "forward": (counts["forward"] / 2, "forward"),  # from before drift was corrected
+        "forward": (counts["forward"] / 2, "forward"),  # one pass: from before drift was corrected
         "sensitivity": (counts["sensitivity"], "sensitivity"),
         "hessian": (counts["hessian of dense layers"], "hessian"),
         "factor, float64": (counts["factor of dense layers"], "factor"),
