@@ -196,8 +196,9 @@ class Layers:
         """Put the quantized layer into the model, if there is one, and free the dense weight."""
         if target.module in self.done:
             layer = self.done[target.module]
-            if (home := self._packed.get(target.module)) is not None:
-                layer.to(home)
+            home = self._packed.get(target.module)
+            if home is not None and home != next(layer.parameters()).device:
+                layer.unprepare().to(home)  # as packed words: repacking is for whoever will call it there
             replace_module(self.model, target.name, layer)
             self.placement.forget(target.module.parameters())  # hooks hold the module
 

@@ -43,7 +43,7 @@ def leave_out(
         elsewhere: layers of the model's block.
         stored: names of all tensors in the files.
     """
-    block = model.get_submodule(name)
+    block, frames = model.get_submodule(name), dict(frame.named_modules())
     keep_packed_names(model)  # else the names of experts would be those that transformers makes of them
     unread: set[str] = set()
     names: dict[str, str] = {}
@@ -53,12 +53,12 @@ def leave_out(
             own = own or [0]  # of none, transformers could not make a tensor
             others = set(range(module.num_experts)).difference(own)
             left = _files_names(model, [f"{name}.{path}.{inner}.weight" for i in others for inner in _paths(module, i)])
-            if left and left <= {*stored} and _shrink(frame.get_submodule(path), len(own)):
+            if left and left <= {*stored} and _shrink(frames[path], len(own)):
                 unread |= left
                 pairs = [pair for j, i in enumerate(own) for pair in zip(_paths(module, j), _paths(module, i))]
                 names |= {f"{path}.{there}": f"{path}.{here}" for there, here in pairs}
-        elif module in elsewhere and path in dict(frame.named_modules()):
-            frame.get_submodule(path)._parameters["weight"] = None
+        elif module in elsewhere and path in frames:
+            frames[path]._parameters["weight"] = None
     return Part(frozenset(unread), names)
 
 

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.distributed.commands import TEXT, start, torchrun
+
 pytest.importorskip("transformers")
 psutil = pytest.importorskip("psutil")
 
-ROOT = Path(__file__).parents[2]
-TEXT = ROOT / "tests/data/wikitext2-valid-excerpt.txt"
 SECONDS = 20  # in which all have ended
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
 
 def begin(model: Path, out: Path, ranks: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "gptq_cli", "quantize", str(model), str(out)]
-    command += ["--calibration", str(TEXT), "--samples", "6", "--seqlen", "32", "--batch-size", "1"]
-    command += ["--group-size", "32", "--kld-windows", "0"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "integrations"), *sys.path[1:]])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    settings = ("--samples", "6", "--seqlen", "32", "--batch-size", "1", "--group-size", "32", "--kld-windows", "0")
+    return start(*torchrun(ranks), "gptq_cli", "quantize", model, out, "--calibration", TEXT, *settings)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
