@@ -64,7 +64,7 @@ class JointRounding:
             factor, rounded = self._ahead.pop(target)
             return rounded if factor() is shared else None
         others = [self._block[other] for other in self._later.get(name, ()) if other in self._block]
-        others = [each for each in others if dense_weight(each.module).shape[1] == weight.shape[1]]
+        others = [each for each in others if dense_weight(each.module).shape[-1] == weight.shape[1]]
         others = [each for each in others if each.config == target.config]
         if not others or not _worth_it(weight):
             return None

@@ -92,5 +92,9 @@ def _of_list(module: nn.Module, experts: nn.ModuleList) -> Mixture:
     return Mixture(module, inside, lambda i, x: experts[i](x), call_all, replaced)
 
 
-def _forward(instead: Instead, i: int, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return instead(i, x, lambda x: original(x, *args, **kwargs))
+def _forward(instead: Instead, i: int, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """The tokens are the first argument, whether it has a name or not."""
+    if args:
+        return instead(i, args[0], lambda x: original(x, *args[1:], **kwargs))
+    name, tokens = next(iter(kwargs.items()))
+    return instead(i, tokens, lambda x: original(**{**kwargs, name: x}))

@@ -35,6 +35,10 @@ class Sensitivity:
         self.running = False  # for hooks that are to do nothing meanwhile
         self._fruitless = ""  # the block whose other batches need not be tried
 
+    def end(self) -> None:
+        """Called in a pass that need not go on: what was found until then is all."""
+        raise _Found
+
     @timed("sensitivity")
     def of(
         self, block: nn.Module, name: str, layers: Iterable[nn.Module], run: Callable[[], Any], mask: Tensor | None

@@ -135,9 +135,9 @@ class Layers:
             bias = bias.detach().to(self.placement.home(bias)[1])  # type: ignore[operator,arg-type]
         words = getattr(torch, config.pack_dtype)
         packed = self.packs(target)
+        place = device if packed else home
         self.done[module] = QuantLinear.from_weight(
-            *(weight, bias, config.checkpoint_format, words, target.name, self.backend),
-            *(device if packed else home, dtype),
+            weight, bias, config.checkpoint_format, words, target.name, self.backend, place, dtype
         )
         if packed:
             self._packed.setdefault(module, torch.device("cpu") if home.type == "meta" else home)
@@ -148,8 +148,8 @@ class Layers:
             self.placement.replace(old, dense.t().contiguous() if is_conv1d(module) else dense)
 
     def packs(self, target: Target) -> bool:
-        """Whether a quantized layer is dequantized anew for each call: experts on a rank of several, which holds all of
-        them, and only its own before they are quantized.
+        """Whether a quantized layer is dequantized anew for each call: experts, of which every rank of several ends
+        with all.
         """
         return self.team.size > 1 and target.may_be_idle
 

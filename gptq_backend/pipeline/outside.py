@@ -32,7 +32,7 @@ class Outside:
         self._placement = placement
         self.tensors = outside_of([block.module for block in structure.blocks], model)
         mine = {id(tensor) for tensor in self.tensors}
-        # Only of these kinds is it certain that nobody reads the weight but their own call.
+        # Of these kinds hardly anybody reads the weight but their own call.
         found: list[Any] = [
             module for module in model.modules() if isinstance(module, nn.Embedding) or type(module) is nn.Linear
         ]

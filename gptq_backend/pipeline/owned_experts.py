@@ -53,12 +53,11 @@ class Recording:
 
 def rounds_of(block: Block, team: Team) -> list[Round]:
     """The rounds of a block; none in a team of one, whose passes come by each expert anyway."""
-    return [found for mixture in mixtures_of(block) for found in _rounds(mixture, block, team)] if team.size > 1 else []
+    return [found for mixture in _mixtures(block) for found in _rounds(mixture, block, team)] if team.size > 1 else []
 
 
-def mixtures_of(block: Block) -> list[Mixture]:
-    """Those in a block."""
-    return [mixture for module in block.module.modules() if (mixture := find_mixture(module)) is not None]
+def _mixtures(block: Block) -> Iterator[Mixture]:
+    yield from (mixture for module in block.module.modules() if (mixture := find_mixture(module)) is not None)
 
 
 def owned_elsewhere(rounds: Iterable[Round], team: Team) -> frozenset[nn.Module]:

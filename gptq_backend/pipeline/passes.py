@@ -30,7 +30,7 @@ from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
 from .drifts import Drifts
 from .layers import Layers
-from .owned_experts import ExpertInput, Recording, Round, mixtures_of, owned_elsewhere, rounds_of
+from .owned_experts import ExpertInput, Recording, Round, owned_elsewhere, rounds_of
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,13 @@ class Passes:
             return None
         return owned_elsewhere(rounds, self.team)
 
+    def is_owned(self, target: Target, block: Block) -> bool:
+        """Whether the layer is one whose weight only one rank may have."""
+        rounds = self._rounds.get(block, ())
+        return self.elsewhere(block) is not None and any(
+            target in own for each in rounds for own in each.targets.values()
+        )
+
     def _arrivals(self, target: Target) -> list[LayerInput]:
         """What passes are about to feed a layer, by batch; they may have come one before the other."""
         return sorted(self._arrived.pop(target, []), key=lambda arrived: arrived.number)
@@ -222,7 +229,7 @@ class Passes:
             for each in self._rounds.get(block, ()):
                 hook = partial(self._before_experts, block, each)
                 hooks.callback(each.mixture.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for mixture in mixtures_of(block):
+            for mixture in {each.mixture for each in self._rounds.get(block, ())}:
                 hooks.enter_context(mixture.replaced(self._record_or_call))
         head = self.structure.head
         if head is None:
@@ -341,8 +348,8 @@ class Passes:
         lockstep.wait((block, each))
 
     def _record_or_call(self, expert: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        if self._sensitivity.running:
-            return torch.zeros_like(x)  # experts tell nothing of attention, and their weights may be on other ranks
+        if self._sensitivity.running and self.elsewhere(self._current().block) is not None:
+            self._sensitivity.end()  # the expert may be on another rank, and attention comes before experts
         task = _TASK.get(None)
         if task is None or task.recording is None or self._busy():
             return call(x)

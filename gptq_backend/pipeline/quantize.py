@@ -166,9 +166,8 @@ class _Run:
     def serve_place(self, block: Block, place: Place) -> None:
         """All passes wait at a place of ``block``."""
         state = self.passes.state
-        if not self.passes.reached - {block}:
-            self.outside.rest()  # all passes are past the embedding
         if state is None or (place in (Place.ORIGINAL, Place.START) and block is not state.block):
+            self.outside.rest()
             self.finish_block()
             state = self.begin_block(block, self.passes.elsewhere(block))
         if place is Place.START:
@@ -193,7 +192,13 @@ class _Run:
     @timed("other")
     def serve_layer(self, target: Target, inputs: list[LayerInput]) -> None:
         """All passes wait in front of a layer, with ``inputs`` for it."""
-        source, state = self.factors.of(target, inputs), self.passes.state
+        state = self.passes.state
+        if state is not None and self.passes.is_owned(target, state.block):
+            raise ConfigError(
+                f"{target.name} is called otherwise than by its mixture's own forward, so ranks cannot share the experts "
+                "out; quantize this model in one process, or with true_sequential=False"
+            )
+        source = self.factors.of(target, inputs)
         # An expert may get its first tokens only after MEASURING: the quantized block routes otherwise.
         if state is not None and state.phase is Phase.MEASURING:
             state.measured.append((target, source))

@@ -52,7 +52,8 @@ def leave_out(
             own = [i for i in range(module.num_experts) if not all(each in elsewhere for each in module.projections(i))]
             own = own or [0]  # of none, transformers could not make a tensor
             others = set(range(module.num_experts)).difference(own)
-            left = _files_names(model, [f"{name}.{path}.{inner}.weight" for i in others for inner in _paths(module, i)])
+            weights = [f"{name}.{path}.{inner}.weight" for i in others for inner in _paths(module, i)]
+            left = {*stored_names(model, weights).values()}
             if left and left <= {*stored} and _shrink(frames[path], len(own)):
                 unread |= left
                 pairs = [pair for j, i in enumerate(own) for pair in zip(_paths(module, j), _paths(module, i))]
@@ -64,10 +65,6 @@ def leave_out(
 
 def _paths(experts: ExpertList, index: int) -> list[str]:
     return [experts.layout.path(projection, index) for projection in range(len(experts.layout.paths))]
-
-
-def _files_names(model: nn.Module, names: list[str]) -> set[str]:
-    return {*stored_names(model, names).values()}
 
 
 def _shrink(fused: nn.Module, experts: int) -> bool:

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the model, and
     "act-order": ({}, {"desc_act": True}),
     "static groups": ({}, {"desc_act": True, "static_groups": True, "sym": False}),
     "experts": ({"mlp": SPARSE}, {}),
+    "experts of 16 bits": ({"mlp": SPARSE, "dtype": torch.bfloat16}, {"dynamic": {"-:.*experts.1.up": {}}}),
     "experts, measured at once": ({"mlp": SPARSE}, {"true_sequential": False}),
     "dense, measured at once": ({}, {"true_sequential": False}),
     "training": ({"dtype": torch.float32}, {"block_epochs": 2}),
@@ -62,6 +63,10 @@ class Told(Events):
 
     def __init__(self) -> None:
         self.layers: list[str] = []
+        self.elsewhere: list[int] = []  # layers of a block whose weights this rank does not need
+
+    def weights_elsewhere(self, name: str, layers: frozenset[torch.nn.Module]) -> None:
+        self.elsewhere.append(len(layers))
 
     def layer_done(self, layer: Any, done: int, total: int) -> None:
         self.layers.append(layer.name)
@@ -82,6 +87,7 @@ def quantize(case: str, team: Team, out: Path) -> None:
     facts = {
         "run": {"layers": layers, "blocks": blocks, "told": sorted(told.layers)},
         "hessian_bytes": Counted.most,
+        "elsewhere": told.elsewhere,
     }
     name = f"{case}.{team.rank}"
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / f"{name}.safetensors")

@@ -30,10 +30,12 @@ def begin(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, "block_done", end)
-        assert command.run(*arguments).exit_code
-    torch.set_num_threads(threads)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(RunProgress, "block_done", end)
+            assert command.run(*arguments).exit_code
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.timeout(600)

@@ -56,6 +56,15 @@ def test_every_rank_ends_with_the_bits_and_the_report_of_one_process(
         assert facts(outputs[ranks], case, rank)["run"] == facts(outputs[1], case)["run"]
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_layer_of_an_expert_has_its_weight_on_one_rank_only(outputs: dict[int, Path], ranks: int) -> None:
+    by_rank = [facts(outputs[ranks], "experts", rank)["elsewhere"] for rank in range(ranks)]
+    for counts in zip(*by_rank, strict=True):  # of a block
+        assert sum(counts) == (ranks - 1) * 5 * 3
+    assert not facts(outputs[1], "experts")["elsewhere"]
+    assert not facts(outputs[ranks], "experts, measured at once")["elsewhere"]
+
+
 def test_a_rank_holds_the_hessians_of_its_own_experts_only(outputs: dict[int, Path]) -> None:
     """Five experts of three layers each, of which one gets no token; measured before any is quantized."""
     most = {

@@ -61,6 +61,19 @@ def test_an_embedding_waits_while_blocks_are_quantized(monkeypatch: pytest.Monke
     assert {*seen} == {(torch.bfloat16, torch.bfloat16)}
 
 
+def test_an_embedding_that_is_called_between_blocks_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(Headed):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x, mask = self.embed(input_ids), torch.ones(24, 24, dtype=torch.bool).tril()
+            x = self.blocks[0](x, mask) + self.embed(input_ids)
+            return self.lm_head(self.norm(self.blocks[2](self.blocks[1](x, mask), mask)))
+
+    monkeypatch.setattr(outside, "_LARGE_BYTES", 1)
+    torch.manual_seed(0)
+    *_, seen = run(Twice(blocks=3).to(torch.bfloat16))
+    assert {*seen} == {(torch.bfloat16, torch.bfloat16)}
+
+
 def test_a_head_that_no_pass_comes_to_is_never_brought(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outside, "_LARGE_BYTES", 1)
     headed = model()

@@ -26,7 +26,7 @@ FEW: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Files with experts one by one, fused, and beside dense blocks; other names in the file; a merged q, k and v.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, **FEW},
-    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 64, **FEW},
+    "qwen2_moe": {"num_experts": 12, "shared_expert_intermediate_size": 64, **FEW},
     "mixtral": {},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
