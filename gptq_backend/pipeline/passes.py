@@ -164,10 +164,8 @@ class Passes:
 
     def is_owned(self, target: Target, block: Block) -> bool:
         """Whether the layer is one whose weight only one rank may have."""
-        rounds = self._rounds.get(block, ())
-        return self.elsewhere(block) is not None and any(
-            target in own for each in rounds for own in each.targets.values()
-        )
+        owned = {own for each in self._rounds.get(block, ()) for targets in each.targets.values() for own in targets}
+        return target in owned and self.elsewhere(block) is not None
 
     def _arrivals(self, target: Target) -> list[LayerInput]:
         """What passes are about to feed a layer, by batch; they may have come one before the other."""

@@ -195,8 +195,8 @@ class _Run:
         state = self.passes.state
         if state is not None and self.passes.is_owned(target, state.block):
             raise ConfigError(
-                f"{target.name} is called otherwise than by its mixture's own forward, so ranks cannot share the experts "
-                "out; quantize this model in one process, or with true_sequential=False"
+                f"{target.name} is called otherwise than by its mixture's forward, so ranks cannot share experts out; "
+                "quantize this model in one process, or with true_sequential=False"
             )
         source = self.factors.of(target, inputs)
         # An expert may get its first tokens only after MEASURING: the quantized block routes otherwise.
