@@ -51,19 +51,40 @@ class Recording:
     inputs: list[ExpertInput] = field(default_factory=list)
 
 
-def rounds_of(block: Block, team: Team) -> list[Round]:
-    """The rounds of a block; none in a team of one, whose passes come by each expert anyway."""
-    return [found for mixture in _mixtures(block) for found in _rounds(mixture, block, team)] if team.size > 1 else []
+class Ownership:
+    """Which experts of a model's blocks each rank of a team quantizes; without rounds, all of them together do.
+
+    Args:
+        blocks: those whose experts are shared out.
+        divides: whether only its owner needs an expert's weight; else every rank runs the blocks as they were.
+    """
+
+    def __init__(self, blocks: Iterable[Block], divides: bool, team: Team) -> None:
+        self._divides, self._team = divides, team
+        # None in a team of one, whose passes come by each expert anyway.
+        shared = blocks if team.size > 1 else ()
+        self._rounds = {block: [e for m in _mixtures(block) for e in _rounds(m, block, team)] for block in shared}
+
+    def rounds(self, block: Block) -> list[Round]:
+        """Of the experts of a block, in their order."""
+        return self._rounds.get(block, [])
+
+    def elsewhere(self, block: Block) -> frozenset[nn.Module] | None:
+        """Layers of experts whose weights only other ranks need; None where every rank needs all."""
+        rounds = self.rounds(block)
+        if not rounds or not self._divides:
+            return None
+        ranks = [(each.targets[expert], rank) for each in rounds for expert, rank in each.owners(self._team).items()]
+        return frozenset(target.module for targets, rank in ranks if rank != self._team.rank for target in targets)
+
+    def is_divided(self, target: Target, block: Block) -> bool:
+        """Whether only one rank may have the layer's weight."""
+        owned = {own for each in self.rounds(block) for targets in each.targets.values() for own in targets}
+        return self._divides and target in owned
 
 
 def _mixtures(block: Block) -> Iterator[Mixture]:
     yield from (mixture for module in block.module.modules() if (mixture := find_mixture(module)) is not None)
-
-
-def owned_elsewhere(rounds: Iterable[Round], team: Team) -> frozenset[nn.Module]:
-    """The layers of the experts of other ranks."""
-    ranks = [(each.targets[expert], rank) for each in rounds for expert, rank in each.owners(team).items()]
-    return frozenset(target.module for targets, rank in ranks if rank != team.rank for target in targets)
 
 
 def _rounds(mixture: Mixture, block: Block, team: Team) -> Iterator[Round]:

@@ -30,7 +30,7 @@ from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
 from .drifts import Drifts
 from .layers import Layers
-from .owned_experts import ExpertInput, Recording, Round, owned_elsewhere, rounds_of
+from .owned_experts import ExpertInput, Ownership, Recording, Round
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Passes:
         self.layers, self.model, self.structure, self.config = layers, layers.model, layers.structure, config
         self.team = team
         owned = () if layers.calibrate_all_experts else self.structure.blocks  # else each expert has all tokens
-        self._rounds = {block: rounds_of(block, team) for block in owned}
+        self.ownership = Ownership(owned, config.true_sequential and not config.preset.block_epochs, team)
         self._recorded: dict[Round, list[ExpertInput]] = {}
         self.state: BlockState | None = None  # set by whoever serves the places
         self.reached: set[Block] = set()
@@ -155,18 +155,6 @@ class Passes:
             lockstep.run([partial(self._forward, task) for task in tasks], serve, order.__getitem__, agree)
         self._drifts = None  # its activations of the last block
 
-    def elsewhere(self, block: Block) -> frozenset[nn.Module] | None:
-        """Layers of experts whose weights only other ranks need; None where every rank runs the block as it was."""
-        rounds = self._rounds.get(block)
-        if not rounds or not self.config.true_sequential or self.config.preset.block_epochs:
-            return None
-        return owned_elsewhere(rounds, self.team)
-
-    def is_owned(self, target: Target, block: Block) -> bool:
-        """Whether the layer is one whose weight only one rank may have."""
-        owned = {own for each in self._rounds.get(block, ()) for targets in each.targets.values() for own in targets}
-        return target in owned and self.elsewhere(block) is not None
-
     def _arrivals(self, target: Target) -> list[LayerInput]:
         """What passes are about to feed a layer, by batch; they may have come one before the other."""
         return sorted(self._arrived.pop(target, []), key=lambda arrived: arrived.number)
@@ -175,7 +163,7 @@ class Passes:
         """All that passes wait for, in the order in which it is served."""
         keys: list[Any] = []
         for block in self.structure.blocks:
-            before = {next(iter(each.targets.values()))[0]: each for each in self._rounds.get(block, ())}
+            before = {next(iter(each.targets.values()))[0]: each for each in self.ownership.rounds(block)}
             keys += [(block, Place.ORIGINAL), (block, Place.START)]
             for target in block.targets:
                 keys += [(block, before[target])] if target in before else []
@@ -224,10 +212,10 @@ class Passes:
                 self._hook_layer(target, hooks)
             if self.layers.calibrate_all_experts:
                 self._hook_mixtures(block, hooks)
-            for each in self._rounds.get(block, ()):
+            for each in self.ownership.rounds(block):
                 hook = partial(self._before_experts, block, each)
                 hooks.callback(each.mixture.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for mixture in {each.mixture for each in self._rounds.get(block, ())}:
+            for mixture in {each.mixture for each in self.ownership.rounds(block)}:
                 hooks.enter_context(mixture.replaced(self._record_or_call))
         head = self.structure.head
         if head is None:
@@ -346,7 +334,7 @@ class Passes:
         lockstep.wait((block, each))
 
     def _record_or_call(self, expert: int, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        if self._sensitivity.running and self.elsewhere(self._current().block) is not None:
+        if self._sensitivity.running and self.ownership.elsewhere(self._current().block) is not None:
             self._sensitivity.end()  # the expert may be on another rank, and attention comes before experts
         task = _TASK.get(None)
         if task is None or task.recording is None or self._busy():

@@ -169,7 +169,7 @@ class _Run:
         if state is None or (place in (Place.ORIGINAL, Place.START) and block is not state.block):
             self.outside.rest()
             self.finish_block()
-            state = self.begin_block(block, self.passes.elsewhere(block))
+            state = self.begin_block(block, self.passes.ownership.elsewhere(block))
         if place is Place.START:
             if any(target.module in self.layers.done for target in block.targets) or self.resume.restore(block):
                 state.phase = Phase.FINAL_BEFORE
@@ -193,7 +193,7 @@ class _Run:
     def serve_layer(self, target: Target, inputs: list[LayerInput]) -> None:
         """All passes wait in front of a layer, with ``inputs`` for it."""
         state = self.passes.state
-        if state is not None and self.passes.is_owned(target, state.block):
+        if state is not None and self.passes.ownership.is_divided(target, state.block):
             raise ConfigError(
                 f"{target.name} is called otherwise than by its mixture's forward, so ranks cannot share experts out; "
                 "quantize this model in one process, or with true_sequential=False"
@@ -246,7 +246,7 @@ class _Run:
         return report
 
     def begin_block(self, block: Block, elsewhere: frozenset[nn.Module] | None = None) -> BlockState:
-        """Give a block its turn; ``elsewhere`` as of :meth:`Passes.elsewhere`."""
+        """Give a block its turn; ``elsewhere`` as of :meth:`Ownership.elsewhere`."""
         if elsewhere:
             self.events.weights_elsewhere(block.name, elsewhere)
         self.events.block_needed(block.name, block.module)
@@ -313,7 +313,7 @@ class _Run:
 
     def _round_idle(self, idle: list[Target], block: Block) -> None:
         """Round layers of experts to nearest, on the ranks that have their weights."""
-        if (elsewhere := self.passes.elsewhere(block)) is None:
+        if (elsewhere := self.passes.ownership.elsewhere(block)) is None:
             for target in idle:
                 self.layers.quantize(target, None)
             return

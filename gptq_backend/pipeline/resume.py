@@ -56,7 +56,7 @@ class Resume:
 
     def begin_block(self, block: Block, elsewhere: frozenset[nn.Module] | None) -> None:
         """A block depends on its weights and on what the blocks before it do; ``elsewhere`` as of
-        :meth:`Passes.elsewhere`.
+        :meth:`Ownership.elsewhere`.
         """
         if not self._kept or not (self.team.first or elsewhere is not None):
             return
