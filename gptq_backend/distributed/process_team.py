@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from ..errors import GPTQError, is_out_of_memory
 from ..timing import timed
+from .links import choose_interface, watched
 from .team import Team, as_tensor, from_tensor
 
 # That ranks may be apart: the others wait for what the first does alone, and a distillation can take days. A rank that
-# dies is noticed at once.
+# dies is noticed at once, and a machine that is silent within a minute.
 _TIMEOUT = timedelta(days=30)
+_CONNECT_TIMEOUT = timedelta(minutes=2)
 _ALIGNMENT = 16  # bytes: every tensor begins where its dtype may
 _FAILED = "gptq_backend/failed"  # in the store that all ranks share: how many have failed
 
@@ -28,16 +31,17 @@ class RankLostError(GPTQError):
 
 
 class ProcessTeam(Team):
-    """The ranks of torch.distributed's default group, which is of gloo.
+    """The ranks of a group of gloo.
 
     Args:
         device: where this rank computes; for a GPU the tensors travel by nccl.
+        group: of gloo, with all ranks.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._device = device
-        self._group = dist.new_group(backend="nccl", timeout=_TIMEOUT) if device.type == "cuda" else None
+        self._device, self._numbers_group = device, group
+        self._group = dist.new_group(backend="nccl", timeout=_TIMEOUT) if device.type == "cuda" else group
 
     @timed("exchange")
     def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -65,7 +69,7 @@ class ProcessTeam(Team):
         own = self._pack(tensors()) if source == self.rank else None
         length = torch.tensor([0 if own is None else own.numel()])
         with _losses():
-            dist.broadcast(length, source)
+            dist.broadcast(length, source, group=self._numbers_group)
             buffer = torch.empty(int(length), dtype=torch.uint8, device=self._device) if own is None else own
             dist.broadcast(buffer, source, group=self._group)
         return _unpack(buffer)
@@ -74,13 +78,13 @@ class ProcessTeam(Team):
     def least(self, value: int) -> int:
         number = torch.tensor(value)
         with _losses():
-            dist.all_reduce(number, dist.ReduceOp.MIN)
+            dist.all_reduce(number, dist.ReduceOp.MIN, group=self._numbers_group)
         return int(number)
 
     def _numbers(self, own: Sequence[int]) -> list[list[int]]:
         """As many integers of every rank, by rank."""
         parts = [torch.empty(len(own), dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(parts, torch.tensor(own, dtype=torch.int64))
+        dist.all_gather(parts, torch.tensor(own, dtype=torch.int64), group=self._numbers_group)
         return [part.tolist() for part in parts]
 
     def _pack(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -147,20 +151,42 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
         return
     from torch.distributed.rendezvous import rendezvous  # not in every torch
 
-    store, rank, size = next(rendezvous("env://"))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    with watched():
+        store, rank, size = next(rendezvous("env://"))
     try:
+        group = _connect(store, rank, size)
         if device.partition(":")[0] == "cuda":
             device = _own_gpu(device)
-        yield ProcessTeam(torch.device(device)), device
+        yield ProcessTeam(torch.device(device), group), device
         with _losses():
-            dist.barrier()  # who leaves early takes the connections along
+            dist.barrier(group)  # who leaves early takes the connections along
     except Exception as error:
         if _is_first_failure(store):
             raise
         raise SystemExit(1) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _connect(store: Any, rank: int, size: int) -> dist.ProcessGroup:
+    """Connect the ranks -> a group of all, in which they may be apart for long.
+
+    Raises:
+        GPTQError: some cannot reach each other.
+    """
+    try:
+        choose_interface(store, rank, size)
+        with watched():
+            # The default group is given up after minutes if a rank never comes; a group of it connects anew.
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_CONNECT_TIMEOUT)
+            return dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    except RuntimeError as error:
+        raise GPTQError(
+            f"rank {rank} on {socket.gethostname()} cannot reach the others ({str(error).partition(chr(10))[0]}); "
+            f"it used the interface {os.environ.get('GLOO_SOCKET_IFNAME', 'of its own name')!r}: set "
+            "GLOO_SOCKET_IFNAME on each machine to the one that reaches the others, and let their ports through"
+        ) from error
 
 
 def _own_gpu(device: str) -> str:
@@ -182,8 +208,8 @@ def _own_gpu(device: str) -> str:
 def _is_first_failure(store: Any) -> bool:
     try:
         return bool(store.add(_FAILED, 1) == 1)
-    except RuntimeError:  # whoever kept the store has ended
-        return False
+    except RuntimeError:  # the machine that kept the store is gone: one rank of each other machine says so
+        return os.environ["LOCAL_RANK"] == "0"
 
 
 __all__ = ["ProcessTeam", "RankLostError", "joined", "launched"]
