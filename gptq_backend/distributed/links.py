@@ -7,7 +7,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from typing import Any
 
@@ -45,16 +45,23 @@ def watched() -> Iterator[None]:
     if not sys.platform.startswith("linux"):
         yield
         return
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(_sockets())
     yield
-    for number in sorted(set(os.listdir("/proc/self/fd")) - before):
-        try:
-            copy = socket.socket(fileno=os.dup(int(number)))
-        except OSError:  # the folder that was listed, or no socket
+    for name, number in _sockets().items():
+        if name in before:
             continue
-        with copy:
+        with socket.socket(fileno=os.dup(number)) as copy:
             if copy.type == socket.SOCK_STREAM and copy.family in (socket.AF_INET, socket.AF_INET6):
                 _watch(copy)
+
+
+def _sockets() -> dict[str, int]:
+    """The file descriptors of this process's sockets, by the kernel's name of each socket."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the descriptor of the list itself
+            found[os.readlink(f"/proc/self/fd/{number}")] = int(number)
+    return {name: number for name, number in found.items() if name.startswith("socket:")}
 
 
 def _watch(connection: socket.socket) -> None:
