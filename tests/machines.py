@@ -15,26 +15,31 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+ADDRESSES = {"first": "10.213.7.1", "second": "10.213.7.2"}
 _TOOLS = ("unshare", "nsenter", "ip")
 _UNSHARE = ["unshare", "--net", "--mount", "--ipc", "--uts", "--pid", "--fork", "--kill-child"]
 # Before /proc is mounted anew it tells this shell's number outside.
 _FIRST = """read number rest < /proc/self/stat
 mount --make-rprivate / && mount -t proc proc /proc && mount -t tmpfs tmpfs /dev/shm || exit
+printf '127.0.0.1 localhost\n%s' "$2" > /dev/shm/hosts && mount --bind /dev/shm/hosts /etc/hosts || exit
 hostname "$1" && ip link set lo up && echo "$number" && exec cat"""
 
 
 class Machine:
     """One of two machines.
 
+    Args:
+        hosts: addresses of names.
+
     Attributes:
-        address: of the only interface but loopback.
-        interface: the name of that one.
+        interface: the name of the only one but loopback.
     """
 
-    def __init__(self, name: str, address: str) -> None:
-        self.address, self.interface = address, "cable"
+    def __init__(self, name: str, hosts: Mapping[str, str]) -> None:
+        self.name, self.interface = name, "cable"
+        known = "".join(f"{address} {name}\n" for name, address in hosts.items())
         self._first = subprocess.Popen(
-            [*_UNSHARE, "sh", "-c", _FIRST, "sh", name],
+            [*_UNSHARE, "sh", "-c", _FIRST, "sh", name, known],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -88,24 +93,26 @@ def obstacle() -> str | None:
 
 
 @contextmanager
-def two_machines() -> Iterator[tuple[Machine, Machine]]:
-    """Two machines that reach each other at their addresses, and nothing else.
+def two_machines(own_address: str | None = None) -> Iterator[tuple[Machine, Machine]]:
+    """Two machines, ``first`` and ``second``, that reach each other by name or address, and nothing else.
+
+    Args:
+        own_address: what a machine takes its own name for, as ``127.0.1.1`` on Debian; by default the true address.
 
     Raises:
         OSError: this system or this user cannot make them.
     """
     with ExitStack() as stack:
         machines = []
-        for name, address in (("first", "10.213.7.1"), ("second", "10.213.7.2")):
-            machines.append(Machine(name, address))
+        for name in ADDRESSES:
+            machines.append(Machine(name, ADDRESSES | ({} if own_address is None else {name: own_address})))
             stack.callback(machines[-1].close)
-        first, second = machines
         ends = [["name", machine.interface, "netns", machine.number] for machine in machines]
         _output(["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]])
         for machine in machines:
-            machine.run("ip", "address", "add", f"{machine.address}/24", "dev", machine.interface)
+            machine.run("ip", "address", "add", f"{ADDRESSES[machine.name]}/24", "dev", machine.interface)
             machine.run("ip", "link", "set", machine.interface, "up")
-        yield first, second
+        yield machines[0], machines[1]
 
 
 def _output(command: Sequence[str]) -> str:
