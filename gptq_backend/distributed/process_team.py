@@ -21,7 +21,6 @@ from .team import Team, as_tensor, from_tensor
 # That ranks may be apart: the others wait for what the first does alone, and a distillation can take days. A rank that
 # dies is noticed at once, and a machine that is silent within a minute.
 _TIMEOUT = timedelta(days=30)
-_CONNECT_TIMEOUT = timedelta(minutes=2)
 _ALIGNMENT = 16  # bytes: every tensor begins where its dtype may
 _FAILED = "gptq_backend/failed"  # in the store that all ranks share: how many have failed
 
@@ -31,17 +30,16 @@ class RankLostError(GPTQError):
 
 
 class ProcessTeam(Team):
-    """The ranks of a group of gloo.
+    """The ranks of torch.distributed's default group, which is of gloo.
 
     Args:
         device: where this rank computes; for a GPU the tensors travel by nccl.
-        group: of gloo, with all ranks.
     """
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._device, self._numbers_group = device, group
-        self._group = dist.new_group(backend="nccl", timeout=_TIMEOUT) if device.type == "cuda" else group
+        self._device = device
+        self._group = dist.new_group(backend="nccl", timeout=_TIMEOUT) if device.type == "cuda" else None
 
     @timed("exchange")
     def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -69,7 +67,7 @@ class ProcessTeam(Team):
         own = self._pack(tensors()) if source == self.rank else None
         length = torch.tensor([0 if own is None else own.numel()])
         with _losses():
-            dist.broadcast(length, source, group=self._numbers_group)
+            dist.broadcast(length, source)
             buffer = torch.empty(int(length), dtype=torch.uint8, device=self._device) if own is None else own
             dist.broadcast(buffer, source, group=self._group)
         return _unpack(buffer)
@@ -78,13 +76,13 @@ class ProcessTeam(Team):
     def least(self, value: int) -> int:
         number = torch.tensor(value)
         with _losses():
-            dist.all_reduce(number, dist.ReduceOp.MIN, group=self._numbers_group)
+            dist.all_reduce(number, dist.ReduceOp.MIN)
         return int(number)
 
     def _numbers(self, own: Sequence[int]) -> list[list[int]]:
         """As many integers of every rank, by rank."""
         parts = [torch.empty(len(own), dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(parts, torch.tensor(own, dtype=torch.int64), group=self._numbers_group)
+        dist.all_gather(parts, torch.tensor(own, dtype=torch.int64))
         return [part.tolist() for part in parts]
 
     def _pack(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -154,12 +152,12 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
     with watched():
         store, rank, size = next(rendezvous("env://"))
     try:
-        group = _connect(store, rank, size)
+        _connect(store, rank, size)
         if device.partition(":")[0] == "cuda":
             device = _own_gpu(device)
-        yield ProcessTeam(torch.device(device), group), device
+        yield ProcessTeam(torch.device(device)), device
         with _losses():
-            dist.barrier(group)  # who leaves early takes the connections along
+            dist.barrier()  # who leaves early takes the connections along
     except Exception as error:
         if _is_first_failure(store):
             raise
@@ -169,18 +167,16 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
             dist.destroy_process_group()
 
 
-def _connect(store: Any, rank: int, size: int) -> dist.ProcessGroup:
-    """Connect the ranks -> a group of all, in which they may be apart for long.
+def _connect(store: Any, rank: int, size: int) -> None:
+    """Make the default group.
 
     Raises:
-        GPTQError: some cannot reach each other.
+        GPTQError: this rank cannot reach another one.
     """
     try:
         choose_interface(store, rank, size)
         with watched():
-            # The default group is given up after minutes if a rank never comes; a group of it connects anew.
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_CONNECT_TIMEOUT)
-            return dist.new_group(backend="gloo", timeout=_TIMEOUT)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     except RuntimeError as error:
         raise GPTQError(
             f"rank {rank} on {socket.gethostname()} cannot reach the others ({str(error).partition(chr(10))[0]}); "
