@@ -45,7 +45,8 @@ class Machine:
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert self._first.stdout is not None and self._first.stderr is not None
+        assert self._first.stdout is not None
+        assert self._first.stderr is not None
         self.number = self._first.stdout.readline().strip()
         if not self.number:
             told = self._first.stderr.read()
@@ -85,8 +86,8 @@ def obstacle() -> str | None:
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
         return f"needs {', '.join(missing)}"
     try:
-        with two_machines() as (machine, other):
-            machine.run("true")
+        with two_machines():
+            pass
     except OSError as error:
         return f"needs the right to make network namespaces, as root has it outside of most containers ({error})"
     return None
