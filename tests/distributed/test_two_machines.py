@@ -124,10 +124,10 @@ def test_a_rank_killed_on_one_machine_ends_the_other(
 def test_a_machine_that_is_switched_off_ends_the_other(
     machines: tuple[Machine, Machine], run: Run, deep: Path, expected: bytes, tmp_path: Path, lost: int
 ) -> None:
-    """The first keeps the store of all ranks, and writes."""
+    """The first keeps the store of all ranks, and writes. Its torchrun may end the other's rank before that speaks."""
     machines[lost].close()
-    run.wait(SECONDS)
-    assert len(run.errors(1 - lost)) == 1, run.told(1 - lost)
+    assert run.processes[1 - lost].wait(150) != 0
+    assert len(run.errors(1 - lost)) == 1 or (lost == 0 and not run.errors(1)), run.told(1 - lost)
     assert alone(deep, tmp_path / "out") == expected
 
 
