@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from ..errors import GPTQError, is_out_of_memory
 from ..timing import timed
+from .links import choose_interface, watched
 from .team import Team, as_tensor, from_tensor
 
 # That ranks may be apart: the others wait for what the first does alone, and a distillation can take days. A rank that
-# dies is noticed at once.
+# dies is noticed at once, and a machine that is silent within a minute.
 _TIMEOUT = timedelta(days=30)
 _ALIGNMENT = 16  # bytes: every tensor begins where its dtype may
 _FAILED = "gptq_backend/failed"  # in the store that all ranks share: how many have failed
@@ -147,9 +149,10 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
         return
     from torch.distributed.rendezvous import rendezvous  # not in every torch
 
-    store, rank, size = next(rendezvous("env://"))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    with watched():
+        store, rank, size = next(rendezvous("env://"))
     try:
+        _connect(store, rank, size)
         if device.partition(":")[0] == "cuda":
             device = _own_gpu(device)
         yield ProcessTeam(torch.device(device)), device
@@ -160,7 +163,26 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
             raise
         raise SystemExit(1) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _connect(store: Any, rank: int, size: int) -> None:
+    """Make the default group.
+
+    Raises:
+        GPTQError: this rank cannot reach another one.
+    """
+    try:
+        choose_interface(store, rank, size)
+        with watched():
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    except RuntimeError as error:
+        raise GPTQError(
+            f"rank {rank} on {socket.gethostname()} cannot reach the others ({str(error).partition(chr(10))[0]}); "
+            f"it used the interface {os.environ.get('GLOO_SOCKET_IFNAME', 'of its own name')!r}: set "
+            "GLOO_SOCKET_IFNAME on each machine to the one that reaches the others, and let their ports through"
+        ) from error
 
 
 def _own_gpu(device: str) -> str:
@@ -182,8 +204,8 @@ def _own_gpu(device: str) -> str:
 def _is_first_failure(store: Any) -> bool:
     try:
         return bool(store.add(_FAILED, 1) == 1)
-    except RuntimeError:  # whoever kept the store has ended
-        return False
+    except RuntimeError:  # the machine that kept the store is gone: one rank of each other machine says so
+        return os.environ["LOCAL_RANK"] == "0"
 
 
 __all__ = ["ProcessTeam", "RankLostError", "joined", "launched"]
