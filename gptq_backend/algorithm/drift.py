@@ -25,7 +25,7 @@ from .sharing import Sharing, alone
 from .tree_sum import TreeSum
 
 _DAMPING = 1.0  # a share of the median, as in a Hessian: more than rounding needs
-_DOUBT = 3  # power of the share: the layers before were made for both halves, which agree more than other text will
+_TRUST = 0.6  # of what the other half confirms: both halves are those for which the layers before were made
 
 
 class CrossMoment:
@@ -89,7 +89,7 @@ def make_up(weight: Tensor, hessian: Tensor, solver: Factor, pulls: Tensor) -> T
     upper = solver.upper
     changes = pulls.to(upper.dtype) @ upper.t() @ upper  # U^T U is the inverse of the damped H
     damp = solver.damp_percent * float(hessian.diagonal().median())
-    share = confirmed_share(pulls.to(upper.dtype), changes, damp) ** _DOUBT
+    share = _TRUST * confirmed_share(pulls.to(upper.dtype), changes, damp)
     return weight + (changes.sum(0) * share).to(weight.dtype)
 
 

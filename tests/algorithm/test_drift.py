@@ -44,7 +44,7 @@ def test_the_weight_lies_on_the_way_to_the_least_squares_solution(
     (slope,) = torch.autograd.grad(cost, free)
     full = -slope / 2 @ torch.linalg.inv(x.T @ x + damping * torch.eye(channels, dtype=torch.float64))
     share = float((change * full).sum() / full.square().sum())
-    assert -1e-9 <= share <= 1 + 1e-9
+    assert 0 <= share <= 1
     torch.testing.assert_close(change, share * full, atol=1e-9, rtol=1e-7)
 
 
@@ -94,7 +94,7 @@ def test_of_chance_little_is_made_and_of_a_drift_that_the_input_tells_most(seed:
         full = pulls.sum(0) @ solver.upper.T @ solver.upper
         return float(make_up(torch.zeros_like(full), shared.hessian, solver, pulls).norm() / full.norm())
 
-    assert share(chance) < 0.2 < 0.4 < share(told + chance) < share(told) + 1e-9 <= 1 + 1e-8
+    assert share(chance) < 0.2 < 0.4 < share(told + chance) <= share(told) <= 0.6 + 1e-9
 
 
 @given(seed=st.integers(0, 2**32 - 1), parts=st.lists(st.integers(0, 7), min_size=1, max_size=6))
