@@ -1,12 +1,17 @@
 """A weight that makes up for what rounding the layers before it has done to its input.
 
 A layer's weight W was made for the input x' that the original model feeds it, but what arrives is x. So the weight to
-be rounded is the one whose outputs on x come closest to the original's, ``W x'``, by the least squares of GPTQ:
+be rounded is one whose outputs on x come closer to the original's, ``W x'``, by least squares:
 
-    W + W D (H + damping)^-1    with D = sum (x' - x) x^T and H = sum x x^T
+    W + share * W D (H + damping)^-1    with D = sum (x' - x) x^T and H = sum x x^T
 
-as in GPTAQ (arXiv 2504.02692). Where the layer's output is added to another tensor, as those of o_proj and down_proj
-are, the layer makes up for the drift r' - r of that one too (arXiv 2604.07955): ``W D`` gets ``sum (r' - r) x^T``.
+as in GPTAQ (arXiv 2504.02692), but for the share. Where the layer's output is added to another tensor, as those of
+o_proj and down_proj are, the layer makes up for the drift r' - r of that one too (arXiv 2604.07955): ``W D`` gets ``sum
+(r' - r) x^T``.
+
+Most of a drift cannot be told from x at all, and what the calibration tokens seem to tell of it is largely chance: K
+channels take K / tokens of any noise. Each layer would add that chance to what other text feeds the next. So damping is
+strong, and a change that one half of the tokens asks for is taken as far as the other half confirms it.
 """
 
 from __future__ import annotations
@@ -15,8 +20,12 @@ import torch
 from torch import Tensor
 
 from .gptq import LayerFactor
-from .hessian import multiply_wide, on_tensor_cores
+from .hessian import Factor, damping, factor, multiply_wide, on_tensor_cores
+from .sharing import Sharing, alone
 from .tree_sum import TreeSum
+
+_DAMPING = 1.0  # a share of the median, as in a Hessian: more than rounding needs
+_DOUBT = 3  # power of the share: the layers before were made for both halves, which agree more than other text will
 
 
 class CrossMoment:
@@ -57,16 +66,49 @@ class CrossMoment:
         return None if total is None else total.view(self.shape)
 
 
-def make_up(weight: Tensor, shared: LayerFactor, pull: Tensor) -> Tensor:
+def prepare_solver(shared: LayerFactor, tokens: float, sharing: Sharing = alone) -> Factor:
+    """The factor to solve with for all layers that read one input; ``sharing`` does part of it.
+
+    tokens: see :func:`hessian.damping`.
+    """
+    hessian = shared.hessian
+    wide = hessian.to(torch.promote_types(hessian.dtype, torch.float32))
+    return factor(wide, damping(_DAMPING, len(hessian), tokens), sharing)
+
+
+def make_up(weight: Tensor, hessian: Tensor, solver: Factor, pulls: Tensor) -> Tensor:
     """The weight [N, K] to round in the place of ``weight``.
 
     Args:
-        shared: of the layer's input.
-        pull: [N, K], ``W D``, with what the residual adds to it.
+        hessian: [K, K], undamped, of the layer's input.
+        solver: of that, damped.
+        pulls: [2, N, K], ``W D`` with what the residual adds to it, from each of two halves of the tokens.
     """
-    if shared.factor.method == "diagonal":  # each of several like channels would make up for the whole drift
+    if solver.method == "diagonal":  # each of several like channels would make up for the whole drift
         return weight
-    upper, order = shared.factor.upper, shared.order.perm
-    change = torch.empty_like(pull, dtype=upper.dtype)
-    change[:, order] = pull.to(upper.dtype)[:, order] @ upper.t() @ upper  # U^T U is the inverse of the damped H
-    return weight + change.to(weight.dtype)
+    upper = solver.upper
+    changes = pulls.to(upper.dtype) @ upper.t() @ upper  # U^T U is the inverse of the damped H
+    damp = solver.damp_percent * float(hessian.diagonal().median())
+    share = confirmed_share(pulls.to(upper.dtype), changes, damp) ** _DOUBT
+    return weight + (changes.sum(0) * share).to(weight.dtype)
+
+
+def confirmed_share(pulls: Tensor, changes: Tensor, damp: float) -> float:
+    """How much of the change that all tokens ask for is to be made, from 0 to 1.
+
+    With the change of one half, scaled to all tokens (the other half has about the same H), the other half's squared
+    error falls by a parabola in the share of it that is made. Its best share is s / (s + n) for a signal s and the
+    noise n of a half; all tokens have half of the noise, so theirs is s / (s + n / 2).
+
+    Args:
+        pulls: [2, N, K]; changes: [2, N, K], ``pulls (H + damp)^-1``.
+    """
+    gain = 2 * _dot(pulls[0], changes[1]) + 2 * _dot(pulls[1], changes[0])
+    # (H + damp) changes = pulls, so tr(C H C^T) needs no product; the other half has half of H, and C is doubled.
+    curve = 2 * _dot(pulls, changes) - 2 * damp * _dot(changes, changes)
+    half = min(max(gain / curve, 0.0), 1.0) if curve > 0 else 0.0
+    return 2 * half / (1 + half)
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    return float((left * right).sum(dtype=torch.float64))

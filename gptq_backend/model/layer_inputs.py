@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithm.drift import CrossMoment, make_up
+from ..algorithm.drift import CrossMoment, make_up, prepare_solver
 from ..algorithm.gptq import LayerFactor, prepare_factor
-from ..algorithm.hessian import Hessian
+from ..algorithm.hessian import Factor, Hessian
 from ..config import QuantizeConfig
 from ..distributed.team import Team, as_tensor, from_tensor
 from ..timing import timed
@@ -79,14 +79,16 @@ class InputFactor:
     settings: tuple[Any, ...]
     factor: LayerFactor
     hessian: Hessian
-    of_input: Tensor | None = None  # how the input has drifted, D of drift.py
-    of_output: Tensor | None = None  # for one layer, W D with the residual's
+    solver: Factor | None = None  # for the drift; None if nothing is known of it
+    of_input: Tensor | None = None  # [2, K, K], how the input has drifted, D of drift.py by halves
+    of_output: Tensor | None = None  # [2, N, K], for one layer, W D with the residual's
 
     def aim(self, weight: Tensor) -> Tensor:
         """The weight [N, K] to round in the place of a layer's own."""
-        if self.of_output is not None:
-            return make_up(weight, self.factor, self.of_output)
-        return weight if self.of_input is None else make_up(weight, self.factor, weight @ self.of_input.to(weight))
+        if self.solver is None:
+            return weight
+        pulls = weight @ self.of_input.to(weight) if self.of_output is None else self.of_output  # type: ignore[union-attr]
+        return make_up(weight, self.factor.hessian, self.solver, pulls)
 
     @property
     def alive(self) -> bool:
@@ -104,11 +106,13 @@ class Factors:
         self._placement, self.team = placement, team
         self._entries: list[InputFactor] = []
         self._drifts: dict[int, Tensor | None] = {}  # of inputs, by the serial of their Hessian
+        self._solvers: dict[int, Factor] = {}  # likewise
         self._made = 0
 
     def clear(self) -> None:
         self._entries.clear()
         self._drifts.clear()
+        self._solvers.clear()
 
     def of(self, target: Target, inputs: list[LayerInput]) -> InputFactor | None:
         """The factor of a layer's input, if an earlier layer read the same tensors the one made for it; None if there
@@ -119,7 +123,9 @@ class Factors:
         """
         seen = _Seen.by_all(self.team, self._entries, inputs)
         self._entries = [entry for entry in self._entries if entry.serial in seen.alive]
-        self._drifts = {serial: drift for serial, drift in self._drifts.items() if serial in seen.alive}
+        for known in (self._drifts, self._solvers):
+            for serial in known.keys() - seen.alive:
+                del known[serial]
         same = [each for each in self._entries if each.serial in seen.matching and each.weighted == seen.weighted]
         weight = dense_weight(target.module).detach()
         device = self._placement.device or weight.device
@@ -139,7 +145,11 @@ class Factors:
             refs = [weakref.ref(each.x) for each in inputs]
             found = InputFactor(refs, serial, seen.weighted, settings, factor, hessian)
             self._entries.append(found)
-        return replace(found, of_input=of_input, of_output=of_output)
+        if of_input is None and of_output is None:
+            return found
+        if serial not in self._solvers:
+            self._solvers[serial] = self._prepare_solver(found)
+        return replace(found, solver=self._solvers[serial], of_input=of_input, of_output=of_output)
 
     def _drift(
         self, inputs: list[LayerInput], seen: _Seen, weight: Tensor, serial: int, device: torch.device
@@ -160,6 +170,10 @@ class Factors:
                 inputs, LayerInput.drift, seen, (channels, channels), device, self.team
             )
         return self._drifts[serial], None
+
+    @timed("factor")
+    def _prepare_solver(self, found: InputFactor) -> Factor:
+        return prepare_solver(found.factor, found.hessian.tokens, self.team.work)
 
     def _prepare(self, target: Target, hessian: Hessian) -> LayerFactor | None:
         if hessian.dropped:
@@ -233,14 +247,19 @@ def _accumulate_drift(
     device: torch.device,
     team: Team,
 ) -> Tensor | None:
-    """[M, K], the moment of drifts [..., M] with all ranks' inputs [..., K]; None where none is known."""
-    moment = CrossMoment(shape[0], shape[1], seen.dtype, device, inputs[0].number if inputs else 0)
+    """[2, M, K], the moments of drifts [..., M] with all ranks' inputs [..., K], from the batches of even and of odd
+    numbers; None where one is not known.
+    """
+    first = inputs[0].number if inputs else 0
+    halves = [CrossMoment(shape[0], shape[1], seen.dtype, device, (first + 1 - odd) // 2) for odd in range(2)]
     for each in inputs:
         if (drift := drift_of(each)) is not None:
             x, weights = each.used()
-            moment.add(each.number, drift, x, seen.relative(weights))
-    add_up(moment, team)
-    return moment.matrix()
+            halves[each.number % 2].add(each.number // 2, drift, x, seen.relative(weights))
+    for moment in halves:
+        add_up(moment, team)
+    matrices = [matrix for moment in halves if (matrix := moment.matrix()) is not None]
+    return torch.stack(matrices) if len(matrices) == len(halves) else None
 
 
 def _mean(weights: list[Tensor]) -> Tensor | None:
