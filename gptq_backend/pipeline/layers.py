@@ -128,13 +128,13 @@ class Layers:
         """
         module, config = target.module, target.config
         old: Tensor = module.weight  # type: ignore[assignment]
-        (device, dtype), (home, _) = self.placement.computing(old), self.placement.home(old)
+        packed, (home, _) = self.packs(target), self.placement.home(old)
+        device, dtype = self.placement.computing(old) if packed else (old.device, old.dtype)  # may be on meta
         weight = quantized.to(device)
         bias = module.bias
         if bias is not None:
             bias = bias.detach().to(self.placement.home(bias)[1])  # type: ignore[operator,arg-type]
         words = getattr(torch, config.pack_dtype)
-        packed = self.packs(target)
         place = device if packed else home
         self.done[module] = QuantLinear.from_weight(
             weight, bias, config.checkpoint_format, words, target.name, self.backend, place, dtype

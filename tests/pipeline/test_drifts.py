@@ -51,8 +51,8 @@ def test_the_drift_of_an_input_is_forgotten_with_the_input() -> None:
     factors, target = Factors(Placement(), Team()), Target("b.layer", nn.Linear(8, 8), QuantizeConfig(group_size=8))
 
     def drift() -> weakref.ref[Tensor]:
-        x = torch.randn(20, 8)
-        source = factors.of(target, [LayerInput(0, x, None, None, original=x + 0.1)])
+        batches = [torch.randn(20, 8) for _ in range(2)]
+        source = factors.of(target, [LayerInput(i, x, None, None, original=x + 0.1) for i, x in enumerate(batches)])
         assert source is not None
         assert source.of_input is not None
         return weakref.ref(source.of_input)
@@ -60,6 +60,15 @@ def test_the_drift_of_an_input_is_forgotten_with_the_input() -> None:
     first, second = drift(), drift()
     assert first() is None
     assert second() is not None
+
+
+def test_of_one_batch_nothing_is_made_up_for() -> None:
+    """There is no other one to confirm it."""
+    factors, target = Factors(Placement(), Team()), Target("b.layer", nn.Linear(8, 8), QuantizeConfig(group_size=8))
+    x, weight = torch.randn(20, 8), torch.randn(8, 8)
+    source = factors.of(target, [LayerInput(0, x, None, None, original=x + 0.1)])
+    assert source is not None
+    assert source.aim(weight) is weight
 
 
 def test_what_layers_share_is_put_aside_once() -> None:
