@@ -99,6 +99,8 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_block_is_read_without_the_experts_that_others_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
+    if VERSION_4 and family in ("gpt_oss", "granitemoe", "llama4_text"):
+        pytest.skip("transformers 4 loads models with fused experts as a whole")
     source = saved(tmp_path / "source", family)
     unread: set[str] = set()
 
