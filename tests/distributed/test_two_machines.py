@@ -120,14 +120,17 @@ def test_a_rank_killed_on_one_machine_ends_the_other(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_machine_that_is_switched_off_ends_the_other(
-    machines: tuple[Machine, Machine], run: Run, deep: Path, expected: bytes, tmp_path: Path, lost: int
+def test_the_first_machine_that_is_switched_off_ends_the_other(
+    machines: tuple[Machine, Machine], run: Run, deep: Path, expected: bytes, tmp_path: Path
 ) -> None:
-    """The first keeps the store of all ranks, and writes. Its torchrun may end the other's rank before that speaks."""
-    machines[lost].close()
-    assert run.processes[1 - lost].wait(150) != 0
-    assert len(run.errors(1 - lost)) == 1 or (lost == 0 and not run.errors(1)), run.told(1 - lost)
+    """It keeps the store of all ranks, and writes. Its torchrun may end the other's rank before that speaks.
+
+    Another machine that is switched off is silent, as behind a cut cable. Here it would take along both ends of the
+    virtual one.
+    """
+    machines[0].close()
+    assert run.processes[1].wait(150) != 0
+    assert len(run.errors(1)) <= 1, run.told(1)
     assert alone(deep, tmp_path / "out") == expected
 
 
