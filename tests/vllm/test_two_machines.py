@@ -39,6 +39,14 @@ def ask(file: Path, path: str, body: dict[str, Any] | None = None) -> tuple[int,
     return answer.status, answer.read().decode()
 
 
+def is_ready(file: Path) -> bool:
+    """Whether the server answers; before it listens, the file is there and refuses."""
+    try:
+        return ask(file, "/health")[0] == 200
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+
+
 def logprobs_of_two(folder: Path, prompt: Tensor, scratch: Path, cache: Path, options: list[str]) -> Tensor:
     """[len(prompt) - 1, vocabulary] from one model on two machines."""
     file, logs = scratch / "api.sock", [scratch / f"{name}.txt" for name in ADDRESSES]
@@ -59,7 +67,7 @@ def logprobs_of_two(folder: Path, prompt: Tensor, scratch: Path, cache: Path, op
                 )
                 processes.append(started)
         deadline = time.monotonic() + 800
-        while not (file.exists() and ask(file, "/health")[0] == 200):
+        while not is_ready(file):
             told = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
             assert all(process.poll() is None for process in processes), told
             assert time.monotonic() < deadline, told
