@@ -129,7 +129,8 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
     expert = (counts["factor of an expert"] + counts["rounding of an expert"]) / SINGLES + _columns(shape.expert)
     tokens = TOKENS * shape.chosen * shape.hidden * HALF / gpus * others
     moments = sum(k * k / 2 for k, _ in shape.dense)
-    moments += sum(k * min(k, n if n == shape.hidden else k) for k, n in shape.drifting)
+    moments += 2 * sum(k * min(k, n if n == shape.hidden else k) for k, n in shape.drifting)  # of two halves
+    made_up = sum(2 / 3 * k**3 + 12 * n * k * k for k, n in shape.drifting) / SINGLES  # by every rank
     from_disk = shape.held(gpus / min(gpus, ON_A_MACHINE)) * HALF / DISK
     all_experts = shape.experts * _size(shape.expert) * (gpus > 1)
     dequantized = all_experts * (0.5 + 2 * HALF) / MEMORY * TOKENS / BATCH / gpus
@@ -138,7 +139,7 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
         "read": shape.held(gpus) * HALF / HOST + from_disk,
         "forward and token weights": (counts["forward"] + counts["sensitivity"]) / PRODUCTS / gpus,
         "Hessians": (counts["hessian of dense layers"] + counts["hessian of experts"]) / PRODUCTS / gpus,
-        "drift": counts["drift"] / PRODUCTS / gpus,
+        "drift": counts["drift"] / PRODUCTS / gpus + made_up,
         "the original's inputs, to the host and back": 2
         * sum(k for k, _ in shape.drifting)
         * TOKENS

@@ -90,6 +90,8 @@ def make_up(weight: Tensor, hessian: Tensor, solver: Factor, pulls: Tensor) -> T
     changes = pulls.to(upper.dtype) @ upper.t() @ upper  # U^T U is the inverse of the damped H
     damp = solver.damp_percent * float(hessian.diagonal().median())
     share = confirmed_share(pulls.to(upper.dtype), changes, damp) ** _DOUBT
+    if not share > 0:
+        return weight
     return weight + (changes.sum(0) * share).to(weight.dtype)
 
 

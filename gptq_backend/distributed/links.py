@@ -50,7 +50,8 @@ def watched() -> Iterator[None]:
     for name, number in _sockets().items():
         if name in before:
             continue
-        with socket.socket(fileno=os.dup(number)) as copy:
+        # Other threads may have closed it; and a run works without being watched.
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as copy:
             if copy.type == socket.SOCK_STREAM and copy.family in (socket.AF_INET, socket.AF_INET6):
                 _watch(copy)
 
