@@ -131,6 +131,7 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
     moments = sum(k * k / 2 for k, _ in shape.dense)
     moments += 2 * sum(k * min(k, n if n == shape.hidden else k) for k, n in shape.drifting)  # of two halves
     made_up = sum(2 / 3 * k**3 + 12 * n * k * k for k, n in shape.drifting) / SINGLES  # by every rank
+    originals = sum(k for k, _ in shape.drifting) * TOKENS / gpus
     from_disk = shape.held(gpus / min(gpus, ON_A_MACHINE)) * HALF / DISK
     all_experts = shape.experts * _size(shape.expert) * (gpus > 1)
     dequantized = all_experts * (0.5 + 2 * HALF) / MEMORY * TOKENS / BATCH / gpus
@@ -140,12 +141,7 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
         "forward and token weights": (counts["forward"] + counts["sensitivity"]) / PRODUCTS / gpus,
         "Hessians": (counts["hessian of dense layers"] + counts["hessian of experts"]) / PRODUCTS / gpus,
         "drift": counts["drift"] / PRODUCTS / gpus + made_up,
-        "the original's inputs, to the host and back": 2
-        * sum(k for k, _ in shape.drifting)
-        * TOKENS
-        * HALF
-        / HOST
-        / gpus,
+        "the original's inputs, to the host and back": 2 * originals * HALF / HOST,
         "factors of dense layers": counts["factor of dense layers"] / SINGLES * (0.5 + 0.5 / min(gpus, 8)),
         "rounding of dense layers": rounding + _columns(shape.dense),
         "experts": own * expert,

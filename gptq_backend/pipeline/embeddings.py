@@ -116,7 +116,12 @@ def find_embedding(model: nn.Module, config: QuantizeConfig) -> EmbeddingTarget 
     return EmbeddingTarget(name, module, own, head if owners else None)
 
 
-def _head_name(model: nn.Module) -> str:
+def output_embeddings(model: nn.Module) -> Any:
+    """The layer that predicts tokens, of a model that tells which one that is; else None."""
     getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter else None
+    return getter() if getter else None
+
+
+def _head_name(model: nn.Module) -> str:
+    head = output_embeddings(model)
     return next((name for name, each in model.named_modules() if each is head), "")

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..model.placement import Placement, outside_of, tensors_of
 from ..model.structure import Structure
+from .embeddings import output_embeddings
 
 _LARGE_BYTES = 64 << 20
 
@@ -37,8 +38,7 @@ class Outside:
             module for module in model.modules() if isinstance(module, nn.Embedding) or type(module) is nn.Linear
         ]
         large = [each for each in found if each.weight.nbytes >= _LARGE_BYTES and id(each.weight) in mine]
-        getter = getattr(model, "get_output_embeddings", None)
-        head: Any = None if getter is None else getter()
+        head = output_embeddings(model)
         kept = {each.weight for each in large if each is not head}
         self._late = {each.weight for each in large if each is head} - kept
         self._large, self._hooks = large, list[Any]()

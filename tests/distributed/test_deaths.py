@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.commands import TEXT, start, torchrun
+from tests.distributed.commands import SETTINGS, start, torchrun
 
 pytest.importorskip("transformers")
 psutil = pytest.importorskip("psutil")
@@ -21,8 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 
 def begin(model: Path, out: Path, ranks: int) -> subprocess.Popen[str]:
-    settings = ("--samples", "6", "--seqlen", "32", "--batch-size", "1", "--group-size", "32", "--kld-windows", "0")
-    return start(*torchrun(ranks), "gptq_cli", "quantize", model, out, "--calibration", TEXT, *settings)
+    return start(*torchrun(ranks), "gptq_cli", "quantize", model, out, *SETTINGS)
 
 
 def finish(process: subprocess.Popen[str]) -> str:

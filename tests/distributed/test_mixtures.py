@@ -14,12 +14,11 @@ pytest.importorskip("transformers")
 
 from gptq_cli.run_progress import RunProgress
 from tests.cli import command
-from tests.distributed.commands import TEXT, run, torchrun
+from tests.distributed.commands import SETTINGS, run, torchrun
 from tests.transformers.test_block_reader import saved
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 TORCHRUN = torchrun(2)
-QUANTIZE: tuple[Any, ...] = ("--samples", "6", "--seqlen", "16", "--batch-size", "1", "--group-size", "32")
 
 
 def begin(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -44,17 +43,17 @@ def begin(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_a_mixture_from_files_gets_the_bits_of_one_process_also_where_that_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    source, text = saved(tmp_path / "source", family), ("--calibration", TEXT, "--kld-windows", "0")
+    source = saved(tmp_path / "source", family)
     tokenizer = Path(__file__).parents[1] / "data/checkpoints/llama-4-32-sym/tokenizer.json"
     (source / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     found = {}
     for name, before in {"alone": (), "two": TORCHRUN}.items():
-        done = run(*before, "gptq_cli", "quantize", source, tmp_path / name, *text, *QUANTIZE)
+        done = run(*before, "gptq_cli", "quantize", source, tmp_path / name, *SETTINGS)
         assert done.returncode == 0, done.stderr[-3000:]
         found[name] = load_file(tmp_path / name / "model.safetensors")
     shutil.rmtree(tmp_path / "two")
-    begin(monkeypatch, "quantize", source, tmp_path / "two", *text, *QUANTIZE)
-    done = run(*TORCHRUN, "gptq_cli", "quantize", source, tmp_path / "two", *text, *QUANTIZE)
+    begin(monkeypatch, "quantize", source, tmp_path / "two", *SETTINGS)
+    done = run(*TORCHRUN, "gptq_cli", "quantize", source, tmp_path / "two", *SETTINGS)
     assert "going on with what an earlier run kept" in done.stderr
     again = load_file(tmp_path / "two" / "model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in found["alone"].items())

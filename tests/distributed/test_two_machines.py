@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,20 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.commands import SETTINGS, environment
+from tests.distributed.commands import run as run_alone
 from tests.machines import Machine, obstacle, two_machines
 
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).parents[2]
-TEXT = ROOT / "tests/data/wikitext2-valid-excerpt.txt"
 SECONDS = 30  # in which all have ended after a loss that the kernel tells of
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
     pytest.mark.skipif(obstacle() is not None, reason=f"no machines out of namespaces: {obstacle()}"),
     pytest.mark.timeout(600),
 ]
-SETTINGS = ["--calibration", TEXT, "--samples", "6", "--seqlen", "32", "--batch-size", "1", "--group-size", "32"]
-SETTINGS += ["--kld-windows", "0"]
 
 
 class Run:
@@ -58,15 +55,10 @@ class Run:
         return [line for line in self.told(machine).splitlines() if line.startswith("error: ")]
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "integrations"), *sys.path[1:]])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
 def alone(model: Path, out: Path) -> bytes:
     """The weights that one process writes, or ends to write."""
-    command = [sys.executable, "-m", "gptq_cli", "quantize", model, out, *SETTINGS]
-    subprocess.run([str(each) for each in command], check=True, env=environment(), capture_output=True)
+    done = run_alone("gptq_cli", "quantize", model, out, *SETTINGS)
+    assert done.returncode == 0, done.stderr
     return (out / "model.safetensors").read_bytes()
 
 
