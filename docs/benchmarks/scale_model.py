@@ -130,7 +130,10 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
     tokens = TOKENS * shape.chosen * shape.hidden * HALF / gpus * others
     moments = sum(k * k / 2 for k, _ in shape.dense)
     moments += 2 * sum(k * min(k, n if n == shape.hidden else k) for k, n in shape.drifting)  # of two halves
-    made_up = sum(2 / 3 * k**3 + 12 * n * k * k for k, n in shape.drifting) / SINGLES  # by every rank
+    inverses = (0.5 + 0.5 / min(gpus, 8)) / SINGLES  # of a factorization and an inverse, the second is shared out
+    solvers = sum(2 / 3 * k**3 for k, _ in shape.drifting) * inverses
+    made_up = sum(12 * n * k * k / part for (k, n), part in zip(shape.drifting, parts)) / SINGLES
+    changes = _size(shape.drifting) * SINGLE * others
     originals = sum(k for k, _ in shape.drifting) * TOKENS / gpus
     from_disk = shape.held(gpus / min(gpus, ON_A_MACHINE)) * HALF / DISK
     all_experts = shape.experts * _size(shape.expert) * (gpus > 1)
@@ -140,13 +143,13 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
         "read": shape.held(gpus) * HALF / HOST + from_disk,
         "forward and token weights": (counts["forward"] + counts["sensitivity"]) / PRODUCTS / gpus,
         "Hessians": (counts["hessian of dense layers"] + counts["hessian of experts"]) / PRODUCTS / gpus,
-        "drift": counts["drift"] / PRODUCTS / gpus + made_up,
+        "drift": counts["drift"] / PRODUCTS / gpus + solvers + made_up,
         "the original's inputs, to the host and back": 2 * originals * HALF / HOST,
-        "factors of dense layers": counts["factor of dense layers"] / SINGLES * (0.5 + 0.5 / min(gpus, 8)),
+        "factors of dense layers": counts["factor of dense layers"] * inverses,
         "rounding of dense layers": rounding + _columns(shape.dense),
         "experts": own * expert,
         "experts' weights, dequantized for each batch": dequantized,
-        "links": (hessians + tokens + shape.weights * others) / link,  # codes travel as bytes
+        "links": (hessians + changes + tokens + shape.weights * others) / link,  # codes travel as bytes
     }
 
 

@@ -16,10 +16,12 @@ strong, and a change that one half of the tokens asks for is taken as far as the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .gptq import LayerFactor
+from .gptq import LayerFactor, row_parts
 from .hessian import Factor, damping, factor, multiply_wide, on_tensor_cores
 from .sharing import Sharing, alone
 from .tree_sum import TreeSum
@@ -48,7 +50,8 @@ class CrossMoment:
     def add(self, number: int, drift: Tensor, x: Tensor, weights: Tensor | None) -> None:
         """Add a part; see :meth:`hessian.Hessian.add`."""
         left, right = drift.detach().reshape(-1, self.shape[0]), x.detach().reshape(-1, self.shape[1])
-        if not on_tensor_cores(right, self.dtype):
+        may_overflow = weights is not None and right.dtype == torch.float16
+        if may_overflow or not on_tensor_cores(right, self.dtype):
             left, right = left.to(self.device, self.dtype), right.to(self.device, self.dtype)
         if weights is not None:
             left = left * weights.reshape(-1, 1).to(left.dtype)
@@ -66,6 +69,19 @@ class CrossMoment:
         return None if total is None else total.view(self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """What the calibration tokens tell of a layer's drift, by two halves of them."""
+
+    sums: Tensor  # [2, M, K]: D, or ``W D`` with what the residual adds to it
+    tokens: tuple[int, int]  # in each half, at least one
+    of_output: bool  # whether it is the second; M is N then, else K
+
+    def pulls(self, weight: Tensor, rows: slice) -> Tensor:
+        """[2, n, K], ``W D`` with what the residual adds to it, for n rows of a weight [N, K]."""
+        return self.sums[:, rows].to(weight) if self.of_output else weight[rows] @ self.sums.to(weight)
+
+
 def prepare_solver(shared: LayerFactor, tokens: float, sharing: Sharing = alone) -> Factor:
     """The factor to solve with for all layers that read one input; ``sharing`` does part of it.
 
@@ -76,40 +92,59 @@ def prepare_solver(shared: LayerFactor, tokens: float, sharing: Sharing = alone)
     return factor(wide, damping(_DAMPING, len(hessian), tokens), sharing)
 
 
-def make_up(weight: Tensor, hessian: Tensor, solver: Factor, pulls: Tensor) -> Tensor:
+def make_up(weight: Tensor, hessian: Tensor, solver: Factor, drift: Drift, sharing: Sharing = alone) -> Tensor:
     """The weight [N, K] to round in the place of ``weight``.
 
     Args:
         hessian: [K, K], undamped, of the layer's input.
         solver: of that, damped.
-        pulls: [2, N, K], ``W D`` with what the residual adds to it, from each of two halves of the tokens.
+        sharing: makes the parts of the change.
     """
     if solver.method == "diagonal":  # each of several like channels would make up for the whole drift
         return weight
     upper = solver.upper
-    changes = pulls.to(upper.dtype) @ upper.t() @ upper  # U^T U is the inverse of the damped H
     damp = solver.damp_percent * float(hessian.diagonal().median())
-    share = confirmed_share(pulls.to(upper.dtype), changes, damp) ** _DOUBT
-    if not share > 0:
-        return weight
-    return weight + (changes.sum(0) * share).to(weight.dtype)
+    first = drift.tokens[0] / sum(drift.tokens)
+    parts = row_parts(len(weight), weight.device)
+
+    def part(i: int) -> list[Tensor]:
+        pulls = drift.pulls(weight, parts[i]).to(upper.dtype)
+        changes = pulls @ upper.t() @ upper  # U^T U is the inverse of the damped H
+        return [changes.sum(0), parabola(pulls, changes, damp, first)]
+
+    changes, parabolas = zip(*sharing(len(parts), part))
+    share = confirmed_share(torch.stack(parabolas).sum(0), first) ** _DOUBT
+    return weight + (torch.cat(changes) * share).to(weight.dtype) if share > 0 else weight
 
 
-def confirmed_share(pulls: Tensor, changes: Tensor, damp: float) -> float:
-    """How much of the change that all tokens ask for is to be made, from 0 to 1.
-
-    With the change of one half, scaled to all tokens (the other half has about the same H), the other half's squared
-    error falls by a parabola in the share of it that is made. Its best share is s / (s + n) for a signal s and the
-    noise n of a half; all tokens have half of the noise, so theirs is s / (s + n / 2).
+def parabola(pulls: Tensor, changes: Tensor, damp: float, first: float) -> Tensor:
+    """float64 [b, c]: a half's squared error falls by ``b h - c h^2`` with a share h of the change that the other half
+    asks for; both halves scaled to as many tokens, and added up.
 
     Args:
-        pulls: [2, N, K]; changes: [2, N, K], ``pulls (H + damp)^-1``.
+        pulls: [2, n, K]; changes: [2, n, K], ``pulls (H + damp)^-1``.
+        first: share of the tokens in the first half. Each half has about as much of H.
     """
-    gain = 2 * _dot(pulls[0], changes[1]) + 2 * _dot(pulls[1], changes[0])
-    # (H + damp) changes = pulls, so tr(C H C^T) needs no product; the other half has half of H, and C is doubled.
-    curve = 2 * _dot(pulls, changes) - 2 * damp * _dot(changes, changes)
-    half = min(max(gain / curve, 0.0), 1.0) if curve > 0 else 0.0
-    return 2 * half / (1 + half)
+    scales = 1 / (2 * first), 1 / (2 * (1 - first))
+    b = 4 * scales[0] * scales[1] * (_dot(pulls[0], changes[1]) + _dot(pulls[1], changes[0]))
+    c = 0.0
+    for scale, pull, change in zip(scales, pulls, changes):
+        # (H + damp) change = pull, so tr(C H C^T) needs no product; the other half has half of H, and C is doubled.
+        c += scale**2 * 2 * (_dot(pull, change) - damp * _dot(change, change))
+    return torch.tensor([b, c], dtype=torch.float64)
+
+
+def confirmed_share(parabolas: Tensor, first: float) -> float:
+    """How much of the change that all tokens ask for is to be made, from 0 to 1, given the sum of all rows'
+    :func:`parabola`.
+
+    For a signal s, all tokens with a noise n, and a and 1 - a of them in the halves, these have noises n / a and
+    n / (1 - a). So the best share of a half's change is h = s / (s + n / (2 a (1 - a))), and that of all tokens'
+    s / (s + n).
+    """
+    b, c = parabolas.tolist()
+    half = min(max(b / (2 * c), 0.0), 1.0) if c > 0 else 0.0
+    return half / (half + 2 * first * (1 - first) * (1 - half))
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

@@ -143,10 +143,20 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
     """The team that this process is of, and the device where it computes: one GPU for each rank of a machine.
 
     Of several ranks that fail only the first one's error goes on; the others end with SystemExit, without a word.
+
+    Raises:
+        GPTQError: this is one of several processes, but not of torchrun's; or they are a group already.
     """
     if not launched():
+        if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1") and "RANK" in os.environ:
+            raise GPTQError(
+                f"WORLD_SIZE is {size}, so this is one of several processes, and each would write the same folder: "
+                "start them by torchrun, which sets all that they need, or unset WORLD_SIZE to let one work alone"
+            )
         yield Team(), device
         return
+    if dist.is_initialized():
+        raise GPTQError("torch.distributed has a default group already; pass team=ProcessTeam(device), which uses it")
     from torch.distributed.rendezvous import rendezvous  # not in every torch
 
     with watched():

@@ -52,7 +52,7 @@ class JointRounding:
         """
         shared = source.factor
         name = next((name for name, each in self._block.items() if each is target), None)
-        if name is None or source.of_output is not None:  # that is the drift of what this layer alone is added to
+        if name is None or (source.drift is not None and source.drift.of_output):  # which is this layer's alone
             return None
         for factor, names in self._readers:
             if factor() is shared:
@@ -69,7 +69,7 @@ class JointRounding:
         if not others or not _worth_it(weight):
             return None
         dense = (dense_weight(other.module).detach().to(weight.dtype) for other in others)
-        weights = [weight, *map(source.aim, dense)]
+        weights = [weight, *(source.aim(each, sharing) for each in dense)]
         first, *later = round_weights(weights, shared, target.config, sharing)
         self._ahead.update({other: (weakref.ref(shared), rounded) for other, rounded in zip(others, later)})
         return first

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithm.drift import CrossMoment, make_up, prepare_solver
+from ..algorithm.drift import CrossMoment, Drift, make_up, prepare_solver
 from ..algorithm.gptq import LayerFactor, prepare_factor
 from ..algorithm.hessian import Factor, Hessian
+from ..algorithm.sharing import Sharing, alone
 from ..config import QuantizeConfig
 from ..distributed.team import Team, as_tensor, from_tensor
 from ..timing import timed
@@ -80,15 +81,13 @@ class InputFactor:
     factor: LayerFactor
     hessian: Hessian
     solver: Factor | None = None  # for the drift; None if nothing is known of it
-    of_input: Tensor | None = None  # [2, K, K], how the input has drifted, D of drift.py by halves
-    of_output: Tensor | None = None  # [2, N, K], for one layer, W D with the residual's
+    drift: Drift | None = None  # likewise
 
-    def aim(self, weight: Tensor) -> Tensor:
-        """The weight [N, K] to round in the place of a layer's own."""
-        if self.solver is None:
+    def aim(self, weight: Tensor, sharing: Sharing = alone) -> Tensor:
+        """The weight [N, K] to round in the place of a layer's own; ``sharing`` makes parts of it."""
+        if self.solver is None or self.drift is None:
             return weight
-        pulls = weight @ self.of_input.to(weight) if self.of_output is None else self.of_output  # type: ignore[union-attr]
-        return make_up(weight, self.factor.hessian, self.solver, pulls)
+        return make_up(weight, self.factor.hessian, self.solver, self.drift, sharing)
 
     @property
     def alive(self) -> bool:
@@ -105,7 +104,7 @@ class Factors:
     def __init__(self, placement: Placement, team: Team) -> None:
         self._placement, self.team = placement, team
         self._entries: list[InputFactor] = []
-        self._drifts: dict[int, Tensor | None] = {}  # of inputs, by the serial of their Hessian
+        self._drifts: dict[int, Drift | None] = {}  # of inputs, by the serial of their Hessian
         self._solvers: dict[int, Factor] = {}  # likewise
         self._made = 0
 
@@ -134,7 +133,7 @@ class Factors:
         else:
             hessian, serial = _accumulate(inputs, seen, weight.shape[1], device, self.team), self._made
             self._made += 1
-        of_input, of_output = self._drift(inputs, seen, weight, serial, device)
+        drift = self._drift(inputs, seen, weight, serial, device)
         settings = _settings(target.config)
         found = next((entry for entry in same if entry.settings == settings), None)
         if found is None:
@@ -145,31 +144,31 @@ class Factors:
             refs = [weakref.ref(each.x) for each in inputs]
             found = InputFactor(refs, serial, seen.weighted, settings, factor, hessian)
             self._entries.append(found)
-        if of_input is None and of_output is None:
+        if drift is None:
             return found
         if serial not in self._solvers:
             self._solvers[serial] = self._prepare_solver(found)
-        return replace(found, solver=self._solvers[serial], of_input=of_input, of_output=of_output)
+        return replace(found, solver=self._solvers[serial], drift=drift)
 
     def _drift(
         self, inputs: list[LayerInput], seen: _Seen, weight: Tensor, serial: int, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Moments for an :class:`InputFactor`, at most one of the two: of the layer's output if that is added to a
-        residual, otherwise of its input, once for all layers that read the same.
+    ) -> Drift | None:
+        """Of the layer's output if that is added to a residual, otherwise of its input, once for all layers that read
+        the same.
         """
         if not seen.drifts:
-            return None, None
+            return None
         rows, channels = weight.shape
-        found = _accumulate_drift(
-            inputs, lambda each: each.output_drift(weight), seen, (rows, channels), device, self.team
-        )
+
+        def accumulate(drift_of: Callable[[LayerInput], Tensor | None], rows: int, of_output: bool) -> Drift | None:
+            return _accumulate_drift(inputs, drift_of, seen, (rows, channels), device, self.team, of_output)
+
+        found = accumulate(lambda each: each.output_drift(weight), rows, True)
         if found is not None:
-            return None, found
+            return found
         if serial not in self._drifts:
-            self._drifts[serial] = _accumulate_drift(
-                inputs, LayerInput.drift, seen, (channels, channels), device, self.team
-            )
-        return self._drifts[serial], None
+            self._drifts[serial] = accumulate(LayerInput.drift, channels, False)
+        return self._drifts[serial]
 
     @timed("factor")
     def _prepare_solver(self, found: InputFactor) -> Factor:
@@ -246,8 +245,9 @@ def _accumulate_drift(
     shape: tuple[int, ...],
     device: torch.device,
     team: Team,
-) -> Tensor | None:
-    """[2, M, K], the moments of drifts [..., M] with all ranks' inputs [..., K], from the batches of even and of odd
+    of_output: bool,
+) -> Drift | None:
+    """The moments [M, K] of drifts [..., M] with all ranks' inputs [..., K], from the batches of even and of odd
     numbers; None where one is not known.
     """
     first = inputs[0].number if inputs else 0
@@ -259,7 +259,9 @@ def _accumulate_drift(
     for moment in halves:
         add_up(moment, team)
     matrices = [matrix for moment in halves if (matrix := moment.matrix()) is not None]
-    return torch.stack(matrices) if len(matrices) == len(halves) else None
+    if len(matrices) < len(halves):
+        return None
+    return Drift(torch.stack(matrices), (halves[0].tokens, halves[1].tokens), of_output)
 
 
 def _mean(weights: list[Tensor]) -> Tensor | None:

@@ -85,7 +85,7 @@ class Layers:
             factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
-            weight = source.aim(weight)
+            weight = source.aim(weight, team.work)
             shared, rounded = source.factor, self.joint.take(target, weight, source, team.work)
         quantize = partial(quantize_weight, name=target.name, sharing=team.work)
         layer = quantize(weight, shared, target.config, tokens, rounded=rounded)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_backend import QuantizeConfig
-from gptq_backend.algorithm.drift import CrossMoment, confirmed_share, make_up, prepare_solver
+from gptq_backend.algorithm.drift import CrossMoment, Drift, confirmed_share, make_up, parabola, prepare_solver
 from gptq_backend.algorithm.gptq import prepare_factor
 
 
@@ -23,9 +24,10 @@ def random(seed: int, *shape: int) -> torch.Tensor:
     channels=st.integers(1, 24),
     outputs=st.integers(1, 9),
     desc_act=st.booleans(),
+    first=st.integers(1, 3),
 )
 def test_the_weight_lies_on_the_way_to_the_least_squares_solution(
-    seed: int, tokens: int, channels: int, outputs: int, desc_act: bool
+    seed: int, tokens: int, channels: int, outputs: int, desc_act: bool, first: int
 ) -> None:
     x, weight, lost = (
         random(seed, tokens, channels),
@@ -35,8 +37,9 @@ def test_the_weight_lies_on_the_way_to_the_least_squares_solution(
     lost += x @ random(seed + 3, channels, outputs)
     shared = prepare_factor(x.T @ x, QuantizeConfig(group_size=8, desc_act=desc_act), math.inf)
     solver = prepare_solver(shared, tokens)
-    pulls = torch.stack([lost[odd::2].T @ x[odd::2] for odd in range(2)])
-    change = make_up(weight, shared.hessian, solver, pulls) - weight
+    pulls = torch.stack([lost[part].T @ x[part] for part in (slice(first), slice(first, None))])
+    drift = Drift(pulls, (first, tokens - first), True)
+    change = make_up(weight, shared.hessian, solver, drift) - weight
 
     free = change.new_zeros(change.shape).requires_grad_()
     damping = solver.damp_percent * shared.hessian.diagonal().median()
@@ -48,26 +51,65 @@ def test_the_weight_lies_on_the_way_to_the_least_squares_solution(
     torch.testing.assert_close(change, share * full, atol=1e-9, rtol=1e-7)
 
 
-@given(seed=st.integers(0, 2**32 - 10), signal=st.floats(0, 3), damp=st.floats(0, 2))
-def test_the_share_is_that_with_the_least_error_on_the_other_half(seed: int, signal: float, damp: float) -> None:
-    """Halves of the same H: the best share of a half's change, by trying, is what the parabola says."""
+@given(
+    seed=st.integers(0, 2**32 - 10),
+    signal=st.floats(0, 3),
+    damp=st.floats(0, 2),
+    first=st.floats(0.05, 0.95),
+)
+def test_the_parabola_is_the_error_on_the_other_half(seed: int, signal: float, damp: float, first: float) -> None:
+    """Parts of one H, of any size, each scaled to half of the tokens."""
     root = random(seed, 16, 8)
-    half = root.T @ root
-    inverse = torch.linalg.inv(2 * half + damp * torch.eye(8, dtype=torch.float64))
-    common = signal * random(seed + 1, 3, 8)
-    pulls = torch.stack([common @ half + random(seed + 2 + i, 3, 8) for i in range(2)])
-    changes = pulls @ inverse
+    hessian = root.T @ root
+    inverse = torch.linalg.inv(hessian + damp * torch.eye(8, dtype=torch.float64))
+    common, shares = signal * random(seed + 1, 3, 8), (first, 1 - first)
+    pulls = torch.stack([common @ hessian * share + random(seed + 2 + i, 3, 8) for i, share in enumerate(shares)])
+    b, c = parabola(pulls, pulls @ inverse, damp, first).tolist()
+    for h in 0.3, 1.0:
+        fall = 0.0
+        for i, share in enumerate(shares):
+            made, there = h * pulls[i] @ inverse / share, pulls[1 - i] / (2 * (1 - share))
+            fall += float(2 * (made * there).sum() - (made @ hessian / 2 * made).sum())
+        torch.testing.assert_close(b * h - c * h * h, fall, atol=1e-7, rtol=1e-7)
 
-    def error(share: float) -> float:
-        total = 0.0
-        for i in range(2):
-            made = share * 2 * changes[i]
-            total += float((made @ half * made).sum() - 2 * (made * pulls[1 - i]).sum())
-        return total
 
-    found = confirmed_share(pulls, changes, damp)
-    best = found / (2 - found)  # of a half
-    assert all(error(best) <= error(other) + 1e-9 for other in torch.linspace(0, 1, 101).tolist())
+@given(signal=st.floats(0.1, 10), noise=st.floats(0, 10), first=st.floats(0.05, 0.95))
+def test_the_share_is_that_of_a_signal_in_noise_that_all_tokens_have(signal: float, noise: float, first: float) -> None:
+    """A part of the tokens has more noise; what it asks for agrees with the rest in the signal alone."""
+    parts = [signal + noise / share for share in (first, 1 - first)]
+    parabolas = torch.tensor([2 * signal, sum(parts) / 2], dtype=torch.float64)  # best at signal / mean(parts)
+    assert math.isclose(confirmed_share(parabolas, first), signal / (signal + noise))
+
+
+@given(seed=st.integers(0, 2**32 - 10), first=st.integers(1, 1999))
+def test_parts_of_any_size_confirm_a_drift_that_the_input_tells(seed: int, first: int) -> None:
+    tokens, channels = 2000, 8
+    x = random(seed, tokens, channels)
+    drift = x @ random(seed + 1, channels, 4)
+    solver = prepare_solver(shared := prepare_factor(x.T @ x, QuantizeConfig(group_size=8)), tokens)
+    pulls = torch.stack([drift[part].T @ x[part] for part in (slice(first), slice(first, None))])
+    full = pulls.sum(0) @ solver.upper.T @ solver.upper
+    made = make_up(torch.zeros_like(full), shared.hessian, solver, Drift(pulls, (first, tokens - first), True))
+    if min(first, tokens - first) >= 10 * channels:
+        assert made.norm() > 0.7 * full.norm()
+
+
+@given(seed=st.integers(0, 2**32 - 10), of_output=st.booleans())
+def test_ranks_that_share_the_rows_make_the_same_weight(seed: int, of_output: bool) -> None:
+    x, weight = random(seed, 300, 16), random(seed + 1, 1100, 16)
+    shared = prepare_factor(x.T @ x, QuantizeConfig(group_size=8))
+    solver = prepare_solver(shared, 300)
+    drift = Drift(random(seed + 2, 2, 1100 if of_output else 16, 16) + 1, (150, 150), of_output)
+    expected = make_up(weight, shared.hessian, solver, drift)
+    assert not torch.equal(expected, weight)
+    shares: list[int] = []
+
+    def backwards(count: int, part: Callable[[int], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        shares.append(count)
+        return [part(i) for i in reversed(range(count))][::-1]
+
+    assert torch.equal(make_up(weight, shared.hessian, solver, drift, backwards), expected)
+    assert shares > [1]
 
 
 def test_what_one_half_alone_asks_for_is_not_made() -> None:
@@ -75,9 +117,9 @@ def test_what_one_half_alone_asks_for_is_not_made() -> None:
     shared = prepare_factor(x.T @ x, QuantizeConfig(group_size=8))
     solver = prepare_solver(shared, 400)
     pull = random(2, 4, 16)
-    against = make_up(weight, shared.hessian, solver, torch.stack([pull, -pull]))
+    against = make_up(weight, shared.hessian, solver, Drift(torch.stack([pull, -pull]), (200, 200), True))
     assert torch.equal(against, weight)
-    agreed = make_up(weight, shared.hessian, solver, torch.stack([pull, pull]))
+    agreed = make_up(weight, shared.hessian, solver, Drift(torch.stack([pull, pull]), (200, 200), True))
     assert not torch.equal(agreed, weight)
 
 
@@ -92,7 +134,8 @@ def test_of_chance_little_is_made_and_of_a_drift_that_the_input_tells_most(seed:
     def share(drift: torch.Tensor) -> float:
         pulls = torch.stack([drift[odd::2].T @ x[odd::2] for odd in range(2)])
         full = pulls.sum(0) @ solver.upper.T @ solver.upper
-        return float(make_up(torch.zeros_like(full), shared.hessian, solver, pulls).norm() / full.norm())
+        made = make_up(torch.zeros_like(full), shared.hessian, solver, Drift(pulls, (tokens // 2, tokens // 2), True))
+        return float(made.norm() / full.norm())
 
     assert share(chance) < 0.2 < 0.4 < share(told + chance) < share(told) + 1e-9 <= 1 + 1e-8
 
@@ -120,7 +163,8 @@ def test_the_moment_is_the_weighted_sum_over_finite_tokens(seed: int, parts: lis
 def test_without_drift_the_weight_stays() -> None:
     x, weight = torch.randn(40, 16), torch.randn(4, 16)
     shared = prepare_factor(x.T @ x, QuantizeConfig(group_size=8))
-    assert torch.equal(make_up(weight, shared.hessian, prepare_solver(shared, 40), torch.zeros(2, 4, 16)), weight)
+    drift = Drift(torch.zeros(2, 16, 16), (20, 20), False)
+    assert torch.equal(make_up(weight, shared.hessian, prepare_solver(shared, 40), drift), weight)
 
 
 def test_the_weight_stays_where_the_hessian_could_not_be_factored() -> None:
@@ -130,4 +174,5 @@ def test_the_weight_stays_where_the_hessian_could_not_be_factored() -> None:
     shared = prepare_factor(hessian, QuantizeConfig(group_size=8, damp_percent=1e-6))
     solver = prepare_solver(shared, 40)
     assert solver.method == "diagonal"
-    assert torch.equal(make_up(weight, shared.hessian, solver, torch.randn(2, 2, 8)), weight)
+    drift = Drift(torch.randn(2, 2, 8), (20, 20), True)
+    assert torch.equal(make_up(weight, shared.hessian, solver, drift), weight)

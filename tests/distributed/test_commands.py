@@ -48,3 +48,12 @@ def test_the_benchmark_starts_its_ranks_itself(tmp_path: Path) -> None:
     assert len(found["peak_bytes_by_rank"]) == 2
     assert all("exchange" in lap for lap in found["phases"])
     assert done.stdout.count("blocks of tiny") == 1
+
+
+def test_processes_that_something_else_started_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would take itself for the only one."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = run("gptq_cli", "quantize", tmp_path / "model", tmp_path / "out", "--rtn")
+    assert done.returncode == 1
+    assert "torchrun" in done.stderr

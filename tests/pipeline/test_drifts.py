@@ -54,8 +54,8 @@ def test_the_drift_of_an_input_is_forgotten_with_the_input() -> None:
         batches = [torch.randn(20, 8) for _ in range(2)]
         source = factors.of(target, [LayerInput(i, x, None, None, original=x + 0.1) for i, x in enumerate(batches)])
         assert source is not None
-        assert source.of_input is not None
-        return weakref.ref(source.of_input)
+        assert source.drift is not None
+        return weakref.ref(source.drift.sums)
 
     first, second = drift(), drift()
     assert first() is None
