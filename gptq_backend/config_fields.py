@@ -49,6 +49,7 @@ class Preset:
     search_finalists: int
     refine_sweeps: int
     correct_drift: bool
+    row_feedback: bool
     block_epochs: int
     distill_epochs: int
 
@@ -60,13 +61,31 @@ class Preset:
 
 QUALITIES = {
     "fast": Preset(
-        signed_scales=False, search_finalists=1, refine_sweeps=0, correct_drift=False, block_epochs=0, distill_epochs=0
+        signed_scales=False,
+        search_finalists=1,
+        refine_sweeps=0,
+        correct_drift=False,
+        row_feedback=False,
+        block_epochs=0,
+        distill_epochs=0,
     ),
     "default": Preset(
-        signed_scales=True, search_finalists=4, refine_sweeps=2, correct_drift=True, block_epochs=0, distill_epochs=0
+        signed_scales=True,
+        search_finalists=4,
+        refine_sweeps=2,
+        correct_drift=True,
+        row_feedback=True,
+        block_epochs=0,
+        distill_epochs=0,
     ),
     "best": Preset(
-        signed_scales=True, search_finalists=8, refine_sweeps=4, correct_drift=True, block_epochs=2, distill_epochs=2
+        signed_scales=True,
+        search_finalists=8,
+        refine_sweeps=4,
+        correct_drift=True,
+        row_feedback=True,
+        block_epochs=2,
+        distill_epochs=2,
     ),
 }
 
@@ -165,7 +184,7 @@ class Settings:
         "default",
         tuple(QUALITIES),
         "work to put into accuracy; fast: GPTQ with a short scale search; default: what lowers errors at "
-        "little cost; best: also trains towards the original. Fills in --signed-scales and the next five where they "
+        "little cost; best: also trains towards the original. Fills in --signed-scales and the next six where they "
         "are not given",
     )
     token_weights: bool = _flag(  # see token_weights.Sensitivity
@@ -182,6 +201,12 @@ class Settings:
     correct_drift: bool | None = _flag(  # see drift.make_up
         None,
         "aim each layer at what the original model computes at its place, so that it makes up for the layers before",
+        Scope.RUN,
+    )
+    row_feedback: bool | None = _flag(  # see row_feedback.in_turns
+        None,
+        "before attention, let output channels that are rounded later undo a part of the earlier ones' errors; needs "
+        "--token-weights",
         Scope.RUN,
     )
     block_epochs: int | None = _count(

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .columns import round_columns
 from .grid import SCALE_DTYPE, Grid
 from .hessian import Factor, damping, factor
 from .refine import refine
+from .row_feedback import RowFactor, in_turns
 from .scale_search import fit_grid
 from .sharing import Sharing, alone
 
@@ -106,6 +108,7 @@ def quantize_weight(
     name: str = "layer",
     rounded: QuantizedWeight | None = None,
     sharing: Sharing = alone,
+    rows: RowFactor | None = None,
 ) -> QuantizedLayer:
     """Quantize one weight.
 
@@ -117,6 +120,7 @@ def quantize_weight(
         name: the module, for messages.
         rounded: what :func:`round_weights` made of the weight, if it did.
         sharing: does the parts that :func:`row_parts` makes of the output channels.
+        rows: if output channels are to make up for each other's errors, of which the loss then knows nothing.
 
     Raises:
         CalibrationError: the weight is not finite, or too large for float16 scales.
@@ -125,19 +129,11 @@ def quantize_weight(
         raise CalibrationError(
             f"{name}.weight: has NaN or infinite entries; the model's file is damaged, fetch it again"
         )
-    parts = row_parts(len(weight), weight.device)
-
-    def part(i: int) -> list[Tensor]:
-        given = None if rounded is None else rounded.rows(parts[i])
-        found, sums = _quantize_rows(weight[parts[i]], shared, config, given)
-        return [found.codes, found.scales, found.zeros, found.g_idx, torch.tensor(sums, dtype=torch.float64)]
-
-    *fields, g_idx, sums = zip(*sharing(len(parts), part))
-    codes, scales, zeros = (torch.cat(each, dim=1) for each in fields)
-    quantized = QuantizedWeight(codes, scales, zeros, g_idx[0], config.bits)
+    quantize = partial(_quantize_parts, shared=shared, config=config, sharing=sharing)
+    quantized, sums = quantize(weight, rounded=rounded) if rows is None else in_turns(weight, rows, quantize)
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {SCALE_DTYPE}; skip the layer with a dynamic rule")
-    loss, energy, *errors = torch.stack([each.cpu() for each in sums]).sum(0).tolist()
+    loss, energy, *errors = sums.tolist()
 
     def share(error: float) -> float:
         return error / energy if energy > 0 else 0.0
@@ -160,6 +156,28 @@ def row_parts(rows: int, device: torch.device) -> list[slice]:
     return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
+def _quantize_parts(
+    weight: Tensor,
+    shared: LayerFactor | None,
+    config: QuantizeConfig,
+    sharing: Sharing,
+    rounded: QuantizedWeight | None = None,
+) -> tuple[QuantizedWeight, Tensor]:
+    """The output channels ``weight`` [n, K], part by part -> them, and the sums of :func:`_quantize_rows`, float64."""
+    parts = row_parts(len(weight), weight.device)
+
+    def part(i: int) -> list[Tensor]:
+        given = None if rounded is None else rounded.rows(parts[i])
+        found, sums = _quantize_rows(weight[parts[i]], shared, config, given)
+        return [found.codes, found.scales, found.zeros, found.g_idx, torch.tensor(sums, dtype=torch.float64)]
+
+    *fields, g_idx, sums = zip(*sharing(len(parts), part))
+    codes, scales, zeros = (torch.cat(each, dim=1) for each in fields)
+    return QuantizedWeight(codes, scales, zeros, g_idx[0], config.bits), torch.stack([each.cpu() for each in sums]).sum(
+        0
+    )
+
+
 def _quantize_rows(
     weight: Tensor, shared: LayerFactor | None, config: QuantizeConfig, rounded: QuantizedWeight | None
 ) -> tuple[QuantizedWeight, list[float]]:
@@ -171,9 +189,11 @@ def _quantize_rows(
     errors: list[float] = []
     hessian = None if shared is None else shared.hessian.to(weight.dtype)
     sweeps = config.preset.refine_sweeps
-    finite = bool(quantized.scales.isfinite().all())  # else the caller refuses it
-    if shared is not None and hessian is not None and sweeps and finite and shared.factor.method != "diagonal":
-        quantized, errors = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
+    if shared is not None and hessian is not None and sweeps and shared.factor.method != "diagonal":
+        if quantized.scales.isfinite().all():
+            quantized, errors = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
+        else:  # the caller refuses it
+            errors = [math.inf] * (1 + sweeps)
     difference = quantized.dequantize(weight.dtype) - weight
     if hessian is None:
         loss, energy = difference.square().sum(), weight.square().sum()

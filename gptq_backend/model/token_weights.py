@@ -41,7 +41,13 @@ class Sensitivity:
 
     @timed("sensitivity")
     def of(
-        self, block: nn.Module, name: str, layers: Iterable[nn.Module], run: Callable[[], Any], mask: Tensor | None
+        self,
+        block: nn.Module,
+        name: str,
+        layers: Iterable[nn.Module],
+        run: Callable[[], Any],
+        mask: Tensor | None,
+        tell: Callable[[nn.Module, Tensor], None] | None = None,
     ) -> dict[nn.Module, Tensor]:
         """Weights of one batch.
 
@@ -55,6 +61,7 @@ class Sensitivity:
             name: of the block, for messages and to tell blocks apart.
             layers: those of its layers that are to be quantized.
             mask: [B, T], 0 marks padding.
+            tell: gets the derivatives [B, T, N] by the outputs of each layer that has weights.
 
         Returns:
             [B, T] by layer, at least float32; only of layers whose outputs are mixed before the next layer, which gets
@@ -89,6 +96,9 @@ class Sensitivity:
                 parameter.requires_grad_(True)
         if not pass_.weights and not pass_.alone:
             self._fruitless = name
+        if tell is not None:
+            for layer in pass_.weights:
+                tell(layer, pass_.derivatives[layer])
         return pass_.weights
 
     def _signs(self, length: int, like: Tensor) -> Tensor:
@@ -110,6 +120,7 @@ class _Pass:
         self.signs, self.mask = signs, mask
         self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # input and output of each layer's first call
         self.weights: dict[nn.Module, Tensor] = {}
+        self.derivatives: dict[nn.Module, Tensor] = {}  # d(r z) / d y
         self.alone = False  # no sequence has a second token, to which the first could matter
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -144,6 +155,7 @@ class _Pass:
                 x, _ = self.seen[layer]
                 readers = [each for other, each in weights.items() if self.seen[other][0] is x]
                 self.weights[layer] = torch.stack(readers).sum(0)
+            self.derivatives = dict(zip(self.seen, gradients))
             raise _Found
 
     def positions(self, z: Tensor) -> Tensor:

@@ -80,15 +80,16 @@ class Layers:
         weight = dense_weight(target.module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         input_facts: dict[str, Any] = {}
-        shared, tokens, rounded = None, 1, None
+        shared, tokens, rounded, rows = None, 1, None, None
         if source is not None:
             factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
             weight = source.aim(weight, team.work)
-            shared, rounded = source.factor, self.joint.take(target, weight, source, team.work)
+            shared, rows = source.factor, source.rows
+            rounded = self.joint.take(target, weight, source, team.work) if rows is None else None
         quantize = partial(quantize_weight, name=target.name, sharing=team.work)
-        layer = quantize(weight, shared, target.config, tokens, rounded=rounded)
+        layer = quantize(weight, shared, target.config, tokens, rounded=rounded, rows=rows)
         if (before := self.before(target.name)) is not None:
             rounded = round_changed(weight, before.to(weight.device), target.config)
             again = quantize(weight, shared, target.config, tokens, rounded=rounded)

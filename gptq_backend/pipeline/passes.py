@@ -25,6 +25,7 @@ from ..model import lockstep
 from ..model.calibration import Batch, call_model, masks_of, model_inputs
 from ..model.layer_inputs import InputFactor, LayerInput, tells
 from ..model.mixtures import find_mixture
+from ..model.row_moments import RowMoments
 from ..model.structure import Block, Target
 from ..model.token_weights import Sensitivity
 from ..training.blocks import Example, output_tensor
@@ -109,6 +110,7 @@ class Passes:
         self._drifts: Drifts | None = None  # of the run
         self._arrived: dict[Target, list[LayerInput]] = {}  # what the waiting passes are about to feed each layer
         self._sensitivity = Sensitivity()
+        self.row_moments = RowMoments(team)
 
     def run(
         self,
@@ -281,7 +283,8 @@ class Passes:
         block, task = state.block, _TASK.get()
         if self.config.token_weights:
             layers = [target.module for target in block.targets]
-            task.weights = self._sensitivity.of(block.module, block.name, layers, run, mask)
+            tell = partial(self.row_moments.add, task.number) if self.config.preset.row_feedback else None
+            task.weights = self._sensitivity.of(block.module, block.name, layers, run, mask, tell)
         if not self.config.true_sequential:
             run()  # all Hessians from the block as it was, then the block again, quantized
             lockstep.wait((block, Place.MEASURED))

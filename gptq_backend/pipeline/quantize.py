@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..model.calibration import Batch, check_fits, make_batches
 from ..model.layer_inputs import Factors, LayerInput
 from ..model.placement import tensors_of
 from ..model.progress import Progress
-from ..model.structure import Block, Structure, Target, evaluating, linear_shapes, special_linears, untie
+from ..model.structure import Block, Structure, Target, dense_weight, evaluating, linear_shapes, special_linears, untie
 from ..model.unquantized import unquantized
 from ..timing import timed
 from ..training.blocks import train_block, trainable_vectors
@@ -199,6 +200,8 @@ class _Run:
                 "quantize this model in one process, or with true_sequential=False"
             )
         source = self.factors.of(target, inputs)
+        if source is not None:
+            source = replace(source, rows=self.passes.row_moments.factor(target.module, dense_weight(target.module)))
         # An expert may get its first tokens only after MEASURING: the quantized block routes otherwise.
         if state is not None and state.phase is Phase.MEASURING:
             state.measured.append((target, source))
@@ -254,6 +257,7 @@ class _Run:
         others = {id(layer.weight) for layer in elsewhere or ()}
         self.placement.bring([tensor for tensor in tensors_of(block.module) if id(tensor) not in others])
         self.layers.joint.begin_block(block)
+        self.passes.row_moments.clear()
         self.passes.state = BlockState(block)
         return self.passes.state
 

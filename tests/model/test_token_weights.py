@@ -344,3 +344,14 @@ def test_what_attention_passes_on_is_more_accurate_than_with_tokens_counted_alik
         quantize_model(model, QuantizeConfig(bits=3, group_size=16, token_weights=weigh), data)
         errors[weigh] = float((mixed(model, data) - mixed(original, data)).square().mean())
     assert errors[True] < 0.5 * errors[False]
+
+
+def test_the_derivatives_that_weights_are_made_of_are_told() -> None:
+    module, x = block(), hidden(2)
+    told: dict[nn.Module, Tensor] = {}
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    found = Sensitivity().of(module, "block", layers, lambda: module(x, causal()), None, told.__setitem__)
+    assert set(told) == set(found)
+    readers = sum(each.square().sum(-1) for each in told.values())
+    for weight in found.values():
+        torch.testing.assert_close(weight, readers)

@@ -143,7 +143,9 @@ def _config(model: nn.Module, base: Base, layers: list[str], outside: list[str])
         lm_head=bool(outside),
         keep_edge_blocks=0,
         modules_in_block_to_quantize=None,
-        correct_drift=False,  # a layer that made up for others would leave the grid that most of it is on
+        # What makes up for other layers or rows would leave the grid that most of it is on.
+        correct_drift=False,
+        row_feedback=False,
         block_epochs=0,
         distill_epochs=0,
     )
