@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("test", type=Path)
     parser.add_argument("--config", default="{}", help="JSON: fields of QuantizeConfig")
     parser.add_argument("--target-bits", type=float, help="a budget instead of bits and group_size")
+    parser.add_argument("--target-size", help="likewise, such as 100MB")
     parser.add_argument("--set", type=int, default=0, help="which run of 64 x 512 calibration tokens")
     parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, from the start of the test text")
     arguments = parser.parse_args()
@@ -51,8 +52,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "quantized"
         start = time.process_time()
-        target, events = arguments.target_bits, Planned()
-        _, report = quantize(arguments.model, config, samples, output=folder, target_bits=target, events=events)
+        budget = {"target_bits": arguments.target_bits, "target_size": arguments.target_size}
+        events = Planned()
+        _, report = quantize(arguments.model, config, samples, output=folder, events=events, **budget)
         cpu_seconds = time.process_time() - start
         judged = cut_windows(arguments.test.read_text(), tokenizer, 1024, arguments.windows)
         found = evaluate(load_model(folder), judged, load_model(arguments.model))

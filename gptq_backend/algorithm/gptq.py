@@ -64,7 +64,8 @@ class QuantizedLayer:
             counted as in H; without H the sum of D^2 per output channel.
         relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error, tokens
             counted as in H; without H of the weight's energy.
-        steps: the relative loss after the column loop and after each refinement; empty if there was none.
+        steps: the relative loss after the column loop and after each refinement; empty if there was none. Where rows
+            make up for each other's errors, beside what each of them was to become, so less than ``relative_loss``.
     """
 
     weight: QuantizedWeight
@@ -134,17 +135,20 @@ def quantize_weight(
     if not quantized.scales.isfinite().all():
         raise CalibrationError(f"{name}.weight: a scale overflows {SCALE_DTYPE}; skip the layer with a dynamic rule")
     loss, energy, *errors = sums.tolist()
-
-    def share(error: float) -> float:
-        return error / energy if energy > 0 else 0.0
-
     names = ("loop", *(f"sweep {number}" for number in range(1, len(errors))))
+    steps = tuple(Step(name, _share(error, energy)) for name, error in zip(names, errors))
+    if rows is not None:  # the sums are of what each row was to become
+        loss, energy = _loss_and_energy(quantized, weight, shared)
     return QuantizedLayer(
         quantized,
         loss=loss / (max(tokens, 1) * weight.shape[0]),
-        relative_loss=share(loss),
-        steps=tuple(Step(name, share(error)) for name, error in zip(names, errors)),
+        relative_loss=_share(loss, energy),
+        steps=steps,
     )
+
+
+def _share(error: float, energy: float) -> float:
+    return error / energy if energy > 0 else 0.0
 
 
 def row_parts(rows: int, device: torch.device) -> list[slice]:
@@ -173,9 +177,8 @@ def _quantize_parts(
 
     *fields, g_idx, sums = zip(*sharing(len(parts), part))
     codes, scales, zeros = (torch.cat(each, dim=1) for each in fields)
-    return QuantizedWeight(codes, scales, zeros, g_idx[0], config.bits), torch.stack([each.cpu() for each in sums]).sum(
-        0
-    )
+    total = torch.stack([each.cpu() for each in sums]).sum(0)
+    return QuantizedWeight(codes, scales, zeros, g_idx[0], config.bits), total
 
 
 def _quantize_rows(
@@ -187,20 +190,25 @@ def _quantize_rows(
     quantized = rounded or round_weights([weight], shared, config)[0]
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     errors: list[float] = []
-    hessian = None if shared is None else shared.hessian.to(weight.dtype)
     sweeps = config.preset.refine_sweeps
-    if shared is not None and hessian is not None and sweeps and shared.factor.method != "diagonal":
+    if shared is not None and sweeps and shared.factor.method != "diagonal":
         if quantized.scales.isfinite().all():
+            hessian = shared.hessian.to(weight.dtype)
             quantized, errors = refine(quantized, weight, hessian, shared.factor.damp_percent, sweeps)
         else:  # the caller refuses it
             errors = [math.inf] * (1 + sweeps)
+    return quantized, [*_loss_and_energy(quantized, weight, shared), *errors]
+
+
+def _loss_and_energy(quantized: QuantizedWeight, weight: Tensor, shared: LayerFactor | None) -> tuple[float, float]:
+    """``tr(D H D^T)`` and ``tr(W H W^T)``; without H the sums of squares."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     difference = quantized.dequantize(weight.dtype) - weight
-    if hessian is None:
-        loss, energy = difference.square().sum(), weight.square().sum()
-    else:
-        loss = (difference @ hessian).mul_(difference).sum()
-        energy = (weight @ hessian).mul_(weight).sum()
-    return quantized, [float(loss), float(energy), *errors]
+    if shared is None:
+        return float(difference.square().sum()), float(weight.square().sum())
+    hessian = shared.hessian.to(weight.dtype)
+    loss, energy = ((each @ hessian).mul_(each).sum() for each in (difference, weight))
+    return float(loss), float(energy)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from .sharing import Sharing, alone
 
 _TURNS = 8
 _DAMPING = 0.3  # a share of the median, as in a Hessian
+_BOUND = 0.01  # least damping, a share of the largest: how far a row that hardly matters may move for one that does
 _GAIN = 0.9  # largest share of the error that may be left, by the tokens that did not make the factor
 
 
@@ -35,26 +36,42 @@ class RowFactor:
 
 
 @timed("factor")
-def factor_rows(halves: tuple[Tensor, Tensor], tokens: float, sharing: Sharing = alone) -> RowFactor | None:
+def factor_rows(halves: tuple[Tensor, Tensor], tokens: tuple[int, int], sharing: Sharing = alone) -> RowFactor | None:
     """The factor of A, or None where feedback would not help on tokens that it was not made from.
 
     Args:
-        halves: [N, N] each, A of two halves of so many tokens.
+        halves: [N, N] each, A of two parts of the tokens.
+        tokens: in each.
         sharing: does part of the factors.
     """
     total = halves[0] + halves[1]
     order = total.diagonal().argsort(descending=True, stable=True)
-    wide = torch.float64 if total.device.type == "cpu" else torch.promote_types(total.dtype, torch.float32)
-    in_order = [each[order][:, order].to(wide) for each in (*halves, total)]
-    if not all(bool((each.diagonal() > 0).all()) for each in in_order):  # outputs that nothing reads
+    shares = []
+    for half, other, count in ((*halves, tokens[0]), (*halves[::-1], tokens[1])):
+        found = _factor(half, order, count, sharing)
+        if found is None:
+            return None
+        shares.append(_left(found, _sorted(other, order).to(found.dtype)))
+    if not sum(shares) / 2 < _GAIN:
         return None
-    damps = [damping(_DAMPING, len(order), share) for share in (tokens / 2, tokens / 2, tokens)]
-    factors = [factor(each, damp, sharing) for each, damp in zip(in_order, damps)]
-    if any(each.method == "diagonal" for each in factors):
+    upper = _factor(total, order, sum(tokens), sharing)
+    return None if upper is None else RowFactor(order, upper)
+
+
+def _factor(moment: Tensor, order: Tensor, tokens: int, sharing: Sharing) -> Tensor | None:
+    """U of a :class:`RowFactor`; None where too many rows have no derivative."""
+    diagonal = moment.diagonal()
+    median = float(diagonal.median())
+    if not median > 0:
         return None
-    first, second, both = (each.upper for each in factors)
-    left = _left(first, in_order[1]) + _left(second, in_order[0])
-    return RowFactor(order, both) if left / 2 < _GAIN else None
+    damp = max(damping(_DAMPING, len(order), tokens), _BOUND * float(diagonal.max()) / median)
+    wide = torch.float64 if moment.device.type == "cpu" else torch.promote_types(moment.dtype, torch.float32)
+    found = factor(_sorted(moment, order).to(wide), damp, sharing)
+    return None if found.method == "diagonal" else found.upper
+
+
+def _sorted(moment: Tensor, order: Tensor) -> Tensor:
+    return moment[order][:, order]
 
 
 def _left(upper: Tensor, moment: Tensor) -> float:
@@ -76,7 +93,7 @@ def in_turns(
         quantize: makes some rows, and sums over them.
 
     Returns:
-        The whole weight, and the sums of all rows: of their errors beside what each was rounded from.
+        The whole weight, and the sums of all turns.
     """
     upper, count = rows.upper, len(weight)
     left = weight.to(upper.dtype)[rows.order]

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..algorithm.drift import CrossMoment, Drift, make_up, prepare_solver
 from ..algorithm.gptq import LayerFactor, prepare_factor
 from ..algorithm.hessian import Factor, Hessian
-from ..algorithm.row_feedback import RowFactor
 from ..algorithm.sharing import Sharing, alone
 from ..config import QuantizeConfig
 from ..distributed.team import Team, as_tensor, from_tensor
@@ -83,7 +82,6 @@ class InputFactor:
     hessian: Hessian
     solver: Factor | None = None  # for the drift; None if nothing is known of it
     drift: Drift | None = None  # likewise
-    rows: RowFactor | None = None  # for one layer, if its rows are to make up for each other's errors
 
     def aim(self, weight: Tensor, sharing: Sharing = alone) -> Tensor:
         """The weight [N, K] to round in the place of a layer's own; ``sharing`` makes parts of it."""

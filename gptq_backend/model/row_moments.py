@@ -13,7 +13,7 @@ from ..distributed.team import Team
 from ..timing import timed
 from .hessian_sums import add_up
 
-_WIDEST = 8192  # output channels: two moments then take as much memory as a Hessian of 11585 channels
+_WIDEST = 8192  # output channels; all layers before attention have two moments [N, N] at the same time
 
 
 class RowMoments:
@@ -29,13 +29,14 @@ class RowMoments:
 
     @timed("sensitivity")
     def add(self, number: int, layer: nn.Module, derivatives: Tensor) -> None:
-        """Those of a batch, [..., N]; numbers ascend."""
+        """Those of a batch, [..., N], 0 at padding; numbers ascend."""
         rows = derivatives.shape[-1]
         if rows > _WIDEST:
             return
         if layer not in self._halves:
             self._halves[layer] = _empty(rows, derivatives, number)
-        self._halves[layer][number % 2].add(derivatives, number=number // 2)
+        found = derivatives.reshape(-1, rows)
+        self._halves[layer][number % 2].add(found[found.count_nonzero(1) > 0], number=number // 2)
 
     def factor(self, layer: nn.Module, like: Tensor) -> RowFactor | None:
         """For a layer with the weight ``like`` [N, K], if feedback helps; all ranks ask for it."""
@@ -48,7 +49,8 @@ class RowMoments:
         if not all(half.tokens for half in halves):
             return None
         first, second = (half.matrix("") for half in halves)
-        return factor_rows((first, second), halves[0].tokens + halves[1].tokens, self._team.work)
+        found = factor_rows((first, second), (halves[0].tokens, halves[1].tokens), self._team.work)
+        return found if self._team.least(int(found is not None)) else None  # ranks of other CPUs may differ
 
 
 def _empty(rows: int, like: Tensor, first: int) -> tuple[Hessian, Hessian]:

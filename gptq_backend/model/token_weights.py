@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Sensitivity:
         layers: Iterable[nn.Module],
         run: Callable[[], Any],
         mask: Tensor | None,
+        number: int = 0,
         tell: Callable[[nn.Module, Tensor], None] | None = None,
     ) -> dict[nn.Module, Tensor]:
         """Weights of one batch.
@@ -61,6 +63,7 @@ class Sensitivity:
             name: of the block, for messages and to tell blocks apart.
             layers: those of its layers that are to be quantized.
             mask: [B, T], 0 marks padding.
+            number: of the batch; each has its own signs.
             tell: gets the derivatives [B, T, N] by the outputs of each layer that has weights.
 
         Returns:
@@ -69,7 +72,7 @@ class Sensitivity:
         """
         if name == self._fruitless:
             return {}
-        pass_ = _Pass(self._signs, mask)
+        pass_ = _Pass(partial(self._signs, number), mask)
         trained: list[nn.Parameter] = []  # parameters to make trainable again
         self.running = True
         try:
@@ -96,21 +99,35 @@ class Sensitivity:
                 parameter.requires_grad_(True)
         if not pass_.weights and not pass_.alone:
             self._fruitless = name
-        if tell is not None:
-            for layer in pass_.weights:
-                tell(layer, pass_.derivatives[layer])
+        pass_.seen.clear()  # the graph
+        while tell is not None and pass_.derivatives:
+            tell(*pass_.derivatives.popitem())
         return pass_.weights
 
-    def _signs(self, length: int, like: Tensor) -> Tensor:
-        """[length, K], 1 and -1 at random: the same for every sequence, so that batches and padding change nothing."""
+    def _signs(self, number: int, length: int, like: Tensor) -> Tensor:
+        """[B, length, K] for z [B, T, K] of a batch, 1 and -1 at random; a longer batch only adds some.
+
+        One table, with other signs of rows and of columns for every sequence. Were the signs all alike, what two
+        halves of the batches say of :mod:`row_moments` would agree by the signs.
+        """
+        count, channels = like.shape[0], like.shape[-1]
+        generator = torch.Generator().manual_seed(number + 1)
+        columns, rows = (_random_signs(generator, size, count).t().to(like) for size in (channels, length))
+        return self._table(length, like) * rows.unsqueeze(2) * columns.unsqueeze(1)
+
+    def _table(self, length: int, like: Tensor) -> Tensor:
+        """[length, K], the beginning of the same one always."""
         key = (like.shape[-1], like.device, like.dtype)
         table = self._tables.get(key)
         if table is None or len(table) < length:
             rows = 1 << (length - 1).bit_length()
-            generator = torch.Generator().manual_seed(0)
-            bits = torch.randint(0, 2, (rows, key[0]), generator=generator, dtype=torch.int8)
-            table = self._tables[key] = bits.mul_(2).sub_(1).to(like)
+            signs = _random_signs(torch.Generator().manual_seed(0), rows, key[0])
+            table = self._tables[key] = signs.to(like)
         return table[:length]
+
+
+def _random_signs(generator: torch.Generator, rows: int, columns: int) -> Tensor:
+    return torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
 
 class _Pass:
@@ -140,7 +157,7 @@ class _Pass:
         if int(positions.max()) < 1:
             self.alone = True
             return
-        signs = self.signs(z.shape[1], z)[positions.clamp(min=0)]
+        signs = self.signs(z.shape[1], z).gather(1, positions.clamp(min=0).unsqueeze(2).expand_as(z))
         signs[positions <= 0] = 0  # padding; and the first token, so that a weight there can only come from others
         first = positions == 0
         outputs = [output for _, output in self.seen.values()]
@@ -155,7 +172,7 @@ class _Pass:
                 x, _ = self.seen[layer]
                 readers = [each for other, each in weights.items() if self.seen[other][0] is x]
                 self.weights[layer] = torch.stack(readers).sum(0)
-            self.derivatives = dict(zip(self.seen, gradients))
+            self.derivatives = {layer: each for layer, each in zip(self.seen, gradients) if layer in weights}
             raise _Found
 
     def positions(self, z: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..algorithm.gptq import quantize_weight
 from ..algorithm.requantize import round_changed
+from ..algorithm.row_feedback import RowFactor
 from ..config import QuantizeConfig
 from ..distributed.team import Team, as_tensor, from_tensor
 from ..format.weight import QuantizedWeight
@@ -66,31 +67,35 @@ class Layers:
         done = [target for target in block.targets if target.module in self.done]
         return {target: self.done[target.module].quantized_weight() for target in done}
 
-    def quantize(self, target: Target, source: InputFactor | None) -> None:
+    def quantize(self, target: Target, source: InputFactor | None, rows: RowFactor | None = None) -> None:
         """Quantize one layer for its input, or to nearest for None, and leave the dequantized weight in the module for
-        the passes under way. All ranks share the work.
+        the passes under way. All ranks share the work. With ``rows``, output channels make up for each other's errors.
         """
-        weight, entry = self.make(target, source, self.team)
+        weight, entry = self.make(target, source, self.team, rows)
         self.store(target, weight)
         self.add_report(entry)
 
-    def make(self, target: Target, source: InputFactor | None, team: Team) -> tuple[QuantizedWeight, LayerReport]:
-        """The layer quantized, by the ranks of ``team``."""
+    def make(
+        self, target: Target, source: InputFactor | None, team: Team, rows: RowFactor | None = None
+    ) -> tuple[QuantizedWeight, LayerReport]:
+        """The layer quantized, by the ranks of ``team``; ``rows`` as of :meth:`quantize`."""
         start = time.perf_counter()
         weight = dense_weight(target.module).detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         input_facts: dict[str, Any] = {}
-        shared, tokens, rounded, rows = None, 1, None, None
+        shared, tokens, rounded = None, 1, None
+        before = self.before(target.name)
+        rows = rows if before is None else None  # rows that make up for others leave the grid that most of it is on
         if source is not None:
             factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
             input_facts |= {"tokens": tokens, "dropped_tokens": hessian.dropped}
             weight = source.aim(weight, team.work)
-            shared, rows = source.factor, source.rows
+            shared = source.factor
             rounded = self.joint.take(target, weight, source, team.work) if rows is None else None
         quantize = partial(quantize_weight, name=target.name, sharing=team.work)
         layer = quantize(weight, shared, target.config, tokens, rounded=rounded, rows=rows)
-        if (before := self.before(target.name)) is not None:
+        if before is not None:
             rounded = round_changed(weight, before.to(weight.device), target.config)
             again = quantize(weight, shared, target.config, tokens, rounded=rounded)
             layer = min(again, layer, key=lambda each: each.loss)  # where both are exact, nothing changes

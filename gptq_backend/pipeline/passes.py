@@ -284,7 +284,7 @@ class Passes:
         if self.config.token_weights:
             layers = [target.module for target in block.targets]
             tell = partial(self.row_moments.add, task.number) if self.config.preset.row_feedback else None
-            task.weights = self._sensitivity.of(block.module, block.name, layers, run, mask, tell)
+            task.weights = self._sensitivity.of(block.module, block.name, layers, run, mask, task.number, tell)
         if not self.config.true_sequential:
             run()  # all Hessians from the block as it was, then the block again, quantized
             lockstep.wait((block, Place.MEASURED))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..errors import ConfigError
 from ..float32_products import fast_products
 from ..format.weight import QuantizedWeight
 from ..model.calibration import Batch, check_fits, make_batches
-from ..model.layer_inputs import Factors, LayerInput
+from ..model.layer_inputs import Factors, InputFactor, LayerInput
 from ..model.placement import tensors_of
 from ..model.progress import Progress
 from ..model.structure import Block, Structure, Target, dense_weight, evaluating, linear_shapes, special_linears, untie
@@ -180,7 +179,7 @@ class _Run:
                 state.phase = Phase.MEASURING
         elif place is Place.MEASURED:
             for target, source in state.measured:
-                self.layers.quantize(target, source)
+                self._quantize(target, source)
             own = [(target, *self.layers.make(target, source, Team())) for target, source in state.owned]
             self.layers.share(own, block)
             for measured in (state.measured, state.owned):
@@ -200,14 +199,17 @@ class _Run:
                 "quantize this model in one process, or with true_sequential=False"
             )
         source = self.factors.of(target, inputs)
-        if source is not None:
-            source = replace(source, rows=self.passes.row_moments.factor(target.module, dense_weight(target.module)))
         # An expert may get its first tokens only after MEASURING: the quantized block routes otherwise.
         if state is not None and state.phase is Phase.MEASURING:
             state.measured.append((target, source))
             state.known.add(target.name)
         else:
-            self.layers.quantize(target, source)
+            self._quantize(target, source)
+
+    def _quantize(self, target: Target, source: InputFactor | None) -> None:
+        feedback = self.config.preset.row_feedback and source is not None
+        rows = self.passes.row_moments.factor(target.module, dense_weight(target.module)) if feedback else None
+        self.layers.quantize(target, source, rows)
 
     @timed("other")
     def serve_experts(self, block: Block, each: Round, inputs: list[ExpertInput]) -> None:

@@ -63,7 +63,7 @@ def test_outputs_that_are_used_together_lose_less(seed: int) -> None:
     directions, x, weight = random(seed, 6, 48), random(seed + 1, 400, 32), random(seed + 2, 48, 32)
     derivatives = random(seed + 3, 2000, 6) @ directions + 0.1 * random(seed + 4, 2000, 48)
     halves = [half.T @ half for half in (derivatives[:1000], derivatives[1000:])]
-    rows = factor_rows((halves[0], halves[1]), 2000)
+    rows = factor_rows((halves[0], halves[1]), (1000, 1000))
     assert rows is not None
     config = QuantizeConfig(bits=3, group_size=16, quality="fast")
     shared = prepare_factor(x.T @ x, config)
@@ -79,7 +79,7 @@ def test_outputs_that_are_used_together_lose_less(seed: int) -> None:
 @given(seed=st.integers(0, 2**32 - 10), outputs=st.integers(16, 40), tokens=st.integers(100, 400))
 def test_what_only_chance_ties_together_is_rounded_by_itself(seed: int, outputs: int, tokens: int) -> None:
     halves = [half.T @ half for half in random(seed, 2, tokens, outputs)]
-    assert factor_rows((halves[0], halves[1]), 2 * tokens) is None
+    assert factor_rows((halves[0], halves[1]), (tokens, tokens)) is None
 
 
 def test_rows_that_nothing_ties_together_come_out_as_without_turns() -> None:
@@ -93,9 +93,15 @@ def test_rows_that_nothing_ties_together_come_out_as_without_turns() -> None:
 
 
 def test_outputs_that_nothing_reads_get_no_feedback() -> None:
-    moment = random(0, 50, 8).T @ random(0, 50, 8)
+    directions = random(0, 2, 12)
+    directions[:, 3] = 0
+    moment = directions.T @ directions + 0.01 * torch.eye(12, dtype=torch.float64)
     moment[3] = moment[:, 3] = 0
-    assert factor_rows((moment, moment), 100) is None
+    rows = factor_rows((moment, moment), (500, 500))
+    assert rows is not None
+    assert rows.order[-1] == 3
+    assert torch.equal(rows.upper[:, -1].nonzero(), torch.tensor([[11]]))
+    assert factor_rows((0 * moment, 0 * moment), (500, 500)) is None
 
 
 def test_a_scale_that_overflows_is_told_as_without_turns() -> None:
@@ -105,3 +111,21 @@ def test_a_scale_that_overflows_is_told_as_without_turns() -> None:
     moment = random(2, 100, 32).T @ random(2, 100, 32)
     with pytest.raises(CalibrationError, match=r"layer\.weight: a scale overflows"):
         quantize_weight(weight, prepare_factor(x.T @ x, config), config, rows=factor_of(moment))
+
+
+@given(seed=st.integers(0, 2**32 - 10), size=st.floats(10, 1e6))
+def test_rows_that_hardly_matter_do_not_move_far_for_others(seed: int, size: float) -> None:
+    """Four of 48 rows have much larger derivatives."""
+    x, weight = random(seed, 400, 32), random(seed + 1, 48, 32)
+    derivatives = random(seed + 2, 4000, 6) @ random(seed + 3, 6, 48)
+    derivatives[:, :4] *= size
+    halves = derivatives[:2000].T @ derivatives[:2000], derivatives[2000:].T @ derivatives[2000:]
+    rows = factor_rows(halves, (2000, 2000))
+    assert rows is not None
+    config = QuantizeConfig(bits=4, group_size=16, quality="fast")
+    shared = prepare_factor(x.T @ x, config)
+    with_rows, plain = (quantize_weight(weight, shared, config, rows=each) for each in (rows, None))
+    assert with_rows.relative_loss < 60 * plain.relative_loss
+    difference = with_rows.weight.dequantize(torch.float64) - weight
+    loss = float((difference @ shared.hessian * difference).sum())
+    assert with_rows.loss == pytest.approx(loss / len(weight))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gptq_backend import QuantizeConfig, RunOptions, quantize_model
 from gptq_backend.distributed import Team
 from gptq_backend.model.row_moments import RowMoments
+from gptq_backend.model.token_weights import Sensitivity
 
 
 def tied(seed: int, tokens: int = 200) -> Tensor:
@@ -50,6 +53,37 @@ def test_tokens_without_finite_derivatives_are_left_out() -> None:
     factor = moments.factor(layer, layer.weight)
     assert factor is not None
     assert factor.upper.isfinite().all()
+
+
+def test_padding_counts_for_nothing() -> None:
+    found = []
+    for padding in (0, 400):
+        layer, moments = nn.Linear(8, 24), RowMoments(Team())
+        for number in range(4):
+            moments.add(number, layer, torch.cat([tied(number), torch.zeros(2, padding, 24)], dim=1))
+        found.append(moments.factor(layer, layer.weight))
+    plain, padded = found
+    assert plain is not None
+    assert padded is not None
+    assert torch.equal(plain.upper, padded.upper)
+
+
+def test_signs_alone_tie_no_rows_together() -> None:
+    """Of v_proj without grouped heads, whose outputs nothing mixes; attention is nearly alike in all sequences."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    model, moments, sensitivity = LlamaForCausalLM(config).eval(), RowMoments(Team()), Sensitivity()
+    model.requires_grad_(False)
+    block = model.model.layers[0]
+    layers = [each for each in block.modules() if isinstance(each, nn.Linear)]
+    for number in range(8):
+        tokens = torch.randint(0, 128, (4, 64))
+        tell = functools.partial(moments.add, number)
+        sensitivity.of(block, "block", layers, functools.partial(model, tokens), None, number, tell)
+    assert moments.factor(block.self_attn.q_proj, block.self_attn.q_proj.weight) is not None
+    assert moments.factor(block.self_attn.v_proj, block.self_attn.v_proj.weight) is None
 
 
 def test_wide_layers_are_left_out() -> None:
