@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_backend import Events, QuantizeConfig, RunOptions, quantize_model
-from gptq_backend.algorithm import gptq, hessian
+from gptq_backend.algorithm import gptq, hessian, row_feedback
 from gptq_backend.algorithm.hessian import Hessian
 from gptq_backend.distributed import Team, joined
 from gptq_backend.model import layer_inputs
@@ -25,6 +25,7 @@ from tests.toy import SparseMlp, samples, toy
 
 # Small enough for toys to have several parts of everything.
 gptq._CPU_ROWS, hessian._TILE, hessian._INVERSE_COLUMNS = 8, 16, 8
+row_feedback._GAIN = 3.0  # for layers that it hardly helps, too
 SPARSE = partial(SparseMlp, 5, True)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the model, and of the settings
     "dense": ({}, {}),
@@ -37,6 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the model, and
     "dense, measured at once": ({}, {"true_sequential": False}),
     "training": ({"dtype": torch.float32}, {"block_epochs": 2}),
     "training of experts": ({"dtype": torch.float32, "mlp": SPARSE}, {"block_epochs": 1, "desc_act": True}),
+    "two batches": ({}, {}),
     "to nearest": ({}, {}),
 }
 
@@ -77,8 +79,15 @@ def quantize(case: str, team: Team, out: Path) -> None:
     shape, settings = CASES[case]
     model = toy(**shape)
     config = QuantizeConfig(bits=4, group_size=16, **settings)
-    data = [*samples(9), *samples(4, 17)]
-    told = Told()
+    data = samples(4) if case == "two batches" else [*samples(9), *samples(4, 17)]
+    told, turns = Told(), 0
+
+    def in_turns(*args: Any) -> Any:
+        nonlocal turns
+        turns += 1
+        return row_feedback.in_turns(*args)
+
+    gptq.in_turns = in_turns  # type: ignore[attr-defined]
     Counted.most = Counted.alive
     options, calibration = RunOptions(batch_size=2), None if case == "to nearest" else data
     report = quantize_model(model, config, calibration, options=options, events=told, team=team)
@@ -88,6 +97,7 @@ def quantize(case: str, team: Team, out: Path) -> None:
         "run": {"layers": layers, "blocks": blocks, "told": sorted(told.layers)},
         "hessian_bytes": Counted.most,
         "elsewhere": told.elsewhere,
+        "turns": turns,
     }
     name = f"{case}.{team.rank}"
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / f"{name}.safetensors")

@@ -56,6 +56,14 @@ def test_every_rank_ends_with_the_bits_and_the_report_of_one_process(
         assert facts(outputs[ranks], case, rank)["run"] == facts(outputs[1], case)["run"]
 
 
+def test_all_ranks_let_the_same_layers_make_up_for_their_rows(outputs: dict[int, Path]) -> None:
+    turns = {case: facts(outputs[1], case)["turns"] for case in CASES}
+    assert turns["dense"] == turns["dense, measured at once"] == turns["experts"] > 0
+    assert turns["two batches"] > 0  # of which two of four ranks have none
+    assert turns["to nearest"] == 0
+    assert all(facts(outputs[4], case, rank)["turns"] == turns[case] for case in CASES for rank in range(4))
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_layer_of_an_expert_has_its_weight_on_one_rank_only(outputs: dict[int, Path], ranks: int) -> None:
     by_rank = [facts(outputs[ranks], "experts", rank)["elsewhere"] for rank in range(ranks)]
