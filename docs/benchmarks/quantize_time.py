@@ -27,6 +27,7 @@ from gptq_cli.bench_quantize import run
 VARIANTS: dict[str, dict[str, Any]] = {
     "fast": {"quality": "fast"},
     "default without drift": {"correct_drift": False},
+    "default without row feedback": {"row_feedback": False},
     "default": {},
 }
 CPU = torch.device("cpu")

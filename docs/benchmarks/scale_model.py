@@ -28,7 +28,7 @@ NVLINK, NETWORK = 360e9, 40e9  # bytes/s of a GPU to those of its machine, and o
 MEMORY = 2.3e12  # bytes/s of a GPU's own memory: 0.7 of its peak
 HOST, DISK = 25e9, 5e9  # bytes/s from host memory to a GPU, and from the disk of a machine
 ON_A_MACHINE = 8
-SWEEPS, FINALISTS, GROUP = 2, 4, 128  # quality="default"
+SWEEPS, FINALISTS, TURNS, GROUP = 2, 4, 8, 128  # quality="default"
 PART_ROWS, PER_ROUND = 4096, 4  # output rows that are rounded together; experts of a rank in a round
 
 
@@ -118,6 +118,11 @@ def _columns(layers: tuple[tuple[int, int], ...]) -> float:
     return sum(k for k, _ in layers) * (2 + SWEEPS) * COLUMN
 
 
+def _turns(shape: Shape) -> float:
+    """Seconds of the turns of row feedback in q and k, each on one rank, beside what is counted once for q, k and v."""
+    return 2 * TURNS * _columns(((shape.hidden, 0),))
+
+
 def seconds(shape: Shape, gpus: int) -> dict[str, float]:
     """Of each phase of a block."""
     counts, machines = work(shape, TOKENS), math.ceil(gpus / ON_A_MACHINE)
@@ -146,7 +151,7 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
         "drift": counts["drift"] / PRODUCTS / gpus + solvers + made_up,
         "the original's inputs, to the host and back": 2 * originals * HALF / HOST,
         "factors of dense layers": counts["factor of dense layers"] * inverses,
-        "rounding of dense layers": rounding + _columns(shape.dense),
+        "rounding of dense layers": rounding + _columns(shape.dense) + _turns(shape),
         "experts": own * expert,
         "experts' weights, dequantized for each batch": dequantized,
         "links": (hessians + changes + tokens + shape.weights * others) / link,  # codes travel as bytes

@@ -123,7 +123,7 @@ def parabola(pulls: Tensor, changes: Tensor, damp: float, first: float) -> Tenso
 
     Args:
         pulls: [2, n, K]; changes: [2, n, K], ``pulls (H + damp)^-1``.
-        first: share of the tokens in the first half. Each half has about as much of H.
+        first: share of the tokens in the first half. Each half is taken to have as large a share of H.
     """
     scales = 1 / (2 * first), 1 / (2 * (1 - first))
     b = 4 * scales[0] * scales[1] * (_dot(pulls[0], changes[1]) + _dot(pulls[1], changes[0]))

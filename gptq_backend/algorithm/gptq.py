@@ -65,7 +65,7 @@ class QuantizedLayer:
         relative_loss: the same over ``tr(W H W^T)``: the share of the layer's output energy that is error, tokens
             counted as in H; without H of the weight's energy.
         steps: the relative loss after the column loop and after each refinement; empty if there was none. Where rows
-            make up for each other's errors, beside what each of them was to become, so less than ``relative_loss``.
+            make up for each other's errors, measured against each row's moved target: less than ``relative_loss``.
     """
 
     weight: QuantizedWeight
@@ -121,7 +121,8 @@ def quantize_weight(
         name: the module, for messages.
         rounded: what :func:`round_weights` made of the weight, if it did.
         sharing: does the parts that :func:`row_parts` makes of the output channels.
-        rows: if output channels are to make up for each other's errors, of which the loss then knows nothing.
+        rows: if output channels are to make up for each other's errors, and nothing is ``rounded``. The loss is still
+            ``tr(D H D^T)``, which this raises.
 
     Raises:
         CalibrationError: the weight is not finite, or too large for float16 scales.

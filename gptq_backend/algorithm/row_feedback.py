@@ -10,6 +10,7 @@ matter most first, in a few turns, gets nearly all of it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,13 +47,14 @@ def factor_rows(halves: tuple[Tensor, Tensor], tokens: tuple[int, int], sharing:
     """
     total = halves[0] + halves[1]
     order = total.diagonal().argsort(descending=True, stable=True)
-    shares = []
-    for half, other, count in ((*halves, tokens[0]), (*halves[::-1], tokens[1])):
-        found = _factor(half, order, count, sharing)
-        if found is None:
-            return None
-        shares.append(_left(found, _sorted(other, order).to(found.dtype)))
-    if not sum(shares) / 2 < _GAIN:
+
+    def trial(i: int) -> list[Tensor]:
+        found = _factor(halves[i], order, tokens[i], alone)
+        share = math.inf if found is None else _left(found, _sorted(halves[1 - i], order).to(found.dtype))
+        return [torch.tensor(share, dtype=torch.float64)]
+
+    # Shared, so that all ranks read the same numbers and decide alike.
+    if not sum(float(share) for (share,) in sharing(2, trial)) / 2 < _GAIN:
         return None
     upper = _factor(total, order, sum(tokens), sharing)
     return None if upper is None else RowFactor(order, upper)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..algorithm.hessian import Hessian
 from ..algorithm.row_feedback import RowFactor, factor_rows
 from ..distributed.team import Team
-from ..timing import timed
 from .hessian_sums import add_up
 
 _WIDEST = 8192  # output channels; all layers before attention have two moments [N, N] at the same time
@@ -27,7 +26,6 @@ class RowMoments:
         """Before another block."""
         self._halves.clear()
 
-    @timed("sensitivity")
     def add(self, number: int, layer: nn.Module, derivatives: Tensor) -> None:
         """Those of a batch, [..., N], 0 at padding; numbers ascend."""
         rows = derivatives.shape[-1]
@@ -36,7 +34,8 @@ class RowMoments:
         if layer not in self._halves:
             self._halves[layer] = _empty(rows, derivatives, number)
         found = derivatives.reshape(-1, rows)
-        self._halves[layer][number % 2].add(found[found.count_nonzero(1) > 0], number=number // 2)
+        # Padding would count as tokens, of which the damping depends.
+        self._halves[layer][number % 2].add(found[found.any(1)], number=number // 2)
 
     def factor(self, layer: nn.Module, like: Tensor) -> RowFactor | None:
         """For a layer with the weight ``like`` [N, K], if feedback helps; all ranks ask for it."""
@@ -49,8 +48,7 @@ class RowMoments:
         if not all(half.tokens for half in halves):
             return None
         first, second = (half.matrix("") for half in halves)
-        found = factor_rows((first, second), (halves[0].tokens, halves[1].tokens), self._team.work)
-        return found if self._team.least(int(found is not None)) else None  # ranks of other CPUs may differ
+        return factor_rows((first, second), (halves[0].tokens, halves[1].tokens), self._team.work)
 
 
 def _empty(rows: int, like: Tensor, first: int) -> tuple[Hessian, Hessian]:

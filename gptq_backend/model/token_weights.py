@@ -48,7 +48,7 @@ class Sensitivity:
         layers: Iterable[nn.Module],
         run: Callable[[], Any],
         mask: Tensor | None,
-        number: int = 0,
+        number: int,
         tell: Callable[[nn.Module, Tensor], None] | None = None,
     ) -> dict[nn.Module, Tensor]:
         """Weights of one batch.
@@ -105,10 +105,10 @@ class Sensitivity:
         return pass_.weights
 
     def _signs(self, number: int, length: int, like: Tensor) -> Tensor:
-        """[B, length, K] for z [B, T, K] of a batch, 1 and -1 at random; a longer batch only adds some.
+        """[B, length, K] for z [B, T, K] of a batch, 1 and -1 at random; a longer sequence only adds signs.
 
-        One table, with other signs of rows and of columns for every sequence. Were the signs all alike, what two
-        halves of the batches say of :mod:`row_moments` would agree by the signs.
+        One table, with other signs of rows and of columns for every sequence. With the same for all, the two halves of
+        the batches in row_moments.py would agree by the signs alone.
         """
         count, channels = like.shape[0], like.shape[-1]
         generator = torch.Generator().manual_seed(number + 1)

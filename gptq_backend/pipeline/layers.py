@@ -84,8 +84,6 @@ class Layers:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         input_facts: dict[str, Any] = {}
         shared, tokens, rounded = None, 1, None
-        before = self.before(target.name)
-        rows = rows if before is None else None  # rows that make up for others leave the grid that most of it is on
         if source is not None:
             factor, hessian, tokens = source.factor.factor, source.hessian, source.hessian.tokens
             input_facts = {"method": factor.method, "damp_percent": factor.damp_percent}
@@ -95,7 +93,7 @@ class Layers:
             rounded = self.joint.take(target, weight, source, team.work) if rows is None else None
         quantize = partial(quantize_weight, name=target.name, sharing=team.work)
         layer = quantize(weight, shared, target.config, tokens, rounded=rounded, rows=rows)
-        if before is not None:
+        if (before := self.before(target.name)) is not None:
             rounded = round_changed(weight, before.to(weight.device), target.config)
             again = quantize(weight, shared, target.config, tokens, rounded=rounded)
             layer = min(again, layer, key=lambda each: each.loss)  # where both are exact, nothing changes

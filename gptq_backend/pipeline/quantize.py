@@ -207,7 +207,9 @@ class _Run:
             self._quantize(target, source)
 
     def _quantize(self, target: Target, source: InputFactor | None) -> None:
-        feedback = self.config.preset.row_feedback and source is not None
+        # Rows that make up for others would leave the grid that most of an earlier result is on.
+        anew = source is not None and self.layers.before(target.name) is None
+        feedback = self.config.preset.row_feedback and anew
         rows = self.passes.row_moments.factor(target.module, dense_weight(target.module)) if feedback else None
         self.layers.quantize(target, source, rows)
 

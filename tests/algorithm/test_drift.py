@@ -81,7 +81,7 @@ def test_the_share_is_that_of_a_signal_in_noise_that_all_tokens_have(signal: flo
     assert math.isclose(confirmed_share(parabolas, first), signal / (signal + noise))
 
 
-@given(seed=st.integers(0, 2**32 - 10), first=st.integers(1, 1999))
+@given(seed=st.integers(0, 2**32 - 10), first=st.integers(80, 1920))
 def test_parts_of_any_size_confirm_a_drift_that_the_input_tells(seed: int, first: int) -> None:
     tokens, channels = 2000, 8
     x = random(seed, tokens, channels)
@@ -90,8 +90,7 @@ def test_parts_of_any_size_confirm_a_drift_that_the_input_tells(seed: int, first
     pulls = torch.stack([drift[part].T @ x[part] for part in (slice(first), slice(first, None))])
     full = pulls.sum(0) @ solver.upper.T @ solver.upper
     made = make_up(torch.zeros_like(full), shared.hessian, solver, Drift(pulls, (first, tokens - first), True))
-    if min(first, tokens - first) >= 10 * channels:
-        assert made.norm() > 0.7 * full.norm()
+    assert made.norm() > 0.7 * full.norm()
 
 
 @given(seed=st.integers(0, 2**32 - 10), of_output=st.booleans())

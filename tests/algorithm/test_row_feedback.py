@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gptq_backend import CalibrationError, QuantizeConfig
@@ -121,11 +121,11 @@ def test_rows_that_hardly_matter_do_not_move_far_for_others(seed: int, size: flo
     derivatives[:, :4] *= size
     halves = derivatives[:2000].T @ derivatives[:2000], derivatives[2000:].T @ derivatives[2000:]
     rows = factor_rows(halves, (2000, 2000))
-    assert rows is not None
+    assume(rows is not None)  # four rows may be too few to help each other
     config = QuantizeConfig(bits=4, group_size=16, quality="fast")
     shared = prepare_factor(x.T @ x, config)
     with_rows, plain = (quantize_weight(weight, shared, config, rows=each) for each in (rows, None))
-    assert with_rows.relative_loss < 60 * plain.relative_loss
+    assert with_rows.relative_loss < 5 * plain.relative_loss
     difference = with_rows.weight.dequantize(torch.float64) - weight
     loss = float((difference @ shared.hessian * difference).sum())
     assert with_rows.loss == pytest.approx(loss / len(weight))

@@ -23,9 +23,6 @@ from gptq_backend.distributed import Team, joined
 from gptq_backend.model import layer_inputs
 from tests.toy import SparseMlp, samples, toy
 
-# Small enough for toys to have several parts of everything.
-gptq._CPU_ROWS, hessian._TILE, hessian._INVERSE_COLUMNS = 8, 16, 8
-row_feedback._GAIN = 3.0  # for layers that it hardly helps, too
 SPARSE = partial(SparseMlp, 5, True)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the model, and of the settings
     "dense": ({}, {}),
@@ -110,6 +107,9 @@ def main() -> None:
     out.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     layer_inputs.Hessian = Counted  # type: ignore[misc]
+    # Small enough for toys to have several parts of everything.
+    gptq._CPU_ROWS, hessian._TILE, hessian._INVERSE_COLUMNS = 8, 16, 8
+    row_feedback._GAIN = 3.0  # for layers that it hardly helps, too
     with joined("cpu") as (team, _):
         for case in sys.argv[2:] or CASES:
             quantize(case, team, out)

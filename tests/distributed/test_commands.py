@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from gptq_backend import GPTQError
+from gptq_backend.distributed import process_team
 from tests.distributed.commands import run, torchrun
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
@@ -57,3 +59,15 @@ def test_processes_that_something_else_started_are_refused(tmp_path: Path, monke
     done = run("gptq_cli", "quantize", tmp_path / "model", tmp_path / "out", "--rtn")
     assert done.returncode == 1
     assert "torchrun" in done.stderr
+
+
+def test_a_group_that_the_caller_made_is_neither_joined_nor_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_team, "launched", lambda: True)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(GPTQError, match="pass team=ProcessTeam"), process_team.joined("cpu"):
+            pass
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -39,7 +39,7 @@ def hidden(batch: int = 2) -> Tensor:
 
 def weights(module: nn.Module, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
     layers = {layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    found = Sensitivity().of(module, "block", layers, lambda: module(*args, **kwargs), mask)
+    found = Sensitivity().of(module, "block", layers, lambda: module(*args, **kwargs), mask, 0)
     return {layers[layer]: weight for layer, weight in found.items()}
 
 
@@ -251,7 +251,7 @@ def test_a_block_that_mixes_nothing_is_run_for_one_batch_only() -> None:
         runs.append(mlp(hidden()))
 
     for name in ("blocks.0", "blocks.0", "blocks.1"):
-        assert sensitivity.of(mlp, name, [mlp.gate, mlp.up, mlp.down], run, None) == {}
+        assert sensitivity.of(mlp, name, [mlp.gate, mlp.up, mlp.down], run, None, 0) == {}
     assert len(runs) == 2
 
 
@@ -261,7 +261,7 @@ def test_a_batch_of_single_tokens_does_not_take_the_others_their_weights() -> No
     alone = torch.zeros(2, LENGTH, dtype=torch.long)
     alone[:, 3] = 1
     for mask, weighed in ((alone, 0), (None, 3), (alone, 0), (None, 3)):
-        assert len(sensitivity.of(module, "block", layers, lambda: module(x, causal()), mask)) == weighed
+        assert len(sensitivity.of(module, "block", layers, lambda: module(x, causal()), mask, 0)) == weighed
 
 
 def test_blocks_without_a_layer_to_quantize_are_not_run_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
