@@ -129,14 +129,14 @@ def make_batches(samples: Sequence[Any] | Tensor | Mapping[str, Any], batch_size
         if (batch := _one_sample(index, sample)) is not None:
             form = str([(key, tuple(value.shape[1:])) for key, value in batch.items()])
             length = batch["input_ids"].shape[1] if "input_ids" in batch else _TOKENS_PER_BATCH
-            apart = -1 if _rows(batch) else index
+            apart = -1 if count_sequences(batch) else index
             groups.setdefault((length, len(batch), form, apart), []).append(batch)
     if not groups:
         raise CalibrationError("the calibration set is empty; pass at least one sample of token ids")
     batches: list[Batch] = []
     for (length, *_), group in sorted(groups.items(), key=lambda item: item[0], reverse=True):
         joined = group[0] if len(group) == 1 else {key: torch.cat([each[key] for each in group]) for key in group[0]}
-        rows = _rows(joined)
+        rows = count_sequences(joined)
         size = batch_size or max(1, _TOKENS_PER_BATCH // length)
         for first in range(0, rows, size):
             batches.append({key: value[first : first + size] for key, value in joined.items()})
@@ -145,7 +145,7 @@ def make_batches(samples: Sequence[Any] | Tensor | Mapping[str, Any], batch_size
     return batches
 
 
-def _rows(batch: Batch) -> int:
+def count_sequences(batch: Batch) -> int:
     """How many sequences there are; 0 if not all tensors have a row for each, like those of images cut into patches."""
     rows = {len(value) if value.dim() else 0 for value in batch.values()}
     return rows.pop() if len(rows) == 1 else 0
@@ -187,7 +187,7 @@ def _one_sample(index: int, sample: Any) -> Batch | None:
         real = (mask != 0).any(1)
         if not real.any():
             return None
-        if _rows(batch) and not real.all():
+        if count_sequences(batch) and not real.all():
             batch = {key: value[real] for key, value in batch.items()}
     return _with_decoder_mask(batch)
 

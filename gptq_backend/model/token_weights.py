@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..timing import timed
 
 logger = logging.getLogger(__name__)
+_DRAWN = 4  # sequences whose signs are drawn together
 
 
 class _Found(BaseException):
@@ -48,7 +49,7 @@ class Sensitivity:
         layers: Iterable[nn.Module],
         run: Callable[[], Any],
         mask: Tensor | None,
-        number: int,
+        first: int,
         tell: Callable[[nn.Module, Tensor], None] | None = None,
     ) -> dict[nn.Module, Tensor]:
         """Weights of one batch.
@@ -63,7 +64,7 @@ class Sensitivity:
             name: of the block, for messages and to tell blocks apart.
             layers: those of its layers that are to be quantized.
             mask: [B, T], 0 marks padding.
-            number: of the batch; each has its own signs.
+            first: number of the batch's first sequence among all; each sequence has its own signs.
             tell: gets the derivatives [B, T, N] by the outputs of each layer that has weights.
 
         Returns:
@@ -72,7 +73,7 @@ class Sensitivity:
         """
         if name == self._fruitless:
             return {}
-        pass_ = _Pass(partial(self._signs, number), mask)
+        pass_ = _Pass(partial(self._signs, first), mask)
         trained: list[nn.Parameter] = []  # parameters to make trainable again
         self.running = True
         try:
@@ -104,15 +105,19 @@ class Sensitivity:
             tell(*pass_.derivatives.popitem())
         return pass_.weights
 
-    def _signs(self, number: int, length: int, like: Tensor) -> Tensor:
-        """[B, length, K] for z [B, T, K] of a batch, 1 and -1 at random; a longer sequence only adds signs.
+    def _signs(self, first: int, length: int, like: Tensor) -> Tensor:
+        """[B, length, K] for z [B, T, K] of a batch, 1 and -1 at random; padding and other batches change none.
 
         One table, with other signs of rows and of columns for every sequence. With the same for all, the two halves of
         the batches in row_moments.py would agree by the signs alone.
         """
-        count, channels = like.shape[0], like.shape[-1]
-        generator = torch.Generator().manual_seed(number + 1)
-        columns, rows = (_random_signs(generator, size, count).t().to(like) for size in (channels, length))
+        stop, channels = first + like.shape[0], like.shape[-1]
+        drawn = []
+        for group in range(first // _DRAWN, -(-stop // _DRAWN)):
+            generator = torch.Generator().manual_seed(group + 1)
+            drawn.append(torch.cat([_random_signs(generator, size, _DRAWN) for size in (channels, length)]))
+        mine = torch.cat(drawn, dim=1)[:, first % _DRAWN :][:, : stop - first].t().to(like)
+        columns, rows = mine.split([channels, length], dim=1)
         return self._table(length, like) * rows.unsqueeze(2) * columns.unsqueeze(1)
 
     def _table(self, length: int, like: Tensor) -> Tensor:

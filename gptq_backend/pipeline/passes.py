@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import itertools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ..config import QuantizeConfig
 from ..distributed.team import Team
 from ..model import lockstep
-from ..model.calibration import Batch, call_model, masks_of, model_inputs
+from ..model.calibration import Batch, call_model, count_sequences, masks_of, model_inputs
 from ..model.layer_inputs import InputFactor, LayerInput, tells
 from ..model.mixtures import find_mixture
 from ..model.row_moments import RowMoments
@@ -80,6 +81,7 @@ class _Task:
     """
 
     number: int  # of the batch
+    first: int  # of its sequences among those of all batches
     inputs: dict[str, Any]  # of the model
     masks: list[Tensor]  # [B, T] of each stack of the model, 0 marks padding
     original: bool
@@ -148,7 +150,8 @@ class Passes:
         kinds = (True, False) if self._corrects_drift or self.config.preset.block_epochs else (False,)
         mine = self.team.share(len(batches))
         inputs = [model_inputs(self.model, batches[i], self.layers.placement.device) for i in mine]
-        numbered = [(i, each, masks_of(each)) for i, each in zip(mine, inputs)]
+        firsts = [0, *itertools.accumulate(max(1, count_sequences(batch)) for batch in batches)]
+        numbered = [(i, firsts[i], each, masks_of(each)) for i, each in zip(mine, inputs)]
         tasks = [_Task(*batch, original) for original in kinds for batch in numbered]
         with ExitStack() as hooks:
             if self._corrects_drift:
@@ -181,7 +184,7 @@ class Passes:
 
         def forward(given: ExpertInput) -> None:
             masks = [] if given.mask is None else [given.mask]
-            _TASK.set(_Task(given.number, {}, masks, False, inside=True, weights=given.weights))
+            _TASK.set(_Task(given.number, 0, {}, masks, False, inside=True, weights=given.weights))
             each.mixture.call(given.expert, given.x)
 
         def serve(target: Target) -> None:
@@ -284,7 +287,7 @@ class Passes:
         if self.config.token_weights:
             layers = [target.module for target in block.targets]
             tell = partial(self.row_moments.add, task.number) if self.config.preset.row_feedback else None
-            task.weights = self._sensitivity.of(block.module, block.name, layers, run, mask, task.number, tell)
+            task.weights = self._sensitivity.of(block.module, block.name, layers, run, mask, task.first, tell)
         if not self.config.true_sequential:
             run()  # all Hessians from the block as it was, then the block again, quantized
             lockstep.wait((block, Place.MEASURED))

@@ -84,7 +84,7 @@ def test_signs_alone_tie_no_rows_together() -> None:
     for number in range(8):
         tokens = torch.randint(0, 128, (4, 64))
         tell = functools.partial(moments.add, number)
-        sensitivity.of(block, "block", layers, functools.partial(model, tokens), None, number, tell)
+        sensitivity.of(block, "block", layers, functools.partial(model, tokens), None, 4 * number, tell)
     assert moments.factor(block.self_attn.q_proj, block.self_attn.q_proj.weight) is not None
     assert moments.factor(block.self_attn.v_proj, block.self_attn.v_proj.weight) is None
 

@@ -75,11 +75,14 @@ def test_a_longer_sequence_or_batch_leaves_the_signs_alone() -> None:
     sensitivity, like = Sensitivity(), hidden()
     short = sensitivity._signs(3, 5, like)
     assert torch.equal(sensitivity._signs(3, 900, like)[:, :5], short)
+    larger = sensitivity._signs(0, 5, hidden(9))
+    assert torch.equal(larger[3:5], short)
+    assert torch.equal(larger[7:], sensitivity._signs(7, 5, like))
 
 
 def test_sequences_and_batches_have_signs_of_their_own() -> None:
     sensitivity, like = Sensitivity(), torch.empty(16, 64, 48)
-    signs = torch.cat([sensitivity._signs(number, 64, like) for number in range(8)])
+    signs = torch.cat([sensitivity._signs(16 * number, 64, like) for number in range(8)])
     assert set(signs.unique().tolist()) == {-1, 1}
     for products in (signs[:, 5] * signs[:, 9], signs[:, :, 2] * signs[:, :, 7], signs[0] * signs[1:]):
         assert products.mean().abs() < 0.1
