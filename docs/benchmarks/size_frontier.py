@@ -150,6 +150,8 @@ def ratio(point: dict[str, Any], other: dict[str, Any]) -> str:
 def label(point: dict[str, Any]) -> str:
     if point["kind"] == GGUF:
         return str(point["name"])
+    if point["how"].startswith("budget"):  # layers differ
+        return f"{point['how']}, e{point['embed_bits']} g{point['embed_group_size']}"
     group, size = point["embed_group_size"] or point["group_size"], point["group_size"]
     own = "" if group == size else " by row" if group == -1 or group > size > 0 else f" g{group}"
     return f"{point['bits']} bits, g{size}, e{point['embed_bits']}{own}"
