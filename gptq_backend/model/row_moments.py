@@ -34,7 +34,7 @@ class RowMoments:
         if layer not in self._halves:
             self._halves[layer] = _empty(rows, derivatives, number)
         found = derivatives.reshape(-1, rows)
-        # Padding would count as tokens, of which the damping depends.
+        # Padding would count as tokens, on whose number the damping depends.
         self._halves[layer][number % 2].add(found[found.any(1)], number=number // 2)
 
     def factor(self, layer: nn.Module, like: Tensor) -> RowFactor | None:

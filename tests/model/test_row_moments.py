@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,31 +45,18 @@ def test_of_one_batch_there_is_nothing_to_confirm_it() -> None:
     assert moments.factor(layer, layer.weight) is None
 
 
-def test_tokens_without_finite_derivatives_are_left_out() -> None:
+@pytest.mark.parametrize("value", [0.0, torch.nan], ids=["padding", "not finite"])
+def test_rows_that_tell_nothing_count_for_nothing(value: float) -> None:
     found = []
-    for spoilt in (False, True):
+    for more in (0, 400):
         layer, moments = nn.Linear(8, 24), RowMoments(Team())
         for number in range(4):
-            each = tied(number).flatten(0, 1)
-            moments.add(number, layer, torch.cat([each, torch.full((1, 24), torch.nan)]) if spoilt else each)
+            moments.add(number, layer, torch.cat([tied(number), torch.full((2, more, 24), value)], dim=1))
         found.append(moments.factor(layer, layer.weight))
-    plain, without = found
+    plain, longer = found
     assert plain is not None
-    assert without is not None
-    assert torch.equal(plain.upper, without.upper)
-
-
-def test_padding_counts_for_nothing() -> None:
-    found = []
-    for padding in (0, 400):
-        layer, moments = nn.Linear(8, 24), RowMoments(Team())
-        for number in range(4):
-            moments.add(number, layer, torch.cat([tied(number), torch.zeros(2, padding, 24)], dim=1))
-        found.append(moments.factor(layer, layer.weight))
-    plain, padded = found
-    assert plain is not None
-    assert padded is not None
-    assert torch.equal(plain.upper, padded.upper)
+    assert longer is not None
+    assert torch.equal(plain.upper, longer.upper)
 
 
 def test_signs_alone_tie_no_rows_together() -> None:
